@@ -1,0 +1,53 @@
+"""The Typer app: commands parse, make one library call, and print."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sppfeat import __version__
+from sppfeat.errors import SppFeatError, UsageError
+from sppfeat_cli import extract, inspect, models
+from sppfeat_cli.output import printable
+
+app = typer.Typer(
+    name="sppfeat",
+    help="Fixed-length image descriptors by spatial pyramid pooling, from folders of images of any size.",
+    epilog="Example: sppfeat extract photos/ -o feats.h5",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+extract.register(app)
+inspect.register(app)
+models.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sppfeat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
+    try:
+        app()
+    except SppFeatError as error:
+        print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("sppfeat: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,291 @@
+"""`sppfeat extract`: images into a store."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sppfeat.recipe import (
+    CROPS,
+    DTYPES,
+    FUSIONS,
+    INTERPOLATIONS,
+    NORMALIZATIONS,
+    ORIENTATIONS,
+    POOLINGS,
+    PRECISIONS,
+    Recipe,
+    RunOptions,
+)
+from sppfeat_cli.output import integers, numbers, print_json, printable, scales
+
+if TYPE_CHECKING:
+    from sppfeat.extract import Extraction
+
+_WHAT, _HOW, _STORE = "What is described (kept in the store as its recipe)", "How fast", "The store"
+
+
+def _one_of(valid: tuple[str, ...]) -> str:
+    return " | ".join(valid)
+
+
+def _commas(values: tuple[Any, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example: sppfeat extract photos/ -o feats.h5 --scales 224,320 --levels 4,2,1",
+    )(extract)
+
+
+def extract(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Folders, images, text lists (.txt, a path a line), or - for a list on standard input.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="The store to write or resume.", show_default=False)
+    ],
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME; see `sppfeat models`.")
+    ] = Recipe.backbone,
+    weights: Annotated[
+        str, typer.Option(metavar="FILE", help="Weights file (.safetensors, .pth), `pretrained`, or `random`.")
+    ] = Recipe.weights,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Module whose output is pooled; see `sppfeat models NAME`.", show_default="the backbone's own"
+        ),
+    ] = Recipe.layer,
+    scale_list: Annotated[
+        str, typer.Option("--scales", metavar="PIXELS,...", help="Short sides, or `native` for no resizing.")
+    ] = _commas(Recipe.scales),
+    level_list: Annotated[
+        str, typer.Option("--levels", metavar="N,...", help="Pyramid levels; level n is an n x n grid.")
+    ] = _commas(Recipe.levels),
+    pooling: Annotated[str, typer.Option(metavar="NAME", help=_one_of(POOLINGS))] = Recipe.pooling,
+    gem_p: Annotated[float, typer.Option(help="Exponent of gem pooling.")] = Recipe.gem_p,
+    fuse: Annotated[
+        str, typer.Option(metavar="NAME", help=f"How scales become one descriptor: {_one_of(FUSIONS)}")
+    ] = Recipe.fuse,
+    normalize: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Of each scale's descriptor: {_one_of(NORMALIZATIONS)}")
+    ] = Recipe.normalize,
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Of the network's arithmetic: {_one_of(PRECISIONS)}")
+    ] = Recipe.precision,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help=f"Of the stored values: {_one_of(DTYPES)}")] = Recipe.dtype,
+    crop: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Whole picture or central square: {_one_of(CROPS)}")
+    ] = Recipe.crop,
+    size_multiple: Annotated[
+        int, typer.Option(help="Sides are rounded to a multiple of this many pixels; 1 = exact.")
+    ] = Recipe.size_multiple,
+    min_side: Annotated[int, typer.Option(help="Pictures with a shorter side fail.")] = Recipe.min_side,
+    max_aspect: Annotated[
+        float, typer.Option(help="Pictures with a larger long/short ratio fail.")
+    ] = Recipe.max_aspect,
+    max_pixels: Annotated[
+        int, typer.Option(help="Pictures with more pixels than this once resized fail.")
+    ] = Recipe.max_pixels,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Input mean, 0 to 1.", show_default="that of the weights")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Input standard deviation.", show_default="that of the weights")
+    ] = None,
+    interpolation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=_one_of(INTERPOLATIONS), show_default="that of the weights"),
+    ] = Recipe.interpolation,
+    orientation: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Turn upright, or take pixels as stored: {_one_of(ORIENTATIONS)}")
+    ] = Recipe.orientation,
+    jpeg_draft: Annotated[
+        bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, other values.")
+    ] = Recipe.jpeg_draft,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
+    batch_size: Annotated[
+        int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
+    ] = RunOptions.batch_size,
+    num_workers: Annotated[
+        int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
+    ] = RunOptions.num_workers,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Names are relative to this.", show_default="the folder that holds all sources"
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a store that is there.")] = True,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed images again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, replacing the store.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the JSON).")] = False,
+) -> None:
+    """Describe images of any size by one fixed-length descriptor each, into one HDF5 file.
+
+    Run the same command again to resume: described images are kept, changed and new ones are described. An image that
+    cannot be described is reported and marked failed, and never stops the run.
+    """
+    recipe = Recipe(
+        backbone=backbone,
+        weights=weights,
+        layer=layer,
+        scales=scales(scale_list),
+        levels=integers("levels", level_list),
+        pooling=pooling,
+        gem_p=gem_p,
+        fuse=fuse,
+        normalize=normalize,
+        precision=precision,
+        dtype=dtype,
+        crop=crop,
+        size_multiple=size_multiple,
+        min_side=min_side,
+        max_aspect=max_aspect,
+        max_pixels=max_pixels,
+        mean=numbers("mean", mean) if mean is not None else None,  # type: ignore[arg-type]
+        std=numbers("std", std) if std is not None else None,  # type: ignore[arg-type]
+        interpolation=interpolation,
+        orientation=orientation,
+        jpeg_draft=jpeg_draft,
+    )
+    options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+
+    from sppfeat.extract import extract_folder
+
+    with _stopping() as stop, _Progress(quiet=quiet) as progress:
+        done = extract_folder(
+            sources,
+            output,
+            recipe,
+            options,
+            root=root,
+            resume=resume,
+            retry_failed=retry_failed,
+            overwrite=overwrite,
+            observer=progress,
+            stop=stop.is_set,
+        )
+    if as_json:
+        print_json(_document(done))
+    elif not quiet:
+        typer.echo(_summary(done))
+    if done.interrupted:
+        print(f"sppfeat: interrupted, {done.pending} images left; the same command resumes", file=sys.stderr)
+        raise typer.Exit(130)
+    if done.failed:
+        raise typer.Exit(3)
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """Set the event at the first SIGINT or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """Shows an extraction on standard error: a line a failure, and a bar where that is a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._failed = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
+        if self._quiet:
+            return
+        from tqdm import tqdm
+
+        kept = f", {reused} described before" if reused else ""
+        print(f"{todo} images to describe on {device}{kept}", file=sys.stderr)
+        for name in gone:
+            print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
+        self._bar = tqdm(total=todo, unit="image", disable=None, file=sys.stderr, smoothing=0.1)
+
+    def row(self, name: str, error: str | None) -> None:
+        if self._bar is None:
+            return
+        if error is not None:
+            self._failed += 1
+            self._bar.write(f"failed: {printable(name)}: {printable(error)}", file=sys.stderr)
+            self._bar.set_postfix(failed=self._failed, refresh=False)
+        self._bar.update()
+
+
+def _document(done: Extraction) -> dict[str, Any]:
+    return {
+        "store": done.store,
+        "images": done.images,
+        "described": done.described,
+        "reused": done.reused,
+        "failed": done.failed,
+        "changed": done.changed,
+        "gone": done.gone,
+        "pending": done.pending,
+        "dim": done.dim,
+        "seconds": round(done.seconds, 3),
+        "images_per_second": round(done.images_per_second, 2),
+        "device": done.device,
+        "engine": done.engine,
+        "stages": {
+            "decode": round(done.decode, 3),
+            "forward": round(done.forward, 3),
+            "write": round(done.write, 3),
+        },
+    }
+
+
+def _summary(done: Extraction) -> str:
+    parts = [f"{done.described} described"]
+    for count, word in (
+        (done.changed, "of them changed"),
+        (done.reused, "reused"),
+        (done.failed, "failed"),
+        (done.gone, "gone"),
+        (done.repeated, "listed twice"),
+        (done.pending, "left"),
+    ):
+        if count:
+            parts.append(f"{count} {word}")
+    return (
+        f"{printable(done.store)}: {done.images} images ({', '.join(parts)}), {done.dim} values each\n"
+        f"{done.seconds:.1f} s, {done.images_per_second:.1f} images/s on {done.device}; "
+        f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
+    )

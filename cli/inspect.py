@@ -1,0 +1,79 @@
+"""`sppfeat inspect`: what a sppfeat file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sppfeat_cli.output import human_bytes, print_json, printable
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: sppfeat inspect feats.h5 --verify")(inspect)
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A store.", show_default=False)],
+    failures: Annotated[bool, typer.Option("--failures", help="List the failed images and why.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every row; exit code 1 if one is wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show a store's recipe, counts and failures."""
+    from sppfeat.store import open_store, verify_store
+
+    store = open_store(file)
+    errors = store.errors()
+    problems = verify_store(store) if verify else []
+    about: dict[str, Any] = {
+        "file": file,
+        "format": "store",
+        "images": len(store),
+        **store.counts(),
+        "dim": store.dim,
+        "dtype": store.recipe.dtype,
+        "bytes": store.path.stat().st_size,
+        "source_root": store.source_root,
+        "weights_sha256": store.weights_sha256,
+        "recipe_hash": store.recipe_hash,
+        "recipe": dataclasses.asdict(store.recipe),
+        "versions": store.versions,
+    }
+    if as_json:
+        print_json(
+            about
+            | ({"failures": errors} if failures else {})
+            | ({"verified": not problems, "problems": problems} if verify else {})
+        )
+    elif failures:
+        for name, reason in errors.items():
+            typer.echo(f"{printable(name)}: {printable(reason)}")
+    else:
+        typer.echo(_text(about))
+    if verify and not as_json:
+        for problem in problems:
+            print(f"sppfeat: {file}: {printable(problem)}", file=sys.stderr)
+        if not problems:
+            typer.echo(f"verified: all {about['done']} described rows match their checksums")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _text(about: dict[str, Any]) -> str:
+    lines = [
+        f"{printable(about['file'])}: store of {about['images']} images, {human_bytes(about['bytes'])}",
+        f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
+        f"  descriptors: {about['dim']} values, {about['dtype']}",
+        f"  images below: {printable(about['source_root'])}",
+        f"  weights: sha256 {about['weights_sha256'][:16]}",
+        "  recipe:",
+    ]
+    for name, value in about["recipe"].items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        lines.append(f"    {name:<14} {shown}")
+    lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    if about["pending"]:
+        lines.append("  pending images are described by running the same `sppfeat extract` again")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""What the commands share in printing and in reading options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from sppfeat.errors import UsageError
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters and stray bytes as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """`6,3,2,1` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{option}: expected whole numbers separated by commas, found {text!r}") from None
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """`0.5,0.5,0.5` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{option}: expected numbers separated by commas, found {text!r}") from None
+
+
+def scales(text: str) -> tuple[int | str, ...]:
+    """`224,native` as scales."""
+    return tuple(int(part) if part.strip().isdecimal() else part.strip() for part in text.split(","))
+
+
+def human_bytes(count: int) -> str:
+    """`61.2 MB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

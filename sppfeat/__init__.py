@@ -1,0 +1,79 @@
+"""Fixed-length image descriptors by spatial pyramid pooling.
+
+The public names are imported when they are first used, so that `import sppfeat` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sppfeat._version import __version__
+
+if TYPE_CHECKING:
+    from sppfeat.describe import Described, Describer
+    from sppfeat.errors import (
+        BackboneError,
+        DeviceError,
+        ImageError,
+        SppFeatError,
+        StoreBusyError,
+        StoreError,
+        UsageError,
+    )
+    from sppfeat.extract import Extraction, extract_folder
+    from sppfeat.pyramid import SpatialPyramidPool, pool_pyramid, pool_rois
+    from sppfeat.recipe import Recipe, RunOptions
+    from sppfeat.store import Status, Store, open_store, verify_store
+
+_HOMES = {
+    "describe": ("Described", "Describer"),
+    "errors": (
+        "BackboneError",
+        "DeviceError",
+        "ImageError",
+        "SppFeatError",
+        "StoreBusyError",
+        "StoreError",
+        "UsageError",
+    ),
+    "extract": ("Extraction", "extract_folder"),
+    "pyramid": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
+    "recipe": ("Recipe", "RunOptions"),
+    "store": ("Status", "Store", "open_store", "verify_store"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackboneError",
+    "Described",
+    "Describer",
+    "DeviceError",
+    "Extraction",
+    "ImageError",
+    "Recipe",
+    "RunOptions",
+    "SpatialPyramidPool",
+    "SppFeatError",
+    "Status",
+    "Store",
+    "StoreBusyError",
+    "StoreError",
+    "UsageError",
+    "__version__",
+    "extract_folder",
+    "open_store",
+    "pool_pyramid",
+    "pool_rois",
+    "verify_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(f"sppfeat.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'sppfeat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

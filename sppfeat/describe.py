@@ -1,0 +1,256 @@
+"""From files to descriptors: decoding, the network and pooling at work side by side."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from sppfeat.backbone import load_backbone
+from sppfeat.errors import DeviceError, ImageError, one_line
+from sppfeat.images import Fingerprint, fingerprint_of
+from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
+from sppfeat.pyramid import pool_pyramid
+from sppfeat.recipe import Recipe, RunOptions
+
+# On a CPU, one picture or two a core at a time keep the layers' maps in its cache: on 2 cores, batches of 2 ran
+# 1.2 to 1.5 times as many pictures a second as batches of 8 spread over both cores. A GPU wants far more at once.
+CPU_BATCH_SIZE: Final = 2
+CUDA_BATCH_SIZE: Final = 64
+# Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
+MAX_FORWARD_THREADS: Final = 16
+# A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
+PATIENCE_BATCHES: Final = 16
+
+
+class Described(NamedTuple):
+    """One picture's outcome: its descriptor, or why there is none. `position` counts the paths given."""
+
+    position: int
+    descriptor: np.ndarray | None
+    image_size: tuple[int, int]
+    fingerprint: Fingerprint
+    error: str | None
+
+
+@dataclass
+class StageTimes:
+    """Seconds of work by stage, summed over the threads that did it."""
+
+    decode: float = 0.0
+    forward: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            setattr(self, stage, getattr(self, stage) + seconds)
+
+
+class _Unreadable(NamedTuple):
+    reason: str
+    fingerprint: Fingerprint
+
+
+@dataclass
+class _Row:
+    """A picture on its way: what its scales have given so far."""
+
+    prepared: PreparedImage
+    parts: list[np.ndarray | None]
+    left: int
+    error: str | None = None
+
+
+_Input = tuple[int, int]  # which picture, which scale
+
+
+class Describer:
+    """Describes pictures by a recipe. The network is loaded once; `recipe` is then complete (layer, mean, ...).
+
+    dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
+    Raises BackboneError, DeviceError, UsageError.
+    """
+
+    engine: Final = "torch"
+
+    def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
+        options = options or RunOptions()
+        self.device = resolve_device(options.device)
+        self._backbone = load_backbone(recipe)
+        self._backbone.to(self.device)
+        self.recipe = self._backbone.recipe
+        self.weights_sha256 = self._backbone.weights_sha256
+        self.dim = self.recipe.dimensions(self._backbone.channels)
+        self.times = StageTimes()
+        cores = available_cores()
+        on_cpu = self.device.type == "cpu"
+        self._workers = options.num_workers or cores
+        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if on_cpu else CUDA_BATCH_SIZE)
+        self._forward_threads = min(cores, MAX_FORWARD_THREADS) if on_cpu else 1
+        self._threads_each = max(1, cores // self._forward_threads) if on_cpu else 1
+
+    def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
+        """Describe every path, about in order; a picture that cannot be described comes with its reason.
+
+        Once `stop()` is true no further picture is begun, and those begun are still given. Memory does not depend on
+        how many paths there are. How pictures are batched depends on their order alone.
+        """
+        threads_before = torch.get_num_threads()
+        decoders = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        forwarders = ThreadPoolExecutor(
+            self._forward_threads,
+            thread_name_prefix="forward",
+            initializer=torch.set_num_threads,
+            initargs=(self._threads_each,),
+        )
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                yield from self._pipeline(iter(enumerate(paths)), decoders, forwarders, stop)
+        finally:
+            decoders.shutdown(cancel_futures=True)
+            forwarders.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads_before)
+
+    def _pipeline(
+        self,
+        paths: Iterator[tuple[int, str]],
+        decoders: ThreadPoolExecutor,
+        forwarders: ThreadPoolExecutor,
+        stop: Callable[[], bool],
+    ) -> Iterator[Described]:
+        ahead = 4 * self._workers + self._forward_threads * self._batch_size
+        decoding: deque[tuple[int, Future[PreparedImage | _Unreadable]]] = deque()
+        forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
+        batcher: ShapeBatcher[_Input] = ShapeBatcher(
+            self._batch_size, patience=PATIENCE_BATCHES * self._batch_size * len(self.recipe.scales)
+        )
+        rows: dict[int, _Row] = {}
+
+        def collect(most: int) -> Iterator[Described]:
+            while len(forwarding) > most or (forwarding and forwarding[0].done()):
+                for (index, scale), part in forwarding.popleft().result():
+                    row = rows[index]
+                    row.left -= 1
+                    if isinstance(part, str):
+                        row.error = row.error or part
+                    else:
+                        row.parts[scale] = part
+                    if not row.left:
+                        yield self._fused(index, rows.pop(index))
+
+        while True:
+            if not stop():
+                for index, path in islice(paths, ahead - len(decoding)):
+                    decoding.append((index, decoders.submit(self._prepare, path)))
+            if not decoding:
+                break
+            index, future = decoding.popleft()
+            prepared = future.result()
+            if isinstance(prepared, _Unreadable):
+                yield Described(index, None, (0, 0), prepared.fingerprint, prepared.reason)
+                continue
+            scales = len(prepared.inputs)
+            rows[index] = _Row(prepared, [None] * scales, scales)
+            for scale, pixels in enumerate(prepared.inputs):
+                for batch in batcher.add((index, scale), pixels):
+                    forwarding.append(forwarders.submit(self._forward, batch))
+            prepared.inputs.clear()
+            yield from collect(2 * self._forward_threads)
+        for batch in batcher.flush():
+            forwarding.append(forwarders.submit(self._forward, batch))
+            yield from collect(2 * self._forward_threads)
+        yield from collect(0)
+
+    def _prepare(self, path: str) -> PreparedImage | _Unreadable:
+        start = time.perf_counter()
+        try:
+            return prepare_image(path, self.recipe, minimum=self._backbone.minimum_side)
+        except ImageError as error:
+            return _Unreadable(str(error), fingerprint_of(path))
+        finally:
+            self.times.add("decode", time.perf_counter() - start)
+
+    def _forward(self, batch: list[tuple[_Input, np.ndarray]]) -> list[tuple[_Input, np.ndarray | str]]:
+        start = time.perf_counter()
+        keys = [key for key, _ in batch]
+        try:
+            with torch.inference_mode():
+                pictures = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
+                feature_map = self._backbone.feature_map(pictures.to(self.device))
+                pooled = pool_pyramid(
+                    feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p
+                )
+                descriptors = normalize(pooled.float(), self.recipe.normalize).cpu().numpy()
+            return list(zip(keys, descriptors, strict=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a layer that refuses this size, at `native` scale
+            height, width = batch[0][1].shape[:2]
+            return [(key, f"the network refused a picture of {width} x {height}: {one_line(error)}") for key in keys]
+        finally:
+            self.times.add("forward", time.perf_counter() - start)
+
+    def _fused(self, index: int, row: _Row) -> Described:
+        size, fingerprint = row.prepared.size, row.prepared.fingerprint
+        if row.error is not None:
+            return Described(index, None, size, fingerprint, row.error)
+        descriptor = fuse([part for part in row.parts if part is not None], self.recipe.fuse)
+        with np.errstate(over="ignore"):
+            stored = descriptor.astype(self.recipe.dtype)
+        if not np.isfinite(stored).all():
+            largest = float(np.abs(descriptor).max())
+            reason = f"the descriptor is not finite as {self.recipe.dtype} (largest value {largest:.3g})"
+            return Described(index, None, size, fingerprint, reason)
+        return Described(index, stored, size, fingerprint, None)
+
+
+def normalize(descriptors: torch.Tensor, kind: str) -> torch.Tensor:
+    """Normalise rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
+    if kind == "none":
+        return descriptors
+    if kind == "signed-sqrt-l2":
+        descriptors = descriptors.sign() * descriptors.abs().sqrt()
+    return torch.nn.functional.normalize(descriptors, dim=1)
+
+
+def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
+    """Descriptors [D] of one picture at its scales as one: `mean` or `max` [D], or `concat` [scales * D]."""
+    if kind == "concat":
+        return np.concatenate(parts)
+    together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
+    return together
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there."""
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if usable else "cpu")
+    if name.startswith("cuda"):
+        number = int(name.partition(":")[2] or 0)
+        if number >= usable:
+            built = (
+                f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+            )
+            raise DeviceError(f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({built})")
+        return torch.device("cuda", number)
+    return torch.device(name)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,62 @@
+"""Every error that sppfeat raises on purpose.
+
+    SppFeatError            anything below; the command line prints its text on one line
+    ├── UsageError          an option, a source or a name that cannot be (exit code 2)
+    ├── DeviceError         a device that was asked for and is not there
+    ├── BackboneError       a network that cannot be built, cut at a layer, or given these weights
+    ├── ImageError          one image that cannot be described; its row is marked failed, the run goes on
+    └── StoreError          a store that cannot be opened, written or trusted
+        └── StoreBusyError  another process is writing to this store
+
+A text names the thing, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SppFeatError(Exception):
+    """Base of all errors that sppfeat raises on purpose."""
+
+
+class UsageError(SppFeatError):
+    """An option, a source or a name that cannot be."""
+
+
+class DeviceError(SppFeatError):
+    """A device that was asked for and is not there."""
+
+
+class BackboneError(SppFeatError):
+    """A network that cannot be built, cut at a layer, or given these weights."""
+
+
+class ImageError(SppFeatError):
+    """One image that cannot be described."""
+
+
+class StoreError(SppFeatError):
+    """A store that cannot be opened, written or trusted."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to this store."""
+
+
+def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
+    """Text for a name that is not among `valid`: the nearest valid names, or all of them when few."""
+    names = list(dict.fromkeys(valid))
+    nearest = difflib.get_close_matches(found, names, n=5, cutoff=0.4)
+    if len(names) <= 8:
+        return f"unknown {kind} {found!r}: expected one of {', '.join(names)}"
+    if nearest:
+        return f"unknown {kind} {found!r}: did you mean {', '.join(nearest)}?"
+    return f"unknown {kind} {found!r}: {len(names)} are known, such as {', '.join(names[:5])}"
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's own text, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__

@@ -1,0 +1,274 @@
+"""Extraction: folders of images into a store, resumable at every row."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from sppfeat.describe import Described, Describer
+from sppfeat.errors import StoreError, UsageError
+from sppfeat.images import ImageList, find_images, fingerprint_of, name_to_path, path_to_name
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.store import Status, Store, StoreWriter, check_output, create_store, extend_store, lock_store, open_store
+
+# A killed run loses at most this much work; a flush waits for the disk.
+FLUSH_SECONDS: Final = 2.0
+
+Source = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a run of `extract_folder` did.
+
+    images: listed in the sources. described: in this run. reused: described before, unchanged. failed: listed images
+    whose row is failed, now or before. changed: of those described, how many had another file before. gone: rows of
+    the store whose file is no longer there; they are kept. pending: rows left for a next run, after an interruption.
+    seconds, decode, forward, write: of this run; decode and forward are summed over their threads.
+    """
+
+    store: str
+    images: int
+    described: int
+    reused: int
+    failed: int
+    changed: int
+    gone: int
+    pending: int
+    repeated: int
+    dim: int
+    device: str
+    engine: str
+    seconds: float
+    decode: float
+    forward: float
+    write: float
+    interrupted: bool
+
+    @property
+    def images_per_second(self) -> float:
+        """Images described or found failing in this run, each second of it."""
+        return self.described / self.seconds if self.seconds > 0 else 0.0
+
+
+class Observer(Protocol):
+    """Who wants to follow an extraction; called from the thread that called `extract_folder`."""
+
+    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
+        """The work is known: images to describe, rows kept, names whose file is gone."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is described, or failed for a reason."""
+
+
+class _Silent:
+    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        pass
+
+
+def extract_folder(
+    sources: Source | Sequence[Source],
+    output: Source,
+    recipe: Recipe | None = None,
+    options: RunOptions | None = None,
+    *,
+    root: str | None = None,
+    resume: bool = True,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Extraction:
+    """Describe the images of folders, files or lists (see `find_images`) into the store `output`.
+
+    A store that is there already is resumed: rows that are done stay, pending rows and changed files are described,
+    new files are added at the end. With `retry_failed` the failed ones are tried again. `overwrite` starts anew;
+    `resume=False` refuses a store that is there. Names are relative to `root`; by default to the root of the store
+    that is resumed, if it holds all sources, else to the folder that does.
+    Raises StoreError for an output that is no store or was made by another recipe, and whatever `find_images` and
+    `Describer` raise. An image that cannot be described is a failed row, not an error.
+    """
+    began = time.perf_counter()
+    observer = observer or _Silent()
+    path = Path(output)
+    check_output(path, overwrite=overwrite, resume=resume)
+    images = _list(sources, path if resume and not overwrite else None, root)
+    if not images.names:
+        raise UsageError(f"{_show_sources(sources)}: expected images, found none")
+    with lock_store(path):
+        check_output(path, overwrite=overwrite, resume=resume)
+        describer = Describer(recipe or Recipe(), options)
+        store = _prepare_store(path, images, describer, fresh=overwrite)
+        rows = {name: row for row, name in enumerate(store.names)}
+        plan = _plan(store, rows, images, retry_failed=retry_failed)
+        observer.started(todo=len(plan.todo), reused=plan.reused, gone=plan.gone, device=str(describer.device))
+        described = failed = changed = 0
+        write_seconds = 0.0
+        with StoreWriter(store) as writer:
+            writer.reset(sorted(plan.redo))
+
+            def put(row: int, done: Described) -> None:
+                if done.descriptor is None:
+                    writer.fail(row, done.error or "", done.fingerprint)
+                else:
+                    writer.write(row, done.descriptor, done.image_size, done.fingerprint)
+
+            last_flush = time.perf_counter()
+            readable = [name for name in plan.todo if name not in images.problems]
+            for name in plan.todo:
+                if name in images.problems:
+                    writer.fail(rows[name], images.problems[name])
+                    observer.row(name, images.problems[name])
+                    failed += 1
+            for name in plan.lost:
+                writer.fail(rows[name], "the file is gone")
+            paths = (name_to_path(images.root, name) for name in readable)
+            for done in describer.describe(paths, stop=stop):
+                name = readable[done.position]
+                start = time.perf_counter()
+                put(rows[name], done)
+                if start - last_flush > FLUSH_SECONDS:
+                    writer.flush()
+                    last_flush = time.perf_counter()
+                write_seconds += time.perf_counter() - start
+                described += done.error is None
+                failed += done.error is not None
+                changed += done.error is None and rows[name] in plan.redo
+                observer.row(name, done.error)
+            start = time.perf_counter()
+            writer.flush()
+            write_seconds += time.perf_counter() - start
+        pending = len(plan.todo) - described - failed
+        return Extraction(
+            store=str(path),
+            images=len(images.names),
+            described=described,
+            reused=plan.reused,
+            failed=failed + plan.failed_before,
+            changed=changed,
+            gone=len(plan.gone),
+            pending=pending,
+            repeated=images.repeated,
+            dim=describer.dim,
+            device=str(describer.device),
+            engine=describer.engine,
+            seconds=time.perf_counter() - began,
+            decode=describer.times.decode,
+            forward=describer.times.forward,
+            write=write_seconds,
+            interrupted=pending > 0,
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """todo: names to describe, in order. redo: rows of them that hold older values. lost: pending, and gone."""
+
+    todo: list[str]
+    redo: set[int]
+    reused: int
+    failed_before: int
+    gone: list[str]
+    lost: list[str]
+
+
+def _list(sources: Source | Sequence[Source], resumed: Path | None, root: str | None) -> ImageList:
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    found = find_images(several, root=root)
+    if root is None and resumed is not None and resumed.exists() and resumed.stat().st_size:
+        before = open_store(resumed).source_root
+        if found.root != before and (found.root + "/").startswith(before.rstrip("/") + "/"):
+            return _rebased(found, before)
+    return found
+
+
+def _rebased(found: ImageList, root: str) -> ImageList:
+    """The same images, named from a folder further up."""
+    prefix = path_to_name(os.path.relpath(found.root, root)) + "/"
+    return ImageList(
+        root=root,
+        names=[prefix + name for name in found.names],
+        problems={prefix + name: reason for name, reason in found.problems.items()},
+        repeated=found.repeated,
+    )
+
+
+def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh: bool) -> Store:
+    if fresh or not path.exists() or not path.stat().st_size:
+        create_store(
+            path,
+            images.names,
+            recipe=describer.recipe,
+            weights_sha256=describer.weights_sha256,
+            dim=describer.dim,
+            source_root=images.root,
+        )
+        return open_store(path)
+    store = open_store(path)
+    differences = store.recipe.differences(describer.recipe)
+    if store.weights_sha256 != describer.weights_sha256:
+        differences.append(f"weights: {store.weights_sha256[:12]} here, {describer.weights_sha256[:12]} there")
+    if differences:
+        raise StoreError(
+            f"{path}: was made by another recipe ({'; '.join(differences)}); choose another output, or --overwrite"
+        )
+    moved = store.source_root != images.root
+    known = set(store.names)
+    if moved and os.path.isdir(store.source_root):
+        raise StoreError(
+            f"{path}: its names are relative to {store.source_root}, these images to {images.root}; "
+            "choose another output, give a root that holds both, or --overwrite"
+        )
+    new = [name for name in images.names if name not in known]
+    if moved and len(new) == len(images.names):
+        raise StoreError(
+            f"{path}: none of its {len(store)} names is among these images; choose another output, or --overwrite"
+        )
+    if new or moved:
+        extend_store(store, new, source_root=images.root)
+        return open_store(path)
+    return store
+
+
+def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed: bool) -> _Plan:
+    status = np.array(store.status)
+    sizes, times = (np.array(column) for column in store.fingerprints())
+    todo: list[str] = []
+    redo: set[int] = set()
+    reused = failed_before = 0
+    for name in images.names:
+        row = rows[name]
+        if status[row] == Status.PENDING:
+            todo.append(name)
+        elif name not in images.problems and (
+            retry_failed
+            and status[row] == Status.FAILED
+            or fingerprint_of(name_to_path(images.root, name)) != (int(sizes[row]), int(times[row]))
+        ):
+            todo.append(name)
+            redo.add(row)
+        elif status[row] == Status.DONE and name not in images.problems:
+            reused += 1
+        elif status[row] == Status.DONE:
+            todo.append(name)  # what was an image is now a folder, say
+            redo.add(row)
+        else:
+            failed_before += 1
+    listed = set(images.names)
+    gone = [n for n in store.names if n not in listed and not os.path.lexists(name_to_path(images.root, n))]
+    lost = [name for name in gone if status[rows[name]] == Status.PENDING]
+    return _Plan(todo, redo, reused, failed_before, gone, lost)
+
+
+def _show_sources(sources: Source | Sequence[Source]) -> str:
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    return ", ".join(os.fspath(source) for source in several)

@@ -1,0 +1,290 @@
+"""Find images, and read one safely: any size, any common colour mode, upright, as 8-bit RGB."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from sppfeat.errors import ImageError, UsageError, one_line
+
+# Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if features.check("avif") else ()))
+EXTENSIONS: Final = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if "AVIF" in _FORMATS else set())
+)
+LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
+
+_ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNDO: Final = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+class Fingerprint(NamedTuple):
+    """What tells that a file changed: its size in bytes and modification time in nanoseconds; zeros when unreadable."""
+
+    file_size: int
+    mtime_ns: int
+
+
+NO_FINGERPRINT: Final = Fingerprint(0, 0)
+
+
+def fingerprint_of(path: str) -> Fingerprint:
+    """The fingerprint of a file as it is now; `NO_FINGERPRINT` where there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return NO_FINGERPRINT
+    return Fingerprint(info.st_size, info.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images to describe. `names` are unique POSIX paths relative to `root`, in a stable order.
+
+    problems: names already known to be no image, with the reason (a folder named x.jpg, a looping symlink, ...).
+    repeated: how many listed paths were left out because they name a file already listed.
+    """
+
+    root: str
+    names: list[str]
+    problems: dict[str, str]
+    repeated: int
+
+
+class DecodedImage(NamedTuple):
+    """8-bit RGB pixels. `size` is width and height of the upright original, before any draft shrinking."""
+
+    pixels: Image.Image
+    size: tuple[int, int]
+
+
+def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
+    """List the images of folders (recursive), single files, text lists, and `-` (a list on standard input).
+
+    Folders are walked in name order, symlinked folders included; lists keep their order, one path a line, relative
+    to the current folder. Names are relative to `root`, by default the one folder given, or the deepest folder that
+    holds all sources. Whatever looks like an image but cannot be one becomes a problem, not a gap.
+    Raises UsageError for a source that is missing or of no known kind, or that lies outside `root`.
+    """
+    if not sources:
+        raise UsageError("no source: expected folders, images, text lists or -")
+    paths: list[str] = []
+    reasons: dict[str, str] = {}
+    roots: list[str] = []
+    for source in [os.fspath(source) for source in sources]:
+        found = list(_list_source(source))
+        for path, reason in found:
+            paths.append(path)
+            if reason is not None:
+                reasons[path] = reason
+        if source != "-" and os.path.isdir(source):
+            roots.append(os.path.abspath(source))
+        else:
+            roots.extend({os.path.dirname(path) for path, _ in found})
+    base = os.path.abspath(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
+    prefix = base.rstrip("/") + "/"
+    unique = dict.fromkeys(paths)
+    for path in unique:
+        if not path.startswith(prefix):
+            raise UsageError(f"{path}: expected a path below the root {base}")
+    return ImageList(
+        root=base,
+        names=[path_to_name(path[len(prefix) :]) for path in unique],
+        problems={path_to_name(path[len(prefix) :]): reason for path, reason in reasons.items()},
+        repeated=len(paths) - len(unique),
+    )
+
+
+def path_to_name(relative: str) -> str:
+    r"""A file's relative path as UTF-8 text that `name_to_path` takes back: `\` becomes `\\`, a byte that is not
+    UTF-8 becomes `\xNN`."""
+    if relative.isascii() and "\\" not in relative:
+        return relative
+    escaped = relative.replace("\\", "\\\\")
+    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", escaped)
+
+
+def name_to_path(root: str, name: str) -> str:
+    """The path of the file that `name` stands for."""
+    relative = re.sub(
+        r"\\(?:\\|x([0-9a-f]{2}))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
+    )
+    return os.path.join(root, relative)
+
+
+def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
+    if source == "-":
+        yield from _list_lines(sys.stdin.buffer.read())
+    elif os.path.isdir(source):
+        yield from _walk(os.path.abspath(source))
+    elif not os.path.lexists(source):
+        raise UsageError(f"{source}: no such file or folder")
+    elif os.path.splitext(source)[1].lower() in LIST_EXTENSIONS:
+        try:
+            with open(source, "rb") as file:
+                yield from _list_lines(file.read())
+        except OSError as error:
+            raise UsageError(f"{source}: expected a readable text list, found: {error.strerror}") from None
+    elif os.path.splitext(source)[1].lower() in EXTENSIONS:
+        yield os.path.abspath(source), None
+    else:
+        raise UsageError(
+            f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}) "
+            f"or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
+        )
+
+
+def _list_lines(content: bytes) -> Iterator[tuple[str, str | None]]:
+    for line in content.split(b"\n"):
+        line = line.removesuffix(b"\r")
+        if line:
+            yield os.path.abspath(os.fsdecode(line)), None
+
+
+def _walk(top: str) -> Iterator[tuple[str, str | None]]:
+    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each entry carries the
+    # identities of the folders above it, which is what a looping symlink comes back to.
+    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+    while stack:
+        path, above = stack.pop()
+        is_image = path != top and os.path.splitext(path)[1].lower() in EXTENSIONS
+        try:
+            info = os.stat(path)
+            is_folder = stat.S_ISDIR(info.st_mode)
+        except OSError as error:
+            if is_image or error.errno == errno.ELOOP:
+                yield path, _reason_not_readable(path, error)
+            continue
+        if not is_folder:
+            if is_image:
+                yield path, None
+            continue
+        if is_image:
+            yield path, "is a folder, not an image"
+        identity = (info.st_dev, info.st_ino)
+        if identity in above:
+            yield path, "symlink loops back to a folder that holds it"
+            continue
+        try:
+            entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
+        except OSError as error:
+            yield path, _reason_not_readable(path, error)
+            continue
+        inside = above | {identity}
+        stack.extend((os.path.join(path, entry), inside) for entry in entries)
+
+
+def _reason_not_readable(path: str, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "symlink loops"
+    if error.errno == errno.ENOENT:
+        return "symlink points to nothing" if os.path.islink(path) else "no such file"
+    return f"cannot be read: {error.strerror or error}"
+
+
+def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
+    """Open an image's header; close the image when done. Raises ImageError with the reason, without the path."""
+    try:
+        # Without O_NONBLOCK, opening a pipe that is named like an image would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(_reason_not_readable(path, error)) from None
+    file = os.fdopen(descriptor, "rb")
+    try:
+        info = os.fstat(descriptor)
+        if stat.S_ISDIR(info.st_mode):
+            raise ImageError("is a folder, not an image")
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError("is not a regular file")
+        if info.st_size == 0:
+            raise ImageError("empty file (0 bytes)")
+        image = Image.open(file, formats=_FORMATS)
+        # The image owns the file from here: closing one closes the other.
+        image._exclusive_fp = True
+        return image, Fingerprint(info.st_size, info.st_mtime_ns)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(12)
+        file.close()
+        raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
+    except ImageError:
+        file.close()
+        raise
+    except Exception as error:  # a damaged header can raise almost anything inside a decoder
+        file.close()
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+
+
+def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, int], int]:
+    """Width and height as `decode` will return them, and the EXIF orientation (1 to 8), before any pixel is decoded."""
+    try:
+        exif = image.getexif()
+        reason = "damaged" if not exif and image.info.get("exif") else None
+    except Exception as error:  # a damaged EXIF block can raise almost anything inside its reader
+        exif, reason = Image.Exif(), one_line(error)
+    if reason is not None and orientation == "exif":
+        raise ImageError(f"EXIF cannot be read ({reason}); orientation 'ignore' takes the pixels as stored")
+    tag = exif.get(_ORIENTATION_TAG, 1)
+    turn = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start.
+    swap = turn >= 5 and (orientation == "exif") != (image.format == "TIFF")
+    return (image.size[::-1] if swap else image.size), turn
+
+
+def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
+    """Decode an opened image to 8-bit RGB, upright (`exif`) or as stored (`ignore`).
+
+    Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
+    16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
+    """
+    try:
+        image.load()
+        pixels = _to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged body can raise almost anything inside a decoder
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+    turned_by_pillow = image.format == "TIFF"
+    if turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow:
+        pixels = pixels.transpose((_UNDO if turned_by_pillow else _UPRIGHT)[turn])
+    return pixels
+
+
+def read_image(path: str, *, orientation: str = "exif") -> DecodedImage:
+    """Read one image at full size; see `decode`. Raises ImageError with the reason, without the path."""
+    image, _ = open_image(path)
+    with image:
+        size, turn = upright_size(image, orientation=orientation)
+        return DecodedImage(decode(image, turn, orientation=orientation), size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,129 @@
+"""From a file to network inputs: the size at each scale, resizing, and batches of equal shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from sppfeat.errors import ImageError
+from sppfeat.images import Fingerprint, decode, open_image, upright_size
+from sppfeat.recipe import Recipe
+
+# timm's and torchvision's evaluation transforms resize to 256 and keep the central 224.
+CENTER_CROP_FRACTION: Final = 0.875
+_RESAMPLING: Final = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class PreparedImage(NamedTuple):
+    """One picture at every scale of a recipe.
+
+    inputs: uint8 arrays [height, width, 3], in the order of the recipe's scales.
+    size: width and height of the upright original.
+    """
+
+    inputs: list[np.ndarray]
+    size: tuple[int, int]
+    fingerprint: Fingerprint
+
+
+def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, minimum: int = 1) -> tuple[int, int]:
+    """Width and height of a picture of `size` at a scale; `minimum` is the backbone's shortest side.
+
+    The short side becomes the scale and the other keeps the aspect ratio, both rounded to `size_multiple`.
+    Raises ImageError when the recipe's limits forbid the picture.
+    """
+    width, height = size
+    if min(size) < recipe.min_side:
+        raise ImageError(f"{width} x {height} pixels: expected a short side of at least {recipe.min_side} (min_side)")
+    aspect = max(size) / min(size)
+    if aspect > recipe.max_aspect:
+        raise ImageError(
+            f"{width} x {height} pixels: aspect ratio {aspect:.4g} exceeds {recipe.max_aspect:g} (max_aspect)"
+        )
+    if isinstance(scale, str):
+        if min(size) < minimum:
+            raise ImageError(f"{width} x {height} pixels: the backbone needs at least {minimum} a side at native scale")
+        new_width, new_height = width, height
+    else:
+        short = scale if recipe.crop == "none" else round(scale / CENTER_CROP_FRACTION)
+        multiple = recipe.size_multiple if recipe.crop == "none" else 1
+        new_width, new_height = (
+            max(multiple, round(side * short / min(size) / multiple) * multiple) for side in (width, height)
+        )
+    if new_width * new_height > recipe.max_pixels:
+        raise ImageError(
+            f"{new_width} x {new_height} pixels at scale {scale}: more than {recipe.max_pixels} (max_pixels)"
+        )
+    return new_width, new_height
+
+
+def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
+    """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
+    image, fingerprint = open_image(path)
+    with image:
+        size, turn = upright_size(image, orientation=recipe.orientation)
+        targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
+        if recipe.jpeg_draft:
+            # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
+            needed = (max(w for w, _ in targets), max(h for _, h in targets))
+            image.draft(None, needed if image.size == size else needed[::-1])
+        pixels = decode(image, turn, orientation=recipe.orientation)
+    resample = _RESAMPLING[recipe.interpolation or "bicubic"]
+    inputs = []
+    for scale, target in zip(recipe.scales, targets, strict=True):
+        resized = pixels if pixels.size == target else pixels.resize(target, resample)
+        inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
+    return PreparedImage(inputs, size, fingerprint)
+
+
+def _center_square(image: Image.Image, side: int) -> Image.Image:
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+# A picture of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
+FULL_BATCH_PIXELS: Final = 448 * 448
+
+Key = TypeVar("Key")
+
+
+class ShapeBatcher(Generic[Key]):
+    """Groups inputs of equal shape into batches, in a way that depends only on the order in which they come.
+
+    A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
+    so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as
+    it is, so that a rare shape neither waits for ever nor piles up.
+    """
+
+    def __init__(self, batch_size: int, *, patience: int) -> None:
+        self._batch_size = batch_size
+        self._patience = patience
+        self._count = 0
+        self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
+
+    def add(self, key: Key, pixels: np.ndarray) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Take one input [height, width, 3]; yield the batches that are now due."""
+        self._count += 1
+        _, group = self._groups.setdefault(pixels.shape, (self._count, []))
+        group.append((key, pixels))
+        area = pixels.shape[0] * pixels.shape[1]
+        if len(group) >= max(1, min(self._batch_size, self._batch_size * FULL_BATCH_PIXELS // area)):
+            yield self._groups.pop(pixels.shape)[1]
+        # Groups stand in the order of their first input: only the first can be overdue.
+        while self._groups:
+            shape, (since, _) = next(iter(self._groups.items()))
+            if self._count - since < self._patience:
+                break
+            yield self._groups.pop(shape)[1]
+
+    def flush(self) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Yield every group that is left."""
+        while self._groups:
+            yield self._groups.pop(next(iter(self._groups)))[1]

@@ -1,0 +1,244 @@
+"""The two value objects that carry all options: `Recipe` (which values) and `RunOptions` (how fast)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sppfeat.errors import UsageError, unknown_name
+
+RECIPE_VERSION: Final = 1
+NATIVE: Final = "native"
+
+POOLINGS: Final = ("max", "avg", "gem")
+FUSIONS: Final = ("mean", "max", "concat")
+NORMALIZATIONS: Final = ("l2", "signed-sqrt-l2", "none")
+PRECISIONS: Final = ("float32", "bfloat16", "float16")
+DTYPES: Final = ("float16", "float32")
+CROPS: Final = ("none", "center")
+ORIENTATIONS: Final = ("exif", "ignore")
+INTERPOLATIONS: Final = ("bicubic", "bilinear", "lanczos")
+
+# A level of 64 already makes 4096 bins; no feature map in use has more cells a side.
+MAX_LEVEL: Final = 64
+MIN_SCALE: Final = 16
+MAX_SCALE: Final = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that changes descriptor values; saved as JSON in every file made from it.
+
+    backbone: `efficientnet_lite0|1|2`, `torchvision:NAME` or `timm:NAME`.
+    weights: `pretrained` (the backbone's own), `random` (seeded; for timing and tests) or a file, .safetensors or .pth.
+    layer: dotted name of the module whose output is pooled; None: the backbone's default.
+    scales: short sides in pixels, or `native` (no resizing).
+    levels: pyramid levels; level n is an n x n grid over the feature map.
+    pooling: `max`, `avg`, or `gem` (generalised mean with exponent `gem_p`).
+    fuse: how the descriptors of several scales become one: `mean`, `max` or `concat`.
+    normalize: of each scale's descriptor, before `fuse`: `l2`, `signed-sqrt-l2` or `none`.
+    precision: of the network's arithmetic. dtype: of the stored values.
+    crop: `none` describes the whole picture; `center` its central square, resized so that the scale is 7/8 of
+        the short side, as the ImageNet habit is.
+    size_multiple: both sides of the resized picture are rounded to a multiple of this; 1 = exact.
+    min_side, max_aspect: a picture with a shorter side, or a larger long/short ratio, fails.
+    max_pixels: a picture with more pixels than this once resized fails (bounds memory at `native`).
+    mean, std, interpolation: the network's input; None: what its weights were trained with.
+    orientation: `exif` turns the picture upright; `ignore` takes the pixels as stored.
+    jpeg_draft: let the JPEG decoder shrink by 2, 4 or 8 while decoding; faster on large photographs, other values.
+
+    Raises UsageError, naming the field, when a value cannot be.
+    """
+
+    backbone: str = "efficientnet_lite0"
+    weights: str = "pretrained"
+    layer: str | None = None
+    scales: tuple[int | str, ...] = (224,)
+    levels: tuple[int, ...] = (6, 3, 2, 1)
+    pooling: str = "max"
+    gem_p: float = 3.0
+    fuse: str = "mean"
+    normalize: str = "l2"
+    precision: str = "float32"
+    dtype: str = "float16"
+    crop: str = "none"
+    size_multiple: int = 32
+    min_side: int = 8
+    max_aspect: float = 20.0
+    max_pixels: int = 4_000_000
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: str | None = None
+    orientation: str = "exif"
+    jpeg_draft: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("backbone", "weights"):
+            _require_text(name, getattr(self, name))
+        if self.layer is not None:
+            _require_text("layer", self.layer)
+        object.__setattr__(self, "scales", _scales(self.scales))
+        object.__setattr__(self, "levels", _levels(self.levels))
+        for name, valid in (
+            ("pooling", POOLINGS),
+            ("fuse", FUSIONS),
+            ("normalize", NORMALIZATIONS),
+            ("precision", PRECISIONS),
+            ("dtype", DTYPES),
+            ("crop", CROPS),
+            ("orientation", ORIENTATIONS),
+        ):
+            _require_choice(name, getattr(self, name), valid)
+        if self.interpolation is not None:
+            _require_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        _require_integer("size_multiple", self.size_multiple, 1, 512)
+        _require_integer("min_side", self.min_side, 1, MAX_SCALE)
+        _require_integer("max_pixels", self.max_pixels, 1, 1 << 40)
+        object.__setattr__(self, "max_aspect", _number("max_aspect", self.max_aspect, 1.0, 1e6))
+        object.__setattr__(self, "gem_p", _number("gem_p", self.gem_p, 1.0, 100.0))
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _per_channel(name, value))
+        if self.std is not None and min(self.std) <= 0:
+            raise UsageError(f"std must be three numbers above 0, found {self.std}")
+        if not isinstance(self.jpeg_draft, bool):
+            raise UsageError(f"jpeg_draft must be true or false, found {self.jpeg_draft!r}")
+        if self.crop == "center" and NATIVE in self.scales:
+            raise UsageError("crop 'center' needs a scale in pixels, found 'native'")
+        if self.jpeg_draft and NATIVE in self.scales:
+            raise UsageError("jpeg_draft needs scales in pixels, found 'native'")
+
+    @property
+    def bins(self) -> int:
+        """Bins of the pyramid: the sum of n x n over the levels."""
+        return sum(level * level for level in self.levels)
+
+    def dimensions(self, channels: int) -> int:
+        """Length of a descriptor made from a feature map of `channels`."""
+        return self.bins * channels * (len(self.scales) if self.fuse == "concat" else 1)
+
+    def to_json(self) -> str:
+        """The recipe as one JSON object with sorted keys; `Recipe.from_json` reads it back."""
+        return json.dumps({"recipe_version": RECIPE_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read a recipe; unknown keys and newer versions are refused by name with UsageError."""
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r} ({error})") from None
+        if not isinstance(document, Mapping):
+            raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r}")
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in document.items()}
+        version = values.pop("recipe_version", None)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise UsageError(f"recipe: expected a recipe_version from 1 to {RECIPE_VERSION}, found {version!r}")
+        if version > RECIPE_VERSION:
+            raise UsageError(
+                f"recipe: version {version} is newer than this sppfeat reads ({RECIPE_VERSION}): update sppfeat"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError("recipe: " + unknown_name("key", unknown[0], sorted(known)))
+        return cls(**values)
+
+    def identity(self, weights_sha256: str) -> str:
+        """SHA-256 of all that fixes the values: the fields, and the weights by content instead of by path."""
+        fields = dataclasses.asdict(self) | {"weights": weights_sha256, "recipe_version": RECIPE_VERSION}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Fields but weights (compared by content elsewhere) that differ, as `name: ours here, theirs there`."""
+        return [
+            f"{field.name}: {_show(getattr(self, field.name))} here, {_show(getattr(other, field.name))} there"
+            for field in dataclasses.fields(self)
+            if field.name != "weights" and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Everything that changes only how fast descriptors are made; never part of their identity.
+
+    device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    batch_size: most pictures in one forward pass; None: chosen for the device.
+    num_workers: decoding threads; None: one for each core.
+    """
+
+    device: str = "auto"
+    batch_size: int | None = None
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
+        if self.batch_size is not None:
+            _require_integer("batch_size", self.batch_size, 1, 4096)
+        if self.num_workers is not None:
+            _require_integer("num_workers", self.num_workers, 1, 1024)
+
+
+def _show(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} must be a name, found {value!r}")
+
+
+def _require_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UsageError(unknown_name(name, str(value), valid))
+
+
+def _require_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, found {value!r}")
+    return float(value)
+
+
+def _per_channel(name: str, value: Any) -> tuple[float, ...]:
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(numbers) != 3 or not all(
+        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+    ):
+        raise UsageError(f"{name} must be three numbers, for red, green and blue, found {value!r}")
+    return tuple(float(n) for n in numbers)
+
+
+def _levels(value: Any) -> tuple[int, ...]:
+    levels = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    good = levels and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_LEVEL for n in levels)
+    if not good or len(set(levels)) != len(levels):
+        raise UsageError(
+            f"levels must be different whole numbers from 1 to {MAX_LEVEL}, such as 6,3,2,1, found {_show(levels)!r}"
+        )
+    return levels
+
+
+def _scales(value: Any) -> tuple[int | str, ...]:
+    scales = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    good = scales and all(
+        s == NATIVE or (isinstance(s, int) and not isinstance(s, bool) and MIN_SCALE <= s <= MAX_SCALE) for s in scales
+    )
+    if not good or len(set(scales)) != len(scales):
+        raise UsageError(
+            f"scales must be different short sides from {MIN_SCALE} to {MAX_SCALE} pixels, or 'native', "
+            f"such as 224,320, found {_show(scales)!r}"
+        )
+    return scales

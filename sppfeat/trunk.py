@@ -1,0 +1,172 @@
+"""Cut a network at a layer: trace it, list its layers, drop what comes after one, fold batch norms away."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place to pool from.
+
+    name: dotted name of the module. channels: of its feature map. stride: input pixels per cell.
+    cells: rows of the map of a picture that is `TracedNetwork.PROBE` pixels high.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    cells: int
+
+
+class _Tracer(fx.Tracer):
+    """Traces down to modules that have no children, and remembers what every module gave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[str, fx.Node] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # timm's batch norms hold their activation as a child, and pad or shape-check in Python.
+        return (
+            next(m.children(), None) is None
+            or isinstance(m, nn.modules.batchnorm._BatchNorm)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        if isinstance(output, fx.Proxy):
+            self.outputs[self.path_of_module(m)] = output.node
+        return output
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph once and keeps the shape of every tensor in it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.shapes[n] = result.shape
+        return result
+
+
+class TracedNetwork:
+    """A network in evaluation mode, traced. Raises BackboneError when its code cannot be traced."""
+
+    # Height of the picture that is sent through once to learn channels and strides. It is 64 pixels wider than high:
+    # the further cells give the stride, and tell rows and columns from channels (some networks keep channels last).
+    PROBE = 256
+    _WIDER = 64
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        self.name = name
+        tracer = _Tracer()
+        try:
+            self._graph = tracer.trace(network.eval())
+            module = fx.GraphModule(network, self._graph)
+            probe = _Shapes(module)
+            with torch.inference_mode():
+                probe.run(torch.zeros(1, 3, self.PROBE, self.PROBE + self._WIDER))
+        except Exception as error:  # tracing runs the network's own code, which can fail in any way
+            raise BackboneError(f"backbone {name}: cannot be cut at a layer ({one_line(error)})") from None
+        self._network = network
+        self._outputs = tracer.outputs
+        self._shapes = probe.shapes
+
+    def layers(self) -> list[Layer]:
+        """Every layer with a feature map of more than one cell, in the order of the computation."""
+        order = {node: position for position, node in enumerate(self._graph.nodes)}
+        names = sorted(self._outputs, key=lambda name: (order[self._outputs[name]], name.count("."), name))
+        found = []
+        for name in names:
+            shape = self._shapes.get(self._outputs[name])
+            if shape is not None and len(shape) == 4 and 1 < shape[2] < shape[3] < 2 * shape[2]:
+                found.append(Layer(name, int(shape[1]), round(self._WIDER / (shape[3] - shape[2])), int(shape[2])))
+        return found
+
+    def default_layer(self) -> str:
+        """`features` where a network names its convolutional part so; else the last layer with a feature map."""
+        layers = self.layers()
+        if not layers:
+            raise BackboneError(f"backbone {self.name}: has no layer with a feature map")
+        if any(layer.name == "features" for layer in layers):
+            return "features"
+        last = self._outputs[layers[-1].name]
+        return min(
+            (layer.name for layer in layers if self._outputs[layer.name] is last), key=lambda n: (n.count("."), n)
+        )
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name. Raises UsageError with the nearest names when there is none."""
+        layers = self.layers()
+        for layer in layers:
+            if layer.name == name:
+                return layer
+        raise UsageError(f"backbone {self.name}: " + unknown_name("layer", name, [layer.name for layer in layers]))
+
+    def cut(self, layer: str) -> fx.GraphModule:
+        """The network up to a layer: a module whose output is that feature map; what comes after is gone."""
+        end = self._outputs[self.layer(layer).name]
+        needed, waiting = {end}, [end]
+        while waiting:
+            fresh = [node for node in waiting.pop().all_input_nodes if node not in needed]
+            needed.update(fresh)
+            waiting.extend(fresh)
+        graph = fx.Graph()
+        kept: dict[fx.Node, fx.Node] = {}
+        for node in self._graph.nodes:
+            if node in needed:
+                kept[node] = graph.node_copy(node, lambda n: kept[n])
+        graph.output(kept[end])
+        return fx.GraphModule(self._network, graph)
+
+
+def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
+    """The same function in evaluation mode, with each batch norm that follows a convolution merged into its weights."""
+    trunk = copy.deepcopy(trunk)
+    modules = dict(trunk.named_modules())
+    calls: dict[str, int] = {}
+    for node in trunk.graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    for node in trunk.graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.modules.batchnorm._BatchNorm):
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        convolution, norm = modules[str(source.target)], modules[str(node.target)]
+        if (
+            not isinstance(convolution, nn.Conv2d)
+            or calls[str(source.target)] > 1  # weights shared by several calls cannot take up one norm
+            or norm.running_mean is None
+        ):
+            continue
+        convolution.weight, convolution.bias = torch.nn.utils.fusion.fuse_conv_bn_weights(
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        # timm's batch norms carry an activation, which has to stay.
+        trunk.set_submodule(str(node.target), getattr(norm, "act", nn.Identity()))
+        modules[str(node.target)] = trunk.get_submodule(str(node.target))
+    return trunk
