@@ -74,6 +74,8 @@ def _through_module(name: str, module: nn.Module, axis: Geometry) -> Geometry | 
         return _through_window(name, axis, kernel, stride, padding, dilation, bool(getattr(module, "ceil_mode", False)))
     if isinstance(module, nn.ZeroPad2d):
         before, after = module.padding[2], module.padding[3]
+        if (before, after) != tuple(module.padding[:2]):
+            raise BackboneError(f"the geometry of layer {name} is not known: {module.padding} differs between the axes")
         return Geometry(
             axis.size + before + after, axis.stride, axis.offset - before * axis.stride, axis.receptive_field
         )
@@ -83,7 +85,8 @@ def _through_module(name: str, module: nn.Module, axis: Geometry) -> Geometry | 
     pointwise = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU, nn.Linear)
     if isinstance(module, pointwise) or type(module).__name__ in ("LayerScale", "LayerScale2d", "GlobalResponseNorm"):
         return axis
-    if next(module.parameters(), None) is None and not hasattr(module, "kernel_size"):
+    places = hasattr(module, "kernel_size") or hasattr(module, "padding")  # a pooling, a mirroring at the border
+    if next(module.parameters(), None) is None and not places:
         return axis  # an activation, a dropout; what pools without saying so is found out by `Backbone.geometry`
     raise BackboneError(f"the geometry of layer {name} ({type(module).__name__}) is not known")
 
@@ -131,8 +134,10 @@ def _through_function(node: fx.Node, axis: Geometry) -> Geometry | None:
         kernel = _square(name, _argument(node, 1, "kernel_size"))
         stride = _square(name, _argument(node, 2, "stride") or kernel)
         padding = _square(name, _argument(node, 3, "padding") or 0)
-        dilation = _square(name, (_argument(node, 4, "dilation") if name != "avg_pool2d" else 1) or 1)
-        return _through_window(name, axis, kernel, stride, padding, dilation, bool(node.kwargs.get("ceil_mode", False)))
+        averages = name == "avg_pool2d"  # has no dilation, so what follows it stands one place earlier
+        dilation = 1 if averages else _square(name, _argument(node, 4, "dilation") or 1)
+        ceil_mode = bool(_argument(node, 4 if averages else 5, "ceil_mode"))
+        return _through_window(name, axis, kernel, stride, padding, dilation, ceil_mode)
     if name in ("adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "flatten", "size", "getattr"):
         return None
     raise BackboneError(f"the geometry of the function {name} is not known")

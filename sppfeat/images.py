@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -9,7 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -17,13 +18,17 @@ from PIL import Image, UnidentifiedImageError, features
 from sppfeat.errors import ImageError, UsageError, one_line
 
 # Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if features.check("avif") else ()))
+# Pillow before 11.3 warns when asked about AVIF.
+_AVIF: Final = "avif" in features.modules and features.check("avif")
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
 EXTENSIONS: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if "AVIF" in _FORMATS else set())
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if _AVIF else set())
 )
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 
 _ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
+_BITS_TAG: Final = 258  # TIFF 6.0, section 3
+_PHOTOMETRIC_TAG: Final = 262
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,10 +101,10 @@ def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None =
             if reason is not None:
                 reasons[path] = reason
         if source != "-" and os.path.isdir(source):
-            roots.append(os.path.abspath(source))
+            roots.append(_absolute(source))
         else:
             roots.extend({os.path.dirname(path) for path, _ in found})
-    base = os.path.abspath(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
+    base = _absolute(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
     prefix = base.rstrip("/") + "/"
     unique = dict.fromkeys(paths)
     for path in unique:
@@ -130,21 +135,27 @@ def name_to_path(root: str, name: str) -> str:
     return os.path.join(root, relative)
 
 
+def _absolute(path: str) -> str:
+    # abspath keeps two leading slashes, which POSIX allows to mean something else, and nothing here does.
+    return "/" + os.path.abspath(path).lstrip("/")
+
+
 def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
     if source == "-":
-        yield from _list_lines(sys.stdin.buffer.read())
+        yield from _list_lines("standard input", sys.stdin.buffer.read())
     elif os.path.isdir(source):
-        yield from _walk(os.path.abspath(source))
+        yield from _walk(_absolute(source))
     elif not os.path.lexists(source):
         raise UsageError(f"{source}: no such file or folder")
     elif os.path.splitext(source)[1].lower() in LIST_EXTENSIONS:
         try:
             with open(source, "rb") as file:
-                yield from _list_lines(file.read())
+                content = file.read()
         except OSError as error:
             raise UsageError(f"{source}: expected a readable text list, found: {error.strerror}") from None
+        yield from _list_lines(source, content)
     elif os.path.splitext(source)[1].lower() in EXTENSIONS:
-        yield os.path.abspath(source), None
+        yield _absolute(source), None
     else:
         raise UsageError(
             f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}) "
@@ -152,11 +163,14 @@ def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
         )
 
 
-def _list_lines(content: bytes) -> Iterator[tuple[str, str | None]]:
-    for line in content.split(b"\n"):
+def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]:
+    # No path can hold a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
+    if b"\0" in content:
+        raise UsageError(f"{source}: expected a list in UTF-8 with one path a line, found NUL bytes")
+    for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n"):
         line = line.removesuffix(b"\r")
         if line:
-            yield os.path.abspath(os.fsdecode(line)), None
+            yield _absolute(os.fsdecode(line)), None
 
 
 def _walk(top: str) -> Iterator[tuple[str, str | None]]:
@@ -170,24 +184,26 @@ def _walk(top: str) -> Iterator[tuple[str, str | None]]:
             info = os.stat(path)
             is_folder = stat.S_ISDIR(info.st_mode)
         except OSError as error:
-            if is_image or error.errno == errno.ELOOP:
+            # What cannot be looked at may be a folder of images. A dangling symlink is none.
+            if is_image or error.errno != errno.ENOENT:
                 yield path, _reason_not_readable(path, error)
             continue
         if not is_folder:
             if is_image:
                 yield path, None
             continue
-        if is_image:
-            yield path, "is a folder, not an image"
+        reason = "is a folder, not an image" if is_image else None
         identity = (info.st_dev, info.st_ino)
+        entries: list[str] = []
         if identity in above:
-            yield path, "symlink loops back to a folder that holds it"
-            continue
-        try:
-            entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
-        except OSError as error:
-            yield path, _reason_not_readable(path, error)
-            continue
+            reason = "symlink loops back to a folder that holds it"
+        else:
+            try:
+                entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
+            except OSError as error:
+                reason = _reason_not_readable(path, error)
+        if reason is not None:
+            yield path, reason
         inside = above | {identity}
         stack.extend((os.path.join(path, entry), inside) for entry in entries)
 
@@ -207,15 +223,14 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ImageError(_reason_not_readable(path, error)) from None
-    file = os.fdopen(descriptor, "rb")
-    try:
-        info = os.fstat(descriptor)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode) or not info.st_size:
+        os.close(descriptor)
         if stat.S_ISDIR(info.st_mode):
             raise ImageError("is a folder, not an image")
-        if not stat.S_ISREG(info.st_mode):
-            raise ImageError("is not a regular file")
-        if info.st_size == 0:
-            raise ImageError("empty file (0 bytes)")
+        raise ImageError("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "is not a regular file")
+    file = os.fdopen(descriptor, "rb")
+    try:
         image = Image.open(file, formats=_FORMATS)
         # The image owns the file from here: closing one closes the other.
         image._exclusive_fp = True
@@ -225,9 +240,6 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         start = file.read(12)
         file.close()
         raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
-    except ImageError:
-        file.close()
-        raise
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
@@ -235,18 +247,37 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
 
 def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, int], int]:
     """Width and height as `decode` will return them, and the EXIF orientation (1 to 8), before any pixel is decoded."""
+    if image.format == "PNG" and "exif" not in image.info:
+        _load(image)  # EXIF may stand behind the pixels; `getexif` would decode them, and their damage is not EXIF's
     try:
         exif = image.getexif()
-        reason = "damaged" if not exif and image.info.get("exif") else None
+        reason = "damaged" if not exif and not _is_empty_exif(image.info.get("exif") or b"") else None
     except Exception as error:  # a damaged EXIF block can raise almost anything inside its reader
         exif, reason = Image.Exif(), one_line(error)
     if reason is not None and orientation == "exif":
         raise ImageError(f"EXIF cannot be read ({reason}); orientation 'ignore' takes the pixels as stored")
     tag = exif.get(_ORIENTATION_TAG, 1)
     turn = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
-    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start.
-    swap = turn >= 5 and (orientation == "exif") != (image.format == "TIFF")
+    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start; but only by
+    # the TIFF's own tag, where `getexif` and the turning also follow XMP.
+    swapped = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION_TAG) in (5, 6, 7, 8)  # type: ignore[attr-defined]
+    swap = (turn >= 5 and orientation == "exif") != swapped
     return (image.size[::-1] if swap else image.size), turn
+
+
+def _is_empty_exif(block: bytes) -> bool:
+    """Whether an EXIF block says nothing, soundly: no bytes, or a directory of no entries, as some programs write."""
+    body = block.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
+    start = int.from_bytes(body[4:8], order)
+    return not body or (body[:4] in (b"II*\0", b"MM\0*") and body[start : start + 2] == b"\0\0")
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # a damaged body can raise almost anything inside a decoder
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
 
 
 def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
@@ -255,12 +286,12 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
     16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
     """
+    _load(image)
     try:
-        image.load()
         pixels = _to_rgb(image)
     except ImageError:
         raise
-    except Exception as error:  # a damaged body can raise almost anything inside a decoder
+    except Exception as error:  # what a decoder let pass can still be refused here
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
     turned_by_pillow = image.format == "TIFF"
     if turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow:
@@ -280,7 +311,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        # Pillow takes TIFF samples of 12 bits, and those that count from white, just as they are stored.
+        tags = getattr(image, "tag_v2", {})
+        gray = (np.asarray(image) >> (tags.get(_BITS_TAG, (16,))[0] - 8)).astype(np.uint8)
+        return Image.fromarray(255 - gray if tags.get(_PHOTOMETRIC_TAG) == 0 else gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits a channel")

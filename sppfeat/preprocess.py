@@ -8,7 +8,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from sppfeat.errors import ImageError
+from sppfeat.errors import ImageError, one_line
 from sppfeat.images import Fingerprint, decode, open_image, upright_size
 from sppfeat.recipe import Recipe
 
@@ -51,12 +51,13 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
         if min(size) < minimum:
             raise ImageError(f"{width} x {height} pixels: the backbone needs at least {minimum} a side at native scale")
         new_width, new_height = width, height
+    elif recipe.crop == "center":
+        # Rounded down, as torchvision does: one pixel more would shift the whole crop.
+        short = int(scale / CENTER_CROP_FRACTION)
+        new_width, new_height = (side * short // min(size) for side in size)
     else:
-        short = scale if recipe.crop == "none" else round(scale / CENTER_CROP_FRACTION)
-        multiple = recipe.size_multiple if recipe.crop == "none" else 1
-        new_width, new_height = (
-            max(multiple, round(side * short / min(size) / multiple) * multiple) for side in (width, height)
-        )
+        multiple = recipe.size_multiple
+        new_width, new_height = (max(multiple, round(side * scale / min(size) / multiple) * multiple) for side in size)
     if new_width * new_height > recipe.max_pixels:
         raise ImageError(
             f"{new_width} x {new_height} pixels at scale {scale}: more than {recipe.max_pixels} (max_pixels)"
@@ -78,7 +79,10 @@ def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedIma
     resample = _RESAMPLING[recipe.interpolation or "bicubic"]
     inputs = []
     for scale, target in zip(recipe.scales, targets, strict=True):
-        resized = pixels if pixels.size == target else pixels.resize(target, resample)
+        try:
+            resized = pixels if pixels.size == target else pixels.resize(target, resample)
+        except Exception as error:  # out of memory, say
+            raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
         inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
     return PreparedImage(inputs, size, fingerprint)
 

@@ -51,8 +51,8 @@ def pool_rois(
     """Pool K windows of one map [C, H, W] into [K, bins * C], in the map's dtype; differentiable.
 
     rois: [K, 4] whole numbers x1, y1, x2, y2 in feature-map cells, inclusive ends, inside the map.
-    Each roi is pooled as a map of its own, from tables in which every bin is four look-ups: maxima over blocks of
-    2^a x 2^b cells, or running sums. Raises UsageError for rois that are empty or reach outside the map.
+    Each roi is pooled as a map of its own, from tables in which every bin is a few look-ups: maxima or sums over
+    blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
     """
     _check(levels, pooling)
     if feature_map.dim() != 3 or min(feature_map.shape) < 1:
@@ -68,7 +68,7 @@ def pool_rois(
         grid = (len(rois), level, level)
         top, bottom = (edge[:, :, None].expand(grid).reshape(-1) for edge in (y1, y2))
         left, right = (edge[:, None, :].expand(grid).reshape(-1) for edge in (x1, x2))
-        return look_up(cells, top, bottom, left, right).view(*grid, -1).permute(0, 3, 1, 2)
+        return look_up(cells, top, bottom, left, right).view(*grid, cells.shape[2]).permute(0, 3, 1, 2)
 
     return _pool_levels(pool, levels, pooling, gem_p).to(feature_map.dtype)
 
@@ -142,8 +142,8 @@ def _pool_levels(
 def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
     if pooling != "gem":
         return cells
-    # Half precision has no room for the power of a large value, nor for that of the floor.
-    return (cells if cells.dtype == torch.float64 else cells.float()).clamp(min=_GEM_FLOOR).pow(gem_p)
+    # Single precision has no room for the 10th power of a large value, nor for that of the floor.
+    return cells.double().clamp(min=_GEM_FLOOR).pow(gem_p)
 
 
 def _roi_bins(first: torch.Tensor, last: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,15 +193,24 @@ def _mean_of_blocks(
     cells: torch.Tensor, top: torch.Tensor, bottom: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
     """Means [B, C] over the blocks top..bottom, left..right (exclusive ends) of cells [H, W, C]."""
-    height, width, channels = cells.shape
-    # Running sums in double precision: differences of large sums would cost single precision its digits.
-    sums = F.pad(cells.double().cumsum(0).cumsum(1), (0, 0, 1, 0, 1, 0)).view(-1, channels)
-    columns = width + 1
-    total = (
-        sums[bottom * columns + right]
-        - sums[top * columns + right]
-        - sums[bottom * columns + left]
-        + sums[top * columns + left]
-    )
-    area = ((bottom - top) * (right - left)).unsqueeze(1)
-    return (total / area).to(cells.dtype)
+    height, width = bottom - top, right - left
+    # Half precision is for storing, not for summing.
+    tall = cells.float() if cells.dtype.itemsize < 4 else cells
+    total = tall.new_zeros((len(top), cells.shape[2]))
+    # A block is laid out from blocks of 2^a x 2^b cells, one for each binary digit of its sides, the largest first.
+    # Differences of running sums would be fewer look-ups, but drown a weak bin in the rounding of strong ones.
+    for i in range(int(height.max()).bit_length() if len(top) else 0):
+        if i:
+            half = 1 << (i - 1)
+            tall = tall[: tall.shape[0] - half] + tall[half:]
+        y = top + (height >> (i + 1) << (i + 1))
+        table = tall
+        for j in range(int(width.max()).bit_length()):
+            if j:
+                half = 1 << (j - 1)
+                table = table[:, : table.shape[1] - half] + table[:, half:]
+            x = left + (width >> (j + 1) << (j + 1))
+            chosen = ((height >> i) & (width >> j) & 1).nonzero().squeeze(1)
+            if len(chosen):
+                total.index_add_(0, chosen, table.flatten(0, 1)[(y * table.shape[1] + x)[chosen]])
+    return total / (height * width).unsqueeze(1)

@@ -179,7 +179,7 @@ class RunOptions:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
         if self.batch_size is not None:
             _require_integer("batch_size", self.batch_size, 1, 4096)

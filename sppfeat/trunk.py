@@ -95,8 +95,12 @@ class TracedNetwork:
         found = []
         for name in names:
             shape = self._shapes.get(self._outputs[name])
-            if shape is not None and len(shape) == 4 and 1 < shape[2] < shape[3] < 2 * shape[2]:
-                found.append(Layer(name, int(shape[1]), round(self._WIDER / (shape[3] - shape[2])), int(shape[2])))
+            if shape is not None and len(shape) == 4 and 1 < shape[2] < shape[3]:
+                stride, rest = divmod(self._WIDER, shape[3] - shape[2])
+                # With channels last, the columns stand in the rows' place: they make 5/4 or 5/8 of the probe's height
+                # where the channels happen to give a stride. Layers without padding lose up to a quarter of it.
+                if not rest and 2 / 3 < shape[2] * stride / self.PROBE < 5 / 4:
+                    found.append(Layer(name, int(shape[1]), stride, int(shape[2])))
         return found
 
     def default_layer(self) -> str:
@@ -152,8 +156,10 @@ def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
             continue
         convolution, norm = modules[str(source.target)], modules[str(node.target)]
         if (
-            not isinstance(convolution, nn.Conv2d)
-            or calls[str(source.target)] > 1  # weights shared by several calls cannot take up one norm
+            # Other kinds of Conv2d may compute their weights anew in each call (weight standardisation).
+            type(convolution).__name__ not in ("Conv2d", "Conv2dSame")
+            # Weights shared by several calls cannot take up one norm, nor can one that serves several calls go.
+            or max(calls[str(source.target)], calls[str(node.target)]) > 1
             or norm.running_mean is None
         ):
             continue

@@ -1,0 +1,77 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sppfeat import Recipe
+
+PHOTOS = Path(__file__).parents[1] / "photos"
+
+# A seeded network of 0.5 million weights that timm builds for tests: nothing is downloaded.
+TINY = Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(2, 1))
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    """A recipe that describes an image in about a millisecond."""
+    return TINY
+
+
+@pytest.fixture
+def photos() -> Path:
+    """The photographs that come with the project."""
+    return PHOTOS
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data sets and weights that are not part of the project: SPPFEAT_SHARED, or a folder `shared` beside it."""
+    folder = Path(os.environ.get("SPPFEAT_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets of {folder}, which are not there")
+    return folder
+
+
+@pytest.fixture
+def make_images(tmp_path: Path) -> Callable[..., Path]:
+    """Write `count` small random pictures of a few sizes to a folder below `tmp_path`; returns the folder.
+
+    Pictures that are there already stay untouched, so that a larger count only adds some.
+    """
+
+    def make(count: int, folder: str = "images", *, seed: int = 0) -> Path:
+        generator = np.random.default_rng(seed)
+        target = tmp_path / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            height, width = generator.choice([48, 64, 80, 100], 2)
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            if not (path := target / f"{number:04}.png").exists():
+                Image.fromarray(pixels).save(path, compress_level=0)
+        return target
+
+    return make
+
+
+@pytest.fixture
+def run_sppfeat() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, without a GPU; returns what it printed and its exit code."""
+
+    def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(sppfeat_command(*arguments), capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+    return run
+
+
+def sppfeat_command(*arguments: str | Path) -> list[str]:
+    """The command line of this Python, whatever is on the PATH."""
+    return [sys.executable, "-c", "from sppfeat_cli import main; main()", *map(str, arguments)]

@@ -1,0 +1,78 @@
+"""Slow, obvious implementations to compare with: plain loops over cells, none of the library's code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+GEM_FLOOR = 1e-6
+
+
+def bin_edges(length: int, level: int) -> list[tuple[int, int]]:
+    """First and one-past-last cell of each of `level` bins over `length` cells: floor(i*h/n) .. ceil((i+1)*h/n)."""
+    return [(math.floor(i * length / level), math.ceil((i + 1) * length / level)) for i in range(level)]
+
+
+def pool_cells(cells: list[float], pooling: str, gem_p: float) -> float:
+    """One bin of one channel."""
+    if pooling == "max":
+        return max(cells)
+    if pooling == "avg":
+        return math.fsum(cells) / len(cells)
+    assert pooling == "gem"
+    return (math.fsum(max(cell, GEM_FLOOR) ** gem_p for cell in cells) / len(cells)) ** (1 / gem_p)
+
+
+def pool_map(feature_map: np.ndarray, levels: Sequence[int], pooling: str, gem_p: float = 3.0) -> np.ndarray:
+    """Pool one map [C, H, W] into [bins, C]."""
+    channels, height, width = feature_map.shape
+    rows = []
+    for level in levels:
+        for top, bottom in bin_edges(height, level):
+            for left, right in bin_edges(width, level):
+                bin_of_channels = []
+                for c in range(channels):
+                    cells = [float(feature_map[c, y, x]) for y in range(top, bottom) for x in range(left, right)]
+                    bin_of_channels.append(pool_cells(cells, pooling, gem_p))
+                rows.append(bin_of_channels)
+    return np.array(rows)
+
+
+def pool_maps(maps: np.ndarray, levels: Sequence[int], pooling: str, gem_p: float = 3.0) -> np.ndarray:
+    """Pool maps [N, C, H, W] into [N, bins * C]."""
+    return np.stack([pool_map(one, levels, pooling, gem_p).reshape(-1) for one in maps])
+
+
+def pool_windows(
+    feature_map: np.ndarray, rois: Sequence[Sequence[int]], levels: Sequence[int], pooling: str, gem_p: float = 3.0
+) -> np.ndarray:
+    """Pool windows x1, y1, x2, y2 (inclusive ends) of one map [C, H, W] into [K, bins * C]."""
+    return np.stack(
+        [
+            pool_map(feature_map[:, y1 : y2 + 1, x1 : x2 + 1], levels, pooling, gem_p).reshape(-1)
+            for x1, y1, x2, y2 in rois
+        ]
+    )
+
+
+def normalize(descriptor: Sequence[float], kind: str) -> list[float]:
+    """One descriptor, normalised by `l2`, `signed-sqrt-l2` or `none`; one of zeros stays as it is."""
+    values = [float(v) for v in descriptor]
+    if kind == "none":
+        return values
+    if kind == "signed-sqrt-l2":
+        values = [math.copysign(math.sqrt(abs(v)), v) for v in values]
+    length = math.sqrt(math.fsum(v * v for v in values))
+    return [v / length for v in values] if length > 0 else values
+
+
+def fuse(parts: Sequence[Sequence[float]], kind: str) -> list[float]:
+    """Descriptors of one picture at several scales as one: `mean`, `max` or `concat`."""
+    if kind == "concat":
+        return [float(v) for part in parts for v in part]
+    columns = list(zip(*parts, strict=True))
+    if kind == "max":
+        return [float(max(column)) for column in columns]
+    return [math.fsum(column) / len(column) for column in columns]

@@ -1,0 +1,199 @@
+"""The command line: what is printed where, exit codes, help, and messages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import sppfeat
+from sppfeat import open_store
+from sppfeat_cli.app import app
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+TINY_FLAGS = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1"]
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def test_extract_and_inspect(make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run) -> None:
+    folder, output = make_images(4), tmp_path / "f.h5"
+    (folder / "bad.jpg").write_bytes(b"")
+    done = run_sppfeat("extract", folder, "-o", output, "--json", *TINY_FLAGS)
+    assert done.returncode == 3
+    document = json.loads(done.stdout)
+    expected = {"store", "images", "described", "reused", "failed", "dim", "seconds", "images_per_second", "device"}
+    assert expected | {"engine", "stages"} <= document.keys() and document["stages"].keys() == {
+        "decode",
+        "forward",
+        "write",
+    }
+    assert (document["images"], document["described"], document["failed"]) == (5, 4, 1)
+    assert document["device"] == "cpu" and document["engine"] == "torch" and min(document["stages"].values()) >= 0
+    assert "failed: bad.jpg: empty file (0 bytes)" in done.stderr
+
+    text = run_sppfeat("inspect", output)
+    assert text.returncode == 0 and "done 4, failed 1, pending 0" in text.stdout and "timm:test_resnet" in text.stdout
+    assert run_sppfeat("inspect", output, "--failures").stdout == "bad.jpg: empty file (0 bytes)\n"
+    about = json.loads(run_sppfeat("inspect", output, "--failures", "--verify", "--json").stdout)
+    assert about["failures"] == {"bad.jpg": "empty file (0 bytes)"} and about["verified"] is True
+    assert about["recipe"]["levels"] == [2, 1] and about["done"] == 4
+
+    place = open_store(output).columns["descriptors"]
+    with open(output, "r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\x11")
+    broken = run_sppfeat("inspect", output, "--verify")
+    assert broken.returncode == 1
+    assert re.fullmatch(r"sppfeat: .*f\.h5: row 0 \('0000.png'\): its values .* checksum\n", broken.stderr)
+
+
+def test_summary_for_people_and_quiet(make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run) -> None:
+    folder, output = make_images(3), tmp_path / "f.h5"
+    done = run_sppfeat("extract", folder, "-o", output, *TINY_FLAGS)
+    assert done.returncode == 0
+    assert "3 images (3 described)" in done.stdout and "images/s on cpu" in done.stdout and "decode" in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # a progress bar only on a terminal
+    again = run_sppfeat("extract", folder, "-o", output, "--quiet", *TINY_FLAGS)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run) -> None:
+    folder = make_images(3)
+    output = tmp_path / "f.h5"
+    listing = "\n".join(f"images/{path.name}" for path in sorted(folder.iterdir())[:2])
+    done = run_sppfeat("extract", "-", "-o", output, "--json", *TINY_FLAGS, cwd=tmp_path, input=listing)
+    assert json.loads(done.stdout)["described"] == 2
+    assert open_store(output).names == ["0000.png", "0001.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["extract", "missing/", "-o", "f.h5"], 2, "missing/: no such file or folder"),
+        (["extract", ".", "-o", "f.h5"], 2, ".: expected images, found none"),
+        (["extract", "x.zip", "-o", "f.h5"], 2, "x.zip: expected a folder, an image (.*) or a text list"),
+        (["extract", ".", "-o", "f.h5", "--levels", "6,0"], 2, "levels must be different whole numbers from 1 to 64"),
+        (["extract", ".", "-o", "f.h5", "--levels", "six"], 2, "--levels: expected whole numbers .*, found 'six'"),
+        (["extract", ".", "-o", "f.h5", "--scales", "224,tall"], 2, "scales must be .* or 'native', .*224,tall"),
+        (["extract", ".", "-o", "f.h5", "--scales", "5"], 2, "scales must be different short sides from 16 to 4096"),
+        (["extract", ".", "-o", "f.h5", "--pooling", "mox"], 2, "unknown pooling 'mox': expected one of max, avg, gem"),
+        (
+            ["extract", "one.png", "-o", "f.h5", "--device", "cuda:99"],
+            1,
+            "device cuda:99: expected an NVIDIA GPU, found",
+        ),
+        (["extract", "one.png", "-o", "f.h5", "--device", "tpu"], 2, "device must be auto, cpu, cuda or cuda:N"),
+        (["extract", "one.png", "-o", "f.h5", "--layer", "block"], 2, "unknown layer 'block': did you mean blocks"),
+        (
+            ["extract", "one.png", "-o", "f.h5", "--backbone", "resnet50"],
+            2,
+            "unknown backbone 'resnet50': .*torchvision:NAME",
+        ),
+        (["extract", "one.png", "-o", "f.h5", "--backbone", "torchvision:resnet5"], 2, "did you mean .*resnet50"),
+        (["extract", "one.png", "-o", "f.h5", "--weights", "none.pth"], 1, "none.pth: expected a weights file"),
+        (["extract", "one.png", "-o", "f.h5", "--weights", "x.zip"], 1, "x.zip: expected a weights file"),
+        (["extract", "one.png", "-o", "none/f.h5"], 1, "none/f.h5: expected its folder none to exist"),
+        (
+            ["extract", "one.png", "-o", "x.zip"],
+            1,
+            "x.zip: expected a store or a new file, found a file that is no store",
+        ),
+        (["extract", "one.png", "-o", "f.h5", "--root", "none"], 2, "one.png: expected a path below the root .*none"),
+        (["inspect", "x.zip"], 1, "x.zip: expected a store, found a file that cannot be opened"),
+        (["inspect", "none.h5"], 1, "none.h5: expected a store, found no such file"),
+        (["models", "timm:resnet1888"], 2, "unknown timm backbone 'resnet1888': did you mean"),
+    ],
+    ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else None,
+)
+def test_one_line_for_each_mistake(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make_images: Callable[..., Path],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.zip").write_bytes(b"PK\x03\x04 no image, no store, no weights")
+    if "one.png" in arguments:
+        make_images(1, ".")
+        Path("0000.png").rename("one.png")
+    assert call(arguments, monkeypatch) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert re.match("sppfeat: .*" + message, captured.err), captured.err
+    assert not Path("f.h5").exists() and not list(tmp_path.glob(".*"))
+
+
+def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["sppfeat", *arguments])
+    try:
+        sppfeat_main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def sppfeat_main() -> None:
+    from sppfeat_cli import main
+
+    main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_parses(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.epilog.startswith(f"Example: sppfeat {name} ")
+    words = shlex.split(command.epilog.removeprefix("Example: sppfeat "))
+    command.make_context(name, words[1:])  # raises on a wrong flag or a missing argument
+    assert command.help and all(getattr(p, "help", "x") for p in command.params)
+
+
+def test_help_and_version(run_sppfeat: Run) -> None:
+    for arguments in (["--help"], ["extract", "--help"]):
+        shown = run_sppfeat(*arguments)
+        assert shown.returncode == 0 and shown.stdout.rstrip().split("\n")[-1].strip().startswith(
+            "Example: sppfeat extract"
+        )
+    assert run_sppfeat("--version").stdout == f"sppfeat {sppfeat.__version__}\n"
+    assert run_sppfeat("extract").returncode == 2
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['sppfeat', '--help']\n"
+        "from sppfeat_cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'h5py', 'numpy', 'PIL', 'timm', 'tqdm') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("[]\n")
+
+
+def test_help_is_about_as_fast_as_typer() -> None:
+    def seconds(code: str) -> float:
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            runs.append(time.perf_counter() - start)
+        return sorted(runs)[2]
+
+    ours = "import sys; sys.argv = ['sppfeat', '--help']\nfrom sppfeat_cli import main\nmain()"
+    assert seconds(ours) < 2 * seconds("import typer")
+
+
+def test_public_names() -> None:
+    for name in sppfeat.__all__:
+        assert getattr(sppfeat, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        sppfeat.no_such_name  # noqa: B018

@@ -1,0 +1,116 @@
+"""`kill -9`, SIGINT and SIGTERM at random moments: the file opens, every row is whole, and resuming loses nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, sppfeat_command
+
+from sppfeat import extract_folder, open_store, verify_store
+
+KILLS = 20
+TINY_FLAGS = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1"]
+
+
+def rows_by_name(path: Path) -> dict[str, np.ndarray]:
+    store = open_store(path)
+    return dict(zip(store.names, np.array(store.descriptors), strict=True))
+
+
+@pytest.mark.timeout(280)
+def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    """Twenty kills: while the file is created, rewritten for new names, and filled."""
+    folder, output = make_images(100), tmp_path / "f.h5"
+    command = sppfeat_command("extract", folder, "-o", output, "--quiet", "-b", "1", "-j", "1", *TINY_FLAGS)
+    moments = random.Random(0)
+    # Learn how long a whole run takes here, so that the kills fall all over it.
+    started = time.monotonic()
+    subprocess.run([*command, "-o", str(tmp_path / "timed.h5")], check=True)
+    whole_run = time.monotonic() - started
+    killed = seen_partial = 0
+    images = 100
+    while killed < KILLS:
+        child = subprocess.Popen(command)
+        # Half of the kills come at any moment; the other half soon after the store appeared, or was rewritten.
+        if killed % 2:
+            before = output.stat().st_ino if output.exists() else None
+            while (not output.exists() or output.stat().st_ino == before) and child.poll() is None:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.4))
+        else:
+            time.sleep(moments.uniform(0.4, 1.0) * whole_run)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        killed += 1
+        if output.exists():
+            store = open_store(output)
+            assert verify_store(store) == []
+            seen_partial += 0 < store.counts()["done"] < len(store)
+            # New images mean that the next run rewrites the file before it fills it.
+            images += 40
+            make_images(images)
+    assert seen_partial >= 3
+    subprocess.run(command, check=True)
+    store = open_store(output)
+    assert verify_store(store) == [] and store.counts() == {"pending": 0, "done": images, "failed": 0}
+
+    reference = tmp_path / "whole.h5"
+    subprocess.run(sppfeat_command("extract", folder, "-o", reference, "--quiet", *TINY_FLAGS), check=True)
+    expected, found = rows_by_name(reference), rows_by_name(output)
+    assert expected.keys() == found.keys()
+    for name, row in expected.items():
+        unit = np.spacing(np.maximum(np.abs(row), np.abs(found[name])))
+        assert (np.abs(row.astype(np.float64) - found[name]) <= unit).all(), name
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []  # no half-made file or lock is left
+
+
+def done_rows(output: Path) -> int:
+    return open_store(output).counts()["done"] if output.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_rows_in_flight(make_images: Callable[..., Path], tmp_path: Path, number: int) -> None:
+    folder, output = make_images(400), tmp_path / "f.h5"
+    command = sppfeat_command("extract", folder, "-o", output, "--json", "-b", "1", "-j", "1", *TINY_FLAGS)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not output.exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(number)
+    printed, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    summary = json.loads(printed)
+    store = open_store(output)
+    assert verify_store(store) == []
+    assert summary["described"] == store.counts()["done"] < 400
+    assert summary["pending"] == store.counts()["pending"] > 0
+    assert "the same command resumes" in errors
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["reused"] == summary["described"]
+
+
+def test_two_writers_at_once(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    folder, output = make_images(3), tmp_path / "f.h5"
+    command = sppfeat_command("extract", folder, "-o", output, "--quiet", *TINY_FLAGS)
+    seconds: list[subprocess.CompletedProcess[str]] = []
+
+    class StartAnother:
+        """While the first extraction runs, run it a second time."""
+
+        def started(self, **known: object) -> None:
+            seconds.append(subprocess.run(command, capture_output=True, text=True))
+
+        def row(self, name: str, error: str | None) -> None:
+            pass
+
+    assert extract_folder(folder, output, TINY, observer=StartAnother()).described == 3
+    assert seconds[0].returncode == 1
+    assert seconds[0].stderr == f"sppfeat: {output}: another process is writing to it; wait for it to end\n"
