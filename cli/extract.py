@@ -284,8 +284,11 @@ def _summary(done: Extraction) -> str:
     ):
         if count:
             parts.append(f"{count} {word}")
-    return (
+    text = (
         f"{printable(done.store)}: {done.images} images ({', '.join(parts)}), {done.dim} values each\n"
         f"{done.seconds:.1f} s, {done.images_per_second:.1f} images/s on {done.device}; "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )
+    if done.failed:
+        text += f"\nwhich failed, and why: sppfeat inspect {printable(done.store)} --failures"
+    return text

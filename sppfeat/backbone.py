@@ -236,7 +236,7 @@ def _build(backbone: str, weights: str) -> tuple[nn.Module, InputSpec, Weights |
     family, _, name = backbone.rpartition(":")
     # Networks are initialised from the global generator; a fixed seed makes `random` the same everywhere.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the GPUs, too
         if backbone in PACKAGED:
             import timm
 

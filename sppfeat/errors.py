@@ -57,6 +57,8 @@ def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's own text, or its type where it has none."""
+    """First line of an error's own text, with its type where that text alone says little (a key, an index)."""
     text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
+    if not text or isinstance(error, LookupError):
+        return f"{type(error).__name__} {text}".strip()
+    return text.splitlines()[0].strip()

@@ -142,7 +142,7 @@ def extract_folder(
                 write_seconds += time.perf_counter() - start
                 described += done.error is None
                 failed += done.error is not None
-                changed += done.error is None and rows[name] in plan.redo
+                changed += done.error is None and rows[name] in plan.changed
                 observer.row(name, done.error)
             start = time.perf_counter()
             writer.flush()
@@ -171,10 +171,14 @@ def extract_folder(
 
 @dataclass(frozen=True)
 class _Plan:
-    """todo: names to describe, in order. redo: rows of them that hold older values. lost: pending, and gone."""
+    """todo: names to describe, in order. redo: rows of them that were done or failed before. lost: pending, and gone.
+
+    changed: rows of `redo` that were done, with another file.
+    """
 
     todo: list[str]
     redo: set[int]
+    changed: set[int]
     reused: int
     failed_before: int
     gone: list[str]
@@ -266,7 +270,8 @@ def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed
     listed = set(images.names)
     gone = [n for n in store.names if n not in listed and not os.path.lexists(name_to_path(images.root, n))]
     lost = [name for name in gone if status[rows[name]] == Status.PENDING]
-    return _Plan(todo, redo, reused, failed_before, gone, lost)
+    changed = {row for row in redo if status[row] == Status.DONE}
+    return _Plan(todo, redo, changed, reused, failed_before, gone, lost)
 
 
 def _show_sources(sources: Source | Sequence[Source]) -> str:

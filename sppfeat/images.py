@@ -26,6 +26,16 @@ EXTENSIONS: Final = frozenset(
 )
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 
+# How files of these kinds begin; only for telling a damaged one from something else.
+_MAGIC: Final = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"RIFF": "WebP",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+}
 _ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
 _BITS_TAG: Final = 258  # TIFF 6.0, section 3
 _PHOTOMETRIC_TAG: Final = 262
@@ -239,6 +249,9 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         file.seek(0)
         start = file.read(12)
         file.close()
+        for magic, kind in _MAGIC.items():
+            if start.startswith(magic):
+                raise ImageError(f"cannot be decoded: damaged {kind} header, or a kind of {kind} not known") from None
         raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()

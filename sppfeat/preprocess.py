@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -19,6 +21,12 @@ _RESAMPLING: Final = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+# A decoded picture takes 4 to 16 bytes a pixel for a moment. Larger pictures than this are decoded one at a time,
+# so that a folder of scans does not take as many times that memory as there are decoding threads.
+LARGE_PIXELS: Final = 30_000_000
+_ONE_LARGE: Final = threading.Lock()
 
 
 class PreparedImage(NamedTuple):
@@ -75,7 +83,12 @@ def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedIma
             # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
-        pixels = decode(image, turn, orientation=recipe.orientation)
+        with _ONE_LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            pixels = decode(image, turn, orientation=recipe.orientation)
+            return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
+
+
+def _resized(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe) -> list[np.ndarray]:
     resample = _RESAMPLING[recipe.interpolation or "bicubic"]
     inputs = []
     for scale, target in zip(recipe.scales, targets, strict=True):
@@ -84,7 +97,7 @@ def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedIma
         except Exception as error:  # out of memory, say
             raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
         inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
-    return PreparedImage(inputs, size, fingerprint)
+    return inputs
 
 
 def _center_square(image: Image.Image, side: int) -> Image.Image:

@@ -101,7 +101,6 @@ def backbone(name: str, layer: str | None = None) -> Backbone:
 
 # Layers early enough that most of their cells see only a part of pictures of these sizes.
 NETWORKS = [
-    ("efficientnet_lite0", "blocks.3"),
     ("efficientnet_lite0", "blocks"),
     ("efficientnet_lite1", "blocks.3"),
     ("efficientnet_lite2", "blocks.2"),
@@ -143,7 +142,7 @@ def test_a_cell_depends_on_exactly_the_pixels_that_its_geometry_names(name: str,
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "torchvision:squeezenet1_1", "timm:test_resnet"])
 def test_size_is_that_of_the_real_map(name: str) -> None:
-    loaded = backbone(name, "blocks.3" if name == "efficientnet_lite0" else None)
+    loaded = backbone(name, "blocks" if name == "efficientnet_lite0" else None)
     for height, width in ((64, 97), (131, 75)):
         with torch.inference_mode():
             shape = loaded.feature_map(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape
@@ -210,7 +209,7 @@ def windows(draw: st.DrawFn) -> nn.Module:
     return window(kind, kernel, draw(st.integers(1, 4)), padding, dilation, draw(st.booleans()))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(st.lists(windows(), min_size=1, max_size=3), st.integers(1, 24))
 def test_windows_agree_with_a_probe(layers: list[nn.Module], length: int) -> None:
     trunk = chain(*layers)
@@ -233,7 +232,7 @@ def _gapless(layer: Any) -> bool:
 
 # torch says that it copies the input to pad an even kernel; that costs time, not values.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 2), st.integers(1, 20))
 def test_same_padding_agrees_with_a_probe(kernel: int, stride: int, dilation: int, length: int) -> None:
     from timm.layers.conv2d_same import Conv2dSame
@@ -305,7 +304,7 @@ def test_branches_that_meet_see_the_union() -> None:
 # What is not known is an error, never a number.
 
 
-@pytest.mark.parametrize("name", ["timm:resnetblur50", "timm:hrnet_w18_small"])
+@pytest.mark.parametrize("name", ["timm:resnetblur18", "timm:hrnet_w18_small"])
 def test_unknown_networks(name: str) -> None:
     with pytest.raises(BackboneError, match="geometry"):
         backbone(name).geometry(224, 224)

@@ -22,17 +22,17 @@ def seeded(build: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 @functools.cache
-def timm_network(name: str) -> nn.Module:
+def network_of(name: str) -> nn.Module:
     import timm
+    from torchvision import models
 
-    return with_statistics(seeded(timm.create_model, name))
+    family, _, model = name.partition(":")
+    return with_statistics(seeded(timm.create_model if family == "timm" else models.get_model, model))
 
 
 @functools.cache
-def torchvision_network(name: str) -> nn.Module:
-    from torchvision import models
-
-    return with_statistics(seeded(models.get_model, name))
+def traced_of(name: str) -> TracedNetwork:
+    return TracedNetwork(name, network_of(name))
 
 
 def with_statistics(network: nn.Module) -> nn.Module:
@@ -138,9 +138,7 @@ def test_branches_that_the_layer_does_not_need_are_not_run() -> None:
     ],
 )
 def test_a_cut_gives_what_the_whole_network_computes_there(name: str, layers: list[str]) -> None:
-    family, _, model = name.partition(":")
-    network = timm_network(model) if family == "timm" else torchvision_network(model)
-    traced = TracedNetwork(name, network)
+    network, traced = network_of(name), traced_of(name)
     inputs = pictures(2, 3, 97, 130)
     for layer in layers:
         with torch.inference_mode():
@@ -152,11 +150,10 @@ def test_a_cut_gives_what_the_whole_network_computes_there(name: str, layers: li
 
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [("resnet18", "layer4"), ("timm:tf_efficientnet_lite0", "blocks"), ("timm:test_resnet", "layer4")],
+    [("torchvision:resnet18", "layer4"), ("timm:tf_efficientnet_lite0", "blocks"), ("timm:test_resnet", "layer4")],
 )
 def test_folding_keeps_values(name: str, layer: str) -> None:
-    network = timm_network(name[5:]) if name.startswith("timm:") else torchvision_network(name)
-    trunk = TracedNetwork(name, network).cut(layer)
+    trunk = traced_of(name).cut(layer)
     before = copy.deepcopy(trunk.state_dict())
     folded = fold_batch_norms(trunk)
     inputs = pictures(2, 3, 97, 130)
@@ -239,7 +236,8 @@ def test_what_cannot_be_folded_is_left(build: Any, norms_left: int) -> None:
     inputs = pictures(2, 3, 12, 15)
     with torch.inference_mode():
         assert relative_difference(folded(inputs), trunk(inputs)) < 1e-5
-    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) == norms_left
+    left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(left) == norms_left and not any(norm.training for norm in left)
 
 
 def test_folding_keeps_the_activation_inside_a_norm() -> None:
@@ -267,7 +265,7 @@ def test_folding_keeps_the_activation_inside_a_norm() -> None:
 def test_layers_are_listed_with_channels_and_stride(
     name: str, layer: str, channels: int, stride: int, default: str
 ) -> None:
-    traced = TracedNetwork(name, torchvision_network(name))
+    traced = traced_of(f"torchvision:{name}")
     found = traced.layer(layer)
     assert (found.name, found.channels, found.stride) == (layer, channels, stride)
     assert traced.default_layer() == default
@@ -287,13 +285,13 @@ def test_unknown_layer_names_the_nearest(small: nn.Module) -> None:
 
 
 def test_pooled_vectors_are_no_layers() -> None:
-    names = {layer.name for layer in TracedNetwork("resnet18", torchvision_network("resnet18")).layers()}
+    names = {layer.name for layer in traced_of("torchvision:resnet18").layers()}
     assert not names & {"avgpool", "fc"} and "maxpool" in names
 
 
 def test_channels_last_maps_are_not_taken_for_rows() -> None:
     """Inside a swin, maps are [N, H, W, C]; only where they are permuted back can they be pooled."""
-    traced = TracedNetwork("swin_t", torchvision_network("swin_t"))
+    traced = traced_of("torchvision:swin_t")
     maps = {layer.name: layer for layer in traced.layers()}
     assert traced.default_layer() == "permute"
     assert (maps["permute"].channels, maps["permute"].stride) == (768, 32)
