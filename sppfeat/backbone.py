@@ -203,8 +203,9 @@ def read_weights(path: str) -> Weights:
 
 def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:
     """Load what the trunk needs. Weights of layers behind the cut may be there or not; nothing else may."""
-    missing = [k for k in needed if k not in weights and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in weights if k not in known]
+    counter = "num_batches_tracked"  # of no use in evaluation, and left out by some programs
+    missing = [k for k in needed if k not in weights and not k.endswith(counter)]
+    unexpected = [k for k in weights if k not in known and not k.endswith(counter)]
     if missing or unexpected:
         raise BackboneError(
             f"{source}: not the weights of this network: {_first(missing)} missing, {_first(unexpected)} unexpected"

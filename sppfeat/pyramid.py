@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.recipe import MAX_LEVEL, POOLINGS
+from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
 # Below this, gem's power would lose its gradient (Radenovic, Tolias, Chum 2018 use the same).
 _GEM_FLOOR: Final = 1e-6
@@ -30,7 +30,7 @@ def pool_pyramid(
     pooling: `max`, `avg`, or `gem`, the generalised mean of values clamped from below at 1e-6, with exponent `gem_p`.
     Fastest on channels-last maps. Raises UsageError for other shapes, levels or poolings.
     """
-    _check(levels, pooling)
+    _check(levels, pooling, gem_p)
     if feature_map.dim() != 4 or min(feature_map.shape[1:]) < 1:
         raise UsageError(f"feature_map must be [N, C, H, W] and not empty, found {list(feature_map.shape)}")
     cells = _to_power(feature_map, pooling, gem_p)
@@ -54,7 +54,7 @@ def pool_rois(
     Each roi is pooled as a map of its own, from tables in which every bin is a few look-ups: maxima or sums over
     blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
     """
-    _check(levels, pooling)
+    _check(levels, pooling, gem_p)
     if feature_map.dim() != 3 or min(feature_map.shape) < 1:
         raise UsageError(f"feature_map must be [C, H, W] and not empty, found {list(feature_map.shape)}")
     _check_rois(rois, feature_map.shape[1], feature_map.shape[2])
@@ -82,7 +82,7 @@ class SpatialPyramidPool(nn.Module):
 
     def __init__(self, levels: Sequence[int] = (6, 3, 2, 1), *, pooling: str = "max", gem_p: float = 3.0) -> None:
         super().__init__()
-        _check(levels, pooling)
+        _check(levels, pooling, gem_p)
         self.levels = tuple(levels)
         self.pooling = pooling
         self.gem_p = gem_p
@@ -109,11 +109,13 @@ class SpatialPyramidPool(nn.Module):
         return f"levels={self.levels}, pooling={self.pooling!r}"
 
 
-def _check(levels: Sequence[int], pooling: str) -> None:
+def _check(levels: Sequence[int], pooling: str, gem_p: float) -> None:
     if not levels or not all(isinstance(n, int) and 1 <= n <= MAX_LEVEL for n in levels):
         raise UsageError(f"levels must be whole numbers from 1 to {MAX_LEVEL}, such as 6,3,2,1, found {tuple(levels)}")
     if pooling not in POOLINGS:
         raise UsageError(unknown_name("pooling", pooling, POOLINGS))
+    if not 1 <= gem_p <= MAX_GEM_P:
+        raise UsageError(f"gem_p must be a number from 1 to {MAX_GEM_P:g}, found {gem_p!r}")
 
 
 def _check_rois(rois: torch.Tensor, height: int, width: int) -> None:

@@ -27,6 +27,8 @@ INTERPOLATIONS: Final = ("bicubic", "bilinear", "lanczos")
 
 # A level of 64 already makes 4096 bins; no feature map in use has more cells a side.
 MAX_LEVEL: Final = 64
+# Beyond this, powers of usual activations leave double precision; and gem is the maximum long before.
+MAX_GEM_P: Final = 50.0
 MIN_SCALE: Final = 16
 MAX_SCALE: Final = 4096
 
@@ -101,7 +103,7 @@ class Recipe:
         _require_integer("min_side", self.min_side, 1, MAX_SCALE)
         _require_integer("max_pixels", self.max_pixels, 1, 1 << 40)
         object.__setattr__(self, "max_aspect", _number("max_aspect", self.max_aspect, 1.0, 1e6))
-        object.__setattr__(self, "gem_p", _number("gem_p", self.gem_p, 1.0, 100.0))
+        object.__setattr__(self, "gem_p", _number("gem_p", self.gem_p, 1.0, MAX_GEM_P))
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None:

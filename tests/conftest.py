@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Tests call small networks: more threads would only wait for each other. The pipeline sets its own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         scales=tuple(draw(st.lists(scale, min_size=1, max_size=4, unique=True))),
         levels=tuple(draw(st.lists(st.integers(1, MAX_LEVEL), min_size=1, max_size=5, unique=True))),
         pooling=draw(st.sampled_from(POOLINGS)),
-        gem_p=draw(st.floats(1, 100)),
+        gem_p=draw(st.floats(1, 50)),
         fuse=draw(st.sampled_from(FUSIONS)),
         normalize=draw(st.sampled_from(NORMALIZATIONS)),
         precision=draw(st.sampled_from(PRECISIONS)),
