@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -43,6 +44,8 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
+    # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except SppFeatError as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +166,7 @@ def extract(
 
     from sppfeat.extract import extract_folder
 
-    with _stopping() as stop, _Progress(quiet=quiet) as progress:
+    with _Progress(quiet=quiet) as progress:
         done = extract_folder(
             sources,
             output,
@@ -179,56 +177,51 @@ def extract(
             retry_failed=retry_failed,
             overwrite=overwrite,
             observer=progress,
-            stop=stop.is_set,
+            stop=progress.stop.is_set,
         )
     if as_json:
         print_json(_document(done))
     elif not quiet:
         typer.echo(_summary(done))
     if done.interrupted:
-        print(f"sppfeat: interrupted, {done.pending} images left; the same command resumes", file=sys.stderr)
+        how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
+        print(f"sppfeat: interrupted, {done.pending} images left; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:
         raise typer.Exit(3)
 
 
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """Set the event at the first SIGINT or SIGTERM; a second one ends the process at once."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class _Progress:
-    """Shows an extraction on standard error: a line a failure, and a bar where that is a terminal."""
+    """Shows an extraction on standard error: a line a failure, and a bar where that is a terminal.
+
+    Once images are described, the first SIGINT or SIGTERM only sets `stop`, and those in flight are finished; a second
+    one ends the process at once.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
+        self.stop = threading.Event()
         self._quiet = quiet
         self._bar: Any = None
         self._failed = 0
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if self._bar is not None:
             self._bar.close()
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.stop.set()
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
+        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
+
     def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
+        self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         if self._quiet:
             return
         from tqdm import tqdm

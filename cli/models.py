@@ -63,6 +63,6 @@ def models(
             mark = " (default)" if layer.name == about.layer else ""
             typer.echo(f"  {layer.name:<10} {layer.channels:>5} channels, stride {layer.stride}{mark}")
     typer.echo(
-        "torchvision:NAME, timm:NAME: any convolutional network of those libraries; they download their weights,\n"
+        "torchvision:NAME, timm:NAME: most convolutional networks of those libraries; they download their weights,\n"
         "  or take a file with --weights. `sppfeat models NAME` lists the layers of any backbone."
     )

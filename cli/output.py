@@ -12,8 +12,8 @@ from sppfeat.errors import UsageError
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on standard output."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    """One JSON document on standard output, in ASCII: names and paths may hold bytes that no encoding takes."""
+    typer.echo(json.dumps(document, indent=2))
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 import warnings
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from sppfeat.backbone import load_backbone
-from sppfeat.errors import DeviceError, ImageError, one_line
+from sppfeat.errors import BackboneError, DeviceError, ImageError, UsageError, one_line
 from sppfeat.images import Fingerprint, fingerprint_of
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid
@@ -31,6 +32,8 @@ CUDA_BATCH_SIZE: Final = 64
 MAX_FORWARD_THREADS: Final = 16
 # A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
 PATIENCE_BATCHES: Final = 16
+# Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
+AHEAD_BYTES: Final = 1 << 29
 
 
 class Described(NamedTuple):
@@ -71,6 +74,9 @@ class _Row:
     error: str | None = None
 
 
+# How torch says that a picture is too small for a convolution or a pooling.
+_SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
+
 _Input = tuple[int, int]  # which picture, which scale
 
 
@@ -87,8 +93,15 @@ class Describer:
         options = options or RunOptions()
         self.device = resolve_device(options.device)
         self._backbone = load_backbone(recipe)
-        self._backbone.to(self.device)
+        try:
+            self._backbone.to(self.device)
+        except RuntimeError as error:
+            raise DeviceError(f"device {self.device}: cannot hold {recipe.backbone} ({one_line(error)})") from None
         self.recipe = self._backbone.recipe
+        smallest = self._backbone.minimum_side
+        for scale in self.recipe.scales:
+            if isinstance(scale, int) and scale < smallest:
+                raise UsageError(f"scale {scale}: backbone {recipe.backbone} needs at least {smallest} pixels a side")
         self.weights_sha256 = self._backbone.weights_sha256
         self.dim = self.recipe.dimensions(self._backbone.channels)
         self.times = StageTimes()
@@ -130,7 +143,9 @@ class Describer:
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
     ) -> Iterator[Described]:
+        largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
         ahead = 4 * self._workers + self._forward_threads * self._batch_size
+        ahead = min(ahead, max(self._workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
         decoding: deque[tuple[int, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
@@ -194,11 +209,16 @@ class Describer:
                 )
                 descriptors = normalize(pooled.float(), self.recipe.normalize).cpu().numpy()
             return list(zip(keys, descriptors, strict=True))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a layer that refuses this size, at `native` scale
+        except (RuntimeError, AssertionError) as error:
             height, width = batch[0][1].shape[:2]
-            return [(key, f"the network refused a picture of {width} x {height}: {one_line(error)}") for key in keys]
+            if _SIZE_REFUSED.search(str(error)):
+                reason = f"the network refused a picture of {width} x {height}: {one_line(error)}"
+                return [(key, reason) for key in keys]
+            # Out of memory, a lost GPU: no fault of these pictures, whose rows stay pending.
+            raise BackboneError(
+                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} pictures of {width} x {height} "
+                f"on {self.device} ({one_line(error)}); a smaller batch size takes less memory"
+            ) from None
         finally:
             self.times.add("forward", time.perf_counter() - start)
 

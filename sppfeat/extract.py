@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-import numpy as np
-
 from sppfeat.describe import Described, Describer
 from sppfeat.errors import StoreError, UsageError
-from sppfeat.images import ImageList, find_images, fingerprint_of, name_to_path, path_to_name
+from sppfeat.images import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Status, Store, StoreWriter, check_output, create_store, extend_store, lock_store, open_store
 
@@ -27,9 +25,10 @@ Source = str | os.PathLike[str]
 class Extraction:
     """What a run of `extract_folder` did.
 
-    images: listed in the sources. described: in this run. reused: described before, unchanged. failed: listed images
-    whose row is failed, now or before. changed: of those described, how many had another file before. gone: rows of
-    the store whose file is no longer there; they are kept. pending: rows left for a next run, after an interruption.
+    images: listed in the sources. repeated: listed more than once. described: in this run. reused: described before,
+    unchanged. failed: listed images whose row is failed, now or before. changed: of those described, how many had
+    another file before. gone: rows of the store whose file is no longer there; they are kept. pending: rows left for
+    a next run, after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
     seconds, decode, forward, write: of this run; decode and forward are summed over their threads.
     """
 
@@ -49,11 +48,15 @@ class Extraction:
     decode: float
     forward: float
     write: float
-    interrupted: bool
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before every image was described."""
+        return self.pending > 0
 
     @property
     def images_per_second(self) -> float:
-        """Images described or found failing in this run, each second of it."""
+        """Images described in this run, for each second of it."""
         return self.described / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -99,7 +102,8 @@ def extract_folder(
     """
     began = time.perf_counter()
     observer = observer or _Silent()
-    path = Path(output)
+    # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
+    path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_output(path, overwrite=overwrite, resume=resume)
     images = _list(sources, path if resume and not overwrite else None, root)
     if not images.names:
@@ -165,7 +169,6 @@ def extract_folder(
             decode=describer.times.decode,
             forward=describer.times.forward,
             write=write_seconds,
-            interrupted=pending > 0,
         )
 
 
@@ -190,7 +193,7 @@ def _list(sources: Source | Sequence[Source], resumed: Path | None, root: str | 
     found = find_images(several, root=root)
     if root is None and resumed is not None and resumed.exists() and resumed.stat().st_size:
         before = open_store(resumed).source_root
-        if found.root != before and (found.root + "/").startswith(before.rstrip("/") + "/"):
+        if _is_below(found.root, before):
             return _rebased(found, before)
     return found
 
@@ -225,50 +228,56 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
         raise StoreError(
             f"{path}: was made by another recipe ({'; '.join(differences)}); choose another output, or --overwrite"
         )
+    names = store.names
     moved = store.source_root != images.root
-    known = set(store.names)
-    if moved and os.path.isdir(store.source_root):
+    if moved and _is_below(store.source_root, images.root):
+        prefix = path_to_name(os.path.relpath(store.source_root, images.root)) + "/"
+        names = [prefix + name for name in names]
+    elif moved and os.path.isdir(store.source_root):
         raise StoreError(
             f"{path}: its names are relative to {store.source_root}, these images to {images.root}; "
             "choose another output, give a root that holds both, or --overwrite"
         )
+    known = set(names)
     new = [name for name in images.names if name not in known]
-    if moved and len(new) == len(images.names):
+    if moved and names is store.names and len(new) == len(images.names):
         raise StoreError(
             f"{path}: none of its {len(store)} names is among these images; choose another output, or --overwrite"
         )
     if new or moved:
-        extend_store(store, new, source_root=images.root)
+        extend_store(store, [*names, *new], source_root=images.root)
         return open_store(path)
     return store
 
 
+def _is_below(folder: str, root: str) -> bool:
+    return folder.startswith(root.rstrip("/") + "/")
+
+
 def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed: bool) -> _Plan:
-    status = np.array(store.status)
-    sizes, times = (np.array(column) for column in store.fingerprints())
+    status = store.status.tolist()
+    files = list(zip(store.file_size.tolist(), store.file_mtime_ns.tolist(), strict=True))
     todo: list[str] = []
+    gone: list[str] = []
     redo: set[int] = set()
     reused = failed_before = 0
     for name in images.names:
         row = rows[name]
+        file = fingerprint_of(name_to_path(images.root, name))
+        no_image = name in images.problems
         if status[row] == Status.PENDING:
             todo.append(name)
-        elif name not in images.problems and (
-            retry_failed
-            and status[row] == Status.FAILED
-            or fingerprint_of(name_to_path(images.root, name)) != (int(sizes[row]), int(times[row]))
-        ):
+        elif status[row] == Status.DONE and file == NO_FINGERPRINT:
+            gone.append(name)
+        elif status[row] == Status.DONE and file == files[row] and not no_image:
+            reused += 1
+        elif status[row] == Status.FAILED and (no_image or (file == files[row] and not retry_failed)):
+            failed_before += 1
+        else:
             todo.append(name)
             redo.add(row)
-        elif status[row] == Status.DONE and name not in images.problems:
-            reused += 1
-        elif status[row] == Status.DONE:
-            todo.append(name)  # what was an image is now a folder, say
-            redo.add(row)
-        else:
-            failed_before += 1
     listed = set(images.names)
-    gone = [n for n in store.names if n not in listed and not os.path.lexists(name_to_path(images.root, n))]
+    gone += [n for n in store.names if n not in listed and not os.path.lexists(name_to_path(images.root, n))]
     lost = [name for name in gone if status[rows[name]] == Status.PENDING]
     changed = {row for row in redo if status[row] == Status.DONE}
     return _Plan(todo, redo, changed, reused, failed_before, gone, lost)

@@ -152,6 +152,8 @@ def _absolute(path: str) -> str:
 
 def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
     if source == "-":
+        if sys.stdin is None:
+            raise UsageError("-: expected a list on standard input, found it closed")
         yield from _list_lines("standard input", sys.stdin.buffer.read())
     elif os.path.isdir(source):
         yield from _walk(_absolute(source))

@@ -76,16 +76,18 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
 def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
     """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
     image, fingerprint = open_image(path)
-    with image:
+    large = image.width * image.height > LARGE_PIXELS
+    with image, _ONE_LARGE if large else contextlib.nullcontext():
+        for scale in recipe.scales:
+            scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
         size, turn = upright_size(image, orientation=recipe.orientation)
         targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
         if recipe.jpeg_draft:
             # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
-        with _ONE_LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-            pixels = decode(image, turn, orientation=recipe.orientation)
-            return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
+        pixels = decode(image, turn, orientation=recipe.orientation)
+        return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
 
 
 def _resized(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe) -> list[np.ndarray]:
@@ -107,6 +109,7 @@ def _center_square(image: Image.Image, side: int) -> Image.Image:
 
 # A picture of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
 FULL_BATCH_PIXELS: Final = 448 * 448
+PATIENT_BATCHES: Final = 8
 
 Key = TypeVar("Key")
 
@@ -115,14 +118,16 @@ class ShapeBatcher(Generic[Key]):
     """Groups inputs of equal shape into batches, in a way that depends only on the order in which they come.
 
     A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
-    so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as
-    it is, so that a rare shape neither waits for ever nor piles up.
+    so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as it
+    is, and so is the oldest when all that wait are as large as `PATIENT_BATCHES` full batches: a rare shape neither
+    waits for ever nor piles up.
     """
 
     def __init__(self, batch_size: int, *, patience: int) -> None:
         self._batch_size = batch_size
         self._patience = patience
         self._count = 0
+        self._waiting = 0  # pixels
         self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
 
     def add(self, key: Key, pixels: np.ndarray) -> Iterator[list[tuple[Key, np.ndarray]]]:
@@ -131,16 +136,23 @@ class ShapeBatcher(Generic[Key]):
         _, group = self._groups.setdefault(pixels.shape, (self._count, []))
         group.append((key, pixels))
         area = pixels.shape[0] * pixels.shape[1]
+        self._waiting += area
         if len(group) >= max(1, min(self._batch_size, self._batch_size * FULL_BATCH_PIXELS // area)):
-            yield self._groups.pop(pixels.shape)[1]
+            yield self._take(pixels.shape)
         # Groups stand in the order of their first input: only the first can be overdue.
         while self._groups:
             shape, (since, _) = next(iter(self._groups.items()))
-            if self._count - since < self._patience:
+            crowded = self._waiting > PATIENT_BATCHES * self._batch_size * FULL_BATCH_PIXELS
+            if self._count - since < self._patience and not crowded:
                 break
-            yield self._groups.pop(shape)[1]
+            yield self._take(shape)
 
     def flush(self) -> Iterator[list[tuple[Key, np.ndarray]]]:
         """Yield every group that is left."""
         while self._groups:
-            yield self._groups.pop(next(iter(self._groups)))[1]
+            yield self._take(next(iter(self._groups)))
+
+    def _take(self, shape: tuple[int, ...]) -> list[tuple[Key, np.ndarray]]:
+        group = self._groups.pop(shape)[1]
+        self._waiting -= len(group) * shape[0] * shape[1]
+        return group

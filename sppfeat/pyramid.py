@@ -98,6 +98,8 @@ class SpatialPyramidPool(nn.Module):
             return pool_pyramid(feature_map, self.levels, pooling=self.pooling, gem_p=self.gem_p)
         if len(rois) != len(feature_map):
             raise UsageError(f"rois must be one tensor for each of {len(feature_map)} maps, found {len(rois)}")
+        if not len(rois):
+            return feature_map.new_zeros((0, self.bins * feature_map.shape[1]))
         return torch.cat(
             [
                 pool_rois(one, windows, self.levels, pooling=self.pooling, gem_p=self.gem_p)
@@ -110,7 +112,7 @@ class SpatialPyramidPool(nn.Module):
 
 
 def _check(levels: Sequence[int], pooling: str, gem_p: float) -> None:
-    if not levels or not all(isinstance(n, int) and 1 <= n <= MAX_LEVEL for n in levels):
+    if not len(levels) or not all(isinstance(n, int) and 1 <= n <= MAX_LEVEL for n in levels):
         raise UsageError(f"levels must be whole numbers from 1 to {MAX_LEVEL}, such as 6,3,2,1, found {tuple(levels)}")
     if pooling not in POOLINGS:
         raise UsageError(unknown_name("pooling", pooling, POOLINGS))

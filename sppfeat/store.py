@@ -18,17 +18,17 @@ import contextlib
 import enum
 import errno
 import fcntl
-import functools
 import json
 import os
 import platform
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 import h5py
 import numpy as np
@@ -77,9 +77,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. Arrays are read-only views of the file: they show rows as a running extraction adds them.
+    """An open store. Arrays are read-only views of the file: they show rows as a running extraction fills them.
 
+    A store stays the file it was opened from, also when an extraction replaces that by one with more rows.
     names: of the images, one a row; `sppfeat.images.name_to_path(source_root, name)` is the file.
+    descriptors: [N, D] float16 or float32; rows that are not done are zeros. status: [N] uint8, see `Status`.
+    image_size: [N, 2] int32, width and height of the upright original. checksum: [N] uint32, CRC-32 of each row.
+    error: [N] bytes. file_size, file_mtime_ns: [N] int64, of the files as they were described.
     """
 
     path: Path
@@ -90,6 +94,13 @@ class Store:
     source_root: str
     versions: dict[str, str]
     columns: dict[str, Column]
+    descriptors: np.ndarray
+    status: np.ndarray
+    image_size: np.ndarray
+    error: np.ndarray
+    file_size: np.ndarray
+    file_mtime_ns: np.ndarray
+    checksum: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,66 +108,40 @@ class Store:
     @property
     def dim(self) -> int:
         """Length of a descriptor."""
-        return self.columns["descriptors"].shape[1]
-
-    @functools.cached_property
-    def descriptors(self) -> np.ndarray:
-        """[N, D] float16 or float32, memory-mapped; rows that are not done are zeros."""
-        return self._map("descriptors")
-
-    @functools.cached_property
-    def status(self) -> np.ndarray:
-        """[N] uint8; see `Status`."""
-        return self._map("status")
-
-    @functools.cached_property
-    def image_size(self) -> np.ndarray:
-        """[N, 2] int32: width and height of the upright original; zeros for rows that are not done."""
-        return self._map("image_size")
-
-    @functools.cached_property
-    def checksum(self) -> np.ndarray:
-        """[N] uint32: CRC-32 of each row of `descriptors`."""
-        return self._map("checksum")
+        return int(self.descriptors.shape[1])
 
     def errors(self) -> dict[str, str]:
         """Reason by name, for the rows that failed."""
-        reasons = self._map("error")
         return {
-            self.names[row]: bytes(reasons[row]).decode("utf-8", "replace")
+            self.names[row]: bytes(self.error[row]).decode("utf-8", "replace")
             for row in np.flatnonzero(self.status == Status.FAILED)
         }
-
-    def fingerprints(self) -> tuple[np.ndarray, np.ndarray]:
-        """[N] int64 file sizes and [N] int64 modification times (ns), of the files as they were described."""
-        return self._map("file_size"), self._map("file_mtime_ns")
 
     def counts(self) -> dict[str, int]:
         """Rows by state: pending, done, failed."""
         found = np.bincount(self.status, minlength=3)
         return {status.name.lower(): int(found[status]) for status in Status}
 
-    def _map(self, name: str) -> np.ndarray:
-        column = self.columns[name]
-        return np.memmap(self.path, dtype=column.dtype, mode="r", offset=column.offset, shape=column.shape)
-
 
 def open_store(path: str | os.PathLike[str]) -> Store:
     """Open a store for reading, also while it is being written. Raises StoreError when it is not a whole store."""
     path = Path(path)
-    if not path.exists():
-        raise StoreError(f"{path}: expected a store, found no such file")
     try:
-        # Reading takes no lock: rows are only ever added, and HDF5's own lock would stop a running extraction.
-        with h5py.File(path, "r", locking=False) as file:
-            return _read(path, file)
+        while True:
+            # Reading takes no lock: rows are only ever added, and HDF5's own lock would stop a running extraction.
+            with open(path, "rb") as content, h5py.File(path, "r", locking=False) as file:
+                # Else an extraction put a longer file in its place between the two openings.
+                if os.path.samestat(os.stat(path), os.fstat(content.fileno())):
+                    return _read(path, file, content)
+    except FileNotFoundError:
+        raise StoreError(f"{path}: expected a store, found no such file") from None
     except OSError as error:
         raise StoreError(f"{path}: expected a store, found a file that cannot be opened: {_h5_reason(error)}") from None
     except (KeyError, ValueError, UsageError) as error:
         raise StoreError(f"{path}: expected a whole store, found: {one_line(error)}") from None
 
 
-def _read(path: Path, file: h5py.File) -> Store:
+def _read(path: Path, file: h5py.File, content: BinaryIO) -> Store:
     kind = file.attrs.get("format")
     if kind != FORMAT:
         raise StoreError(f"{path}: expected a store (format {FORMAT!r}), found an HDF5 file with format {kind!r}")
@@ -165,7 +150,7 @@ def _read(path: Path, file: h5py.File) -> Store:
         raise StoreError(
             f"{path}: store format {found} is newer than this sppfeat reads ({FORMAT_VERSION}): update sppfeat"
         )
-    size = path.stat().st_size
+    size = os.fstat(content.fileno()).st_size
     columns: dict[str, Column] = {}
     for name in ("descriptors", *_COLUMNS):
         dataset = file[name]
@@ -185,6 +170,10 @@ def _read(path: Path, file: h5py.File) -> Store:
         source_root=os.fsdecode(bytes(file.attrs["source_root"])),
         versions=json.loads(str(file.attrs["versions"])),
         columns=columns,
+        **{
+            name: np.memmap(content, dtype=column.dtype, mode="r", offset=column.offset, shape=column.shape)
+            for name, column in columns.items()
+        },
     )
 
 
@@ -196,19 +185,42 @@ def _h5_reason(error: OSError) -> str:
 
 
 def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raise StoreError unless a store can be begun at a path, or resumed, or overwritten."""
-    if path.is_dir():
-        raise StoreError(f"{path}: expected a file to write the store to, found a folder")
-    if not path.parent.is_dir():
-        raise StoreError(f"{path}: expected its folder {path.parent} to exist, found none")
-    if path.exists() and path.stat().st_size:
-        # Only HDF5 files are ever replaced: a mistyped output must not cost a photograph.
-        if not h5py.is_hdf5(path):
-            raise StoreError(
-                f"{path}: expected a store or a new file, found a file that is no store; it is left as it is"
-            )
-        if not resume and not overwrite:
-            raise StoreError(f"{path}: exists already; choose another output, --resume or --overwrite")
+    """Raise StoreError unless a store can be begun at a path, or resumed, or overwritten.
+
+    Only a store is ever replaced, whole or damaged: a mistyped output must not cost a photograph or other results.
+    """
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        if not os.path.isdir(path.parent):
+            raise StoreError(f"{path}: expected its folder {path.parent} to exist, found none") from None
+        return
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {_os_reason(error)}") from None
+    if not stat.S_ISREG(info.st_mode):
+        kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a special file"
+        raise StoreError(f"{path}: expected a file to write the store to, found {kind}")
+    if not info.st_size:
+        return
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise StoreError(f"{path}: expected a store that may be written, found one that may not")
+    found = _other_kind(path)
+    if found is not None:
+        raise StoreError(f"{path}: expected a store or a new file, found {found}; it is left as it is")
+    if not resume and not overwrite:
+        raise StoreError(f"{path}: exists already; choose another output, --resume or --overwrite")
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that is no store; None for a store, or what is left of one."""
+    if not h5py.is_hdf5(path):
+        return "a file that is no store"
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            kind = file.attrs.get("format")
+    except OSError:
+        return None
+    return None if kind == FORMAT else f"an HDF5 file of format {kind!r}"
 
 
 @contextlib.contextmanager
@@ -267,12 +279,15 @@ def create_store(
         )
 
 
-def extend_store(store: Store, new_names: Sequence[str], *, source_root: str) -> None:
-    """Rewrite a store with further, pending rows after the present ones. Hold `lock_store`."""
+def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> None:
+    """Rewrite a store with further, pending rows after the present ones, which take the first of the names.
+
+    Hold `lock_store`.
+    """
     with _appearing(store.path) as partial:
         _write_structure(
             partial,
-            [*store.names, *new_names],
+            names,
             store.dim,
             store.recipe.dtype,
             {
@@ -284,14 +299,16 @@ def extend_store(store: Store, new_names: Sequence[str], *, source_root: str) ->
             },
         )
         with h5py.File(partial, "r", locking=False) as file:
-            targets = {name: file[name].id.get_offset() for name in store.columns}
+            places = {name: file[name].id.get_offset() for name in store.columns}
         with open(store.path, "rb") as old, open(partial, "r+b") as new:
             for name, column in store.columns.items():
                 old.seek(column.offset)
-                new.seek(targets[name])
+                new.seek(places[name])
                 left = column.row_bytes * len(store)
                 while left:
                     block = old.read(min(left, _COPY_BYTES))
+                    if not block:
+                        raise OSError(errno.EIO, "the old store ends too early")
                     new.write(block)
                     left -= len(block)
 
@@ -306,6 +323,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # without it, a power cut could take the new name, and with it the rows, back
+        finally:
+            os.close(folder)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise StoreError(f"{path}: cannot be written: {_os_reason(error)}") from None
@@ -345,7 +367,10 @@ class StoreWriter:
     def __init__(self, store: Store) -> None:
         self._path = store.path
         self._columns = store.columns
-        self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{store.path}: cannot be written: {_os_reason(error)}") from None
         self._waiting: dict[int, Status] = {}
 
     def __enter__(self) -> Self:
@@ -428,9 +453,8 @@ def verify_store(store: Store) -> list[str]:
     expected = store.recipe.identity(store.weights_sha256)
     if store.recipe_hash != expected:
         problems.append(f"recipe_hash: expected {expected}, found {store.recipe_hash}")
-    for row, name in enumerate(store.names):
-        status = int(store.status[row])
-        if status not in list(Status):
+    for row, (name, status) in enumerate(zip(store.names, store.status.tolist(), strict=True)):
+        if status > Status.FAILED:
             problems.append(f"row {row} ({name!r}): expected status 0, 1 or 2, found {status}")
         elif status == Status.DONE:
             values = np.ascontiguousarray(store.descriptors[row])
@@ -447,7 +471,7 @@ def verify_store(store: Store) -> list[str]:
 
 def _os_reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; make room and run the same command again"
+        return "the disk is full; make room, then resume"
     return error.strerror or one_line(error)
 
 

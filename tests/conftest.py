@@ -71,7 +71,10 @@ def run_sppfeat() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a process of its own, without a GPU; returns what it printed and its exit code."""
 
     def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(sppfeat_command(*arguments), capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            sppfeat_command(*arguments), capture_output=True, text=True, timeout=120, env=env, **options
+        )  # type: ignore[call-overload, no-any-return]
 
     return run
 

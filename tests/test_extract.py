@@ -11,17 +11,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
 
-from sppfeat import Recipe, Status, Store, StoreError, UsageError, extract_folder, open_store, verify_store
+from sppfeat import (
+    BackboneError,
+    Recipe,
+    Status,
+    Store,
+    StoreBusyError,
+    StoreError,
+    UsageError,
+    extract_folder,
+    open_store,
+    verify_store,
+)
 from sppfeat.backbone import load_backbone
 from sppfeat.describe import Describer
 from sppfeat.preprocess import prepare_image
 from sppfeat.pyramid import pool_pyramid
+from sppfeat.store import lock_store
 
 MakeImages = Callable[..., Path]
 
@@ -265,6 +278,78 @@ def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None
         extract_folder(folder, tmp_path / "f.h5", TINY, resume=False)
 
 
+def test_only_stores_are_overwritten(make_images: MakeImages, tmp_path: Path) -> None:
+    folder, output = make_images(1), tmp_path / "results.h5"
+    with h5py.File(output, "w") as file:
+        file["precious"] = 1
+    with pytest.raises(StoreError, match="found an HDF5 file of format None; it is left as it is"):
+        extract_folder(folder, output, TINY, overwrite=True)
+    with h5py.File(output) as file:
+        assert "precious" in file
+    os.mkfifo(tmp_path / "pipe.h5")
+    with pytest.raises(StoreError, match="found a special file"):
+        extract_folder(folder, tmp_path / "pipe.h5", TINY)
+
+
+def test_an_output_that_is_a_symlink(make_images: MakeImages, tmp_path: Path) -> None:
+    """What counts is the file behind it: for the lock, and when it is rewritten."""
+    folder, real, link = make_images(2), tmp_path / "disk" / "real.h5", tmp_path / "link.h5"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    extract_folder(folder, link, TINY)
+    make_images(3)
+    with lock_store(real), pytest.raises(StoreBusyError):
+        extract_folder(folder, link, TINY)
+    assert extract_folder(folder, link, TINY).reused == 2
+    assert link.is_symlink() and len(open_store(real)) == 3
+
+
+def test_images_that_are_gone_keep_their_rows_in_lists_too(make_images: MakeImages, tmp_path: Path) -> None:
+    folder, output, listing = make_images(3), tmp_path / "f.h5", tmp_path / "list.txt"
+    listing.write_text("".join(f"{path}\n" for path in sorted(folder.iterdir())))
+    extract_folder(listing, output, TINY)
+    before = by_name(open_store(output))
+    (folder / "0001.png").unlink()
+    done = extract_folder(listing, output, TINY)
+    assert (done.images, done.described, done.reused, done.failed, done.gone) == (3, 0, 2, 0, 1)
+    assert np.array_equal(by_name(open_store(output))["0001.png"], before["0001.png"])
+
+
+def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_path: Path) -> None:
+    """Rows of `a` stay, named from the folder that holds both."""
+    output = tmp_path / "f.h5"
+    extract_folder(make_images(2, "data/a"), output, TINY)
+    make_images(1, "data/b", seed=1)
+    done = extract_folder([tmp_path / "data" / "a", tmp_path / "data" / "b"], output, TINY)
+    assert (done.described, done.reused, done.gone) == (1, 2, 0)
+    assert open_store(output).names == ["a/0000.png", "a/0001.png", "b/0000.png"]
+
+
+def test_a_failing_network_is_no_fault_of_the_images(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, a lost GPU: the run ends with one line, and the rows stay pending."""
+    folder, output = make_images(5), tmp_path / "f.h5"
+
+    def fail(*arguments: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
+
+    monkeypatch.setattr("sppfeat.backbone.Backbone.feature_map", fail)
+    with pytest.raises(
+        BackboneError, match=r"failed on a batch of \d pictures .* \(CUDA out of memory.*smaller batch"
+    ) as e:
+        extract_folder(folder, output, TINY)
+    assert "\n" not in str(e.value)
+    assert open_store(output).counts() == {"pending": 5, "done": 0, "failed": 0}
+    monkeypatch.undo()
+    assert extract_folder(folder, output, TINY).described == 5
+
+
+def test_a_scale_too_small_for_the_backbone_is_refused_at_once(make_images: MakeImages, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="scale 16: backbone timm:test_resnet needs at least 32 pixels a side"):
+        extract_folder(make_images(1), tmp_path / "f.h5", replace(TINY, scales=(64, 16)))
+
+
 def test_no_images(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected images, found none"):
         extract_folder(tmp_path, tmp_path / "f.h5", TINY)
@@ -290,7 +375,7 @@ def test_a_full_disk(make_images: MakeImages, tmp_path: Path) -> None:
     try:
         folder, output = make_images(200), disk / "f.h5"
         recipe = replace(TINY, levels=(6, 3, 2, 1))
-        with pytest.raises(StoreError, match=r"f\.h5: cannot be written: the disk is full; make room and run"):
+        with pytest.raises(StoreError, match=r"f\.h5: cannot be written: the disk is full; make room, then resume"):
             extract_folder(folder, output, recipe)
         assert list(disk.iterdir()) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

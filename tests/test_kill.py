@@ -97,6 +97,24 @@ def test_signals_finish_the_rows_in_flight(make_images: Callable[..., Path], tmp
     assert json.loads(again.stdout)["reused"] == summary["described"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_path: Path, number: int) -> None:
+    """While the network loads, or a list is awaited: the program ends, and an old store stays even with --overwrite."""
+    folder, output = make_images(3), tmp_path / "f.h5"
+    extract_folder(folder, output, TINY)
+    before = output.read_bytes()
+    command = sppfeat_command("extract", "-", "-o", output, "--overwrite", *TINY_FLAGS)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(6)  # torch is loaded, and the list is read; none comes
+    child.send_signal(number)
+    assert child.stdin is not None and child.stderr is not None
+    assert child.wait(30) == 130
+    assert child.stderr.read() == "sppfeat: interrupted\n"
+    child.stdin.close()
+    child.stderr.close()
+    assert output.read_bytes() == before
+
+
 def test_two_writers_at_once(make_images: Callable[..., Path], tmp_path: Path) -> None:
     folder, output = make_images(3), tmp_path / "f.h5"
     command = sppfeat_command("extract", folder, "-o", output, "--quiet", *TINY_FLAGS)

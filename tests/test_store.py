@@ -49,7 +49,7 @@ def test_round_trip(path: Path) -> None:
     assert not store.descriptors[[1, 3]].any()
     assert store.errors() == {NAMES[1]: "broken: really"}
     assert store.image_size[2].tolist() == [12, 20]
-    assert [column.tolist() for column in store.fingerprints()] == [[100, 3, 102, 0], [5, 4, 5, 0]]
+    assert [store.file_size.tolist(), store.file_mtime_ns.tolist()] == [[100, 3, 102, 0], [5, 4, 5, 0]]
     assert store.counts() == {"pending": 1, "done": 2, "failed": 1}
     assert store.recipe == Recipe() and store.source_root == "/somewhere" and store.dim == DIM
     assert verify_store(store) == []
@@ -103,13 +103,23 @@ def test_a_reader_sees_rows_as_they_are_written(path: Path) -> None:
 def test_extend_keeps_rows_and_appends_names(path: Path) -> None:
     values = fill(path, [0, 2])
     with lock_store(path):
-        extend_store(open_store(path), ["new.jpg", "newer.jpg"], source_root="/elsewhere")
+        extend_store(open_store(path), [*NAMES, "new.jpg", "newer.jpg"], source_root="/elsewhere")
     store = open_store(path)
     assert store.names == [*NAMES, "new.jpg", "newer.jpg"] and store.source_root == "/elsewhere"
     np.testing.assert_array_equal(store.descriptors[[0, 2]], values[[0, 2]])
     assert store.counts() == {"pending": 4, "done": 2, "failed": 0}
     assert verify_store(store) == []
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_an_open_store_stays_the_file_it_was(path: Path) -> None:
+    """Offsets belong to one file: a reader must not apply them to the one that takes its place."""
+    values = fill(path, range(len(NAMES)))
+    before = open_store(path)
+    extend_store(before, [*NAMES, *(f"{n}.jpg" for n in range(500))], source_root="/")
+    np.testing.assert_array_equal(before.descriptors, values)
+    assert before.counts() == {"pending": 0, "done": 4, "failed": 0} and before.errors() == {}
+    assert len(open_store(path)) == 504
 
 
 def test_a_failed_extend_leaves_the_store_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +131,7 @@ def test_a_failed_extend_leaves_the_store_whole(path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StoreError, match=r"feats\.h5: cannot be written: the disk is full; make room"):
-        extend_store(open_store(path), ["new.jpg"], source_root="/")
+        extend_store(open_store(path), [*NAMES, "new.jpg"], source_root="/")
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
