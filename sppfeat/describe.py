@@ -127,7 +127,8 @@ class Describer:
             initargs=(self._threads_each,),
         )
         try:
-            with warnings.catch_warnings():
+            # cuDNN would round float32 to 10 bits (TF32): a GPU must give the values that a CPU gives.
+            with warnings.catch_warnings(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 # Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 yield from self._pipeline(iter(enumerate(paths)), decoders, forwarders, stop)
