@@ -78,10 +78,8 @@ class TracedNetwork:
         tracer = _Tracer()
         try:
             self._graph = tracer.trace(network.eval())
-            module = fx.GraphModule(network, self._graph)
-            probe = _Shapes(module)
-            with torch.inference_mode():
-                probe.run(torch.zeros(1, 3, self.PROBE, self.PROBE + self._WIDER))
+            probe = _Shapes(fx.GraphModule(_without_values(network), self._graph))
+            probe.run(torch.zeros(1, 3, self.PROBE, self.PROBE + self._WIDER, device="meta"))
         except Exception as error:  # tracing runs the network's own code, which can fail in any way
             raise BackboneError(f"backbone {name}: cannot be cut at a layer ({one_line(error)})") from None
         self._network = network
@@ -138,6 +136,13 @@ class TracedNetwork:
                 kept[node] = graph.node_copy(node, lambda n: kept[n])
         graph.output(kept[end])
         return fx.GraphModule(self._network, graph)
+
+
+def _without_values(network: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes alone: what runs through it costs no arithmetic and no memory."""
+    empty: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in network.parameters()}
+    empty |= {id(b): b.to("meta") for b in network.buffers()}
+    return copy.deepcopy(network, empty)
 
 
 def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
