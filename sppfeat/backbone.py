@@ -18,7 +18,7 @@ from torch import nn
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
 from sppfeat.geometry import Geometry, derive_geometry
 from sppfeat.recipe import Recipe
-from sppfeat.trunk import Layer, TracedNetwork, fold_batch_norms
+from sppfeat.trunk import Layer, TracedNetwork, fold_batch_norms, fuse_activations
 
 Weights = dict[str, torch.Tensor]
 
@@ -72,6 +72,8 @@ class Backbone:
         """Move to a device, at the recipe's precision; returns itself."""
         dtype: torch.dtype = getattr(torch, self.recipe.precision)
         self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
+        fused = device.type == "cpu" and dtype == torch.float32
+        self._running = fuse_activations(self._trunk) if fused else self._trunk
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.recipe.mean, self.recipe.std))
         self._scale = (1 / (255 * std)).to(device, torch.float32).view(1, 3, 1, 1)
         self._shift = (-mean / std).to(device, torch.float32).view(1, 3, 1, 1)
@@ -91,7 +93,7 @@ class Backbone:
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
         """Feature map [N, C, h, w], channels last in memory, of uint8 RGB pictures [N, H, W, 3] on the same device."""
         inputs = pictures.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
-        output: torch.Tensor = self._trunk(inputs.to(self._dtype))
+        output: torch.Tensor = self._running(inputs.to(self._dtype))
         return output
 
     def geometry(self, height: int, width: int) -> tuple[Geometry, Geometry]:

@@ -187,7 +187,9 @@ def assert_support(axis: Geometry, reached: np.ndarray) -> None:
             assert middle - reach <= seen[0] and seen[-1] <= middle + reach
         for end in (middle - reach, middle + reach):
             assert float(end).is_integer()
-            assert not 0 <= end < len(reached) or reached[int(end), cell]
+            # Over the border, a layer's own padding can stand where the geometry goes on counting pixels.
+            if 0 <= middle - reach and middle + reach < len(reached):
+                assert reached[int(end), cell]
 
 
 def window(kind: str, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> nn.Module:

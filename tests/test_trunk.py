@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sppfeat.errors import BackboneError, UsageError
-from sppfeat.trunk import TracedNetwork, fold_batch_norms
+from sppfeat.trunk import TracedNetwork, fold_batch_norms, fuse_activations
 
 
 def seeded(build: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -319,3 +319,29 @@ def test_network_without_maps() -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     with pytest.raises(BackboneError, match="has no layer with a feature map"):
         TracedNetwork("flat", network).default_layer()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:tf_efficientnet_lite0",
+        "torchvision:resnet18",
+        "torchvision:squeezenet1_1",
+        "torchvision:vgg11",
+        "timm:test_resnet",
+    ],
+)
+def test_fusing_activations_keeps_values_and_weights(name: str) -> None:
+    """ReLU6 in place, one ReLU module called many times, and none at all behind some convolutions."""
+    trunk = fold_batch_norms(traced_of(name).cut(traced_of(name).default_layer()))
+    trunk.to(memory_format=torch.channels_last)
+    fused = fuse_activations(trunk)
+    if fused is trunk:
+        pytest.skip("this build of torch has no oneDNN")
+    relus = [sum(isinstance(m, nn.ReLU | nn.Hardtanh) for m in t.modules()) for t in (trunk, fused)]
+    assert relus[1] < relus[0]
+    assert {t.data_ptr() for t in fused.parameters()} <= {t.data_ptr() for t in trunk.parameters()}
+    for size in ((1, 3, 96, 96), (2, 3, 97, 131)):
+        inputs = pictures(*size).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert relative_difference(fused(inputs), trunk(inputs)) < 1e-5
