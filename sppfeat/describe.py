@@ -24,9 +24,10 @@ from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid
 from sppfeat.recipe import Recipe, RunOptions
 
-# On a CPU, one picture or two a core at a time keep the layers' maps in its cache: on 2 cores, batches of 2 ran
-# 1.2 to 1.5 times as many pictures a second as batches of 8 spread over both cores. A GPU wants far more at once.
-CPU_BATCH_SIZE: Final = 2
+# On a CPU, one picture a core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
+# pictures a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
+# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once.
+CPU_BATCH_SIZE: Final = 1
 CUDA_BATCH_SIZE: Final = 64
 # Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
 MAX_FORWARD_THREADS: Final = 16

@@ -188,7 +188,7 @@ def assert_support(axis: Geometry, reached: np.ndarray) -> None:
         for end in (middle - reach, middle + reach):
             assert float(end).is_integer()
             # Over the border, a layer's own padding can stand where the geometry goes on counting pixels.
-            if 0 <= middle - reach and middle + reach < len(reached):
+            if middle - reach >= 0 and middle + reach < len(reached):
                 assert reached[int(end), cell]
 
 
