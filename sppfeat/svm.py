@@ -7,7 +7,7 @@ For every class, with targets y_i = +1 or -1 (0: the row is left out), weights w
 the problem that liblinear, and so scikit-learn's LinearSVC, solves; b is the weight of a constant 1 appended to the
 rows. Newton's method on active sets (Keerthi and DeCoste, "A Modified Finite Newton Method for Fast Solution of Large
 Scale Linear SVMs", JMLR 2005; Chapelle, "Training a Support Vector Machine in the Primal", 2007), its linear systems by
-conjugate gradients, in one of two spaces:
+conjugate gradients (small ones directly), in one of two spaces:
 
     gram    few rows, many dimensions: w = sum_i a_i x_i, and all work is done on the Gram matrix of the rows, computed
             once and shared by every class, cost, fold and trial
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -34,8 +35,11 @@ ROUTES: Final = ("auto", "gram", "primal")
 TOLERANCE: Final = 1e-5
 # The largest Gram matrix that is chosen by itself: 23,000 rows.
 GRAM_BYTES: Final = 1 << 31
-# Rows are turned into single precision in blocks of this size; larger ones are not faster.
-_BLOCK_BYTES: Final = 1 << 26
+# Rows are turned into single precision in blocks of this size: larger ones leave the cache, and the allocator hands
+# them back to the system every time, which takes as long as the products (0.65 s against 0.35 s at 64 MB).
+_BLOCK_BYTES: Final = 1 << 24
+# A matrix up to this size in single precision is turned once, and kept.
+_KEPT_BYTES: Final = 1 << 27
 _MAX_NEWTON: Final = 60
 _MAX_CONJUGATE: Final = 500
 # A linear system is solved to this part of the gap: the active rows will change anyway.
@@ -124,7 +128,8 @@ class SvmSolution:
     """SVMs of K classes, trained on some rows of a problem.
 
     rows: [M] the rows. solved: [K], false for a class that has no positive row: its scores are minus infinity.
-    objectives, gaps: [K] float64, the objective and the relative duality gap.
+    objectives, gaps: [K] float64, the objective and the relative duality gap. products: how often all rows were
+    multiplied with the vectors of the classes; in the primal route, how often they were read.
     """
 
     rows: np.ndarray
@@ -197,9 +202,10 @@ class SvmProblem:
             if not np.array_equal(start.rows, chosen) or len(start.solved) != targets.shape[1]:
                 raise UsageError("start must be a solution for the same rows and classes")
             begin = (start._vectors, start._margins)
-        state = _newton(
-            space, wanted, c * torch.where(wanted > 0, positive_weight, 1.0) * wanted.abs(), begin, tolerance
-        )
+        # A class that is not solved has nothing to pay for, and is done at once.
+        counted = wanted.abs() * torch.from_numpy(solved).to(self._device)[:, None]
+        costs = c * torch.where(wanted > 0, positive_weight, 1.0) * counted
+        state = _newton(space, wanted, costs, begin, tolerance)
         return SvmSolution(
             rows=chosen,
             c=c,
@@ -252,12 +258,8 @@ class SvmProblem:
         if rows is None:
             return np.arange(len(self._all))
         rows = np.asarray(rows)
-        if (
-            rows.ndim != 1
-            or rows.dtype.kind not in "iu"
-            or not len(rows)
-            or not 0 <= rows.min() <= rows.max() < len(self._all)
-        ):
+        numbers = rows.ndim == 1 and rows.dtype.kind in "iu" and len(rows) > 0
+        if not numbers or not 0 <= rows.min() <= rows.max() < len(self._all):
             raise UsageError(f"rows must be numbers [M] from 0 to {len(self._all) - 1}, found {rows.dtype} {rows}")
         return np.ascontiguousarray(rows, dtype=np.int64)
 
@@ -279,17 +281,19 @@ class _Rows:
         return int(self.descriptors.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows in order; a matrix that is only one block is kept."""
+        """The rows in order, turned into single precision again at every reading unless they are few."""
         if self._kept:
             yield from self._kept
             return
-        size = max(1, _BLOCK_BYTES // (4 * self.dim))
+        size, keep = max(1, _BLOCK_BYTES // (4 * self.dim)), 4 * self.dim * len(self) <= _KEPT_BYTES
+        turned = []
         for first in range(0, len(self), size):
             place = slice(first, min(first + size, len(self)))
             block = (place, _tensor(self.descriptors[place if self._rows is None else self._rows[place]], self.device))
-            if len(self) <= size:
-                self._kept.append(block)
+            if keep:
+                turned.append(block)
             yield block
+        self._kept = turned
 
     def gram(self) -> torch.Tensor:
         """[N, N] inner products of the rows."""
@@ -379,7 +383,7 @@ class _Space(Protocol):
 
 
 class _Gram:
-    """w = sum_i a_i x_i; vectors are a [K, N], not zero on active rows only.
+    """w = sum_i a_i x_i; vectors are a [K, N].
 
     At the minimum a_i = 2 c_i (y_i - z_i) on the active rows, where y_i z_i < 1, with margins z = gram a: the system
     (gram + 1 / (2 c)) a = y on the active rows.
@@ -413,11 +417,20 @@ class _Gram:
     def solve(self, system: _System, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         solution = torch.zeros_like(system.residual)
         sizes = (system.factors > 0).sum(1)
-        for at in (sizes <= _DIRECT_ROWS).nonzero()[:, 0]:
+
+        def solve_one(at: int) -> None:
             rows = system.factors[at].nonzero()[:, 0]
             matrix = self._gram[rows][:, rows].double()
             matrix.diagonal().add_(system.factors[at, rows])
-            solution[at, rows] = torch.linalg.solve(matrix, system.residual[at, rows].double()).float()
+            right = system.residual[at, rows, None].double()
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            # Rounding can leave a Gram matrix of equal rows a little indefinite, which a very large cost does not hide.
+            found = torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, factor)
+            solution[at, rows] = found[:, 0].float()
+
+        # Small systems: one thread for each, instead of all threads for one after the other, which mostly wait.
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(solve_one, (sizes <= _DIRECT_ROWS).nonzero()[:, 0].tolist()))
         many = (sizes > _DIRECT_ROWS).nonzero()[:, 0]
         used = 0
         if len(many):
@@ -494,7 +507,7 @@ def _newton(
     for _ in range(_MAX_NEWTON):
         system = space.system(vectors, margins, targets, costs)
         best.products += 1
-        gaps = system.gap / system.objective
+        gaps = system.gap / system.objective.clamp(min=1e-300)
         # Near the limit of single precision gaps go up and down.
         better = gaps < best.gaps[live]
         at = live[better]
