@@ -46,7 +46,7 @@ _MAX_CONJUGATE: Final = 500
 _FORCING: Final = 1e-3
 _MIN_FORCING: Final = 1e-10
 # Up to this many active rows a direct solution is faster than conjugate gradients, and better in the last digits.
-_DIRECT_ROWS: Final = 512
+_DIRECT_ROWS: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
