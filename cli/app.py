@@ -10,7 +10,7 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, UsageError
-from sppfeat_cli import extract, inspect, models
+from sppfeat_cli import evaluate, extract, inspect, models
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 extract.register(app)
 inspect.register(app)
 models.register(app)
+evaluate.register(app)
 
 
 def _print_version(wanted: bool) -> None:

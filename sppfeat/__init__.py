@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sppfeat.pyramid import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
     from sppfeat.store import Status, Store, open_store, verify_store
+    from sppfeat.svm import LinearSvm, train_linear_svm
+    from sppfeat.transfer import Transfer, TransferOptions, evaluate_transfer
 
 _HOMES = {
     "describe": ("Described", "Describer"),
@@ -41,6 +43,8 @@ _HOMES = {
     "pyramid": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
     "recipe": ("Recipe", "RunOptions"),
     "store": ("Status", "Store", "open_store", "verify_store"),
+    "svm": ("LinearSvm", "train_linear_svm"),
+    "transfer": ("Transfer", "TransferOptions", "evaluate_transfer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -51,6 +55,7 @@ __all__ = [
     "DeviceError",
     "Extraction",
     "ImageError",
+    "LinearSvm",
     "Recipe",
     "RunOptions",
     "SpatialPyramidPool",
@@ -59,12 +64,16 @@ __all__ = [
     "Store",
     "StoreBusyError",
     "StoreError",
+    "Transfer",
+    "TransferOptions",
     "UsageError",
     "__version__",
+    "evaluate_transfer",
     "extract_folder",
     "open_store",
     "pool_pyramid",
     "pool_rois",
+    "train_linear_svm",
     "verify_store",
 ]
 

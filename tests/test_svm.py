@@ -1,0 +1,262 @@
+"""Linear SVMs against scikit-learn's LinearSVC, a plain gradient check, and each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.svm import LinearSVC
+
+import sppfeat.svm
+from sppfeat import UsageError
+from sppfeat.svm import LinearSvm, SvmProblem, class_targets, train_linear_svm
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")),
+]
+BOTH = pytest.mark.parametrize("route", ["gram", "primal"])
+
+
+def make_rows(
+    count: int, dim: int, classes: int, *, seed: int = 0, spread: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that resemble descriptors, not negative and of length 1, and labels in which every class appears."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    rows = np.abs(random.normal(size=(classes, dim))[labels] + spread * 3 * random.normal(size=(count, dim)))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32), labels
+
+
+def objectives(
+    svm: LinearSvm, rows: np.ndarray, targets: np.ndarray, c: float, positive_weight: float = 1.0
+) -> np.ndarray:
+    """[K] objective of each class, in double precision, from the definition."""
+    weights, biases = svm.weights.astype(np.float64), svm.biases.astype(np.float64)
+    values = (weights**2).sum(1) / 2 + biases**2 / 2
+    for k in range(len(weights)):
+        for row, target in zip(rows.astype(np.float64), targets[:, k], strict=True):
+            if target:
+                hinge = max(0.0, 1 - target * (weights[k] @ row + biases[k]))
+                values[k] += c * (positive_weight if target > 0 else 1) * hinge**2
+    return values
+
+
+def reference(rows: np.ndarray, targets: np.ndarray, c: float, positive_weight: float = 1.0) -> LinearSvm:
+    """LinearSVC, one class at a time, run to its end."""
+    weights, biases = [], []
+    for target in targets.T:
+        weight = {1: positive_weight, -1: 1.0}
+        # Its primal solver ends exactly, but slowly for many dimensions.
+        dual = rows.shape[1] > max(40, len(rows))
+        model = LinearSVC(C=c, class_weight=weight, dual=dual, tol=1e-7, max_iter=100_000)
+        model.fit(rows[target != 0].astype(np.float64), target[target != 0])
+        weights.append(model.coef_[0])
+        biases.append(model.intercept_[0])
+    return LinearSvm(
+        weights=np.array(weights),
+        biases=np.array(biases),
+        classes=np.arange(len(weights)),
+        c=c,
+        route="reference",
+        gaps=np.zeros(len(weights)),
+    )
+
+
+def assert_as_good(
+    found: LinearSvm, expected: LinearSvm, rows: np.ndarray, targets: np.ndarray, c: float, positive_weight: float = 1.0
+) -> None:
+    ours, best = (objectives(svm, rows, targets, c, positive_weight) for svm in (found, expected))
+    assert (ours <= best * (1 + 1e-4)).all(), (ours / best - 1).max()
+    assert (found.gaps <= 1e-4).all()
+
+
+@BOTH
+@pytest.mark.parametrize("c", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("shape", [(60, 200), (200, 20)], ids=str)
+def test_objectives_and_scores_agree_with_scikit_learn(shape: tuple[int, int], c: float, route: str) -> None:
+    if route == "gram" and shape[0] > shape[1] and c > 1:
+        pytest.skip("a singular Gram matrix in single precision does not carry costs as large as this")
+    rows, labels = make_rows(*shape, 4)
+    svm = train_linear_svm(rows, labels, c=c, route=route)
+    targets, _ = class_targets(labels)
+    expected = reference(rows, targets, c)
+    assert_as_good(svm, expected, rows, targets, c)
+    scores, wanted = svm.scores(rows), rows @ expected.weights.T + expected.biases
+    np.testing.assert_allclose(scores, wanted, atol=0.01 * np.abs(wanted).max())
+    top = np.sort(wanted, 1)
+    clear = top[:, -1] - top[:, -2] > 0.02
+    np.testing.assert_array_equal(svm.predict(rows)[clear], wanted.argmax(1)[clear])
+
+
+@BOTH
+def test_positive_weight_is_liblinears_class_weight(route: str) -> None:
+    rows, labels = make_rows(60, 200, 3)
+    targets, _ = class_targets(labels)
+    svm = train_linear_svm(rows, labels, c=0.5, positive_weight=5, route=route)
+    assert_as_good(svm, reference(rows, targets, 0.5, 5), rows, targets, 0.5, 5)
+
+
+@BOTH
+def test_rows_with_target_zero_are_left_out(route: str) -> None:
+    rows, _ = make_rows(60, 200, 3)
+    targets = np.random.default_rng(1).integers(-1, 2, (60, 5))
+    svm = train_linear_svm(rows, targets, c=2, route=route)
+    assert svm.classes.tolist() == [0, 1, 2, 3, 4]
+    assert_as_good(svm, reference(rows, targets, 2), rows, targets, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(4, 40),
+    dim=st.integers(1, 40),
+    c=st.sampled_from([0.01, 0.3, 10.0]),
+    seed=st.integers(0, 1000),
+    half=st.booleans(),
+    block_bytes=st.sampled_from([1, 700, 1 << 26]),
+)
+def test_routes_agree_at_the_minimum(count: int, dim: int, c: float, seed: int, half: bool, block_bytes: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = random.normal(size=(count, dim)).astype(np.float16 if half else np.float32)
+    rows[random.integers(count)] = rows[0]  # a duplicate, perhaps of another class
+    rows[:, random.integers(dim)] = 0.5  # a constant column
+    targets = random.choice([-1, -1, 0, 1], size=(count, 3))
+    targets[:2] = [[1], [-1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sppfeat.svm, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(sppfeat.svm, "_DIRECT_ROWS", 8 * (seed % 2))
+        gram, primal = (train_linear_svm(rows, targets, c=c, route=route) for route in ("gram", "primal"))
+    assert (gram.route, primal.route) == ("gram", "primal")
+    values = [objectives(svm, rows, targets, c) for svm in (gram, primal)]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
+    best = objectives(reference(rows, targets, c), rows, targets, c)
+    assert (values[0] <= best * (1 + 1e-4)).all()
+
+
+@BOTH
+def test_folds_and_warm_starts_share_one_problem(route: str) -> None:
+    rows, labels = make_rows(60, 100, 4)
+    targets, classes = class_targets(labels)
+    problem = SvmProblem(rows, route=route)
+    train, test = np.arange(60)[::-1][:40], np.arange(20)
+    start = None
+    for c in (0.01, 0.1, 1.0):
+        start = problem.solve(targets[train], train, c=c, start=start)
+    alone = train_linear_svm(rows[train], labels[train], c=1.0, route=route)
+    np.testing.assert_allclose(start.gaps, 0, atol=1e-5)
+    np.testing.assert_allclose(problem.scores(start, test), alone.scores(rows[test]), atol=2e-2)
+    np.testing.assert_allclose(problem.svm(start, classes).scores(rows), problem.scores(start), atol=1e-5)
+    assert problem.solve(targets[train], train, c=1.0, start=start).products == 1  # nothing was left to do
+    with pytest.raises(UsageError, match="same rows"):
+        problem.solve(targets[test], test, c=1.0, start=start)
+
+
+@BOTH
+def test_a_class_without_a_row_in_a_fold_never_wins(route: str) -> None:
+    rows, labels = make_rows(30, 50, 3)
+    targets, classes = class_targets(labels)
+    problem = SvmProblem(rows, route=route)
+    fold = np.flatnonzero(labels != 1)
+    solution = problem.solve(targets[fold], fold, c=1.0)
+    assert solution.solved.tolist() == [True, False, True]
+    assert (problem.scores(solution)[:, 1] == -np.inf).all()
+    svm = problem.svm(solution, classes)
+    assert svm.biases[1] == -np.inf
+    assert 1 not in svm.predict(rows)
+
+
+@BOTH
+def test_a_class_with_one_row_is_learned(route: str) -> None:
+    rows, _ = make_rows(20, 50, 2)
+    labels = np.array(["rare", *["common"] * 19])
+    svm = train_linear_svm(rows, labels, c=100.0, route=route)
+    assert svm.predict(rows).tolist() == labels.tolist()
+
+
+@BOTH
+def test_two_classes_mirror_each_other(route: str) -> None:
+    rows, labels = make_rows(20, 50, 2)
+    svm = train_linear_svm(rows, labels, c=1.0, route=route)
+    np.testing.assert_allclose(svm.weights[0], -svm.weights[1], atol=1e-2)
+
+
+def test_of_equal_scores_the_first_class_wins() -> None:
+    svm = LinearSvm(
+        weights=np.zeros((3, 2), np.float32),
+        biases=np.array([0, 1, 1], np.float32),
+        classes=np.array(["a", "b", "c"]),
+        c=1,
+        route="gram",
+        gaps=np.zeros(3),
+    )
+    assert svm.predict(np.ones((2, 2))).tolist() == ["b", "b"]
+
+
+def test_the_route_depends_on_shape_and_memory() -> None:
+    rows, _ = make_rows(20, 50, 2)
+    assert SvmProblem(rows).route == "gram"
+    assert SvmProblem(rows, gram_bytes=4 * 20 * 20 - 1).route == "primal"
+    assert SvmProblem(rows.T).route == "primal"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@BOTH
+def test_a_memory_map_is_read_in_blocks(
+    tmp_path: Path, route: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = make_rows(50, 64, 3)
+    rows.astype(np.float16).tofile(tmp_path / "rows")
+    mapped = np.memmap(tmp_path / "rows", np.float16, "r", shape=rows.shape)
+    monkeypatch.setattr(sppfeat.svm, "_BLOCK_BYTES", 7 * 64 * 4)
+    sizes: list[int] = []
+    tensor = sppfeat.svm._tensor
+    monkeypatch.setattr(sppfeat.svm, "_tensor", lambda rows, device: (sizes.append(len(rows)), tensor(rows, device))[1])
+    svm = train_linear_svm(mapped, labels, c=1.0, route=route, device=device)
+    targets, _ = class_targets(labels)
+    assert max(sizes) == 7
+    assert_as_good(svm, reference(mapped, targets, 1.0), mapped, targets, 1.0)
+
+
+@BOTH
+def test_rows_that_are_not_finite_are_named(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sppfeat.svm, "_BLOCK_BYTES", 1)
+    rows, labels = make_rows(20, 50, 2)
+    rows[13, 7], rows[17, 0] = np.nan, np.inf
+    with pytest.raises(UsageError, match="^row 13: .* found NaN or infinity, and 1 more row$"):
+        train_linear_svm(rows, labels, c=1.0, route=route)
+    with pytest.raises(UsageError, match="^n13.jpg: expected"):
+        SvmProblem(rows, route=route, names=[f"n{i}.jpg" for i in range(20)])
+
+
+def test_what_cannot_be_is_refused() -> None:
+    rows, labels = make_rows(20, 50, 2)
+    for message, arguments in {
+        r"c must be a number above 0, found 0": dict(c=0),
+        r"c must be a number above 0, found nan": dict(c=float("nan")),
+        r"positive_weight must be a number above 0, found -1": dict(c=1, positive_weight=-1),
+        r"unknown route 'dual'": dict(c=1, route="dual"),
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            train_linear_svm(rows, labels, **arguments)  # type: ignore[arg-type]
+    for message, given_labels in {
+        r"at least two classes, found 1: \['a'\]": ["a"] * 20,
+        r"one row for each of 20 descriptors, found 19": labels[:19],
+        r"of \+1, -1 and 0": np.full((20, 1), 2),
+        r"class 1: expected at least one positive row": np.array([[1, -1], [-1, -1]] * 10),
+        r"class 0: expected at least one negative row": np.ones((20, 1)),
+        r"labels must be \[N\]": np.zeros((2, 2, 2)),
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            train_linear_svm(rows, given_labels, c=1.0)
+    for given_rows in (np.array([0, 20]), np.array([-1]), np.zeros(20, bool), np.zeros((1, 1), int)):
+        with pytest.raises(UsageError, match="rows must be numbers .* from 0 to 19"):
+            SvmProblem(rows).solve(np.ones((len(given_rows), 1)), given_rows, c=1.0)
+    with pytest.raises(UsageError, match=r"descriptors must be \[N, D\]"):
+        train_linear_svm(rows[0], labels, c=1.0)
+    with pytest.raises(UsageError, match=r"descriptors must be \[N, 50\], found \[20, 49\]"):
+        train_linear_svm(rows, labels, c=1.0).scores(rows[:, :49])
