@@ -17,7 +17,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.metrics import accuracy_per_class, mean_over_classes
-from sppfeat.store import Status, Store
+from sppfeat.store import Store
 from sppfeat.svm import SvmProblem, class_targets
 
 PROTOCOLS: Final = ("random", "caltech101", "split")

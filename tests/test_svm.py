@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.svm import LinearSVC
 
-import sppfeat.svm
+import sppfeat.newton
 from sppfeat import UsageError
 from sppfeat.svm import LinearSvm, SvmProblem, class_targets, train_linear_svm
 
@@ -128,8 +128,8 @@ def test_routes_agree_at_the_minimum(count: int, dim: int, c: float, seed: int, 
     targets = random.choice([-1, -1, 0, 1], size=(count, 3))
     targets[:2] = [[1], [-1]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sppfeat.svm, "_BLOCK_BYTES", block_bytes)
-        patch.setattr(sppfeat.svm, "_DIRECT_ROWS", 8 * (seed % 2))
+        patch.setattr(sppfeat.newton, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(sppfeat.newton, "_DIRECT_ROWS", 8 * (seed % 2))
         gram, primal = (train_linear_svm(rows, targets, c=c, route=route) for route in ("gram", "primal"))
     assert (gram.route, primal.route) == ("gram", "primal")
     values = [objectives(svm, rows, targets, c) for svm in (gram, primal)]
@@ -212,10 +212,12 @@ def test_a_memory_map_is_read_in_blocks(
     rows, labels = make_rows(50, 64, 3)
     rows.astype(np.float16).tofile(tmp_path / "rows")
     mapped = np.memmap(tmp_path / "rows", np.float16, "r", shape=rows.shape)
-    monkeypatch.setattr(sppfeat.svm, "_BLOCK_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr(sppfeat.newton, "_BLOCK_BYTES", 7 * 64 * 4)
     sizes: list[int] = []
-    tensor = sppfeat.svm._tensor
-    monkeypatch.setattr(sppfeat.svm, "_tensor", lambda rows, device: (sizes.append(len(rows)), tensor(rows, device))[1])
+    tensor = sppfeat.newton.to_tensor
+    monkeypatch.setattr(
+        sppfeat.newton, "to_tensor", lambda rows, device: (sizes.append(len(rows)), tensor(rows, device))[1]
+    )
     svm = train_linear_svm(mapped, labels, c=1.0, route=route, device=device)
     targets, _ = class_targets(labels)
     assert max(sizes) == 7
@@ -224,7 +226,7 @@ def test_a_memory_map_is_read_in_blocks(
 
 @BOTH
 def test_rows_that_are_not_finite_are_named(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sppfeat.svm, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(sppfeat.newton, "_BLOCK_BYTES", 1)
     rows, labels = make_rows(20, 50, 2)
     rows[13, 7], rows[17, 0] = np.nan, np.inf
     with pytest.raises(UsageError, match="^row 13: .* found NaN or infinity, and 1 more row$"):
