@@ -81,8 +81,8 @@ def test_signals_finish_the_rows_in_flight(make_images: Callable[..., Path], tmp
     folder, output = make_images(400), tmp_path / "f.h5"
     command = sppfeat_command("extract", folder, "-o", output, "--json", "-b", "1", "-j", "1", *TINY_FLAGS)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not output.exists() and child.poll() is None:
-        time.sleep(0.005)
+    assert child.stderr is not None
+    assert "400 images to describe" in child.stderr.readline()
     child.send_signal(number)
     printed, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
