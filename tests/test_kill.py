@@ -44,7 +44,7 @@ def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Pa
             before = output.stat().st_ino if output.exists() else None
             while (not output.exists() or output.stat().st_ino == before) and child.poll() is None:
                 time.sleep(0.002)
-            time.sleep(moments.uniform(0, 0.4))
+            time.sleep(moments.uniform(0, 0.25))
         else:
             time.sleep(moments.uniform(0.4, 1.0) * whole_run)
         child.send_signal(signal.SIGKILL)
@@ -57,7 +57,7 @@ def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Pa
             # New images mean that the next run rewrites the file before it fills it.
             images += 40
             make_images(images)
-    assert seen_partial >= 1
+    assert seen_partial >= 3
     subprocess.run(command, check=True)
     store = open_store(output)
     assert verify_store(store) == [] and store.counts() == {"pending": 0, "done": images, "failed": 0}
