@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -43,15 +44,21 @@ def _options(
     pass
 
 
+def _interrupt(number: int, frame: object) -> NoReturn:
+    # Said here, since typer turns the exception into a silent exit; os.write, since the handler may run amid a print.
+    os.write(2, b"sppfeat: interrupted\n")
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
     # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except SppFeatError as error:
         print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        print("sppfeat: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,8 +5,12 @@
     ├── DeviceError         a device that was asked for and is not there
     ├── BackboneError       a network that cannot be built, cut at a layer, or given these weights
     ├── ImageError          one image that cannot be described; its row is marked failed, the run goes on
-    └── StoreError          a store that cannot be opened, written or trusted
-        └── StoreBusyError  another process is writing to this store
+    ├── StoreError          a store that cannot be opened, written or trusted
+    │   └── StoreBusyError  another process is writing to this store
+    ├── ModelError          an SVM or a detector that cannot be opened, written or trusted
+    ├── GalleryError        a gallery that cannot be opened, written or trusted
+    ├── ReportError         a page that cannot be written
+    └── MissingExtraError   a library that this needs and that is not installed
 
 A text names the thing, what was expected and what was found.
 """
@@ -15,6 +19,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 
 class SppFeatError(Exception):
@@ -43,6 +49,33 @@ class StoreError(SppFeatError):
 
 class StoreBusyError(StoreError):
     """Another process is writing to this store."""
+
+
+class ModelError(SppFeatError):
+    """An SVM or a detector that cannot be opened, written or trusted."""
+
+
+class GalleryError(SppFeatError):
+    """A gallery that cannot be opened, written or trusted."""
+
+
+class ReportError(SppFeatError):
+    """A page that cannot be written."""
+
+
+class MissingExtraError(SppFeatError):
+    """A library that this needs and that is not installed."""
+
+
+def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import a module of one of our extras. Raises MissingExtraError, with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        found = (
+            "which is not installed" if isinstance(error, ModuleNotFoundError) else f"which fails: {one_line(error)}"
+        )
+        raise MissingExtraError(f"{purpose} needs {module}, {found}: pip install 'sppfeat[{extra}]'") from None
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

@@ -35,10 +35,10 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError, UsageError, one_line
+from sppfeat.files import STORE, appearing, hdf5_reason, os_reason
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 
-FORMAT: Final = "sppfeat-store"
 FORMAT_VERSION: Final = 1
 ERROR_BYTES: Final = 200  # longest reason kept, in UTF-8 bytes
 _COPY_BYTES: Final = 1 << 26
@@ -136,15 +136,17 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     except FileNotFoundError:
         raise StoreError(f"{path}: expected a store, found no such file") from None
     except OSError as error:
-        raise StoreError(f"{path}: expected a store, found a file that cannot be opened: {_h5_reason(error)}") from None
+        raise StoreError(
+            f"{path}: expected a store, found a file that cannot be opened: {hdf5_reason(error)}"
+        ) from None
     except (KeyError, ValueError, UsageError) as error:
         raise StoreError(f"{path}: expected a whole store, found: {one_line(error)}") from None
 
 
 def _read(path: Path, file: h5py.File, content: BinaryIO) -> Store:
     kind = file.attrs.get("format")
-    if kind != FORMAT:
-        raise StoreError(f"{path}: expected a store (format {FORMAT!r}), found an HDF5 file with format {kind!r}")
+    if kind != STORE:
+        raise StoreError(f"{path}: expected a store (format {STORE!r}), found an HDF5 file with format {kind!r}")
     found = int(file.attrs["format_version"])
     if found > FORMAT_VERSION:
         raise StoreError(
@@ -177,13 +179,6 @@ def _read(path: Path, file: h5py.File, content: BinaryIO) -> Store:
     )
 
 
-def _h5_reason(error: OSError) -> str:
-    """HDF5 wraps its reason in parentheses, after a sentence that says nothing."""
-    text = one_line(error)
-    inner = text[text.find("(") + 1 : -1] if text.endswith(")") else text
-    return f"cut short ({inner})" if "truncated file" in inner else inner
-
-
 def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
     """Raise StoreError unless a store can be begun at a path, or resumed, or overwritten.
 
@@ -196,7 +191,7 @@ def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
             raise StoreError(f"{path}: expected its folder {path.parent} to exist, found none") from None
         return
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {_os_reason(error)}") from None
+        raise StoreError(f"{path}: cannot be written: {os_reason(error)}") from None
     if not stat.S_ISREG(info.st_mode):
         kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a special file"
         raise StoreError(f"{path}: expected a file to write the store to, found {kind}")
@@ -220,7 +215,7 @@ def _other_kind(path: Path) -> str | None:
             kind = file.attrs.get("format")
     except OSError:
         return None
-    return None if kind == FORMAT else f"an HDF5 file of format {kind!r}"
+    return None if kind == STORE else f"an HDF5 file of format {kind!r}"
 
 
 @contextlib.contextmanager
@@ -263,7 +258,7 @@ def create_store(
 
     Space for all rows is taken now, so that a full disk is found out before any work is done. Hold `lock_store`.
     """
-    with _appearing(path) as partial:
+    with appearing(path, StoreError) as partial:
         _write_structure(
             partial,
             names,
@@ -284,7 +279,7 @@ def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> Non
 
     Hold `lock_store`.
     """
-    with _appearing(store.path) as partial:
+    with appearing(store.path, StoreError) as partial:
         _write_structure(
             partial,
             names,
@@ -313,33 +308,10 @@ def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> Non
                     left -= len(block)
 
 
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` at the end, whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.unlink(missing_ok=True)
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # without it, a power cut could take the new name, and with it the rows, back
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(f"{path}: cannot be written: {_os_reason(error)}") from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _write_structure(path: Path, names: Sequence[str], dim: int, dtype: str, attributes: dict[str, Any]) -> None:
     count = len(names)
     with h5py.File(path, "w", locking=False) as file:
-        file.attrs["format"] = FORMAT
+        file.attrs["format"] = STORE
         file.attrs["format_version"] = FORMAT_VERSION
         for key, value in attributes.items():
             file.attrs[key] = value
@@ -370,7 +342,7 @@ class StoreWriter:
         try:
             self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise StoreError(f"{store.path}: cannot be written: {_os_reason(error)}") from None
+            raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
         self._waiting: dict[int, Status] = {}
 
     def __enter__(self) -> Self:
@@ -435,13 +407,13 @@ class StoreWriter:
                 written = os.pwrite(self._descriptor, data, place)
                 data, place = data[written:], place + written
         except OSError as error:
-            raise StoreError(f"{self._path}: cannot be written: {_os_reason(error)}") from None
+            raise StoreError(f"{self._path}: cannot be written: {os_reason(error)}") from None
 
     def _sync(self) -> None:
         try:
             getattr(os, "fdatasync", os.fsync)(self._descriptor)
         except OSError as error:
-            raise StoreError(f"{self._path}: cannot be written: {_os_reason(error)}") from None
+            raise StoreError(f"{self._path}: cannot be written: {os_reason(error)}") from None
 
 
 def verify_store(store: Store) -> list[str]:
@@ -467,12 +439,6 @@ def verify_store(store: Store) -> list[str]:
         elif status == Status.FAILED and not reasons[name]:
             problems.append(f"row {row} ({name!r}): failed without a reason")
     return problems
-
-
-def _os_reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; make room, then resume"
-    return error.strerror or one_line(error)
 
 
 def _versions() -> dict[str, str]:

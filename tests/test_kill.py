@@ -104,14 +104,12 @@ def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_pa
     extract_folder(folder, output, TINY)
     before = output.read_bytes()
     command = sppfeat_command("extract", "-", "-o", output, "--overwrite", *TINY_FLAGS)
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(15)  # torch is loaded, and the list is read; none comes
-    child.send_signal(number)
-    assert child.stdin is not None and child.stderr is not None
-    assert child.wait(30) == 130
-    assert child.stderr.read() == "sppfeat: interrupted\n"
-    child.stdin.close()
-    child.stderr.close()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        time.sleep(15)  # torch is loaded, and the list is read; none comes
+        child.send_signal(number)
+        assert child.wait(30) == 130
+        assert child.stderr is not None
+        assert child.stderr.read() == "sppfeat: interrupted\n"
     assert output.read_bytes() == before
 
 

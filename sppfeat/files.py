@@ -1,0 +1,135 @@
+"""What all our files share: they appear at once and whole, they say what they are, and bad ones are refused by name.
+
+Every HDF5 file of ours has the root attributes `format` and `format_version`; a gallery is a folder with a
+`gallery.json` that has both keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+
+from sppfeat.errors import SppFeatError, UsageError, one_line
+
+STORE = "sppfeat-store"
+SVM = "sppfeat-svm"
+DETECTOR = "sppfeat-detector"
+WINDOWS = "sppfeat-windows"
+GALLERY = "sppfeat-gallery"
+# How messages call them.
+NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Which of our formats a file or folder has, without trusting it further; None: none of them, or unreadable."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            found = json.loads((path / "gallery.json").read_text("utf-8")).get("format")
+        else:
+            with h5py.File(path, "r", locking=False) as file:
+                found = file.attrs.get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if found in NOUNS else None
+
+
+@contextlib.contextmanager
+def open_hdf5(path: str | os.PathLike[str], kind: str, version: int, error: type[SppFeatError]) -> Iterator[h5py.File]:
+    """Open one of our HDF5 files for reading; whatever is wrong with it, also within the block, is raised as `error`.
+
+    kind: its format, one of NOUNS. version: the newest format version that is understood.
+    """
+    path, noun = Path(path), NOUNS[kind]
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = file.attrs.get("format")
+            if found != kind:
+                what = NOUNS.get(str(found), f"an HDF5 file with format {found!r}")
+                raise error(f"{path}: expected {noun} (format {kind!r}), found {what}")
+            number = int(file.attrs["format_version"])
+            if number > version:
+                raise error(f"{path}: its format {number} is newer than this sppfeat reads ({version}): update sppfeat")
+            yield file
+    except FileNotFoundError:
+        raise error(f"{path}: expected {noun}, found no such file") from None
+    except IsADirectoryError:
+        raise error(f"{path}: expected {noun}, found a folder") from None
+    except OSError as reason:
+        raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
+    except (KeyError, ValueError, TypeError, UsageError) as reason:
+        raise error(f"{path}: expected {noun} that is whole, found: {one_line(reason)}") from None
+
+
+@contextlib.contextmanager
+def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
+    """A path to write to that becomes the file `path` at the end, whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as reason:
+        partial.unlink(missing_ok=True)
+        raise error(f"{path}: cannot be written: {os_reason(reason)}") from None
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's new names on disk: without it, a power cut could take them, and with them their files, back."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_new_file(
+    path: str | os.PathLike[str], *, overwrite: bool, error: type[SppFeatError], kind: str | None
+) -> Path:
+    """The path, if a file may be written there: over nothing, or, with `overwrite`, over a file of `kind`.
+
+    kind: one of NOUNS; None: any file that is none of ours (a page). To be asked before the work is done. A mistyped
+    output must not cost a photograph, or other results. A link is followed, and stays.
+    """
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if not path.parent.is_dir():
+        raise error(f"{path}: expected its folder {path.parent} to exist, found none")
+    if not os.path.lexists(path):
+        return path
+    if not path.is_file():
+        raise error(f"{path}: expected a file to write to, found {'a folder' if path.is_dir() else 'a special file'}")
+    if path.stat().st_size:
+        found = format_of(path)
+        if found != kind:
+            what = NOUNS.get(str(found), "another file")
+            wanted = NOUNS.get(str(kind), "a page")
+            raise error(f"{path}: expected {wanted} or a new file, found {what}; it is left as it is")
+        if not overwrite:
+            raise error(f"{path}: exists already; choose another output, or --overwrite")
+    return path
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused, in few words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room, then resume"
+    return error.strerror or one_line(error)
+
+
+def hdf5_reason(error: OSError) -> str:
+    """Why HDF5 refused: it wraps its reason in parentheses, after a sentence that says nothing."""
+    text = one_line(error)
+    inner = text[text.find("(") + 1 : -1] if text.endswith(")") else text
+    return f"cut short ({inner})" if "truncated file" in inner else inner
