@@ -13,6 +13,7 @@ import typer
 from sppfeat.recipe import (
     CROPS,
     DTYPES,
+    ENGINES,
     FUSIONS,
     INTERPOLATIONS,
     NORMALIZATIONS,
@@ -116,6 +117,9 @@ def extract(
         bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, other values.")
     ] = Recipe.jpeg_draft,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help=f"What runs the network: {_one_of(ENGINES)}")
+    ] = RunOptions.engine,
     batch_size: Annotated[
         int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
@@ -162,7 +166,7 @@ def extract(
         orientation=orientation,
         jpeg_draft=jpeg_draft,
     )
-    options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+    options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
 
     from sppfeat.extract import extract_folder
 
@@ -279,7 +283,7 @@ def _summary(done: Extraction) -> str:
             parts.append(f"{count} {word}")
     text = (
         f"{printable(done.store)}: {done.images} images ({', '.join(parts)}), {done.dim} values each\n"
-        f"{done.seconds:.1f} s, {done.images_per_second:.1f} images/s on {done.device}; "
+        f"{done.seconds:.1f} s, {done.images_per_second:.1f} images/s on {done.device} ({done.engine}); "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )
     if done.failed:

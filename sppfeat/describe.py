@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -17,8 +16,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from sppfeat.backbone import load_backbone
-from sppfeat.errors import BackboneError, DeviceError, ImageError, UsageError, one_line
+from sppfeat.devices import available_cores
+from sppfeat.engine import load_engine
+from sppfeat.errors import BackboneError, ImageError, UsageError, one_line
 from sppfeat.images import Fingerprint, fingerprint_of
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid
@@ -29,8 +29,6 @@ from sppfeat.recipe import Recipe, RunOptions
 # oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once.
 CPU_BATCH_SIZE: Final = 1
 CUDA_BATCH_SIZE: Final = 64
-# Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
-MAX_FORWARD_THREADS: Final = 16
 # A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
 PATIENCE_BATCHES: Final = 16
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
@@ -84,20 +82,14 @@ _Input = tuple[int, int]  # which picture, which scale
 class Describer:
     """Describes pictures by a recipe. The network is loaded once; `recipe` is then complete (layer, mean, ...).
 
-    dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
-    Raises BackboneError, DeviceError, UsageError.
+    dim: length of a descriptor. device, engine: where and how the network runs. weights_sha256: of the network up to
+    the layer. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
-
-    engine: Final = "torch"
 
     def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
         options = options or RunOptions()
-        self.device = resolve_device(options.device)
-        self._backbone = load_backbone(recipe)
-        try:
-            self._backbone.to(self.device)
-        except RuntimeError as error:
-            raise DeviceError(f"device {self.device}: cannot hold {recipe.backbone} ({one_line(error)})") from None
+        self._backbone, self._engine = load_engine(recipe, options)
+        self.device, self.engine = self._engine.device, self._engine.name
         self.recipe = self._backbone.recipe
         smallest = self._backbone.minimum_side
         for scale in self.recipe.scales:
@@ -106,12 +98,8 @@ class Describer:
         self.weights_sha256 = self._backbone.weights_sha256
         self.dim = self.recipe.dimensions(self._backbone.channels)
         self.times = StageTimes()
-        cores = available_cores()
-        on_cpu = self.device.type == "cpu"
-        self._workers = options.num_workers or cores
-        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if on_cpu else CUDA_BATCH_SIZE)
-        self._forward_threads = min(cores, MAX_FORWARD_THREADS) if on_cpu else 1
-        self._threads_each = max(1, cores // self._forward_threads) if on_cpu else 1
+        self._workers = options.num_workers or available_cores()
+        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if self.device.type == "cpu" else CUDA_BATCH_SIZE)
 
     def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
         """Describe every path, about in order; a picture that cannot be described comes with its reason.
@@ -122,10 +110,10 @@ class Describer:
         threads_before = torch.get_num_threads()
         decoders = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         forwarders = ThreadPoolExecutor(
-            self._forward_threads,
+            self._engine.streams,
             thread_name_prefix="forward",
             initializer=torch.set_num_threads,
-            initargs=(self._threads_each,),
+            initargs=(self._engine.threads,),
         )
         try:
             # cuDNN would round float32 to 10 bits (TF32): a GPU must give the values that a CPU gives.
@@ -146,7 +134,7 @@ class Describer:
         stop: Callable[[], bool],
     ) -> Iterator[Described]:
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
-        ahead = 4 * self._workers + self._forward_threads * self._batch_size
+        ahead = 4 * self._workers + self._engine.streams * self._batch_size
         ahead = min(ahead, max(self._workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
         decoding: deque[tuple[int, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
@@ -184,10 +172,10 @@ class Describer:
                 for batch in batcher.add((index, scale), pixels):
                     forwarding.append(forwarders.submit(self._forward, batch))
             prepared.inputs.clear()
-            yield from collect(2 * self._forward_threads)
+            yield from collect(2 * self._engine.streams)
         for batch in batcher.flush():
             forwarding.append(forwarders.submit(self._forward, batch))
-            yield from collect(2 * self._forward_threads)
+            yield from collect(2 * self._engine.streams)
         yield from collect(0)
 
     def _prepare(self, path: str) -> PreparedImage | _Unreadable:
@@ -204,8 +192,7 @@ class Describer:
         keys = [key for key, _ in batch]
         try:
             with torch.inference_mode():
-                pictures = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
-                feature_map = self._backbone.feature_map(pictures.to(self.device))
+                feature_map = self._engine.feature_map(torch.from_numpy(np.stack([pixels for _, pixels in batch])))
                 pooled = pool_pyramid(
                     feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p
                 )
@@ -253,26 +240,3 @@ def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
         return np.concatenate(parts)
     together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
     return together
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there."""
-    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda:0" if usable else "cpu")
-    if name.startswith("cuda"):
-        number = int(name.partition(":")[2] or 0)
-        if number >= usable:
-            built = (
-                f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-            )
-            raise DeviceError(f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({built})")
-        return torch.device("cuda", number)
-    return torch.device(name)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

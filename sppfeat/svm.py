@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sppfeat.describe import resolve_device
+from sppfeat.devices import resolve_device
 from sppfeat.errors import UsageError, unknown_name
 from sppfeat.newton import GramSpace, PrimalSpace, Rows, Space, minimize, to_tensor
 from sppfeat.views import Matrix
