@@ -11,7 +11,7 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, UsageError
-from sppfeat_cli import evaluate, extract, inspect, models
+from sppfeat_cli import evaluate, extract, index, inspect, models, search
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ extract.register(app)
 inspect.register(app)
 models.register(app)
 evaluate.register(app)
+index.register(app)
+search.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -76,3 +76,14 @@ def fuse(parts: Sequence[Sequence[float]], kind: str) -> list[float]:
     if kind == "max":
         return [float(max(column)) for column in columns]
     return [math.fsum(column) / len(column) for column in columns]
+
+
+def cosine_ranking(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of falling cosine similarity with each query, equal ones in their order; and the cosines."""
+
+    def units(values: np.ndarray) -> np.ndarray:
+        return np.array([normalize(row, "l2") for row in values])
+
+    cosines = units(queries) @ units(rows).T
+    order = np.argsort(-np.round(cosines, 12), axis=1, kind="stable")
+    return order, np.take_along_axis(cosines, order, 1)
