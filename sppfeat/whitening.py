@@ -232,7 +232,7 @@ def read_arrays(path: Path, dim: int, count: int) -> dict[str, np.ndarray]:
     """Arrays of a projection of `dim` dimensions onto `count`. Raises GalleryError for a file that is not that."""
     expected = {"mean": (dim,), "matrix": (dim, count), "eigenvalues": (count,)}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {name: np.ascontiguousarray(file[name], np.float32) for name in expected}
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise GalleryError(f"{path}: expected a projection that is whole, found: {one_line(error)}") from None
