@@ -40,6 +40,8 @@ ID_BYTES: Final = 8
 # Rows to train with for each list. FAISS asks for 39, and takes at most 256.
 TRAIN_PER_LIST: Final = 50
 MIN_TRAIN: Final = 20_000
+# A fourth of what FAISS takes, in a fourth of the time.
+PQ_TRAIN_PER_CENTRE: Final = 64
 RECALL_K: Final = 10
 TUNING_QUERIES: Final = 200
 _TRAIN_SEED: Final = 1234
@@ -236,6 +238,7 @@ def _training_needs(index: Any) -> tuple[int, int]:
     if hasattr(inner, "pq"):
         counts.append(inner.pq.ksub)
         inner.pq.cp.min_points_per_centroid = 1
+        inner.pq.cp.max_points_per_centroid = PQ_TRAIN_PER_CENTRE
     return max(counts), max(39 * count if count > 1 else 1 for count in counts)
 
 
