@@ -11,7 +11,7 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, UsageError
-from sppfeat_cli import evaluate, extract, index, inspect, models, search
+from sppfeat_cli import duplicates, evaluate, extract, index, inspect, models, search
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ models.register(app)
 evaluate.register(app)
 index.register(app)
 search.register(app)
+duplicates.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -46,6 +46,9 @@ def search(
     num_workers: Annotated[
         int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
     ] = RunOptions.num_workers,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no notes.")] = False,
 ) -> None:
@@ -56,11 +59,13 @@ def search(
     """
     from sppfeat.files import STORE, format_of
     from sppfeat.gallery import open_gallery
-    from sppfeat.search import SearchOptions, search_images, search_store
+    from sppfeat.report import check_page
+    from sppfeat.search import SearchOptions, search_images, search_store, write_hits_page
     from sppfeat.store import open_store
 
     options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
     run_options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+    page = check_page(html) if html is not None else None
     opened = open_gallery(gallery)
     if any(format_of(query) == STORE for query in queries):
         if len(queries) > 1:
@@ -68,6 +73,8 @@ def search(
         done = search_store(opened, open_store(queries[0]), options)
     else:
         done = search_images(opened, queries, options, run_options, weights=weights)
+    if page is not None:
+        write_hits_page(page, opened, done)
     if as_json:
         print_json(_document(done))
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +16,19 @@ from PIL import Image
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
-from sppfeat.files import appearing
+from sppfeat.files import appearing, check_new_file
 from sppfeat.images import decode, open_image, upright_size
 
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
+
+
+def check_page(path: str | os.PathLike[str]) -> Path:
+    """The path, if a page may be written there, also over another page. To be asked before the work is done.
+
+    Raises ReportError: no file but one that is called .html is ever replaced.
+    """
+    page = Path(path)
+    return check_new_file(page, overwrite=page.suffix.lower() in (".html", ".htm"), error=ReportError, kind=None)
 
 
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:

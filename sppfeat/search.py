@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from sppfeat.gallery import Gallery, check_recipe
 from sppfeat.images import find_images, name_to_path
 from sppfeat.index import faiss_reason, reconstruct
 from sppfeat.recipe import RunOptions
+from sppfeat.report import thumbnail, write_page
 from sppfeat.rows import block_rows, normalize_rows, to_units, unit_rows
 from sppfeat.store import Store
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 # The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
 DEFAULT_ALPHA: Final = 3.0
+# Thumbnails of more would make a page that a phone cannot open.
+PAGE_QUERIES: Final = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,45 @@ def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, we
     describer = Describer(recipe, run_options)
     check_recipe(gallery, describer.recipe, describer.weights_sha256, describer.dim, "the network here")
     return describer
+
+
+def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
+    """Write queries and their neighbours with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+    small: dict[str, str | None] = {}  # a picture is often found by several queries
+
+    def picture(file: str | None) -> str | None:
+        if file is None:
+            return None
+        if file not in small:
+            small[file] = thumbnail(file)
+        return small[file]
+
+    shown = [
+        {
+            "query": answer.query,
+            "error": answer.error,
+            "note": "",
+            "thumbnail": None if answer.error else picture(answer.path),
+            "neighbors": [
+                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": picture(one.path)}
+                for one in answer.neighbors
+            ],
+        }
+        for answer in result.answers[:PAGE_QUERIES]
+    ]
+    write_page(
+        path,
+        "hits.html",
+        {
+            "gallery": str(gallery.path),
+            "count": len(gallery),
+            "factory": gallery.factory,
+            "exact": gallery.exact,
+            "notes": result.notes,
+            "answers": shown,
+            "more": len(result.answers) - len(shown),
+        },
+    )
 
 
 def _answer(
