@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
 
 from sppfeat import __version__
-from sppfeat.errors import SppFeatError, UsageError
-from sppfeat_cli import duplicates, evaluate, extract, index, inspect, models, search
+from sppfeat.errors import SppFeatError, SppFeatWarning, UsageError
+from sppfeat_cli import duplicates, evaluate, extract, index, inspect, models, predict, search, train
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ extract.register(app)
 inspect.register(app)
 models.register(app)
 evaluate.register(app)
+train.register(app)
+predict.register(app)
 index.register(app)
 search.register(app)
 duplicates.register(app)
@@ -53,11 +56,18 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **options: object) -> None:
+    # Ours are for the user; a library's own are for its programmers, and tell nothing at a command line.
+    if issubclass(category, SppFeatWarning):
+        print(f"sppfeat: warning: {printable(str(message))}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
     # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = _show_warning
     try:
         app()
     except SppFeatError as error:

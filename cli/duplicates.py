@@ -23,6 +23,7 @@ def duplicates(
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def duplicates(
     from sppfeat.report import check_page
     from sppfeat.store import open_store
 
-    page = check_page(html) if html is not None else None
+    page = check_page(html, overwrite=overwrite) if html is not None else None
     with _Bar(quiet) as bar:
         found = find_duplicates(open_store(store), threshold, progress=bar.show)
     if page is not None:

@@ -13,6 +13,7 @@ import typer
 from sppfeat.recipe import (
     CROPS,
     DTYPES,
+    ENGINES,
     FUSIONS,
     INTERPOLATIONS,
     NORMALIZATIONS,
@@ -116,12 +117,23 @@ def extract(
         bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, other values.")
     ] = Recipe.jpeg_draft,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help=f"What runs the network: {_one_of(ENGINES)}")
+    ] = RunOptions.engine,
     batch_size: Annotated[
         int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
     num_workers: Annotated[
         int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
     ] = RunOptions.num_workers,
+    windows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels.",
+            show_default="whole images",
+        ),
+    ] = None,
     root: Annotated[
         str | None,
         typer.Option(
@@ -162,16 +174,19 @@ def extract(
         orientation=orientation,
         jpeg_draft=jpeg_draft,
     )
-    options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+    options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
 
     from sppfeat.extract import extract_folder
+    from sppfeat.windows import read_windows
 
-    with _Progress(quiet=quiet) as progress:
+    boxes = read_windows(windows) if windows is not None else None
+    with _Progress(quiet=quiet, unit="image" if boxes is None else "window") as progress:
         done = extract_folder(
             sources,
             output,
             recipe,
             options,
+            windows=boxes,
             root=root,
             resume=resume,
             retry_failed=retry_failed,
@@ -185,7 +200,8 @@ def extract(
         typer.echo(_summary(done))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
-        print(f"sppfeat: interrupted, {done.pending} images left; {how}the same command resumes", file=sys.stderr)
+        left = f"{done.pending} {_unit(done)}s left"
+        print(f"sppfeat: interrupted, {left}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:
         raise typer.Exit(3)
@@ -198,8 +214,9 @@ class _Progress:
     one ends the process at once.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, unit: str) -> None:
         self.stop = threading.Event()
+        self._unit = unit
         self._quiet = quiet
         self._bar: Any = None
         self._failed = 0
@@ -227,10 +244,10 @@ class _Progress:
         from tqdm import tqdm
 
         kept = f", {reused} described before" if reused else ""
-        print(f"{todo} images to describe on {device}{kept}", file=sys.stderr)
+        print(f"{todo} {self._unit}s to describe on {device}{kept}", file=sys.stderr)
         for name in gone:
             print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
-        self._bar = tqdm(total=todo, unit="image", disable=None, file=sys.stderr, smoothing=0.1)
+        self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)
 
     def row(self, name: str, error: str | None) -> None:
         if self._bar is None:
@@ -242,7 +259,12 @@ class _Progress:
         self._bar.update()
 
 
+def _unit(done: Extraction) -> str:
+    return "image" if done.without_windows is None else "window"
+
+
 def _document(done: Extraction) -> dict[str, Any]:
+    windows = {} if done.without_windows is None else {"images_without_windows": done.without_windows}
     return {
         "store": done.store,
         "images": done.images,
@@ -262,6 +284,7 @@ def _document(done: Extraction) -> dict[str, Any]:
             "forward": round(done.forward, 3),
             "write": round(done.write, 3),
         },
+        **windows,
     }
 
 
@@ -274,12 +297,13 @@ def _summary(done: Extraction) -> str:
         (done.gone, "gone"),
         (done.repeated, "listed twice"),
         (done.pending, "left"),
+        (done.without_windows, "images without windows"),
     ):
         if count:
             parts.append(f"{count} {word}")
     text = (
-        f"{printable(done.store)}: {done.images} images ({', '.join(parts)}), {done.dim} values each\n"
-        f"{done.seconds:.1f} s, {done.images_per_second:.1f} images/s on {done.device}; "
+        f"{printable(done.store)}: {done.images} {_unit(done)}s ({', '.join(parts)}), {done.dim} values each\n"
+        f"{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )
     if done.failed:

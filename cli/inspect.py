@@ -16,13 +16,22 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A store.", show_default=False)],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A store, or a model.", show_default=False)],
     failures: Annotated[bool, typer.Option("--failures", help="List the failed images and why.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every row; exit code 1 if one is wrong.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show a store's recipe, counts and failures."""
+    """Show what a file of sppfeat holds: recipe, counts, failures."""
+    from sppfeat.errors import UsageError
+    from sppfeat.files import NOUNS, STORE, SVM, format_of
     from sppfeat.store import open_store, verify_store
+
+    kind = format_of(file)
+    if kind not in (None, STORE) and (failures or verify):
+        raise UsageError(f"{file}: --failures and --verify are for stores, found {NOUNS[str(kind)]}")
+    if kind == SVM:
+        _inspect_svm(file, as_json)
+        return
 
     store = open_store(file)
     errors = store.errors()
@@ -61,6 +70,42 @@ def inspect(
         raise typer.Exit(1)
 
 
+def _inspect_svm(file: str, as_json: bool) -> None:
+    from sppfeat.classifier import open_classifier
+
+    model = open_classifier(file)
+    about: dict[str, Any] = {
+        "file": file,
+        "format": "svm",
+        "classes": model.classes,
+        "images": model.images,
+        "dim": model.svm.weights.shape[1],
+        "C": float(model.svm.costs[0]),
+        "positive_weight": model.positive_weight,
+        "weights_sha256": model.weights_sha256,
+        "recipe": dataclasses.asdict(model.recipe),
+    }
+    if as_json:
+        print_json(about)
+        return
+    names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
+    lines = [
+        f"{printable(file)}: SVM of {len(model.classes)} classes ({names}), trained with {model.images} images",
+        f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
+        f"  weights: sha256 {model.weights_sha256[:16]}",
+        *_recipe_lines(about["recipe"]),
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
+    lines = ["  recipe:"]
+    for name, value in recipe.items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        lines.append(f"    {name:<14} {shown}")
+    return lines
+
+
 def _text(about: dict[str, Any]) -> str:
     lines = [
         f"{printable(about['file'])}: store of {about['images']} images, {human_bytes(about['bytes'])}",
@@ -68,11 +113,8 @@ def _text(about: dict[str, Any]) -> str:
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         f"  images below: {printable(about['source_root'])}",
         f"  weights: sha256 {about['weights_sha256'][:16]}",
-        "  recipe:",
+        *_recipe_lines(about["recipe"]),
     ]
-    for name, value in about["recipe"].items():
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        lines.append(f"    {name:<14} {shown}")
     lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
     if about["pending"]:
         lines.append("  pending images are described by running the same `sppfeat extract` again")

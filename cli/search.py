@@ -49,6 +49,7 @@ def search(
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no notes.")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def search(
 
     options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
     run_options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
-    page = check_page(html) if html is not None else None
+    page = check_page(html, overwrite=overwrite) if html is not None else None
     opened = open_gallery(gallery)
     if any(format_of(query) == STORE for query in queries):
         if len(queries) > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sppfeat._version import __version__
 
 if TYPE_CHECKING:
-    from sppfeat.describe import Described, Describer
+    from sppfeat.describe import Described, DescribedWindows, Describer
     from sppfeat.errors import (
         BackboneError,
         DeviceError,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelError,
         ReportError,
         SppFeatError,
+        SppFeatWarning,
         StoreBusyError,
         StoreError,
         UsageError,
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from sppfeat.store import Status, Store, open_store, verify_store
     from sppfeat.svm import LinearSvm, train_linear_svm
     from sppfeat.transfer import Transfer, TransferOptions, evaluate_transfer
+    from sppfeat.windows import read_windows, split_row_name
 
 _HOMES = {
-    "describe": ("Described", "Describer"),
+    "describe": ("Described", "DescribedWindows", "Describer"),
     "errors": (
         "BackboneError",
         "DeviceError",
@@ -43,6 +45,7 @@ _HOMES = {
         "ModelError",
         "ReportError",
         "SppFeatError",
+        "SppFeatWarning",
         "StoreBusyError",
         "StoreError",
         "UsageError",
@@ -53,12 +56,14 @@ _HOMES = {
     "store": ("Status", "Store", "open_store", "verify_store"),
     "svm": ("LinearSvm", "train_linear_svm"),
     "transfer": ("Transfer", "TransferOptions", "evaluate_transfer"),
+    "windows": ("read_windows", "split_row_name"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackboneError",
     "Described",
+    "DescribedWindows",
     "Describer",
     "DeviceError",
     "Extraction",
@@ -72,6 +77,7 @@ __all__ = [
     "RunOptions",
     "SpatialPyramidPool",
     "SppFeatError",
+    "SppFeatWarning",
     "Status",
     "Store",
     "StoreBusyError",
@@ -85,6 +91,8 @@ __all__ = [
     "open_store",
     "pool_pyramid",
     "pool_rois",
+    "read_windows",
+    "split_row_name",
     "train_linear_svm",
     "verify_store",
 ]

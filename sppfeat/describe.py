@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import re
 import threading
 import time
@@ -17,20 +17,20 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from sppfeat.backbone import load_backbone
-from sppfeat.errors import BackboneError, DeviceError, ImageError, UsageError, one_line
+from sppfeat.devices import available_cores
+from sppfeat.engine import load_engine
+from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
 from sppfeat.images import Fingerprint, fingerprint_of
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
-from sppfeat.pyramid import pool_pyramid
+from sppfeat.pyramid import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.windows import map_windows, nearest_scales, outside, window_text
 
 # On a CPU, one picture a core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
 # pictures a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
 # oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once.
 CPU_BATCH_SIZE: Final = 1
 CUDA_BATCH_SIZE: Final = 64
-# Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
-MAX_FORWARD_THREADS: Final = 16
 # A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
 PATIENCE_BATCHES: Final = 16
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
@@ -47,12 +47,32 @@ class Described(NamedTuple):
     error: str | None
 
 
+class DescribedWindows(NamedTuple):
+    """The outcome for one picture's K windows: [K, D] descriptors, or why the picture has none.
+
+    window_errors: why single windows could not be described, by their number; their rows are of no use.
+    """
+
+    position: int
+    descriptors: np.ndarray | None
+    image_size: tuple[int, int]
+    fingerprint: Fingerprint
+    error: str | None
+    window_errors: dict[int, str]
+
+
+# How the scales of a recipe serve windows: every window is pooled at all of them and fused, as a whole picture is; or
+# each at the one scale that brings its area closest to 224 x 224, as SPP-net detects.
+WINDOW_SCALES: Final = ("all", "nearest")
+
+
 @dataclass
 class StageTimes:
-    """Seconds of work by stage, summed over the threads that did it."""
+    """Seconds of work by stage, summed over the threads that did it. `pool`, of windows, is a part of `forward`."""
 
     decode: float = 0.0
     forward: float = 0.0
+    pool: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, stage: str, seconds: float) -> None:
@@ -67,37 +87,44 @@ class _Unreadable(NamedTuple):
 
 @dataclass
 class _Row:
-    """A picture on its way: what its scales have given so far."""
+    """A picture on its way: what its scales have given so far.
+
+    windows: [K, 4], or None where the whole picture is described. scale_of: [K] the scale of each window, or None where
+    every scale serves all.
+    """
 
     prepared: PreparedImage
+    windows: np.ndarray | None
+    scale_of: np.ndarray | None
     parts: list[np.ndarray | None]
-    left: int
+    left: int = 0
     error: str | None = None
+
+    def rois_at(self, scale: int) -> np.ndarray | None:
+        """[K] which windows are pooled at a scale; None: the whole picture is."""
+        if self.windows is None:
+            return None
+        return np.ones(len(self.windows), bool) if self.scale_of is None else self.scale_of == scale
 
 
 # How torch says that a picture is too small for a convolution or a pooling.
 _SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
 
 _Input = tuple[int, int]  # which picture, which scale
+_Task = tuple[str, np.ndarray | None]  # a picture's path, its windows
 
 
 class Describer:
     """Describes pictures by a recipe. The network is loaded once; `recipe` is then complete (layer, mean, ...).
 
-    dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
-    Raises BackboneError, DeviceError, UsageError.
+    dim: length of a descriptor. device, engine: where and how the network runs. weights_sha256: of the network up to
+    the layer. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
-
-    engine: Final = "torch"
 
     def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
         options = options or RunOptions()
-        self.device = resolve_device(options.device)
-        self._backbone = load_backbone(recipe)
-        try:
-            self._backbone.to(self.device)
-        except RuntimeError as error:
-            raise DeviceError(f"device {self.device}: cannot hold {recipe.backbone} ({one_line(error)})") from None
+        self._backbone, self._engine = load_engine(recipe, options)
+        self.device, self.engine = self._engine.device, self._engine.name
         self.recipe = self._backbone.recipe
         smallest = self._backbone.minimum_side
         for scale in self.recipe.scales:
@@ -106,12 +133,9 @@ class Describer:
         self.weights_sha256 = self._backbone.weights_sha256
         self.dim = self.recipe.dimensions(self._backbone.channels)
         self.times = StageTimes()
-        cores = available_cores()
-        on_cpu = self.device.type == "cpu"
-        self._workers = options.num_workers or cores
-        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if on_cpu else CUDA_BATCH_SIZE)
-        self._forward_threads = min(cores, MAX_FORWARD_THREADS) if on_cpu else 1
-        self._threads_each = max(1, cores // self._forward_threads) if on_cpu else 1
+        self._geometry = functools.lru_cache(maxsize=1024)(self._backbone.geometry)
+        self._workers = options.num_workers or available_cores()
+        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if self.device.type == "cpu" else CUDA_BATCH_SIZE)
 
     def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
         """Describe every path, about in order; a picture that cannot be described comes with its reason.
@@ -119,20 +143,54 @@ class Describer:
         Once `stop()` is true no further picture is begun, and those begun are still given. Memory does not depend on
         how many paths there are. How pictures are batched depends on their order alone.
         """
+        for index, row in self._run(((path, None) for path in paths), "all", stop):
+            if isinstance(row, _Unreadable):
+                yield Described(index, None, (0, 0), row.fingerprint, row.reason)
+            else:
+                yield self._fused(index, row)
+
+    def describe_windows(
+        self,
+        pictures: Iterable[tuple[str, np.ndarray]],
+        *,
+        scales: str = "all",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[DescribedWindows]:
+        """Describe windows [K, 4] of every picture, given as path and windows, from one forward pass for each scale.
+
+        Windows are pixels x1, y1, x2, y2 of the upright original, inclusive; K may be 0. scales: `all` pools each
+        window at every scale, normalises and fuses as `describe` does, so that a window of the whole picture has the
+        picture's descriptor; `nearest` pools each at the one scale that brings its area closest to 224 x 224.
+        A window that reaches outside its picture comes with a reason. Otherwise as `describe`.
+        Raises UsageError for a recipe that crops.
+        """
+        if scales not in WINDOW_SCALES:
+            raise UsageError(unknown_name("scales", scales, WINDOW_SCALES))
+        if self.recipe.crop != "none":
+            raise UsageError(f"windows need crop 'none', found {self.recipe.crop!r}")
+        for index, row in self._run(pictures, scales, stop):
+            if isinstance(row, _Unreadable):
+                yield DescribedWindows(index, None, (0, 0), row.fingerprint, row.reason, {})
+            else:
+                yield self._fused_windows(index, row)
+
+    def _run(
+        self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         threads_before = torch.get_num_threads()
         decoders = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         forwarders = ThreadPoolExecutor(
-            self._forward_threads,
+            self._engine.streams,
             thread_name_prefix="forward",
             initializer=torch.set_num_threads,
-            initargs=(self._threads_each,),
+            initargs=(self._engine.threads,),
         )
         try:
             # cuDNN would round float32 to 10 bits (TF32): a GPU must give the values that a CPU gives.
             with warnings.catch_warnings(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 # Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-                yield from self._pipeline(iter(enumerate(paths)), decoders, forwarders, stop)
+                yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop)
         finally:
             decoders.shutdown(cancel_futures=True)
             forwarders.shutdown(cancel_futures=True)
@@ -140,22 +198,26 @@ class Describer:
 
     def _pipeline(
         self,
-        paths: Iterator[tuple[int, str]],
+        tasks: Iterator[tuple[int, _Task]],
+        window_scales: str,
         decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
-    ) -> Iterator[Described]:
+    ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
-        ahead = 4 * self._workers + self._forward_threads * self._batch_size
+        ahead = 4 * self._workers + self._engine.streams * self._batch_size
         ahead = min(ahead, max(self._workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
-        decoding: deque[tuple[int, Future[PreparedImage | _Unreadable]]] = deque()
+        decoding: deque[tuple[int, np.ndarray | None, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
             self._batch_size, patience=PATIENCE_BATCHES * self._batch_size * len(self.recipe.scales)
         )
         rows: dict[int, _Row] = {}
 
-        def collect(most: int) -> Iterator[Described]:
+        def submit(batch: list[tuple[_Input, np.ndarray]]) -> None:
+            forwarding.append(forwarders.submit(self._forward, batch, [rows[index] for (index, _), _ in batch]))
+
+        def collect(most: int) -> Iterator[tuple[int, _Row]]:
             while len(forwarding) > most or (forwarding and forwarding[0].done()):
                 for (index, scale), part in forwarding.popleft().result():
                     row = rows[index]
@@ -165,30 +227,41 @@ class Describer:
                     else:
                         row.parts[scale] = part
                     if not row.left:
-                        yield self._fused(index, rows.pop(index))
+                        yield index, rows.pop(index)
 
         while True:
             if not stop():
-                for index, path in islice(paths, ahead - len(decoding)):
-                    decoding.append((index, decoders.submit(self._prepare, path)))
+                for index, (path, windows) in islice(tasks, ahead - len(decoding)):
+                    decoding.append((index, windows, decoders.submit(self._prepare, path)))
             if not decoding:
                 break
-            index, future = decoding.popleft()
+            index, windows, future = decoding.popleft()
             prepared = future.result()
             if isinstance(prepared, _Unreadable):
-                yield Described(index, None, (0, 0), prepared.fingerprint, prepared.reason)
+                yield index, prepared
                 continue
-            scales = len(prepared.inputs)
-            rows[index] = _Row(prepared, [None] * scales, scales)
-            for scale, pixels in enumerate(prepared.inputs):
-                for batch in batcher.add((index, scale), pixels):
-                    forwarding.append(forwarders.submit(self._forward, batch))
+            row = rows[index] = self._row(prepared, windows, window_scales)
+            # A scale that no window takes needs no pass.
+            wanted = [s for s in range(len(row.parts)) if (chosen := row.rois_at(s)) is None or chosen.any()]
+            row.left = len(wanted)
+            if not wanted:
+                yield index, rows.pop(index)
+            for scale in wanted:
+                for batch in batcher.add((index, scale), prepared.inputs[scale]):
+                    submit(batch)
             prepared.inputs.clear()
-            yield from collect(2 * self._forward_threads)
+            yield from collect(2 * self._engine.streams)
         for batch in batcher.flush():
-            forwarding.append(forwarders.submit(self._forward, batch))
-            yield from collect(2 * self._forward_threads)
+            submit(batch)
+            yield from collect(2 * self._engine.streams)
         yield from collect(0)
+
+    def _row(self, prepared: PreparedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
+        scale_of = None
+        if windows is not None and window_scales == "nearest":
+            sizes = [(pixels.shape[1], pixels.shape[0]) for pixels in prepared.inputs]
+            scale_of = nearest_scales(windows, prepared.size, sizes)
+        return _Row(prepared, windows, scale_of, [None] * len(prepared.inputs))
 
     def _prepare(self, path: str) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
@@ -199,13 +272,19 @@ class Describer:
         finally:
             self.times.add("decode", time.perf_counter() - start)
 
-    def _forward(self, batch: list[tuple[_Input, np.ndarray]]) -> list[tuple[_Input, np.ndarray | str]]:
+    def _forward(
+        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
+    ) -> list[tuple[_Input, np.ndarray | str]]:
         start = time.perf_counter()
         keys = [key for key, _ in batch]
         try:
             with torch.inference_mode():
-                pictures = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
-                feature_map = self._backbone.feature_map(pictures.to(self.device))
+                feature_map = self._engine.feature_map(torch.from_numpy(np.stack([pixels for _, pixels in batch])))
+                if rows[0].windows is not None:
+                    return [
+                        (key, self._pool_windows(one, row, key[1], pixels))
+                        for one, row, (key, pixels) in zip(feature_map, rows, batch, strict=True)
+                    ]
                 pooled = pool_pyramid(
                     feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p
                 )
@@ -223,6 +302,46 @@ class Describer:
             ) from None
         finally:
             self.times.add("forward", time.perf_counter() - start)
+
+    def _pool_windows(self, feature_map: torch.Tensor, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
+        """[k, D] descriptors of the windows that one picture has at one scale."""
+        start = time.perf_counter()
+        assert row.windows is not None
+        height, width = pixels.shape[:2]
+        rows, columns = self._geometry(height, width)
+        rois = map_windows(row.windows[row.rois_at(scale)], row.prepared.size, (width, height), columns, rows)
+        pooled = pool_rois(
+            feature_map,
+            torch.from_numpy(rois),
+            self.recipe.levels,
+            pooling=self.recipe.pooling,
+            gem_p=self.recipe.gem_p,
+        )
+        descriptors: np.ndarray = normalize(pooled.float(), self.recipe.normalize).cpu().numpy()
+        self.times.add("pool", time.perf_counter() - start)
+        return descriptors
+
+    def _fused_windows(self, index: int, row: _Row) -> DescribedWindows:
+        size, fingerprint = row.prepared.size, row.prepared.fingerprint
+        if row.error is not None:
+            return DescribedWindows(index, None, size, fingerprint, row.error, {})
+        assert row.windows is not None
+        dim = self.dim if row.scale_of is None else self.recipe.bins * self._backbone.channels
+        stored = np.zeros((len(row.windows), dim), self.recipe.dtype)
+        with np.errstate(over="ignore"):
+            if row.scale_of is not None:
+                for scale, part in enumerate(row.parts):
+                    if part is not None:
+                        stored[row.scale_of == scale] = part
+            elif len(row.windows):
+                stored[:] = fuse([part for part in row.parts if part is not None], self.recipe.fuse)
+        errors = {
+            int(at): f"reaches outside the picture of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
+            for at in np.flatnonzero(outside(row.windows, size))
+        }
+        for at in np.flatnonzero(~np.isfinite(stored).all(1)):
+            errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
+        return DescribedWindows(index, stored, size, fingerprint, None, errors)
 
     def _fused(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
@@ -248,31 +367,8 @@ def normalize(descriptors: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
-    """Descriptors [D] of one picture at its scales as one: `mean` or `max` [D], or `concat` [scales * D]."""
+    """Descriptors [.., D] of one picture or its windows at each scale as one: `mean` or `max`, or `concat`."""
     if kind == "concat":
-        return np.concatenate(parts)
+        return np.concatenate(parts, axis=-1)
     together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
     return together
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there."""
-    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda:0" if usable else "cpu")
-    if name.startswith("cuda"):
-        number = int(name.partition(":")[2] or 0)
-        if number >= usable:
-            built = (
-                f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-            )
-            raise DeviceError(f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({built})")
-        return torch.device("cuda", number)
-    return torch.device(name)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,7 +12,8 @@
     ├── ReportError         a page that cannot be written
     └── MissingExtraError   a library that this needs and that is not installed
 
-A text names the thing, what was expected and what was found.
+A text names the thing, what was expected and what was found. SppFeatWarning is for what works, but not as one would
+expect: the command line prints it on one line, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from types import ModuleType
 
 class SppFeatError(Exception):
     """Base of all errors that sppfeat raises on purpose."""
+
+
+class SppFeatWarning(UserWarning):
+    """Something works, but not as one would expect: a slower way took the place of one that failed."""
 
 
 class UsageError(SppFeatError):

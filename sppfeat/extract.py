@@ -1,19 +1,23 @@
-"""Extraction: folders of images into a store, resumable at every row."""
+"""Extraction: folders of images, or windows on them, into a store, resumable at every row."""
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
+
+import numpy as np
 
 from sppfeat.describe import Described, Describer
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Status, Store, StoreWriter, check_output, create_store, extend_store, lock_store, open_store
+from sppfeat.windows import row_name, split_row_name
 
 # A killed run loses at most this much work; a flush waits for the disk.
 FLUSH_SECONDS: Final = 0.25
@@ -30,6 +34,8 @@ class Extraction:
     another file before. gone: rows of the store whose file is no longer there; they are kept. pending: rows left for
     a next run, after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
     seconds, decode, forward, write: of this run; decode and forward are summed over their threads.
+    Where windows are described, all these count windows, and without_windows the images that have none; else it is
+    None.
     """
 
     store: str
@@ -48,6 +54,7 @@ class Extraction:
     decode: float
     forward: float
     write: float
+    without_windows: int | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -56,7 +63,7 @@ class Extraction:
 
     @property
     def images_per_second(self) -> float:
-        """Images described in this run, for each second of it."""
+        """Images (or windows) described in this run, for each second of it."""
         return self.described / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -67,7 +74,7 @@ class Observer(Protocol):
         """The work is known: images to describe, rows kept, names whose file is gone."""
 
     def row(self, name: str, error: str | None) -> None:
-        """One image is described, or failed for a reason."""
+        """One image, or one window, is described, or failed for a reason."""
 
 
 class _Silent:
@@ -84,6 +91,7 @@ def extract_folder(
     recipe: Recipe | None = None,
     options: RunOptions | None = None,
     *,
+    windows: Mapping[str, np.ndarray] | None = None,
     root: str | None = None,
     resume: bool = True,
     retry_failed: bool = False,
@@ -97,6 +105,8 @@ def extract_folder(
     new files are added at the end. With `retry_failed` the failed ones are tried again. `overwrite` starts anew;
     `resume=False` refuses a store that is there. Names are relative to `root`; by default to the root of the store
     that is resumed, if it holds all sources, else to the folder that does.
+    windows: [K, 4] by image name (see `read_windows`): then each of them is described instead, from one pass for each
+    image, in a row named `image#x1,y1,x2,y2` (see `split_row_name`). Images without windows get no row.
     Raises StoreError for an output that is no store or was made by another recipe, and whatever `find_images` and
     `Describer` raise. An image that cannot be described is a failed row, not an error.
     """
@@ -105,15 +115,16 @@ def extract_folder(
     # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_output(path, overwrite=overwrite, resume=resume)
-    images = _list(sources, path if resume and not overwrite else None, root)
+    images, without_windows = _list(sources, path if resume and not overwrite else None, root, windows)
     if not images.names:
         raise UsageError(f"{_show_sources(sources)}: expected images, found none")
+    windowed = windows is not None
     with lock_store(path):
         check_output(path, overwrite=overwrite, resume=resume)
         describer = Describer(recipe or Recipe(), options)
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
-        plan = _plan(store, rows, images, retry_failed=retry_failed)
+        plan = _plan(store, rows, images, windowed=windowed, retry_failed=retry_failed)
         observer.started(todo=len(plan.todo), reused=plan.reused, gone=plan.gone, device=str(describer.device))
         described = failed = changed = 0
         write_seconds = 0.0
@@ -135,9 +146,7 @@ def extract_folder(
                     failed += 1
             for name in plan.lost:
                 writer.fail(rows[name], "the file is gone")
-            paths = (name_to_path(images.root, name) for name in readable)
-            for done in describer.describe(paths, stop=stop):
-                name = readable[done.position]
+            for name, done in _outcomes(describer, images.root, readable, windowed, stop):
                 start = time.perf_counter()
                 put(rows[name], done)
                 if start - last_flush > FLUSH_SECONDS:
@@ -169,7 +178,31 @@ def extract_folder(
             decode=describer.times.decode,
             forward=describer.times.forward,
             write=write_seconds,
+            without_windows=without_windows,
         )
+
+
+def _outcomes(
+    describer: Describer, root: str, names: list[str], windowed: bool, stop: Callable[[], bool]
+) -> Iterator[tuple[str, Described]]:
+    """What became of each row, with its name; all windows of an image come together."""
+    if not windowed:
+        for done in describer.describe((name_to_path(root, name) for name in names), stop=stop):
+            yield names[done.position], done
+        return
+    rows_of: dict[str, list[str]] = {}
+    for name in names:
+        rows_of.setdefault(split_row_name(name)[0], []).append(name)
+    pictures = list(rows_of)
+    tasks = (
+        (name_to_path(root, picture), np.array([split_row_name(row)[1] for row in rows_of[picture]], np.float64))
+        for picture in pictures
+    )
+    for found in describer.describe_windows(tasks, stop=stop):
+        for at, name in enumerate(rows_of[pictures[found.position]]):
+            error = found.error or found.window_errors.get(at)
+            descriptor = None if error is not None or found.descriptors is None else found.descriptors[at]
+            yield name, Described(found.position, descriptor, found.image_size, found.fingerprint, error)
 
 
 @dataclass(frozen=True)
@@ -188,14 +221,47 @@ class _Plan:
     lost: list[str]
 
 
-def _list(sources: Source | Sequence[Source], resumed: Path | None, root: str | None) -> ImageList:
+def _list(
+    sources: Source | Sequence[Source],
+    resumed: Path | None,
+    root: str | None,
+    windows: Mapping[str, np.ndarray] | None,
+) -> tuple[ImageList, int | None]:
+    """The rows, and how many images have no window, where windows are described."""
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    found = find_images(several, root=root)
+    found, without_windows = find_images(several, root=root), None
+    if windows is not None:
+        without_windows = sum(name not in windows or not len(windows[name]) for name in found.names)
+        found = _window_rows(found, windows)
     if root is None and resumed is not None and resumed.exists() and resumed.stat().st_size:
         before = open_store(resumed).source_root
         if _is_below(found.root, before):
-            return _rebased(found, before)
-    return found
+            return _rebased(found, before), without_windows
+    return found, without_windows
+
+
+def _window_rows(images: ImageList, windows: Mapping[str, np.ndarray]) -> ImageList:
+    """The windows' rows instead of the images'; those of pictures that are not among the images have a problem."""
+    known = set(images.names)
+    if not known & set(windows):
+        raise UsageError(
+            f"the windows are of none of the {len(known)} images below {images.root}: "
+            f"expected names such as {images.names[0] if images.names else ''!r}, found {next(iter(windows), '')!r}"
+        )
+    problems: dict[str, str] = {}
+    names: dict[str, None] = {}
+    count = 0
+    for picture, boxes in windows.items():
+        reason = images.problems.get(picture)
+        if picture not in known:
+            reason = f"its picture is not among the images of the sources ({picture})"
+        for box in boxes:
+            name = row_name(picture, box)
+            names[name] = None
+            count += 1
+            if reason is not None:
+                problems[name] = reason
+    return ImageList(root=images.root, names=list(names), problems=problems, repeated=count - len(names))
 
 
 def _rebased(found: ImageList, root: str) -> ImageList:
@@ -254,7 +320,8 @@ def _is_below(folder: str, root: str) -> bool:
     return folder.startswith(root.rstrip("/") + "/")
 
 
-def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed: bool) -> _Plan:
+def _plan(store: Store, rows: dict[str, int], images: ImageList, *, windowed: bool, retry_failed: bool) -> _Plan:
+    fingerprint = functools.lru_cache(maxsize=1)(fingerprint_of)  # an image's windows stand together
     status = store.status.tolist()
     files = list(zip(store.file_size.tolist(), store.file_mtime_ns.tolist(), strict=True))
     todo: list[str] = []
@@ -263,7 +330,7 @@ def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed
     reused = failed_before = 0
     for name in images.names:
         row = rows[name]
-        file = fingerprint_of(name_to_path(images.root, name))
+        file = fingerprint(name_to_path(images.root, split_row_name(name)[0] if windowed else name))
         no_image = name in images.problems
         if status[row] == Status.PENDING:
             todo.append(name)
@@ -277,10 +344,15 @@ def _plan(store: Store, rows: dict[str, int], images: ImageList, *, retry_failed
             todo.append(name)
             redo.add(row)
     listed = set(images.names)
-    gone += [n for n in store.names if n not in listed and not os.path.lexists(name_to_path(images.root, n))]
+    gone += [n for n in store.names if n not in listed and not _is_there(images.root, n)]
     lost = [name for name in gone if status[rows[name]] == Status.PENDING]
     changed = {row for row in redo if status[row] == Status.DONE}
     return _Plan(todo, redo, changed, reused, failed_before, gone, lost)
+
+
+def _is_there(root: str, name: str) -> bool:
+    """Whether a row's file is there: the image of that name, or the one that its window is on."""
+    return any(os.path.lexists(name_to_path(root, each)) for each in (name, split_row_name(name)[0]))
 
 
 def _show_sources(sources: Source | Sequence[Source]) -> str:

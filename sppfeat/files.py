@@ -95,13 +95,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_new_file(
-    path: str | os.PathLike[str], *, overwrite: bool, error: type[SppFeatError], kind: str | None
-) -> Path:
+def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type[SppFeatError], kind: str) -> Path:
     """The path, if a file may be written there: over nothing, or, with `overwrite`, over a file of `kind`.
 
-    kind: one of NOUNS; None: any file that is none of ours (a page). To be asked before the work is done. A mistyped
-    output must not cost a photograph, or other results. A link is followed, and stays.
+    kind: one of NOUNS. To be asked before the work is done. A mistyped output must not cost a photograph, or other
+    results. A link is followed, and stays.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if not path.parent.is_dir():
@@ -114,8 +112,7 @@ def check_new_file(
         found = format_of(path)
         if found != kind:
             what = NOUNS.get(str(found), "another file")
-            wanted = NOUNS.get(str(kind), "a page")
-            raise error(f"{path}: expected {wanted} or a new file, found {what}; it is left as it is")
+            raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
         if not overwrite:
             raise error(f"{path}: exists already; choose another output, or --overwrite")
     return path

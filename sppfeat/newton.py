@@ -17,6 +17,8 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
+from sppfeat.views import Matrix
+
 # Rows are turned into single precision in blocks of this size: larger ones leave the cache, and the allocator hands
 # them back to the system every time, which takes as long as the products (0.65 s against 0.35 s at 64 MB).
 _BLOCK_BYTES: Final = 1 << 24
@@ -34,14 +36,14 @@ _DIRECT_ROWS: Final = 256
 class Rows:
     """Some rows of a matrix, as single-precision blocks [B, D]; a constant 1 is appended in every product."""
 
-    def __init__(self, descriptors: np.ndarray, rows: np.ndarray | None, device: torch.device) -> None:
+    def __init__(self, descriptors: Matrix, rows: np.ndarray | None, device: torch.device) -> None:
         self.descriptors = descriptors
         self._rows = rows
         self.device = device
         self._kept: list[tuple[slice, torch.Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self.descriptors) if self._rows is None else len(self._rows)
+        return int(self.descriptors.shape[0]) if self._rows is None else len(self._rows)
 
     @property
     def dim(self) -> int:
@@ -116,12 +118,14 @@ def _sum(values: torch.Tensor) -> torch.Tensor:
 class _System:
     """K linear systems whose solutions are the minima if no row became active or inactive.
 
-    matrix(factors) x (solution - vectors) = residual. A residual r left over costs about sum(weight * r^2).
-    objective, gap: [K] float64, at `vectors`.
+    matrix(factors) x (solution - start) = residual. A residual r left over costs about sum(weight * r^2).
+    vectors, margins: the point to stop at if it is good enough; objective, gap: [K] float64, there.
     """
 
     vectors: torch.Tensor
     margins: torch.Tensor
+    start: torch.Tensor
+    start_margins: torch.Tensor
     factors: torch.Tensor
     residual: torch.Tensor
     weight: torch.Tensor
@@ -148,7 +152,7 @@ class Space(Protocol):
         """The linear systems at some vectors with their margins [K, N], for targets and costs [K, N]."""
 
     def solve(self, system: _System, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The steps [K, P] from `system.vectors` to the solutions, left over at most `forcing` [K] times the gap;
+        """The steps [K, P] from `system.start` to the solutions, left over at most `forcing` [K] times the gap;
         their margins [K, N]; and how many products with all rows that took."""
 
 
@@ -171,18 +175,30 @@ class GramSpace:
     def system(
         self, vectors: torch.Tensor, margins: torch.Tensor, targets: torch.Tensor, costs: torch.Tensor
     ) -> _System:
-        active = (targets * margins < 1) & (costs > 0)
+        hinge = (1 - targets * margins).clamp(min=0)
+        before = _sum(vectors * margins) / 2 + _sum(costs * hinge**2)
+        active = (hinge > 0) & (costs > 0)
         # With signs clipped, y a is a point of the dual problem, and the duality gap a sum of squares.
-        vectors = torch.where(active & (targets * vectors > 0), vectors, 0)
-        margins = vectors @ self._gram
-        slack = 1 - targets * margins
+        start = torch.where(active & (targets * vectors > 0), vectors, 0)
+        start_margins = start @ self._gram
+        slack = 1 - targets * start_margins
         factors = torch.where(active, 1 / (2 * costs), 0)
-        residual = torch.where(active, targets - margins - vectors * factors, 0)
-        alpha = targets * vectors
-        hinge = slack.clamp(min=0)
-        gap = _sum(costs * (hinge - alpha * factors) ** 2) + _sum(alpha * (-slack).clamp(min=0))
-        objective = _sum(vectors * margins) / 2 + _sum(costs * hinge**2)
-        return _System(vectors, margins, factors, residual, costs, objective, gap)
+        residual = torch.where(active, targets - start_margins - start * factors, 0)
+        alpha = targets * start
+        gap = _sum(costs * (slack.clamp(min=0) - alpha * factors) ** 2) + _sum(alpha * (-slack).clamp(min=0))
+        objective = _sum(start * start_margins) / 2 + _sum(costs * slack.clamp(min=0) ** 2)
+        point, point_margins = start, start_margins
+        # Where rows depend on each other, many a make one w, and clipping can throw w far off. Then w itself is the
+        # point, and 2 c hinge the one of the dual problem, as in `PrimalSpace`.
+        spoiled = (gap > before).nonzero()[:, 0]
+        if len(spoiled):
+            apart = vectors[spoiled] - 2 * (costs * targets * hinge)[spoiled]
+            own = _sum(apart * (apart @ self._gram)) / 2
+            spoiled, own = spoiled[own < gap[spoiled]], own[own < gap[spoiled]]
+            point, point_margins = start.clone(), start_margins.clone()
+            point[spoiled], point_margins[spoiled] = vectors[spoiled], margins[spoiled]
+            gap[spoiled], objective[spoiled] = own.clamp(min=0), before[spoiled]
+        return _System(point, point_margins, start, start_margins, factors, residual, costs, objective, gap)
 
     def solve(self, system: _System, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         solution = torch.zeros_like(system.residual)
@@ -238,7 +254,8 @@ class PrimalSpace:
         # The dual point 2 c hinge is this far below; a bound that holds because the objective curves by at least 1.
         gap = _sum(residual**2) / 2
         weight = residual.new_full((len(residual), 1), 0.5)
-        return _System(vectors, margins, 2 * costs * (hinge > 0), residual, weight, objective, gap)
+        active = 2 * costs * (hinge > 0)
+        return _System(vectors, margins, vectors, margins, active, residual, weight, objective, gap)
 
     def solve(self, system: _System, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         solution, used = _conjugate_gradients(
@@ -292,8 +309,8 @@ def minimize(
         system = system.of(going)
         step, step_margins, products = space.solve(system, forcing)
         best.products += products
-        step += system.vectors - vectors
-        step_margins += system.margins - margins
+        step += system.start - vectors
+        step_margins += system.start_margins - margins
         length = _line_search(space, vectors, margins, step, step_margins, targets, costs)
         # Only a system that was solved too loosely can point upwards.
         forcing = torch.where(length > 0, forcing, _FORCING * forcing)

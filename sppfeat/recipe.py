@@ -24,6 +24,7 @@ DTYPES: Final = ("float16", "float32")
 CROPS: Final = ("none", "center")
 ORIENTATIONS: Final = ("exif", "ignore")
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "lanczos")
+ENGINES: Final = ("auto", "torch", "openvino")
 
 # A level of 64 already makes 4096 bins; no feature map in use has more cells a side.
 MAX_LEVEL: Final = 64
@@ -172,17 +173,20 @@ class RunOptions:
     """Everything that changes only how fast descriptors are made; never part of their identity.
 
     device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    engine: `auto` (the fastest that is installed and runs the network), `torch` or `openvino`.
     batch_size: most pictures in one forward pass; None: chosen for the device.
     num_workers: decoding threads; None: one for each core.
     """
 
     device: str = "auto"
+    engine: str = "auto"
     batch_size: int | None = None
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
+        _require_choice("engine", self.engine, ENGINES)
         if self.batch_size is not None:
             _require_integer("batch_size", self.batch_size, 1, 4096)
         if self.num_workers is not None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,19 +18,35 @@ from PIL import Image
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
-from sppfeat.files import appearing, check_new_file
+from sppfeat.files import appearing, os_reason
 from sppfeat.images import decode, open_image, upright_size
 
+_BEGINNING: Final = b"<!doctype html>"
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
 
 
-def check_page(path: str | os.PathLike[str]) -> Path:
-    """The path, if a page may be written there, also over another page. To be asked before the work is done.
+def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The path, if a page may be written there; to be asked before the work that fills it.
 
-    Raises ReportError: no file but one that is called .html is ever replaced.
+    Raises ReportError for a folder that is not there and for a file that is, unless it is a page and `overwrite`;
+    MissingExtraError without jinja2.
     """
-    page = Path(path)
-    return check_new_file(page, overwrite=page.suffix.lower() in (".html", ".htm"), error=ReportError, kind=None)
+    require_extra("jinja2", "report", "an HTML page")
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if not path.parent.is_dir():
+        raise ReportError(f"{path}: expected its folder {path.parent} to exist, found none")
+    if not os.path.lexists(path):
+        return path
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(len(_BEGINNING))
+    except OSError as error:
+        raise ReportError(f"{path}: expected a file to write a page to: {os_reason(error)}") from None
+    if beginning and beginning.lower() != _BEGINNING:
+        raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
+    if beginning and not overwrite:
+        raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+    return path
 
 
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
@@ -78,3 +96,56 @@ def picture_address(picture: Image.Image, kind: str) -> str:
     content = io.BytesIO()
     picture.save(content, kind, quality=82)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A curve in the units of an SVG picture of PLOT_WIDTH x PLOT_HEIGHT; `macros.html` draws it.
+
+    points: x, y and text of each. path: of the line. ticks, levels: place and text along x and along y.
+    """
+
+    points: list[tuple[float, float, str]]
+    path: str
+    ticks: list[tuple[float, str]]
+    levels: list[tuple[float, str]]
+
+
+PLOT_WIDTH: Final = 560
+PLOT_HEIGHT: Final = 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 34
+
+
+def plot_line(points: Sequence[tuple[float, float]], *, ticks: Sequence[tuple[float, str]], unit: str = "") -> Plot:
+    """Lay out one curve; points: x and y, by rising x. ticks: x and what is written there, thinned where they crowd."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
+    step = _round_step((high - low) / 4 or 1.0)
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    high = high if high > low else low + step
+
+    def across(x: float) -> float:
+        share = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
+        return round(_LEFT + share * (PLOT_WIDTH - _LEFT - _RIGHT), 1)
+
+    def down(y: float) -> float:
+        return round(PLOT_HEIGHT - _BOTTOM - (y - low) / (high - low) * (PLOT_HEIGHT - _TOP - _BOTTOM), 1)
+
+    placed = [(across(x), down(y), f"{y:.1f}{unit}") for x, y in points]
+    shown: list[tuple[float, str]] = []
+    for x, text in ticks:
+        if not shown or across(x) - shown[-1][0] >= 9 * max(len(text), len(shown[-1][1])):
+            shown.append((across(x), text))
+    count = round((high - low) / step)
+    return Plot(
+        points=placed,
+        path="M" + " L".join(f"{x},{y}" for x, y, _ in placed),
+        ticks=shown,
+        levels=[(down(low + number * step), f"{low + number * step:g}{unit}") for number in range(count + 1)],
+    )
+
+
+def _round_step(length: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(length))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length * 0.999)

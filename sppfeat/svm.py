@@ -21,9 +21,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sppfeat.describe import resolve_device
+from sppfeat.devices import resolve_device
 from sppfeat.errors import UsageError, unknown_name
 from sppfeat.newton import GramSpace, PrimalSpace, Rows, Space, minimize, to_tensor
+from sppfeat.views import Matrix
 
 ROUTES: Final = ("auto", "gram", "primal")
 # Duality gap over objective at which a class is done. liblinear's default tolerance ends near 1e-4.
@@ -36,7 +37,7 @@ GRAM_BYTES: Final = 1 << 31
 class LinearSvm:
     """Linear scorers of K classes.
 
-    weights: [K, D] float32. biases: [K] float32. classes: [K], in rising order. c: the cost it was trained with.
+    weights: [K, D] float32. biases: [K] float32. classes: [K], in rising order. costs: [K], the C of each class.
     route: `gram` or `primal`, how it was trained. gaps: [K], by how much, relative to the best possible objective,
     each class's objective may at most lie above it.
     """
@@ -44,29 +45,29 @@ class LinearSvm:
     weights: np.ndarray
     biases: np.ndarray
     classes: np.ndarray
-    c: float
+    costs: np.ndarray
     route: str
     gaps: np.ndarray
 
-    def scores(self, descriptors: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+    def scores(self, descriptors: Matrix, *, device: str = "cpu") -> np.ndarray:
         """[N, K] float32 scores of descriptors [N, D]; positive means: of that class."""
-        if descriptors.ndim != 2 or descriptors.shape[1] != self.weights.shape[1]:
+        if len(descriptors.shape) != 2 or descriptors.shape[1] != self.weights.shape[1]:
             raise UsageError(f"descriptors must be [N, {self.weights.shape[1]}], found {list(descriptors.shape)}")
         place = resolve_device(device)
         weights = torch.cat([to_tensor(self.weights, place), to_tensor(self.biases[:, None], place)], 1)
         return Rows(descriptors, None, place).margins(weights).T.cpu().numpy()
 
-    def predict(self, descriptors: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+    def predict(self, descriptors: Matrix, *, device: str = "cpu") -> np.ndarray:
         """[N] the class of the highest score; of equal scores the class that comes first."""
         best: np.ndarray = self.classes[self.scores(descriptors, device=device).argmax(1)]
         return best
 
 
 def train_linear_svm(
-    descriptors: np.ndarray,
+    descriptors: Matrix,
     labels: np.ndarray | Sequence[Any],
     *,
-    c: float,
+    c: float | np.ndarray,
     positive_weight: float = 1.0,
     device: str = "cpu",
     route: str = "auto",
@@ -110,13 +111,13 @@ def class_targets(
 class SvmSolution:
     """SVMs of K classes, trained on some rows of a problem.
 
-    rows: [M] the rows. solved: [K], false for a class that has no positive row: its scores are minus infinity.
-    objectives, gaps: [K] float64, the objective and the relative duality gap. products: how often all rows were
-    multiplied with the vectors of the classes; in the primal route, how often they were read.
+    rows: [M] the rows. costs: [K] the C of each class. solved: [K], false for a class that has no positive row: its
+    scores are minus infinity. objectives, gaps: [K] float64, the objective and the relative duality gap. products: how
+    often all rows were multiplied with the vectors of the classes; in the primal route, how often they were read.
     """
 
     rows: np.ndarray
-    c: float
+    costs: np.ndarray
     solved: np.ndarray
     objectives: np.ndarray
     gaps: np.ndarray
@@ -136,7 +137,7 @@ class SvmProblem:
 
     def __init__(
         self,
-        descriptors: np.ndarray,
+        descriptors: Matrix,
         *,
         device: str = "cpu",
         route: str = "auto",
@@ -145,7 +146,7 @@ class SvmProblem:
     ) -> None:
         if route not in ROUTES:
             raise UsageError(unknown_name("route", route, ROUTES))
-        if descriptors.ndim != 2 or min(descriptors.shape) < 1:
+        if len(descriptors.shape) != 2 or min(descriptors.shape) < 1:
             raise UsageError(f"descriptors must be [N, D] and not empty, found {list(descriptors.shape)}")
         count, dim = descriptors.shape
         if route == "auto":
@@ -161,19 +162,25 @@ class SvmProblem:
         targets: np.ndarray,
         rows: np.ndarray | None = None,
         *,
-        c: float,
+        c: float | np.ndarray,
         positive_weight: float = 1.0,
         start: SvmSolution | None = None,
         tolerance: float = TOLERANCE,
     ) -> SvmSolution:
         """Train on rows [M] (None: all) with their targets [M, K] of +1, -1 and 0 (left out).
 
+        c: of all classes, or [K] of each.
         start: a solution for the same rows and classes, such as that of the next smaller cost, to begin from.
         """
         for name, value in (("c", c), ("positive_weight", positive_weight), ("tolerance", tolerance)):
-            if not (np.isfinite(value) and value > 0):
+            if not (np.isfinite(value).all() and np.all(np.asarray(value) > 0)):
                 raise UsageError(f"{name} must be a number above 0, found {value!r}")
         targets = _checked_targets(targets)
+        if np.ndim(c) and np.shape(c) != targets.shape[1:]:
+            raise UsageError(
+                f"c must be one number, or one for each of {targets.shape[1]} classes, found {np.shape(c)[0]}"
+            )
+        each = np.broadcast_to(np.asarray(c, np.float64), targets.shape[1:])
         chosen = self._chosen(rows)
         if len(targets) != len(chosen):
             raise UsageError(f"targets must have one row for each of {len(chosen)} descriptors, found {len(targets)}")
@@ -187,11 +194,12 @@ class SvmProblem:
             begin = (start._vectors, start._margins)
         # A class that is not solved has nothing to pay for, and is done at once.
         counted = wanted.abs() * torch.from_numpy(solved).to(self._device)[:, None]
-        costs = c * torch.where(wanted > 0, positive_weight, 1.0) * counted
+        costs = torch.from_numpy(each.astype(np.float32)).to(self._device)[:, None] * counted
+        costs *= torch.where(wanted > 0, positive_weight, 1.0)
         state = minimize(space, wanted, costs, begin, tolerance)
         return SvmSolution(
             rows=chosen,
-            c=c,
+            costs=each,
             solved=solved,
             objectives=state.objectives.cpu().numpy(),
             gaps=state.gaps.cpu().numpy(),
@@ -221,7 +229,7 @@ class SvmProblem:
             weights=np.ascontiguousarray(weights[:, :-1]),
             biases=np.where(solution.solved, weights[:, -1], -np.inf).astype(np.float32),
             classes=np.asarray(classes),
-            c=solution.c,
+            costs=solution.costs,
             route=self.route,
             gaps=solution.gaps,
         )

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,14 @@ PHOTOS = Path(__file__).parents[1] / "photos"
 
 # A seeded network of 0.5 million weights that timm builds for tests: nothing is downloaded.
 TINY = Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(2, 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Compiled networks are kept from test to test, child processes included, but not among the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder := tmp_path_factory.mktemp("cache")))
+        yield folder
 
 
 @pytest.fixture

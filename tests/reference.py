@@ -106,3 +106,27 @@ def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.n
     mean = units.mean(0)
     _, singular, vectors = np.linalg.svd(units - mean, full_matrices=False)
     return mean, singular[:count] ** 2 / len(rows), vectors[:count].T
+
+
+def map_edge_pair(
+    first: float, last: float, length: int, input_length: int, size: int, stride: int, offset: float
+) -> tuple[int, int]:
+    """First and last cell of a window along one axis: the cells whose centres lie strictly between its edges.
+
+    Edges on the picture's border reach to the map's; where no centre is inside, the cell nearest the window's middle.
+    """
+    begin = (first + 0.5) * input_length / length - 0.5
+    end = (last + 0.5) * input_length / length - 0.5
+    centres = [offset + stride * cell for cell in range(-1000, 1000)]
+    inside = [
+        cell
+        for cell, centre in zip(range(-1000, 1000), centres, strict=True)
+        if (centre > begin or (first <= 0 and cell >= 0)) and (centre < end or (last >= length - 1 and cell < size))
+    ]
+    if inside:
+        low, high = min(inside), max(inside)
+        low, high = (0 if first <= 0 else low), (size - 1 if last >= length - 1 else high)
+    else:
+        middle = (begin + end) / 2
+        low = high = max(range(-1000, 1000), key=lambda cell: (-abs(offset + stride * cell - middle), cell))
+    return min(max(low, 0), size - 1), min(max(high, 0), size - 1)

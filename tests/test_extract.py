@@ -21,6 +21,7 @@ from PIL import Image
 from sppfeat import (
     BackboneError,
     Recipe,
+    RunOptions,
     Status,
     Store,
     StoreBusyError,
@@ -98,8 +99,6 @@ def test_fusion_and_length(make_images: MakeImages, tmp_path: Path, change: dict
 
 
 def test_options_change_speed_not_values(make_images: MakeImages, tmp_path: Path) -> None:
-    from sppfeat import RunOptions
-
     folder = make_images(23)
     stores = []
     for number, options in enumerate(
@@ -338,7 +337,7 @@ def test_a_failing_network_is_no_fault_of_the_images(
     with pytest.raises(
         BackboneError, match=r"failed on a batch of \d pictures .* \(CUDA out of memory.*smaller batch"
     ) as e:
-        extract_folder(folder, output, TINY)
+        extract_folder(folder, output, TINY, RunOptions(engine="torch"))
     assert "\n" not in str(e.value)
     assert open_store(output).counts() == {"pending": 5, "done": 0, "failed": 0}
     monkeypatch.undo()

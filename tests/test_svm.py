@@ -62,7 +62,7 @@ def reference(rows: np.ndarray, targets: np.ndarray, c: float, positive_weight: 
         weights=np.array(weights),
         biases=np.array(biases),
         classes=np.arange(len(weights)),
-        c=c,
+        costs=np.full(len(weights), c),
         route="reference",
         gaps=np.zeros(len(weights)),
     )
@@ -73,15 +73,15 @@ def assert_as_good(
 ) -> None:
     ours, best = (objectives(svm, rows, targets, c, positive_weight) for svm in (found, expected))
     assert (ours <= best * (1 + 1e-4)).all(), (ours / best - 1).max()
-    assert (found.gaps <= 1e-4).all()
+    # A Gram matrix without an inverse, in single precision, carries very large costs less well.
+    singular = found.route == "gram" and rows.shape[0] > rows.shape[1]
+    assert (found.gaps <= (1e-3 if singular and c > 100 else 1e-4)).all()
 
 
 @BOTH
 @pytest.mark.parametrize("c", [0.01, 1.0, 1000.0])
 @pytest.mark.parametrize("shape", [(60, 200), (200, 20)], ids=str)
 def test_objectives_and_scores_agree_with_scikit_learn(shape: tuple[int, int], c: float, route: str) -> None:
-    if route == "gram" and shape[0] > shape[1] and c > 1:
-        pytest.skip("a singular Gram matrix in single precision does not carry costs as large as this")
     rows, labels = make_rows(*shape, 4)
     svm = train_linear_svm(rows, labels, c=c, route=route)
     targets, _ = class_targets(labels)
@@ -190,7 +190,7 @@ def test_of_equal_scores_the_first_class_wins() -> None:
         weights=np.zeros((3, 2), np.float32),
         biases=np.array([0, 1, 1], np.float32),
         classes=np.array(["a", "b", "c"]),
-        c=1,
+        costs=np.ones(3),
         route="gram",
         gaps=np.zeros(3),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
+from sppfeat import (
+    MissingExtraError,
+    Recipe,
+    ReportError,
+    Store,
+    StoreError,
+    UsageError,
+    extract_folder,
+    open_store,
+)
 from sppfeat.images import Fingerprint
+from sppfeat.labels import labels_from_folders, read_labels, read_voc_labels
+from sppfeat.report import check_page
 from sppfeat.store import StoreWriter, create_store
-from sppfeat.transfer import TransferOptions, evaluate_transfer, read_labels
+from sppfeat.transfer import TransferOptions, evaluate_transfer
+from sppfeat.transfer_report import write_transfer_report
 
 DIM = 40
 
@@ -64,7 +78,15 @@ def test_a_given_split_equals_scikit_learn(make_store: Callable[..., Store], tmp
     expected = {name: 100 * (predicted == known[test])[known[test] == name].mean() for name in np.unique(known)}
     assert done.per_class == pytest.approx(expected)
     assert done.value == pytest.approx(np.mean(list(expected.values()))) and done.value < 100
-    assert (done.rows, done.left_out, done.costs, done.std) == (48, 0, [1.0], 0.0)
+    assert (done.rows, done.left_out, done.std, done.curve) == (48, 0, 0.0, [])
+    assert [costs.tolist() for costs in done.costs] == [[1.0] * 4]
+    confusion = np.array([[((known[test] == a) & (predicted == b)).sum() for b in expected] for a in expected])
+    assert np.array_equal(done.confusion, confusion)
+    wrong = {
+        name for name, is_wrong in zip(np.array(store.names)[test], predicted != known[test], strict=True) if is_wrong
+    }
+    assert {mistake.name for mistake in done.mistakes} == wrong
+    assert sorted((one.margin for one in done.mistakes), reverse=True) == [one.margin for one in done.mistakes]
 
 
 def test_folders_named_train_and_test(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
@@ -81,41 +103,42 @@ def test_random_splits(make_store: Callable[..., Store], monkeypatch: pytest.Mon
 
     store = make_store(count=9)
     known = np.array([name.split("/")[0] for name in store.names])
-    labels = transfer.labels_from_folders(store.names)
+    labels = labels_from_folders(store.names)
     options = TransferOptions(per_class=5, max_test=3, trials=4)
-    splits = transfer._splits(store.names, known, labels, options)
+    splits = transfer._task(store, set(), labels, options).splits
     assert len(splits) == 4
     for train, test in splits:
         assert not set(train) & set(test)
         assert np.unique(known[train], return_counts=True)[1].tolist() == [5] * 4
         assert np.unique(known[test], return_counts=True)[1].tolist() == [3] * 4
     assert any(not np.array_equal(splits[0][0], train) for train, _ in splits[1:])
-    again = transfer._splits(store.names, known, labels, options)
+    again = transfer._task(store, set(), labels, options).splits
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(splits, again, strict=True))
-    other = transfer._splits(store.names, known, labels, replace(options, seed=1))
+    other = transfer._task(store, set(), labels, replace(options, seed=1)).splits
     assert any(not np.array_equal(a[0], b[0]) for a, b in zip(splits, other, strict=True))
 
 
 def test_c_is_chosen_inside_the_training_rows(make_store: Callable[..., Store]) -> None:
     """Whatever the test rows hold, the choice of C stays."""
+    from sppfeat.selection import choose_cost
     from sppfeat.svm import SvmProblem
-    from sppfeat.transfer import _choose_cost
 
     store = make_store(noise=2.5)
     rows = np.array(store.descriptors)
     known = np.array([name.split("/")[0] for name in store.names])
     train = np.flatnonzero(np.arange(len(store)) % 3 != 0)
-    chosen = _choose_cost(SvmProblem(rows), known, train, TransferOptions())
+    chosen = choose_cost(SvmProblem(rows), known[train], train, TransferOptions())
     rows[::3] = np.random.default_rng(5).normal(size=rows[::3].shape)
-    assert _choose_cost(SvmProblem(rows), known, train, TransferOptions()) == chosen
+    again = choose_cost(SvmProblem(rows), known[train], train, TransferOptions())
+    assert np.array_equal(again.costs, chosen.costs) and again.curve == chosen.curve
 
 
 def test_stores_are_compared_on_the_same_splits(make_store: Callable[..., Store]) -> None:
     good, bad = make_store("good.h5", noise=0.8), make_store("bad.h5", noise=2.5)
     both = evaluate_transfer([good, bad], TransferOptions(trials=3))
     alone = evaluate_transfer([bad], TransferOptions(trials=3))
-    assert both[1].accuracies == alone[0].accuracies and both[0].value > both[1].value
-    assert len(both[0].accuracies) == 3
+    assert both[1].trials == alone[0].trials and both[0].value > both[1].value
+    assert len(both[0].trials) == 3
     with pytest.raises(
         StoreError, match=r"other\.h5: expected the images of .*good\.h5, found 12 that are in one only"
     ):
@@ -181,7 +204,7 @@ def test_command_line(make_store: Callable[..., Store], run_sppfeat: Callable[..
     assert {"protocol", "metric", "value", "std", "trials", "C", "per_class"} <= document.keys()
     assert document["metric"] == "mean_per_class_accuracy" and len(document["trials"]) == 2
     table = run_sppfeat("evaluate", "transfer", *stores, "--trials", "2", "--c", "1").stdout  # type: ignore[attr-defined]
-    assert "against the first" in table and "C = 1)" in table and "solver: primal" in table
+    assert "against the first" in table and "C = 1, " in table and "solver: primal" in table
 
 
 def test_real_data_equals_scikit_learn(shared: Path, tmp_path: Path) -> None:
@@ -199,3 +222,228 @@ def test_real_data_equals_scikit_learn(shared: Path, tmp_path: Path) -> None:
     predicted = LinearSVC(C=1.0, tol=1e-8, max_iter=100_000).fit(rows[train], known[train]).predict(rows[~train])
     right = predicted == known[~train]
     assert done.value == pytest.approx(100 * np.mean([right[known[~train] == name].mean() for name in classes]))
+
+
+def write_voc(folder: Path, targets: np.ndarray, parts: list[str]) -> list[str]:
+    """VOC lists of classes named after numbers; targets [N, K]. Returns the names of the images."""
+    lists = folder / "VOC2007" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    for column, values in enumerate(targets.T):
+        for part in ("trainval", "test"):
+            rows = [f"{row:06} {value:2}" for row, value in enumerate(values) if parts[row] == part]
+            (lists / f"kind{column}_{part}.txt").write_text("\n".join(rows) + "\n")
+    for part in ("trainval", "test"):  # a VOC folder has these too, and they name no class
+        (lists / f"{part}.txt").write_text("".join(f"{row:06}\n" for row in range(len(parts)) if parts[row] == part))
+    return [f"JPEGImages/{row:06}.jpg" for row in range(len(parts))]
+
+
+def write_store(path: Path, names: list[str], rows: np.ndarray, recipe: Recipe | None = None) -> Store:
+    create_store(path, names, recipe=recipe or Recipe(), weights_sha256="0" * 64, dim=rows.shape[1], source_root="/")
+    with StoreWriter(open_store(path)) as writer:
+        for row, values in enumerate(rows):
+            writer.write(row, values, (10, 10), Fingerprint(1, 1))
+    return open_store(path)
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> tuple[Path, Store, np.ndarray, list[str]]:
+    """A VOC folder of 3 classes and a store of its images; some images are of several classes, or difficult."""
+    generator = np.random.default_rng(2)
+    targets = np.where(generator.random((90, 3)) < 0.35, 1, -1)
+    targets[generator.random((90, 3)) < 0.08] = 0
+    parts = ["test" if row % 3 == 0 else "trainval" for row in range(90)]
+    names = write_voc(tmp_path, targets, parts)
+    rows = (targets > 0) @ generator.normal(size=(3, 60)) + 4 * generator.normal(size=(90, 60))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return tmp_path, write_store(tmp_path / "voc.h5", names, rows), targets, parts
+
+
+def test_voc2007_equals_scikit_learn_class_by_class(voc: tuple[Path, Store, np.ndarray, list[str]]) -> None:
+    from sklearn.svm import LinearSVC
+
+    folder, store, targets, parts = voc
+    options = TransferOptions(protocol="voc2007", costs=(1.0,), positive_weight=2.0)
+    (done,) = evaluate_transfer([store], options, labels=read_voc_labels(folder))
+    train, test = (np.array(parts) == part for part in ("trainval", "test"))
+    rows = np.array(store.descriptors, np.float64)
+    for column in range(3):
+        fit, held = (part & (targets[:, column] != 0) for part in (train, test))
+        svm = LinearSVC(C=1.0, class_weight={1: 2, -1: 1}, tol=1e-10, max_iter=1_000_000)
+        scores = svm.fit(rows[fit], targets[fit, column]).decision_function(rows[held])
+        hits = targets[held, column][np.argsort(-scores)] > 0
+        precision, recall = hits.cumsum() / np.arange(1, len(hits) + 1), hits.cumsum() / hits.sum()
+        expected = np.mean([precision[recall >= tenth / 10 - 1e-12].max(initial=0) for tenth in range(11)])
+        assert done.per_class[f"kind{column}"] == pytest.approx(100 * expected)
+    assert done.metric == "mAP" and done.value == pytest.approx(np.mean(list(done.per_class.values())))
+    assert done.value < 100 and set(done.area_per_class) == set(done.per_class) and done.rows == 90
+
+
+def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str]]) -> None:
+    """Each class's C is the best of its own average precision, over folds that hold an equal share of its images."""
+    from sklearn.metrics import average_precision_score
+    from sklearn.svm import LinearSVC
+
+    from sppfeat.selection import FOLDS, SvmOptions, _folds, choose_cost_per_class
+    from sppfeat.svm import SvmProblem
+
+    _, store, targets, parts = voc
+    train = np.flatnonzero(np.array(parts) == "trainval")
+    costs = (0.01, 1.0, 100.0)
+    choice = choose_cost_per_class(SvmProblem(store.descriptors), targets[train], train, SvmOptions(costs=costs))
+    rows = np.array(store.descriptors, np.float64)[train]
+    values = np.zeros((3, len(costs)))
+    for column in range(3):
+        wanted = targets[train, column]
+        fold = _folds(wanted, 0)
+        assert all(abs((wanted[fold == n] == 1).sum() - (wanted == 1).sum() / FOLDS) < 1 for n in range(FOLDS))
+        for number in range(FOLDS):
+            fit, held = (part & (wanted != 0) for part in (fold != number, fold == number))
+            for at, cost in enumerate(costs):
+                svm = LinearSVC(C=cost, tol=1e-8, max_iter=1_000_000).fit(rows[fit], wanted[fit])
+                values[column, at] += average_precision_score(wanted[held], svm.decision_function(rows[held])) / FOLDS
+        best = values[column].max()
+        assert values[column, costs.index(choice.costs[column])] >= best - 1e-3
+    assert [value for _, value in choice.curve] == pytest.approx(values.mean(0).tolist(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lists: [path.unlink() for path in lists.glob("kind1_test.txt")], "expected kind1_test.txt beside"),
+        (lambda lists: [path.unlink() for path in lists.glob("*_trainval.txt")], "CLASS_trainval.txt, found none"),
+        (
+            lambda lists: (lists / "kind0_test.txt").write_text("000000 2\n"),
+            "kind0_test.txt, line 1: expected an image",
+        ),
+        (lambda lists: (lists / "kind0_test.txt").write_text(""), "kind0_test.txt: expected an image a line"),
+        (lambda lists: (lists / "kind2_test.txt").write_text("000000 1\n"), "expected the images of kind0_test.txt"),
+        (lambda lists: (lists / "kind0_test.txt").write_text("000000 1\n" * 2), "line 2: image '000000' stands twice"),
+        (lambda lists: (lists / "kind0_test.txt").write_bytes(b"\xff\xfe"), "kind0_test.txt: cannot be read"),
+    ],
+)
+def test_broken_voc_folders(
+    voc: tuple[Path, Store, np.ndarray, list[str]], change: Callable[[Path], object], message: str
+) -> None:
+    folder = voc[0]
+    change(folder / "VOC2007" / "ImageSets" / "Main")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_voc_labels(folder)
+
+
+def test_voc_images_and_rows_that_do_not_meet(voc: tuple[Path, Store, np.ndarray, list[str]], tmp_path: Path) -> None:
+    folder, store, _, _ = voc
+    labels, options = read_voc_labels(folder), TransferOptions(protocol="voc2007", costs=(1.0,))
+    rows = np.array(store.descriptors)
+    some = write_store(tmp_path / "some.h5", store.names[:80], rows[:80])
+    with pytest.raises(
+        UsageError, match="10 of 90 images of the VOC lists match no row of .*some.h5, such as '000080'"
+    ):
+        evaluate_transfer([some], options, labels=labels)
+    twice = write_store(tmp_path / "twice.h5", [*store.names, "b/000000.jpg"], np.concatenate([rows, rows[:1]]))
+    with pytest.raises(UsageError, match="expected one image '000000', found 'JPEGImages/000000.jpg' and"):
+        evaluate_transfer([twice], options, labels=labels)
+    more = write_store(tmp_path / "more.h5", [*store.names, "else.jpg"], np.concatenate([rows, rows[:1]]))
+    assert evaluate_transfer([more], options, labels=labels)[0].left_out == 1
+    with pytest.raises(UsageError, match="protocol voc2007: expected the lists of a VOC folder"):
+        evaluate_transfer([store], options)
+    with pytest.raises(UsageError, match="protocol random: expected no VOC folder"):
+        evaluate_transfer([store], labels=labels)
+    with pytest.raises(UsageError, match="expected a VOC folder with ImageSets/Main, found none"):
+        read_voc_labels(tmp_path / "nowhere")
+
+
+def test_levels_cut_out_equal_descriptors_of_these_levels(
+    make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe
+) -> None:
+    """With every normalisation, and with several scales side by side."""
+    from sppfeat.views import DescriptorView
+
+    folder = make_images(5)
+    for changes in ({}, {"normalize": "signed-sqrt-l2"}, {"normalize": "none", "scales": (64, 96)}):
+        recipe = replace(tiny, levels=(3, 2, 1), dtype="float32", fuse="concat", **changes)  # type: ignore[arg-type]
+        extract_folder(folder, tmp_path / "all.h5", recipe, overwrite=True)
+        extract_folder(folder, tmp_path / "some.h5", replace(recipe, levels=(1, 3)), overwrite=True)
+        view = DescriptorView(open_store(tmp_path / "all.h5"), np.array([4, 0, 2]), (1, 3))
+        expected = np.array(open_store(tmp_path / "some.h5").descriptors)[[4, 0, 2]]
+        assert view.shape == expected.shape and view.recipe == open_store(tmp_path / "some.h5").recipe
+        assert np.allclose(view[:], expected, rtol=1e-4, atol=1e-6)
+        assert np.array_equal(view[np.array([1, 2])], view[1:3])
+
+
+def test_levels_that_cannot_be_cut_out(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
+    from sppfeat.views import DescriptorView
+
+    extract_folder(make_images(2), tmp_path / "f.h5", replace(tiny, scales=(64, 96)))
+    store = open_store(tmp_path / "f.h5")
+    with pytest.raises(UsageError, match="expected levels among its 2,1, found 3"):
+        DescriptorView(store, levels=(3, 1))
+    with pytest.raises(UsageError, match="its 2 scales were fused by mean"):
+        DescriptorView(store, levels=(1,))
+    assert DescriptorView(store, levels=(2, 1)).shape == store.descriptors.shape
+
+
+def test_rows_left_out_are_never_copied(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a row failed, the largest block that is read stays a block, not the matrix."""
+    from sppfeat import newton
+    from sppfeat.views import DescriptorView
+
+    store = make_store()
+    with StoreWriter(store) as writer:
+        writer.fail(3, "broken")
+    monkeypatch.setattr(newton, "_BLOCK_BYTES", 4 * DIM * 5)
+    read: list[int] = []
+    plain = DescriptorView.__getitem__
+
+    def counted(self: DescriptorView, index: slice | np.ndarray) -> np.ndarray:
+        block = plain(self, index)
+        read.append(len(block))
+        return block
+
+    monkeypatch.setattr(DescriptorView, "__getitem__", counted)
+    evaluate_transfer([open_store(store.path)], TransferOptions(trials=1))
+    assert read and max(read) == 5
+
+
+def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
+    """One file, with thumbnails inside and names escaped, that takes nothing from elsewhere."""
+    for seed, name in enumerate(("<b>", "b", "c")):
+        make_images(6, f"data/{name}", seed=seed)
+    extract_folder(tmp_path / "data", tmp_path / "f.h5", tiny)
+    done = evaluate_transfer([open_store(tmp_path / "f.h5")] * 2, TransferOptions(trials=2))
+    page = check_page(tmp_path / "r.html", overwrite=False)
+    write_transfer_report(page, done)
+    text = page.read_text()
+    assert "&lt;b&gt;" in text and "<b>/" not in text and "data:image/jpeg;base64," in text
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text) and "http" not in text
+    for name in {mistake.name for one in done for mistake in one.mistakes[:5]}:
+        assert html.escape(name) in text
+    with pytest.raises(ReportError, match="exists already"):
+        check_page(page, overwrite=False)
+    assert check_page(page, overwrite=True) == page
+    with pytest.raises(ReportError, match="it is left as it is"):
+        check_page(next((tmp_path / "data").glob("*/*.png")), overwrite=True)
+    with pytest.raises(ReportError, match="expected its folder .* to exist"):
+        check_page(tmp_path / "nowhere" / "r.html", overwrite=False)
+
+
+def test_page_by_command_line(
+    make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
+) -> None:
+    """Without the pictures at hand, and with the C given."""
+    store, page = make_store(noise=2.5).path, tmp_path / "r.html"
+    done = run_sppfeat("evaluate", "transfer", store, "--c", "1", "--trials", "2", "--report", page)
+    assert done.returncode == 0 and "picture not at hand" in page.read_text()  # type: ignore[attr-defined]
+
+
+def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=re.escape("an HTML page needs jinja2, which is not installed: pip")):
+        check_page(tmp_path / "r.html", overwrite=False)
+
+
+def test_voc_real_data(shared: Path, tmp_path: Path) -> None:
+    """The lists of a real VOC folder: as many images and classes as it says, and C chosen within them."""
+    labels = read_voc_labels(shared / "data" / "voc2007-subset")
+    assert len(labels.classes) == 20 and {"train", "person"} <= set(labels.classes)
+    assert sum(part == "train" for part in labels.splits.values()) == 400 and len(labels.splits) == 600
+    assert {int(value) for row in labels.targets.values() for value in row} == {-1, 0, 1}

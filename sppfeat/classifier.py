@@ -1,0 +1,221 @@
+"""A trained linear SVM together with the recipe of its descriptors: one HDF5 file that sorts images into classes.
+
+    /weights  (K, D) float32      /biases  (K,) float32      /classes  (K,) UTF-8      /costs, /gaps  (K,) float64
+
+with the root attributes `format`, `format_version`, `recipe` (JSON), `weights_sha256` (of the network), `images` (how
+many it was trained with), `positive_weight`, `route`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import h5py
+import numpy as np
+
+from sppfeat.describe import Describer
+from sppfeat.errors import ModelError, UsageError
+from sppfeat.files import STORE, SVM, appearing, check_new_file, format_of, open_hdf5
+from sppfeat.images import find_images, name_to_path
+from sppfeat.labels import Labels, labels_from_folders
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.selection import SvmOptions, choose_cost
+from sppfeat.store import Status, Store, open_store
+from sppfeat.svm import LinearSvm, SvmProblem, class_targets
+from sppfeat.transfer import labelled_names, require_complete
+from sppfeat.views import DescriptorView
+
+FORMAT_VERSION: Final = 1
+_BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Linear SVMs and what they were trained on.
+
+    recipe, weights_sha256: of the descriptors, and of the network that makes them. images: trained with.
+    curve: every C of the grid and its mean value in cross-validation, in percent; empty where C was given, or when
+    read from a file.
+    """
+
+    svm: LinearSvm
+    recipe: Recipe
+    weights_sha256: str
+    images: int
+    positive_weight: float
+    curve: list[tuple[float, float]]
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes, in rising order."""
+        return [str(name) for name in self.svm.classes]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The scores [K] of one image, or why there are none."""
+
+    name: str
+    scores: np.ndarray | None
+    error: str | None
+
+
+def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:
+    """Train on every image of a store that has a label; labels: None: from the names (`labels_from_folders`).
+
+    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used.
+    """
+    options = options or SvmOptions()
+    require_complete(store)
+    labels = labels or labels_from_folders(store.names)
+    names = labelled_names(store, labels, set(store.errors()))
+    known = np.array([labels.classes[name] for name in names])
+    classes = np.unique(known)
+    if len(classes) < 2:
+        raise UsageError(f"expected images of at least two classes, found {len(classes)}: {', '.join(classes)}")
+    place = {name: row for row, name in enumerate(store.names)}
+    view = DescriptorView(store, np.array([place[name] for name in names]), options.levels)
+    problem = SvmProblem(view, device=options.device, names=names)
+    choice = choose_cost(problem, known, np.arange(len(names)), options)
+    targets, _ = class_targets(known, classes)
+    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight)
+    return Classifier(
+        svm=problem.svm(solution, classes),
+        recipe=view.recipe,
+        weights_sha256=store.weights_sha256,
+        images=len(names),
+        positive_weight=options.positive_weight,
+        curve=[(cost, 100 * value) for cost, value in choice.curve],
+    )
+
+
+def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the file; it appears whole. Raises ModelError."""
+    path = check_new_file(path, overwrite=overwrite, error=ModelError, kind=SVM)
+    with appearing(path, ModelError) as partial, h5py.File(partial, "w", locking=False) as file:
+        file.attrs["format"] = SVM
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["recipe"] = classifier.recipe.to_json()
+        file.attrs["weights_sha256"] = classifier.weights_sha256
+        file.attrs["images"] = classifier.images
+        file.attrs["positive_weight"] = classifier.positive_weight
+        file.attrs["route"] = classifier.svm.route
+        file["weights"] = classifier.svm.weights
+        file["biases"] = classifier.svm.biases
+        file["costs"] = classifier.svm.costs
+        file["gaps"] = classifier.svm.gaps
+        file.create_dataset("classes", data=classifier.classes, dtype=h5py.string_dtype())
+
+
+def open_classifier(path: str | os.PathLike[str]) -> Classifier:
+    """Read a file of `save_classifier`. Raises ModelError when it is none, or not whole."""
+    with open_hdf5(path, SVM, FORMAT_VERSION, ModelError) as file:
+        svm = LinearSvm(
+            weights=np.asarray(file["weights"], np.float32),
+            biases=np.asarray(file["biases"], np.float32),
+            classes=np.array(file["classes"].asstr()[:].tolist()),
+            costs=np.asarray(file["costs"], np.float64),
+            route=str(file.attrs["route"]),
+            gaps=np.asarray(file["gaps"], np.float64),
+        )
+        count = len(svm.classes)
+        if svm.weights.ndim != 2 or any(len(part) != count for part in (svm.weights, svm.biases, svm.costs, svm.gaps)):
+            raise ModelError(f"{path}: expected a row for each of its {count} classes, found other lengths")
+        if not np.isfinite(svm.weights).all() or np.isnan(svm.biases).any():
+            raise ModelError(f"{path}: expected weights that are finite, found some that are not")
+        return Classifier(
+            svm=svm,
+            recipe=Recipe.from_json(str(file.attrs["recipe"])),
+            weights_sha256=str(file.attrs["weights_sha256"]),
+            images=int(file.attrs["images"]),
+            positive_weight=float(file.attrs["positive_weight"]),
+            curve=[],
+        )
+
+
+def predict(
+    classifier: Classifier,
+    sources: Sequence[str | os.PathLike[str]],
+    options: RunOptions | None = None,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Prediction]:
+    """Score images of folders, files and lists, or of stores, about in order; memory does not grow with them.
+
+    Images are described by the classifier's own recipe. A store's descriptors are taken as they are when that recipe
+    made them, or one of which its levels can be cut out; else its images are described anew, and `note` is told why.
+    Raises UsageError for sources without images, ModelError when the network's weights are not those of the classifier.
+    """
+    options = options or RunOptions()
+    stores = [source for source in sources if os.fspath(source) != "-" and format_of(source) == STORE]
+    others = [source for source in sources if source not in stores]
+    jobs: list[tuple[str, list[str], dict[str, str]]] = []
+    for path in stores:
+        store = open_store(path)
+        view = _fitting_view(store, classifier)
+        if isinstance(view, str):
+            note(f"{path}: {view}; its images are described anew by the recipe of the classifier")
+            jobs.append((store.source_root, store.names, {}))
+        else:
+            yield from _predict_rows(classifier, store, view, options)
+    if others:
+        found = find_images(others)
+        if not found.names:
+            raise UsageError(f"{', '.join(os.fspath(source) for source in others)}: expected images, found none")
+        jobs.append((found.root, [name for name in found.names if name not in found.problems], found.problems))
+    if not jobs:
+        return
+    describer = Describer(classifier.recipe, options)
+    if describer.weights_sha256 != classifier.weights_sha256:
+        raise ModelError(
+            f"backbone {classifier.recipe.backbone}: expected the weights that the classifier was trained with (sha256 "
+            f"{classifier.weights_sha256[:12]}), found others ({describer.weights_sha256[:12]})"
+        )
+    if describer.dim != classifier.svm.weights.shape[1]:
+        raise ModelError(
+            f"expected a classifier of {describer.dim} values by its recipe, found {classifier.svm.weights.shape[1]}"
+        )
+    for root, names, problems in jobs:
+        yield from (Prediction(name, None, reason) for name, reason in problems.items())
+        rows = describer.describe(name_to_path(root, name) for name in names)
+        while block := list(islice(rows, _BLOCK_ROWS)):
+            good = [row for row in block if row.descriptor is not None]
+            yield from (Prediction(names[row.position], None, row.error) for row in block if row.descriptor is None)
+            if good:
+                scores = classifier.svm.scores(np.stack([row.descriptor for row in good if row.descriptor is not None]))
+                yield from (
+                    Prediction(names[row.position], values, None) for row, values in zip(good, scores, strict=True)
+                )
+
+
+def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
+    """The store's descriptors as the classifier takes them, or why that cannot be."""
+    if store.weights_sha256 != classifier.weights_sha256:
+        return "was made with other weights"
+    try:
+        view = DescriptorView(store, levels=classifier.recipe.levels)
+    except UsageError:
+        view = DescriptorView(store)
+    if differences := classifier.recipe.differences(view.recipe):
+        return f"was made by another recipe ({'; '.join(differences)})"
+    return view
+
+
+def _predict_rows(
+    classifier: Classifier, store: Store, view: DescriptorView, options: RunOptions
+) -> Iterator[Prediction]:
+    require_complete(store)
+    errors = store.errors()
+    for first in range(0, len(store), _BLOCK_ROWS):
+        rows = np.arange(first, min(first + _BLOCK_ROWS, len(store)))
+        done = store.status[rows] == Status.DONE
+        yield from (Prediction(store.names[row], None, errors[store.names[row]]) for row in rows[~done])
+        if done.any():
+            scores = classifier.svm.scores(view[rows[done]])
+            yield from (
+                Prediction(store.names[row], values, None) for row, values in zip(rows[done], scores, strict=True)
+            )

@@ -1,0 +1,120 @@
+"""Engines: how feature maps are computed. The recipe says what they are; every engine gives the same values.
+
+`torch` runs on every device. `openvino` runs on x86 and ARM processors, about twice as fast, where the extra `cpu` is
+installed; it computes float32 to 1e-4 of torch's values, and bfloat16 to what bfloat16 itself leaves open.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import warnings
+from typing import Final, Protocol
+
+import torch
+
+from sppfeat.backbone import Backbone, load_backbone
+from sppfeat.devices import available_cores, resolve_device
+from sppfeat.errors import (
+    BackboneError,
+    DeviceError,
+    MissingExtraError,
+    SppFeatWarning,
+    UsageError,
+    one_line,
+    require_extra,
+)
+from sppfeat.recipe import Recipe, RunOptions
+
+# Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
+MAX_STREAMS: Final = 16
+# The processors that OpenVINO has fast code for, as `platform.machine` names them on Linux, macOS and Windows.
+OPENVINO_MACHINES: Final = frozenset({"x86_64", "amd64", "aarch64", "arm64"})
+OPENVINO_PRECISIONS: Final = ("float32", "bfloat16")
+
+
+class Engine(Protocol):
+    """A backbone, ready to give feature maps; what a `Recipe` fixes does not depend on which engine it is.
+
+    name: `torch` or `openvino`. device: where it computes, and where its maps are.
+    streams: how many threads may well call it side by side. threads: cores that each of these calls uses.
+    """
+
+    name: str
+    device: torch.device
+    streams: int
+    threads: int
+
+    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Feature map [N, C, h, w], channels last in memory, on `device`, of uint8 RGB pictures [N, H, W, 3].
+
+        The map is the caller's own. Raises RuntimeError, with torch's text, for pictures that the network refuses.
+        """
+
+
+class TorchEngine:
+    """The backbone as torch runs it, on any device. Raises DeviceError where the device cannot hold it."""
+
+    name = "torch"
+
+    def __init__(self, backbone: Backbone, device: torch.device) -> None:
+        try:
+            self._backbone = backbone.to(device)
+        except RuntimeError as error:
+            raise DeviceError(f"device {device}: cannot hold {backbone.recipe.backbone} ({one_line(error)})") from None
+        self.device = device
+        self.streams, self.threads = cpu_streams() if device.type == "cpu" else (1, 1)
+
+    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self._backbone.feature_map(pictures.to(self.device))
+
+
+def load_engine(recipe: Recipe, options: RunOptions | None = None) -> tuple[Backbone, Engine]:
+    """The backbone that a recipe names, and the engine that runs it under these options.
+
+    Under `auto` the engine is OpenVINO on a processor it has fast code for, where it is installed; should it fail on
+    this network, torch takes its place with a SppFeatWarning. An engine asked for by name is given or refused.
+    Raises BackboneError, DeviceError, UsageError, MissingExtraError.
+    """
+    options = options or RunOptions()
+    device = resolve_device(options.device)
+    named = options.engine == "openvino"
+    if named:
+        _check_openvino(recipe, options.device, device)
+    backbone = load_backbone(recipe)
+    if named or (options.engine == "auto" and _suits_openvino(recipe, device)):
+        from sppfeat.openvino_engine import OpenVinoEngine
+
+        try:
+            return backbone, OpenVinoEngine(backbone, *cpu_streams())
+        except (BackboneError, MissingExtraError) as error:
+            if named:
+                raise
+            warnings.warn(f"{error}; torch takes its place", SppFeatWarning, stacklevel=2)
+    return backbone, TorchEngine(backbone, device)
+
+
+def _suits_openvino(recipe: Recipe, device: torch.device) -> bool:
+    return (
+        device.type == "cpu"
+        and recipe.precision in OPENVINO_PRECISIONS
+        and platform.machine().lower() in OPENVINO_MACHINES
+        and importlib.util.find_spec("openvino") is not None
+    )
+
+
+def _check_openvino(recipe: Recipe, asked: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise UsageError(f"engine openvino computes on the processor, found device {asked}: expected --device cpu")
+    if recipe.precision not in OPENVINO_PRECISIONS:
+        raise UsageError(
+            f"engine openvino computes {' and '.join(OPENVINO_PRECISIONS)}, found precision {recipe.precision}"
+        )
+    require_extra("openvino", "cpu", "engine openvino")
+
+
+def cpu_streams() -> tuple[int, int]:
+    """Forward passes side by side on this processor, and cores for each: one each keeps a map in its core's cache."""
+    cores = available_cores()
+    streams = min(cores, MAX_STREAMS)
+    return streams, max(1, cores // streams)

@@ -1,0 +1,258 @@
+"""The engine `openvino`: the trunk converted straight from the torch module, compiled for this processor, and kept.
+
+Converting takes seconds, reading a compiled network back 0.2 s: so compiled networks stay in the user's cache folder
+(`$XDG_CACHE_HOME/sppfeat/openvino`), a file each, named by all that they were made from. A file appears at once, whole,
+and holds a checksum; one that is damaged, or that this version of OpenVINO does not take, is made anew. A cache that
+cannot be read or written costs time, and is no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from sppfeat._version import __version__
+from sppfeat.backbone import Backbone
+from sppfeat.errors import BackboneError, one_line, require_extra
+
+# What OpenVINO may differ by from torch, relative to the map's length: 1e-4 is promised, about 2e-6 is usual. bfloat16
+# keeps 8 bits; over some dozens of layers, the two libraries' roundings part by up to a few percent.
+TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 1e-1}
+_HINT: Final = {"float32": "f32", "bfloat16": "bf16"}
+_MAGIC: Final = b"sppfeat-openvino-1\n"
+# Each is some 10 to 200 MB; those used last stay.
+_KEPT_ENTRIES: Final = 24
+
+
+class OpenVinoEngine:
+    """A backbone as OpenVINO runs it on this processor, for pictures of any size; see `sppfeat.engine.Engine`.
+
+    streams, threads: passes side by side, and cores for each. Raises BackboneError when OpenVINO cannot run this
+    network, or gives other values than torch, and MissingExtraError.
+    """
+
+    name = "openvino"
+    device = torch.device("cpu")
+
+    def __init__(self, backbone: Backbone, streams: int, threads: int) -> None:
+        require_extra("openvino", "cpu", "engine openvino")
+        self.streams, self.threads = streams, threads
+        self._backbone = backbone
+        self._local = threading.local()
+        options: dict[str, Any] = {
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams * threads,
+            "INFERENCE_PRECISION_HINT": _HINT[backbone.recipe.precision],
+            # Decoding needs the cores between passes.
+            "ENABLE_CPU_PINNING": False,
+        }
+        entry = _entry(backbone)
+        self._compiled = _read_entry(entry, options)
+        if self._compiled is None:
+            self._compiled = _compile(backbone, options)
+            self._check_values()
+            _write_entry(entry, self._compiled)
+
+    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
+        try:
+            return self._infer(pictures)
+        except RuntimeError as error:
+            # Where torch refuses too (too few pixels for a layer, say), its text is the one that names why.
+            with torch.inference_mode():
+                self._backbone.feature_map(pictures)
+            raise RuntimeError(f"OpenVINO: {_reason(error)}; --engine torch runs it") from None
+
+    def _infer(self, pictures: torch.Tensor) -> torch.Tensor:
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = self._compiled.create_infer_request()
+        # The output is copied: the request's own memory is overwritten by this thread's next pass.
+        cells: np.ndarray = request.infer([pictures.numpy()], share_inputs=True)[0]
+        return torch.from_numpy(cells).permute(0, 3, 1, 2)
+
+    def _check_values(self) -> None:
+        """Compare with torch on two pictures of a size that is no multiple of any stride, or raise BackboneError."""
+        generator = torch.Generator().manual_seed(0)
+        tolerance = TOLERANCE[self._backbone.recipe.precision]
+        height, width = _odd_size(self._backbone)
+        pictures = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
+        with torch.inference_mode():
+            expected = self._backbone.feature_map(pictures).float()
+            try:
+                found = self._infer(pictures)
+            except RuntimeError as error:
+                raise _failure(self._backbone, error) from None
+        if found.shape != expected.shape:
+            difference = f"maps of {list(found.shape)} where torch gives {list(expected.shape)}"
+        else:
+            relative = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+            if relative <= tolerance:
+                return
+            difference = f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
+        raise BackboneError(f"{_who(self._backbone)} gives {difference}, on pictures of {width} x {height}") from None
+
+
+class _Served(nn.Module):
+    """What OpenVINO is given: from uint8 pictures [N, H, W, 3] to cells [N, h, w, C], normalisation inside."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.trunk = copy.deepcopy(backbone.trunk).float()
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (backbone.recipe.mean, backbone.recipe.std))
+        self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
+        self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        inputs = pictures.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        output: torch.Tensor = self.trunk(inputs).permute(0, 2, 3, 1)
+        return output
+
+
+def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
+    """Convert a backbone, with free batch, height and width, and compile it."""
+    import openvino
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    height, width = _odd_size(backbone)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns of itself, and of Python numbers in it: values are checked
+            served = _Served(backbone).eval()
+            example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+            traced = torch.jit.trace(served, example, check_trace=False)  # type: ignore[no-untyped-call]
+            frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
+            decoder = TorchScriptPythonDecoder(traced)  # the front end borrows it: it has to live while converting
+            model = frontend.convert(frontend.load(decoder))
+        model.reshape(openvino.PartialShape([-1, -1, -1, 3]))
+        return openvino.Core().compile_model(model, "CPU", options)
+    except Exception as error:  # tracing, converting and compiling run code that can fail in any way
+        raise _failure(backbone, error) from None
+
+
+def _odd_size(backbone: Backbone) -> tuple[int, int]:
+    """Height and width of a small picture that is no multiple of any stride."""
+    side = max(97, backbone.minimum_side + 1)
+    return side, side + 34
+
+
+def _who(backbone: Backbone) -> str:
+    return f"engine openvino: backbone {backbone.recipe.backbone} up to layer {backbone.layer.name}"
+
+
+def _failure(backbone: Backbone, error: Exception) -> BackboneError:
+    return BackboneError(f"{_who(backbone)} cannot be run ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, in one line: its texts begin with places in its own source."""
+    text = str(error)
+    if found := re.search(r"No conversion rule found for operations: (.+)", text):
+        return f"no conversion for {found[1].strip()}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not re.match(r"(Exception from|Check) .*src|Converting input model", line)]
+    return telling[0] if telling else one_line(error)
+
+
+def _entry(backbone: Backbone) -> Path:
+    """The file that holds this backbone compiled for this machine, by these versions."""
+    recipe = backbone.recipe
+    made_from = {
+        "backbone": recipe.backbone,
+        "layer": backbone.layer.name,
+        "weights_sha256": backbone.weights_sha256,
+        "input": [recipe.mean, recipe.std, recipe.precision],
+        "versions": {"sppfeat": __version__}
+        | {name: version(name) for name in ("openvino", "torch", "torchvision", "timm")},
+        "machine": _machine(),
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "openvino" / f"{key}.bin"
+
+
+def _machine() -> list[str]:
+    """The processor, as far as compiled code depends on it."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
+                found.append(value.strip())
+            elif not name and found:
+                break  # the other cores are alike
+    return [platform.system(), platform.machine(), *(found or [platform.processor()])]
+
+
+def cache_folder() -> Path:
+    """Where sppfeat keeps what it can make again: below `$XDG_CACHE_HOME`, or `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is invalid and to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sppfeat"
+
+
+def _read_entry(entry: Path, options: dict[str, Any]) -> Any:
+    """The compiled network of a cache entry; None when there is none that is whole and ours."""
+    import openvino
+
+    try:
+        with open(entry, "rb") as file:
+            # Compiled networks are trusted as programs are: another user's are not read.
+            if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid != os.geteuid():
+                return None
+            content = file.read()
+        body = memoryview(content)[len(_MAGIC) + 32 :]
+        if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != content[len(_MAGIC) :][:32]:
+            return None
+        compiled = openvino.Core().import_model(bytes(body), "CPU", options)
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return compiled
+    except (OSError, RuntimeError):
+        return None
+
+
+def _write_entry(entry: Path, compiled: Any) -> None:
+    """Keep a compiled network; writers at the same moment each put a whole file in place."""
+    try:
+        body = compiled.export_model().getvalue()
+        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not `files.appearing`, whose name beside the file would be the same for all writers.
+        descriptor, partial = tempfile.mkstemp(dir=entry.parent, prefix=".", suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+            os.replace(partial, entry)
+        except BaseException:
+            os.unlink(partial)
+            raise
+        for old in _oldest(entry.parent):
+            old.unlink(missing_ok=True)
+    except (OSError, RuntimeError):
+        return
+
+
+def _oldest(folder: Path) -> Iterator[Path]:
+    """Entries beyond those that are kept, and what killed writers left."""
+    used = {path: path.stat().st_mtime for path in folder.iterdir()}
+    newest = max(used.values(), default=0.0)
+    entries = sorted((path for path in used if path.suffix == ".bin"), key=lambda path: used[path], reverse=True)
+    yield from entries[_KEPT_ENTRIES:]
+    yield from (path for path in used if path.suffix == ".partial" and used[path] < newest - 3600)

@@ -1,0 +1,166 @@
+"""Classifiers: training on a store, the file, and sorting images by the recipe that it keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from sppfeat import ModelError, Recipe, StoreError, UsageError, extract_folder, open_store, train_linear_svm
+from sppfeat.classifier import open_classifier, predict, save_classifier, train_classifier
+from sppfeat.selection import SvmOptions
+from sppfeat.store import StoreWriter
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Pictures that are about red, green or blue, a folder each."""
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = generator.integers(0, 90, (70, 80, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(tmp_path / "colours" / name / f"{number}.png")
+    return tmp_path / "colours"
+
+
+def test_trained_as_the_solver_trains(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    store = open_store(tmp_path / "f.h5")
+    classifier = train_classifier(store, SvmOptions(costs=(1.0,)))
+    known = [name.split("/")[0] for name in store.names]
+    expected = train_linear_svm(store.descriptors, known, c=1.0)
+    assert classifier.classes == ["blue", "green", "red"] and classifier.images == 18
+    assert np.allclose(classifier.svm.weights, expected.weights, atol=1e-4)
+
+
+def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    classifier = train_classifier(open_store(tmp_path / "f.h5"))
+    assert [cost for cost, _ in classifier.curve] == sorted(SvmOptions().costs)
+    save_classifier(classifier, tmp_path / "m.h5")
+    read = open_classifier(tmp_path / "m.h5")
+    assert read.recipe == classifier.recipe and read.classes == classifier.classes and read.images == 18
+    for name in ("weights", "biases", "costs", "gaps"):
+        assert np.array_equal(getattr(read.svm, name), getattr(classifier.svm, name))
+    with pytest.raises(ModelError, match=r"m\.h5: exists already; choose another output, or --overwrite"):
+        save_classifier(classifier, tmp_path / "m.h5")
+    save_classifier(classifier, tmp_path / "m.h5", overwrite=True)
+    with pytest.raises(ModelError, match=r"f\.h5: expected an SVM or a new file, found a store; it is left as it is"):
+        save_classifier(classifier, tmp_path / "f.h5", overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    """With levels cut out of the store, and with a store of another recipe, whose images are described anew."""
+    extract_folder(colours, tmp_path / "f.h5", replace(tiny, levels=(3, 2, 1)))
+    extract_folder(colours, tmp_path / "other.h5", replace(tiny, pooling="avg"))
+    notes: list[str] = []
+    classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,), levels=(2, 1)))
+    assert classifier.recipe.levels == (2, 1)
+    found = {
+        source: {one.name: one.scores for one in predict(classifier, [tmp_path / source], note=notes.append)}
+        for source in ("colours", "f.h5", "other.h5")
+    }
+    assert len(notes) == 1 and "other.h5: was made by another recipe (pooling: max here, avg there)" in notes[0]
+    assert found["colours"].keys() == found["f.h5"].keys() == found["other.h5"].keys() and len(found["colours"]) == 18
+    for name, scores in found["colours"].items():
+        assert scores is not None
+        assert scores == pytest.approx(found["f.h5"][name], abs=2e-3)
+        assert scores == pytest.approx(found["other.h5"][name], abs=1e-5)
+        assert classifier.classes[int(scores.argmax())] == name.split("/")[0]
+
+
+def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    made = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "m.h5", "--c-grid", "vissl", "--json")
+    document = json.loads(made.stdout)
+    assert made.returncode == 0 and document["classes"] == ["blue", "green", "red"] and len(document["curve"]) == 11
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (90, 70), (200, 30, 20)).save(tmp_path / "new" / "a.jpg")
+    (tmp_path / "new" / "bad.jpg").write_bytes(b"no picture")
+    sorted_ = run_sppfeat("predict", tmp_path / "m.h5", tmp_path / "new", "--json", "--top", "2")
+    results = {one["image"]: one for one in json.loads(sorted_.stdout)["results"]}
+    assert sorted_.returncode == 3 and "failed: bad.jpg" in sorted_.stderr
+    assert results["a.jpg"]["label"] == "red" and len(results["a.jpg"]["top"]) == 2 and "error" in results["bad.jpg"]
+    people = run_sppfeat("predict", tmp_path / "m.h5", tmp_path / "new" / "a.jpg")
+    assert people.returncode == 0 and people.stdout.startswith("a.jpg: red ")
+    assert "SVM of 3 classes (blue, green, red)" in run_sppfeat("inspect", tmp_path / "m.h5").stdout
+    refused = run_sppfeat("inspect", tmp_path / "m.h5", "--verify")
+    assert refused.returncode == 2 and "are for stores, found an SVM" in refused.stderr
+
+
+def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    save_classifier(train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,))), tmp_path / "m.h5")
+    whole = (tmp_path / "m.h5").read_bytes()
+    (tmp_path / "text.h5").write_text("no model")
+    (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    for name, message in (
+        ("gone.h5", "expected an SVM, found no such file"),
+        ("colours", "expected an SVM, found a folder"),
+        ("text.h5", "cannot be opened"),
+        ("cut.h5", "cut short"),
+        ("f.h5", "expected an SVM .*, found a store"),
+    ):
+        with pytest.raises(ModelError, match=f"{name}: .*{message}"):
+            open_classifier(tmp_path / name)
+
+    def damaged(change: Callable[[h5py.File], object]) -> Path:
+        path = tmp_path / "damaged.h5"
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        return path
+
+    def nan(file: h5py.File) -> None:
+        file["weights"][0, 0] = np.nan
+
+    def short(file: h5py.File) -> None:
+        del file["biases"]
+        file["biases"] = np.zeros(2)
+
+    for change, message in (
+        (lambda file: file.attrs.__setitem__("format_version", 99), "format 99 is newer than this sppfeat reads"),
+        (lambda file: file.__delitem__("biases"), "KeyError"),
+        (lambda file: file.attrs.__setitem__("recipe", "[]"), "expected a JSON object"),
+        (nan, "expected weights that are finite"),
+        (short, "expected a row for each of its 3 classes"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            open_classifier(damaged(change))  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_trained_with(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colours / "red", tmp_path / "one.h5", tiny, root=str(colours))
+    with pytest.raises(UsageError, match="at least two classes, found 1: red"):
+        train_classifier(open_store(tmp_path / "one.h5"))
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    with StoreWriter(open_store(tmp_path / "f.h5")) as writer:
+        writer.reset([0])
+    with pytest.raises(StoreError, match="1 of 18 images are still to be described"):
+        train_classifier(open_store(tmp_path / "f.h5"))
+
+
+def test_other_weights_are_refused(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    """A model knows the network it was trained for, also when its name stays."""
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    classifier = replace(
+        train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,))), weights_sha256="1" * 64
+    )
+    with pytest.raises(ModelError, match="expected the weights that the classifier was trained with"):
+        list(predict(classifier, [colours]))
+    notes: list[str] = []
+    with pytest.raises(ModelError):
+        list(predict(classifier, [tmp_path / "f.h5"], note=notes.append))
+    assert "was made with other weights" in notes[0]
