@@ -9,7 +9,7 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import numbers, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.search import SearchResult
@@ -29,6 +29,12 @@ def search(
     ],
     k: Annotated[int, typer.Option("-k", help="Neighbors of each query.")] = 10,
     exclude_self: Annotated[bool, typer.Option("--exclude-self", help="Leave out the query's own file.")] = False,
+    box: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X1,Y1,X2,Y2", help="Search by this part of the query picture, in pixels.", show_default="all of it"
+        ),
+    ] = None,
     expand: Annotated[
         int, typer.Option(metavar="N", help="Search again with the query and its N nearest together.")
     ] = 0,
@@ -40,6 +46,9 @@ def search(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; the index goes to a GPU only when it is named.")
     ] = RunOptions.device,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="What runs the network: auto | torch | openvino")
+    ] = RunOptions.engine,
     batch_size: Annotated[
         int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
@@ -65,15 +74,20 @@ def search(
     from sppfeat.store import open_store
 
     options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
-    run_options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+    run_options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None
     opened = open_gallery(gallery)
     if any(format_of(query) == STORE for query in queries):
         if len(queries) > 1:
             raise UsageError(f"expected one store or images as queries, found {len(queries)} paths with a store")
+        if part is not None:
+            raise UsageError(
+                "--box: expected images as queries, found a store; `sppfeat extract --windows` describes parts"
+            )
         done = search_store(opened, open_store(queries[0]), options)
     else:
-        done = search_images(opened, queries, options, run_options, weights=weights)
+        done = search_images(opened, queries, options, run_options, weights=weights, box=part)
     if page is not None:
         write_hits_page(page, opened, done)
     if as_json:
@@ -88,6 +102,15 @@ def search(
             print(f"note: {note}", file=sys.stderr)
     if done.failed:
         raise typer.Exit(3)
+
+
+def _box(text: str | None) -> tuple[float, float, float, float] | None:
+    if text is None:
+        return None
+    found = numbers("box", text)
+    if len(found) != 4:
+        raise UsageError(f"--box: expected X1,Y1,X2,Y2, found {text!r}")
+    return found[0], found[1], found[2], found[3]
 
 
 def _document(done: SearchResult) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import UsageError
-from sppfeat.images import name_to_path
 from sppfeat.report import thumbnail, write_page
-from sppfeat.rows import UnitRows, block_rows, unit_rows
+from sppfeat.rows import Box, UnitRows, block_rows, picture_of, unit_rows
 from sppfeat.store import Store
 
 DEFAULT_THRESHOLD: Final = 0.95
@@ -34,7 +33,7 @@ PAGE_MEMBERS: Final = 48
 class Member:
     """A picture of a group: score is its cosine similarity with the group's first. path: None where it is gone.
 
-    size: width and height in pixels.
+    size: width and height of the picture in pixels. box: the window on it, where the row is one's.
     """
 
     name: str
@@ -42,6 +41,7 @@ class Member:
     size: tuple[int, int]
     file_size: int
     path: str | None
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ def _members(rows: UnitRows, which: np.ndarray) -> list[Member]:
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
     members = []
     for at, place, score in zip(which, places, scores, strict=True):
-        path = name_to_path(store.source_root, rows.names[at])
+        path, box = picture_of(store.source_root, rows.names[at])
         width, height = store.image_size[place].tolist()
         there = path if os.path.lexists(path) else None
-        members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there))
+        members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there, box))
     return members
 
 
@@ -146,7 +146,7 @@ def write_duplicates_page(path: Path, found: Duplicates) -> None:
             "members": [
                 {
                     "name": one.name,
-                    "thumbnail": None if one.path is None else thumbnail(one.path),
+                    "thumbnail": None if one.path is None else thumbnail(one.path, box=one.box),
                     "size": one.size,
                     "kilobytes": one.file_size / 1000,
                     "score": one.score,

@@ -30,7 +30,6 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY, NOUNS, appearing, format_of, os_reason, sync_folder
-from sppfeat.images import name_to_path
 from sppfeat.index import (
     BuiltIndex,
     IndexOptions,
@@ -46,7 +45,7 @@ from sppfeat.index import (
     typed,
 )
 from sppfeat.recipe import Recipe
-from sppfeat.rows import UnitRows, check_same_recipe, unit_rows
+from sppfeat.rows import Box, UnitRows, check_same_recipe, picture_of, unit_rows
 from sppfeat.store import Store, lock_store, open_store
 from sppfeat.whitening import Projection, ProjectionOptions, learn_projection, read_arrays, write_projection
 
@@ -71,9 +70,9 @@ class GalleryRows:
     root: np.ndarray
     checksum: np.ndarray
 
-    def path(self, row: int) -> str:
-        """Where the picture of a row was when it was described."""
-        return name_to_path(self.roots[int(self.root[row])], self.names[row])
+    def picture(self, row: int) -> tuple[str, Box | None]:
+        """Where the picture of a row was when it was described, and its window where the row is one's."""
+        return picture_of(self.roots[int(self.root[row])], self.names[row])
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
                 new.append(at)
             elif old.rows.checksum[row] != store.checksum[rows.rows[at]]:
                 raise GalleryError(
-                    f"{path}: holds {name!r} already, with another descriptor (from {old.rows.path(row)}); "
+                    f"{path}: holds {name!r} already, with another descriptor (from {old.rows.picture(row)[0]}); "
                     f"remove it first: sppfeat index --remove names.txt --from {path}"
                 )
         skipped = len(rows) - len(new)
@@ -393,7 +392,11 @@ def _write(
     about |= {"generation": generation, "rows": len(rows.names), "files": files, "versions": _versions()}
     with appearing(path / DESCRIPTION, GalleryError) as partial:
         partial.write_text(json.dumps(about, indent=1), "utf-8")
-    kept = {entry["file"] for entry in files.values()}
+    _remove_others(path, {str(entry["file"]) for entry in files.values()})
+
+
+def _remove_others(path: Path, kept: set[str]) -> None:
+    """Remove the files of other generations, and what interrupted writers left."""
     for name in os.listdir(path):
         if _OURS.fullmatch(name) and name not in kept:
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -9,13 +10,18 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
+from sppfeat.images import name_to_path
 from sppfeat.store import Status, Store
+from sppfeat.windows import split_row_name
 
 if TYPE_CHECKING:
     from sppfeat.whitening import Projection
 
 # Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
 BLOCK_BYTES: Final = 1 << 25
+
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,15 @@ def normalize_rows(rows: np.ndarray) -> np.ndarray:
 def block_rows(dim: int) -> int:
     """How many float32 rows of that length make a block."""
     return max(1, BLOCK_BYTES // (4 * dim))
+
+
+def picture_of(root: str, name: str) -> tuple[str, Box | None]:
+    """The file that a row was made from, and its window where the row is one's."""
+    path = name_to_path(root, name)
+    picture, window = split_row_name(name)
+    if window is None or os.path.lexists(path):  # a picture may be called like a window
+        return path, None
+    return name_to_path(root, picture), window
 
 
 def check_same_recipe(first: Store, second: Store) -> None:

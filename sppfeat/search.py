@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,8 +19,9 @@ from sppfeat.images import find_images, name_to_path
 from sppfeat.index import faiss_reason, reconstruct
 from sppfeat.recipe import RunOptions
 from sppfeat.report import thumbnail, write_page
-from sppfeat.rows import block_rows, normalize_rows, to_units, unit_rows
+from sppfeat.rows import Box, block_rows, normalize_rows, to_units, unit_rows
 from sppfeat.store import Store
+from sppfeat.windows import window_text
 
 if TYPE_CHECKING:
     from sppfeat.describe import Describer
@@ -57,23 +60,26 @@ class SearchOptions:
 class Neighbor:
     """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
 
-    path: of the picture, where the folder that names are relative to still exists; else None.
+    path: of the picture, where the folder that names are relative to still exists; else None. box: the window on it,
+    where the row is one's.
     """
 
     name: str
     score: float
     rank: int
     path: str | None
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and its neighbours, or why it could not be described. path: of its picture, where that is known."""
+    """A query and its neighbours, or why it could not be described. path: of its picture. box: the part asked for."""
 
     query: str
-    path: str | None
+    path: str
     neighbors: list[Neighbor] = field(default_factory=list)
     error: str | None = None
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -208,14 +214,18 @@ def search_images(
     *,
     weights: str | None = None,
     describer: Describer | None = None,
+    box: Box | None = None,
 ) -> SearchResult:
     """Search by pictures: of folders, files or lists, as `find_images` takes them.
 
     They are described by the gallery's recipe; a picture that cannot be described is an answer with its reason.
     weights: where the gallery's weights lie now, if not where they were. describer: one made by `describer_for`.
-    Raises GalleryError when the network here is not that of the gallery.
+    box: search by this part of every picture, pooled from its feature map; a picture that it reaches outside of fails.
+    Raises GalleryError when the network here is not that of the gallery, UsageError for a box that is none.
     """
     options = options or SearchOptions()
+    if box is not None:
+        check_box(box)
     images = find_images(sources)
     if not images.names:
         raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
@@ -228,12 +238,12 @@ def search_images(
     }
     readable = [at for at in range(len(paths)) if at not in errors]
     descriptors: dict[int, np.ndarray] = {}
-    for done in describer.describe(paths[at] for at in readable):
-        at = readable[done.position]
-        if done.descriptor is None:
-            errors[at] = done.error or ""
+    for position, descriptor, error in _described(describer, [paths[at] for at in readable], box):
+        at = readable[position]
+        if descriptor is None:
+            errors[at] = error or ""
         else:
-            descriptors[at] = done.descriptor
+            descriptors[at] = descriptor
     describing = time.perf_counter() - started
     good = sorted(descriptors)
     units = _units(gallery, np.stack([descriptors[at] for at in good]) if good else np.zeros((0, gallery.dim)))
@@ -243,7 +253,31 @@ def search_images(
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
     }
-    return replace(result, answers=[answers[at] for at in range(len(paths))], describing=describing)
+    ordered = [replace(answers[at], box=box) for at in range(len(paths))]
+    return replace(result, answers=ordered, describing=describing)
+
+
+def _described(
+    describer: Describer, paths: list[str], box: Box | None
+) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
+    """Position, descriptor and reason of every picture, or of its part."""
+    if box is None:
+        for done in describer.describe(paths):
+            yield done.position, done.descriptor, done.error
+        return
+    for of_box in describer.describe_windows((path, np.array([box], np.float64)) for path in paths):
+        error = of_box.error or of_box.window_errors.get(0)
+        whole = of_box.descriptors
+        yield of_box.position, whole[0] if whole is not None and error is None else None, error
+
+
+def check_box(box: Box) -> None:
+    """Raise UsageError unless x1, y1, x2, y2 can be a part of a picture."""
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
+        raise UsageError(
+            f"box must be x1,y1,x2,y2 in pixels with x1 <= x2 and y1 <= y2, found {','.join(f'{v:g}' for v in box)}"
+        )
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
@@ -280,23 +314,19 @@ def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, we
 
 def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
     """Write queries and their neighbours with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
-    small: dict[str, str | None] = {}  # a picture is often found by several queries
+    small = functools.cache(thumbnail)  # a picture is often found by several queries
 
-    def picture(file: str | None) -> str | None:
-        if file is None:
-            return None
-        if file not in small:
-            small[file] = thumbnail(file)
-        return small[file]
+    def picture(file: str | None, box: Box | None) -> str | None:
+        return None if file is None else small(file, box=box)
 
     shown = [
         {
             "query": answer.query,
             "error": answer.error,
-            "note": "",
-            "thumbnail": None if answer.error else picture(answer.path),
+            "note": "" if answer.box is None else f"part {window_text(answer.box)}",
+            "thumbnail": None if answer.error else picture(answer.path, answer.box),
             "neighbors": [
-                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": picture(one.path)}
+                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": picture(one.path, one.box)}
                 for one in answer.neighbors
             ],
         }
@@ -336,12 +366,7 @@ def _answer(
             query,
             path,
             [
-                Neighbor(
-                    gallery.rows.names[row],
-                    float(score),
-                    rank,
-                    gallery.rows.path(row) if there[int(gallery.rows.root[row])] else None,
-                )
+                _neighbor(gallery, row, score, rank, there)
                 for rank, (row, score) in enumerate(zip(one, of_one, strict=True), 1)
                 if row >= 0
             ],
@@ -349,6 +374,11 @@ def _answer(
         for query, path, one, of_one in zip(queries, files, rows.tolist(), scores.tolist(), strict=True)
     ]
     return SearchResult(answers, notes, 0.0, time.perf_counter() - started)
+
+
+def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
+    path, box = gallery.rows.picture(row)
+    return Neighbor(gallery.rows.names[row], score, rank, path if there[int(gallery.rows.root[row])] else None, box)
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
