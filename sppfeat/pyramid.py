@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sppfeat.errors import UsageError, unknown_name
+from sppfeat.pyramid_cpu import max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
 # Below this, gem's power would lose its gradient (Radenovic, Tolias, Chum 2018 use the same).
@@ -60,11 +61,14 @@ def pool_rois(
     _check_rois(rois, feature_map.shape[1], feature_map.shape[2])
     rois = rois.to(device=feature_map.device, dtype=torch.int64)
     cells = _to_power(feature_map.permute(1, 2, 0), pooling, gem_p).contiguous()
+    with_gradient = torch.is_grad_enabled() and feature_map.requires_grad
+    if pooling == "max" and cells.device.type == "cpu" and len(rois) and not with_gradient:
+        finest = [n for n in dict.fromkeys(levels) if not any(m > n and m % n == 0 for m in levels)]
+        return max_of_rois(cells, {level: _roi_edges(rois, level) for level in finest}, levels)
     look_up = _max_of_blocks if pooling == "max" else _mean_of_blocks
 
     def pool(level: int) -> torch.Tensor:
-        x1, x2 = _roi_bins(rois[:, 0], rois[:, 2], level)
-        y1, y2 = _roi_bins(rois[:, 1], rois[:, 3], level)
+        y1, y2, x1, x2 = _roi_edges(rois, level)
         grid = (len(rois), level, level)
         top, bottom = (edge[:, :, None].expand(grid).reshape(-1) for edge in (y1, y2))
         left, right = (edge[:, None, :].expand(grid).reshape(-1) for edge in (x1, x2))
@@ -148,6 +152,11 @@ def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
         return cells
     # Single precision has no room for the 10th power of a large value, nor for that of the floor.
     return cells.double().clamp(min=_GEM_FLOOR).pow(gem_p)
+
+
+def _roi_edges(rois: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First and one-past-last rows, then columns, [K, level] each, of the bins of rois."""
+    return (*_roi_bins(rois[:, 1], rois[:, 3], level), *_roi_bins(rois[:, 0], rois[:, 2], level))
 
 
 def _roi_bins(first: torch.Tensor, last: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
