@@ -8,8 +8,8 @@ is a process of its own and sides take turns; medians are printed. Images a seco
 to the last row done; the whole process counts imports and loading of the network too, on both sides.
 Peak memory is that of the largest single process.
 
-The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward is
-the engine over pictures that are decoded already, decode is decoding and resizing alone, each over all cores.
+The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward
+is the engine over pictures that are decoded already, decode is decoding and resizing alone, each over all cores.
 
 With `--thingsvision PYTHON`, the Python of an environment that has thingsvision (and timm), the same backbone over the
 same files is measured there too.

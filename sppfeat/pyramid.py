@@ -8,6 +8,7 @@ the levels in the order given, the bins of a level row by row, and each bin's ch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sppfeat.errors import UsageError, unknown_name
+from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
 from sppfeat.pyramid_cpu import max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
@@ -37,6 +38,12 @@ def pool_pyramid(
     cells = _to_power(feature_map, pooling, gem_p)
     # Channels last is what makes every later step, and the copy into the result, stream.
     cells = cells.contiguous(memory_format=torch.channels_last)
+    if _suits_triton(cells, pooling, feature_map):
+        maps = torch.arange(len(cells), dtype=torch.int32, device=cells.device)[:, None]
+        corners = [torch.full_like(maps, end) for end in (0, 0, cells.shape[3] - 1, cells.shape[2] - 1)]
+        rows = _by_triton(cells.permute(0, 2, 3, 1), torch.cat([maps, *corners], 1), levels)
+        if rows is not None:
+            return rows
     adaptive = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
     return _pool_levels(lambda level: adaptive(cells, level), levels, pooling, gem_p).to(feature_map.dtype)
 
@@ -61,8 +68,12 @@ def pool_rois(
     _check_rois(rois, feature_map.shape[1], feature_map.shape[2])
     rois = rois.to(device=feature_map.device, dtype=torch.int64)
     cells = _to_power(feature_map.permute(1, 2, 0), pooling, gem_p).contiguous()
-    with_gradient = torch.is_grad_enabled() and feature_map.requires_grad
-    if pooling == "max" and cells.device.type == "cpu" and len(rois) and not with_gradient:
+    if _suits_triton(cells, pooling, feature_map):
+        windows = torch.cat([torch.zeros_like(rois[:, :1]), rois], 1).to(torch.int32)
+        rows = _by_triton(cells[None], windows, levels)
+        if rows is not None:
+            return rows
+    if pooling == "max" and cells.device.type == "cpu" and len(rois) and not _wants_gradient(feature_map):
         finest = [n for n in dict.fromkeys(levels) if not any(m > n and m % n == 0 for m in levels)]
         return max_of_rois(cells, {level: _roi_edges(rois, level) for level in finest}, levels)
     look_up = _max_of_blocks if pooling == "max" else _mean_of_blocks
@@ -113,6 +124,44 @@ class SpatialPyramidPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, pooling={self.pooling!r}"
+
+
+def _wants_gradient(feature_map: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and feature_map.requires_grad
+
+
+# Set where the kernels turned out not to work here: they are tried, and warned about, once.
+_triton_failed = False
+
+
+def _suits_triton(cells: torch.Tensor, pooling: str, feature_map: torch.Tensor) -> bool:
+    """Whether the kernels of `pyramid_triton` may compute this; gradients need the torch form."""
+    return (
+        cells.device.type == "cuda"
+        and pooling == "max"
+        and cells.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not _wants_gradient(feature_map)
+        and not _triton_failed
+    )
+
+
+def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]) -> torch.Tensor | None:
+    """`pyramid_triton.max_of_windows`; None, with a warning the first time, where it does not work."""
+    global _triton_failed
+    try:
+        from sppfeat.pyramid_triton import max_of_windows
+
+        return max_of_windows(cells, windows, levels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler that is missing, or too old for the driver or the card, fails in any way
+        _triton_failed = True
+        warnings.warn(
+            f"the pyramid's Triton kernels do not work here ({one_line(error)}); torch takes their place",
+            SppFeatWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def _check(levels: Sequence[int], pooling: str, gem_p: float) -> None:
