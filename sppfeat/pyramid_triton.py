@@ -24,7 +24,7 @@ _CHANNELS: Final = 64
 _ENOUGH_PROGRAMS: Final = 2048
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _larger(a, b):  # type: ignore[no-untyped-def]
     # A NaN has to reach the descriptor, which is then refused.
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
