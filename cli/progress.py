@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from sppfeat_cli.output import printable
+
+SECOND_SIGNAL_SECONDS: Final = 0.5
 
 
 class Progress:
@@ -23,7 +27,7 @@ class Progress:
         self._quiet = quiet
         self._verb = verb
         self._bar: Any = None
-        self._failed = 0
+        self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Progress:
@@ -41,9 +45,13 @@ class Progress:
             self._bar = None
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            # `timeout` and some schedulers signal a process and its group, and so twice.
+            if time.monotonic() - self._signalled > SECOND_SIGNAL_SECONDS:
+                os._exit(130)
+            return
         self.stop.set()
-        for each in self._handlers:
-            signal.signal(each, signal.SIG_DFL)
+        self._signalled = time.monotonic()
         print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
 
     def started(self, *, todo: int, reused: int) -> None:

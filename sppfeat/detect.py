@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -19,10 +19,10 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.boxes import moved_boxes, suppress
-from sppfeat.describe import Describer
+from sppfeat.describe import Describer, available_cores
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, appearing, open_hdf5
-from sppfeat.proposals import ProposalOptions
+from sppfeat.proposals import ProposalOptions, Proposer
 from sppfeat.recipe import Recipe, RunOptions
 
 FORMAT_VERSION: Final = 1
@@ -248,9 +248,27 @@ class DetectorRunner:
         return all_labels[kept], all_scores[kept], all_boxes[kept]
 
 
-def with_windows(
-    pictures: Iterable[tuple[str, str]], windows: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Paths with the windows [K, 4] of their names; none where there are none."""
-    for name, path in pictures:
-        yield path, np.asarray(windows[name], np.float64) if name in windows else np.zeros((0, 4))
+def detected(
+    runner: DetectorRunner,
+    pictures: Sequence[tuple[str, str]],
+    windows: Mapping[str, np.ndarray] | None,
+    options: DetectOptions | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Detections]:
+    """Detect on pictures, given as name and path. windows: [K, 4] by name; those without have none.
+
+    None: windows are proposed on the way, as those were that the detector was trained with, by one process for each
+    core; see `Proposer` for what that asks of a script.
+    """
+    if windows is not None:
+        given = (
+            (path, np.asarray(windows[name], np.float64) if name in windows else np.zeros((0, 4)))
+            for name, path in pictures
+        )
+        yield from runner.detect(given, options, stop=stop)
+        return
+    with Proposer(runner.detector.proposals, workers=available_cores()) as proposer:
+        # A picture that cannot be read has no windows here, and its reason from the reading that follows.
+        proposed = proposer.stream((path for _, path in pictures), stop=stop)
+        yield from runner.detect(((path, np.asarray(one.windows, np.float64)) for path, one in proposed), options)

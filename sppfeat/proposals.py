@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -148,13 +149,7 @@ class Proposer:
         require_extra("cv2", "detect", "selective search")
         self._options = options or ProposalOptions()
         self._workers = workers
-        # Ctrl-C reaches every process of a terminal; this one decides what is finished.
-        self._pool = ProcessPoolExecutor(
-            workers,
-            multiprocessing.get_context("spawn"),
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-        )
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +184,21 @@ class Proposer:
                     f"{path}: a process that proposed windows died, on this picture or one of the next "
                     f"{len(waiting)}; too little memory?"
                 ) from None
+
+
+def _begin_worker() -> None:
+    # Ctrl-C, and `timeout`, reach every process of a group; the parent decides what is finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # Else workers of a killed parent would wait for work for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class WindowFile(Mapping[str, np.ndarray]):
