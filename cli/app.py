@@ -12,7 +12,7 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, SppFeatWarning, UsageError
-from sppfeat_cli import evaluate, extract, inspect, models, predict, train, windows
+from sppfeat_cli import detect, evaluate, extract, inspect, models, predict, train, windows
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ evaluate.register(app)
 train.register(app)
 predict.register(app)
 windows.register(app)
+detect.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sppfeat_cli.output import human_bytes, print_json, printable
+from sppfeat_cli.output import print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.proposals import Proposals, WindowFile
+    from sppfeat.proposals import Proposals
 
 
 def register(app: typer.Typer) -> None:
@@ -86,22 +86,3 @@ def _summary(done: Proposals) -> str:
             parts.append(f"{count} {word}")
     images = f"{done.images} images ({', '.join(parts)})"
     return f"{printable(done.file)}: {images}, {done.windows} windows; {done.seconds:.1f} s"
-
-
-def about_windows(file: str) -> WindowFile:
-    """For `inspect`."""
-    from sppfeat.proposals import open_windows
-
-    return open_windows(file)
-
-
-def windows_text(found: WindowFile) -> str:
-    lines = [
-        f"{printable(str(found.path))}: {found.count} windows of {len(found)} images, "
-        f"{human_bytes(found.path.stat().st_size)}",
-        f"  {found.options.method}, at most {found.options.max_windows} an image, seed {found.options.seed}",
-        f"  failed {len(found.errors)}, without a window {sum(not len(w) for w in found.values()) - len(found.errors)}",
-        f"  images below: {printable(found.source_root)}",
-        "  made with: " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
-    ]
-    return "\n".join(lines)

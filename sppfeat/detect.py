@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import h5py
 import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.boxes import moved_boxes, suppress
-from sppfeat.describe import Describer, available_cores
+from sppfeat.describe import Describer
+from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, appearing, open_hdf5
+from sppfeat.images import find_images, name_to_path
 from sppfeat.proposals import ProposalOptions, Proposer
 from sppfeat.recipe import Recipe, RunOptions
 
@@ -272,3 +274,91 @@ def detected(
         # A picture that cannot be read has no windows here, and its reason from the reading that follows.
         proposed = proposer.stream((path for _, path in pictures), stop=stop)
         yield from runner.detect(((path, np.asarray(one.windows, np.float64)) for path, one in proposed), options)
+
+
+@dataclass(frozen=True)
+class Detecting:
+    """What a run of `detect_images` did.
+
+    images: listed. searched: of them, in this run. failed: those that could not be, by name, and why. without_windows:
+    names of images in which there was nothing to score. stages: seconds of work by stage, summed over threads.
+    """
+
+    images: int
+    searched: int
+    found: int
+    failed: dict[str, str]
+    without_windows: list[str]
+    seconds: float
+    device: str
+    stages: dict[str, float]
+
+
+class Observer(Protocol):
+    """Who wants the results; called from the thread that called `detect_images`."""
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """The work is known."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is done, or failed for a reason."""
+
+    def found(self, path: str, name: str, found: Detections) -> None:
+        """What is on an image; called before its `row`."""
+
+
+def detect_images(
+    detector: Detector,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    windows: Mapping[str, np.ndarray] | None = None,
+    options: DetectOptions | None = None,
+    run: RunOptions | None = None,
+    *,
+    observer: Observer,
+    stop: Callable[[], bool] = lambda: False,
+) -> Detecting:
+    """Detect on the images of folders, files or lists (see `find_images`); results go to the observer as they come.
+
+    windows: as in `detected`, by names relative to the folder of the sources. Raises UsageError, ModelError, and what
+    `Describer` raises. An image that cannot be read is reported, not raised.
+    """
+    began = time.perf_counter()
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    images = find_images(several)
+    if not images.names:
+        raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
+    if windows is not None and not set(windows) & set(images.names):
+        raise UsageError(
+            f"the windows are of none of the {len(images.names)} images below {images.root}: expected names such as "
+            f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
+        )
+    runner = DetectorRunner(detector, run)
+    names = [name for name in images.names if name not in images.problems]
+    pictures = [(name, name_to_path(images.root, name)) for name in names]
+    failed = dict(images.problems)
+    without: list[str] = []
+    count = searched = 0
+    observer.started(todo=len(images.names), reused=0)
+    for name, reason in images.problems.items():
+        observer.row(name, reason)
+    for done in detected(runner, pictures, windows, options, stop=stop):
+        name, path = pictures[done.position]
+        if done.error is not None:
+            failed[name] = done.error
+        else:
+            searched += 1
+            count += len(done.scores)
+            if not done.windows:
+                without.append(name)
+            observer.found(path, name, done)
+        observer.row(name, done.error)
+    return Detecting(
+        images=len(images.names),
+        searched=searched,
+        found=count,
+        failed=failed,
+        without_windows=sorted(without),
+        seconds=time.perf_counter() - began,
+        device=str(runner.device),
+        stages=runner.seconds,
+    )

@@ -18,7 +18,7 @@ from sppfeat.metrics import ranked_average_precision
 from sppfeat.recipe import RunOptions
 
 # Everything that suppression leaves, up to COCO's 100 of a picture: a curve ends where detections do.
-_ALL: Final = -1e9
+ALL: Final = -1e9
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def evaluate_detector(
     detector does not know are left out, with a note. overlap: from which a detection is right, for VOC's figures.
     """
     began = time.perf_counter()
-    options = options or DetectOptions(threshold=_ALL)
+    options = options or DetectOptions(threshold=ALL)
     if not 0 < overlap <= 1:
         raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
     notes = list(annotated.notes)

@@ -25,7 +25,8 @@ from sppfeat.detect import Detector, detection_recipe, save_detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, check_new_file
 from sppfeat.mining import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
-from sppfeat.proposals import ProposalOptions
+from sppfeat.proposals import Observer as ProposalObserver
+from sppfeat.proposals import ProposalOptions, WindowFile, open_windows, propose_folder
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.svm import SvmProblem
@@ -538,3 +539,19 @@ def _count_positives(annotated: AnnotatedImages) -> dict[str, int]:
             if label in counts and not difficult:
                 counts[label] += 1
     return counts
+
+
+def windows_beside(
+    output: str | os.PathLike[str],
+    annotated: AnnotatedImages,
+    options: ProposalOptions | None = None,
+    *,
+    observer: ProposalObserver | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[WindowFile | None, ProposalOptions]:
+    """Windows of annotated images, proposed into `OUTPUT.windows.h5` or read from there; None when stopped before."""
+    options = options or ProposalOptions()
+    path = Path(output).with_suffix(".windows.h5")
+    sources = [annotated.path(name) for name in annotated.images]
+    done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
+    return (None if done.pending else open_windows(path)), options

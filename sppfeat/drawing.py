@@ -124,7 +124,6 @@ class DetectionPage:
                 "searched": self._pictures,
                 "found": self._found,
                 "classes": len(self.detector.classes),
-                "empty": self._pictures - len(self._entries),
                 "shown": len(pictures),
             },
         )

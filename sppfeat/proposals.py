@@ -42,6 +42,7 @@ from sppfeat.errors import ImageError, UsageError, WindowsError, one_line, requi
 from sppfeat.files import WINDOWS, appearing, check_new_file, open_hdf5, os_reason
 from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path, read_image
 from sppfeat.store import lock_store
+from sppfeat.windows import read_windows
 
 FORMAT_VERSION: Final = 1
 METHODS: Final = ("selective-search", "selective-search-quality")
@@ -257,6 +258,13 @@ def open_windows(path: str | os.PathLike[str]) -> WindowFile:
         return WindowFile(Path(path), file)
 
 
+def windows_from(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
+    """Windows [K, 4] by image name, from a file of `propose_folder`, or of one's own (see `read_windows`)."""
+    if os.path.splitext(path)[1].lower() in (".csv", ".json"):
+        return read_windows(path)
+    return open_windows(path)
+
+
 @dataclass(frozen=True)
 class Proposals:
     """What a run of `propose_folder` did.
@@ -312,6 +320,8 @@ def propose_folder(
     A file that is there is resumed: unchanged images keep their windows; other options, or another root, are refused.
     Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
     """
+    from sppfeat.devices import available_cores  # brings torch along, which the processes have no use for
+
     began = time.perf_counter()
     options, observer = options or ProposalOptions(), observer or _Silent()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
@@ -334,7 +344,7 @@ def propose_folder(
         todo = [name for name in images.names if name not in done]
         observer.started(todo=len(todo), reused=len(images.names) - len(todo))
         proposed = 0
-        with journal, Proposer(options, workers=workers or _cores()) as proposer:
+        with journal, Proposer(options, workers=workers or available_cores()) as proposer:
             good = [name for name in todo if name not in images.problems]
             for name in todo:
                 if name in images.problems:
@@ -361,10 +371,6 @@ def propose_folder(
         windows=written.count,
         seconds=time.perf_counter() - began,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions, root: str) -> None:
