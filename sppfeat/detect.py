@@ -164,12 +164,15 @@ class Detections(NamedTuple):
 class DetectorRunner:
     """A detector with its network at hand. Raises ModelError where the network is not the one it was trained with.
 
+    describer: one that is at hand, for the detector's recipe.
     seconds: of work by stage (decode, forward, pool, score, suppress), summed over threads; pool is a part of forward.
     """
 
-    def __init__(self, detector: Detector, options: RunOptions | None = None) -> None:
+    def __init__(
+        self, detector: Detector, options: RunOptions | None = None, *, describer: Describer | None = None
+    ) -> None:
         self.detector = detector
-        self._describer = Describer(detector.recipe, options)
+        self._describer = describer or Describer(detector.recipe, options)
         self.device = self._describer.device
         if self._describer.weights_sha256 != detector.weights_sha256:
             raise ModelError(

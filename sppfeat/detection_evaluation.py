@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from sppfeat.annotations import AnnotatedImages
+from sppfeat.describe import Describer
 from sppfeat.detect import DetectOptions, Detector, DetectorRunner, detected
 from sppfeat.detection_metrics import COCO_OVERLAPS, Objects, coco_average_precision, voc_ranking
 from sppfeat.errors import UsageError
@@ -92,12 +93,14 @@ def evaluate_detector(
     run: RunOptions | None = None,
     *,
     overlap: float = 0.5,
+    describer: Describer | None = None,
     observer: Observer | None = None,
 ) -> DetectionEvaluation:
     """Detect on annotated images and compare, by classes. windows: as in `detected`; None: proposed on the way.
 
     An image that cannot be read counts as one on which nothing was found, and is reported. Annotated classes that the
     detector does not know are left out, with a note. overlap: from which a detection is right, for VOC's figures.
+    describer: one that is at hand, for the detector's recipe.
     """
     began = time.perf_counter()
     options = options or DetectOptions(threshold=ALL)
@@ -111,7 +114,7 @@ def evaluate_detector(
     if not any(boxes.get(name) for name in detector.classes):
         raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
     names = list(annotated.images)
-    runner = DetectorRunner(detector, run)
+    runner = DetectorRunner(detector, run, describer=describer)
     if observer is not None:
         for note in notes:
             observer.note(note)

@@ -146,6 +146,7 @@ def train_detector(
     run: RunOptions | None = None,
     *,
     proposals: ProposalOptions | None = None,
+    describer: Describer | None = None,
     overwrite: bool = False,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -155,7 +156,7 @@ def train_detector(
     Stopped by `stop`, or killed, the same call goes on from the file `.OUTPUT.training` beside the output: at the same
     image after a stop, at most half a minute earlier after a kill; and ends in the same detector. Classes without a
     positive are left out, with a note; so are windows outside their picture. Memory is bounded by the options.
-    proposals: how the windows were found, kept for detecting.
+    proposals: how the windows were found, kept for detecting. describer: one that is at hand; its recipe counts then.
     Raises ModelError, UsageError, and what `Describer` raises.
     """
     began = time.perf_counter()
@@ -163,7 +164,7 @@ def train_detector(
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_new_file(path, overwrite=overwrite, error=ModelError, kind=DETECTOR)
     with lock_store(path):
-        describer = Describer(recipe or detection_recipe(), run)
+        describer = describer or Describer(recipe or detection_recipe(), run)
         if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":
             raise UsageError("a detector needs dtype 'float32', and a fuse other than 'concat'")
         trainer = _Trainer(annotated, windows, describer, options, observer, path.with_name(f".{path.name}.training"))
