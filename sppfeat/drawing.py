@@ -40,8 +40,8 @@ def draw_detections(picture: Image.Image, found: Detections, classes: Sequence[s
     drawn = picture.convert("RGB")
     pen = ImageDraw.Draw(drawn)
     short, long = min(drawn.size), max(drawn.size)
-    width = max(2, round(long / 250))
-    font = ImageFont.load_default(size=max(11, round(min(long / 32, short / 12))))
+    width = max(2, round(long / 180))
+    font = ImageFont.load_default(size=max(11, round(min(long / 24, short / 9))))
     ratio = np.array([drawn.width / found.image_size[0], drawn.height / found.image_size[1]] * 2)
     boxes = (found.boxes + [0, 0, 1, 1]) * ratio - [0, 0, 1, 1]
     order = range(len(boxes) - 1, -1, -1)

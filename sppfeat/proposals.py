@@ -115,7 +115,7 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
     try:
         cv2.setNumThreads(1)
         # OpenCV draws the ranks with `rand`, from wherever earlier pictures have left it.
-        ctypes.CDLL(None).srand(options.seed)
+        ctypes.CDLL(None).srand(options.seed + 1)  # glibc takes 0 for 1
         search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
         search.setBaseImage(np.ascontiguousarray(pixels))
         if options.method == "selective-search":
