@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A store, a model, or a file of windows.", show_default=False)
+        str, typer.Argument(metavar="FILE", help="A store, a model, windows or a gallery.", show_default=False)
     ],
     failures: Annotated[bool, typer.Option("--failures", help="List the failed images and why.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every row; exit code 1 if one is wrong.")] = False,
@@ -25,10 +25,13 @@ def inspect(
 ) -> None:
     """Show what a file of sppfeat holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
-    from sppfeat.files import DETECTOR, NOUNS, STORE, SVM, WINDOWS, format_of
+    from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
     from sppfeat.store import open_store, verify_store
 
     kind = format_of(file)
+    if kind == GALLERY and not failures:
+        _inspect_gallery(file, verify, as_json)
+        return
     if kind not in (None, STORE) and (failures or verify):
         raise UsageError(f"{file}: --failures and --verify are for stores, found {NOUNS[str(kind)]}")
     if kind == SVM:
@@ -176,6 +179,56 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         lines.append(f"    {name:<14} {shown}")
     return lines
+
+
+def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
+    from sppfeat.gallery import open_gallery, verify_gallery
+
+    gallery = open_gallery(path)
+    problems = verify_gallery(gallery) if verify else []
+    about = {
+        "file": path,
+        "format": "gallery",
+        "images": len(gallery),
+        "bytes": sum(entry["bytes"] for entry in gallery.about["files"].values()),
+        **{key: gallery.about[key] for key in ("dim", "index", "projection", "sources", "weights_sha256")},
+        "recipe": dataclasses.asdict(gallery.recipe),
+        "versions": gallery.about["versions"],
+    }
+    if as_json:
+        print_json(about | ({"verified": not problems, "problems": problems} if verify else {}))
+    else:
+        typer.echo(_gallery_text(about))
+        for problem in problems:
+            print(f"sppfeat: {path}: {printable(problem)}", file=sys.stderr)
+        if verify and not problems:
+            typer.echo("verified: all files match their checksums, and rows those of the stores that are still there")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _gallery_text(about: dict[str, Any]) -> str:
+    index, projection = about["index"], about["projection"]
+    effort = "".join(f", {name} {value}" for name, value in index["effort"].items())
+    lines = [
+        f"{printable(about['file'])}: gallery of {about['images']} images, {human_bytes(about['bytes'])}",
+        f"  index: {index['factory']}{effort} ({index['why']})",
+    ]
+    if index["recall@10"] is not None:
+        lines.append(f"  recall of the 10 true neighbors when built: {100 * index['recall@10']:.1f} %")
+    if projection is not None:
+        how = f", whitened (power {projection['power']:g})" if projection["power"] else ""
+        lines.append(
+            f"  projection: {about['dim']} onto {projection['dim']} values{how}, {100 * projection['kept']:.1f} % of "
+            f"the variance of {projection['rows']} images of {printable(projection['learned_from'])}"
+        )
+    for source in about["sources"]:
+        lines.append(
+            f"  from {printable(source['store'])}: {source['rows']} images below {printable(source['source_root'])}"
+        )
+    lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]
+    lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    return "\n".join(lines)
 
 
 def _text(about: dict[str, Any]) -> str:

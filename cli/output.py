@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,14 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 def scales(text: str) -> tuple[int | str, ...]:
     """`224,native` as scales."""
     return tuple(int(part) if part.strip().isdecimal() else part.strip() for part in text.split(","))
+
+
+def byte_count(option: str, text: str) -> int:
+    """`4GB` as bytes; units are powers of 1000, as `human_bytes` prints them, or of 1024 when written GiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kKmMgGtT]?)(i?)[bB]?)\s*", text)
+    if found is None or (found[3] and not found[2]):
+        raise UsageError(f"--{option}: expected a size such as 800MB or 4GB, found {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 
 def human_bytes(count: int) -> str:

@@ -9,14 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sppfeat import Recipe
+from sppfeat import Recipe, Store, open_store
+from sppfeat.images import Fingerprint
+from sppfeat.store import StoreWriter, create_store
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 
@@ -70,6 +73,45 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
             if not (path := target / f"{number:04}.png").exists():
                 Image.fromarray(pixels).save(path, compress_level=0)
         return target
+
+    return make
+
+
+class MakeStore(Protocol):
+    """Write a finished store of rows [N, D], and open it."""
+
+    def __call__(
+        self,
+        rows: np.ndarray,
+        file: str = "f.h5",
+        *,
+        names: Sequence[str] | None = None,
+        recipe: Recipe | None = None,
+        weights: str = "0" * 64,
+        root: str = "/nowhere",
+    ) -> Store: ...
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """Stores of given rows below `tmp_path`; names are 0000.jpg, 0001.jpg, ... unless given."""
+
+    def make(
+        rows: np.ndarray,
+        file: str = "f.h5",
+        *,
+        names: Sequence[str] | None = None,
+        recipe: Recipe | None = None,
+        weights: str = "0" * 64,
+        root: str = "/nowhere",
+    ) -> Store:
+        path, recipe = tmp_path / file, recipe or Recipe()
+        names = names or [f"{number:04}.jpg" for number in range(len(rows))]
+        create_store(path, names, recipe=recipe, weights_sha256=weights, dim=rows.shape[1], source_root=root)
+        with StoreWriter(open_store(path)) as writer:
+            for row, values in enumerate(rows):
+                writer.write(row, values.astype(recipe.dtype), (10, 10), Fingerprint(1, 1))
+        return open_store(path)
 
     return make
 

@@ -78,6 +78,36 @@ def fuse(parts: Sequence[Sequence[float]], kind: str) -> list[float]:
     return [math.fsum(column) / len(column) for column in columns]
 
 
+def cosine_ranking(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of falling cosine similarity with each query, equal ones in their order; and the cosines."""
+
+    def units(values: np.ndarray) -> np.ndarray:
+        return np.array([normalize(row, "l2") for row in values])
+
+    cosines = units(queries) @ units(rows).T
+    order = np.argsort(-np.round(cosines, 12), axis=1, kind="stable")
+    return order, np.take_along_axis(cosines, order, 1)
+
+
+def retrieval_precision(relevant: Sequence[bool], *, trapezoid: bool = False) -> float:
+    """Average precision of a ranking of all relevant rows, rank by rank; Oxford's compute_ap.cpp with `trapezoid`."""
+    total, found, area, recall, precision = sum(relevant), 0, 0.0, 0.0, 1.0
+    for rank, hit in enumerate(relevant, 1):
+        found += hit
+        new_recall, new_precision = found / total, found / rank
+        area += (new_recall - recall) * ((precision + new_precision) / 2 if trapezoid else new_precision)
+        recall, precision = new_recall, new_precision
+    return area
+
+
+def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean [D], eigenvalues [K] of the covariance and their vectors [D, K], of rows [N, D] brought to length 1."""
+    units = np.array([normalize(row, "l2") for row in rows])
+    mean = units.mean(0)
+    _, singular, vectors = np.linalg.svd(units - mean, full_matrices=False)
+    return mean, singular[:count] ** 2 / len(rows), vectors[:count].T
+
+
 def map_edge_pair(
     first: float, last: float, length: int, input_length: int, size: int, stride: int, offset: float
 ) -> tuple[int, int]:

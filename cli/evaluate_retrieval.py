@@ -1,0 +1,125 @@
+"""`sppfeat evaluate retrieval`: how well descriptors find images of the same thing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sppfeat.errors import UsageError
+from sppfeat_cli.index import projection_options
+from sppfeat_cli.output import print_json, printable
+
+if TYPE_CHECKING:
+    from sppfeat.retrieval import Retrieval
+
+
+def retrieval(
+    store: Annotated[
+        str | None,
+        typer.Argument(metavar="[STORE]", help="Each image is the query once, and left out then.", show_default=False),
+    ] = None,
+    gallery: Annotated[
+        str | None, typer.Option(metavar="STORE", help="Instead: a store to be searched ...", show_default=False)
+    ] = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="STORE", help="... by the images of this one.", show_default=False)
+    ] = None,
+    relevant: Annotated[
+        str,
+        typer.Option(metavar="RULE", help="folder, or regex:PATTERN: images that share the text in its group."),
+    ] = "folder",
+    ground_truth: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Query -> lists relevant and junk, or easy, hard, junk.", show_default=False),
+    ] = None,
+    difficulty: Annotated[
+        str, typer.Option(metavar="NAME", help="easy | medium | hard: what counts of lists easy, hard, junk.")
+    ] = "medium",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of average precision: step | trapezoid | area | 11-point.",
+            show_default="step; trapezoid with --ground-truth",
+        ),
+    ] = None,
+    project: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Project onto N principal components.", show_default="512 with --whiten"),
+    ] = None,
+    whiten: Annotated[bool, typer.Option("--whiten", help="Whiten the components.")] = False,
+    whiten_power: Annotated[float, typer.Option(help="How far: 0 not at all (PCA), 1 fully.")] = 1.0,
+    shrinkage: Annotated[
+        float, typer.Option(help="Of the components' variances towards their mean before whitening, 0 to 1.")
+    ] = 0.1,
+    whitening_from: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="Learn the projection from this store.", show_default="the gallery"),
+    ] = None,
+    expand: Annotated[
+        int, typer.Option(metavar="N", help="Search again with the query and its N nearest together.")
+    ] = 0,
+    alpha: Annotated[float, typer.Option(help="With --expand: neighbors weigh their score to this power.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Rank a gallery for every query, exactly, and report mAP and recall@1, 5 and 10.
+
+    Recall@k is the part of the queries with a relevant image among the first k.
+    """
+    from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval, read_ground_truth
+    from sppfeat.store import open_store
+
+    if (store is None) == (gallery is None) or (gallery is None) != (queries is None):
+        raise UsageError("expected STORE, or --gallery STORE --queries STORE")
+    options = RetrievalOptions(
+        relevant=relevant,
+        method=method,
+        projection=projection_options(project, whiten, whiten_power, shrinkage, whitening_from),
+        expand=expand,
+        alpha=alpha,
+    )
+    done = evaluate_retrieval(
+        open_store(str(store or gallery)),
+        open_store(queries) if queries is not None else None,
+        options,
+        truth=read_ground_truth(ground_truth, difficulty=difficulty) if ground_truth is not None else None,
+        whitening_from=open_store(whitening_from) if whitening_from is not None else None,
+    )
+    if as_json:
+        print_json(_document(done))
+    else:
+        typer.echo(_text(done))
+
+
+def _document(done: Retrieval) -> dict[str, Any]:
+    from sppfeat.retrieval import percent
+
+    return {
+        "queries": done.queries,
+        "gallery": done.gallery,
+        **percent(done),
+        "method": done.method,
+        "dim": done.dim,
+        "left_out": done.left_out,
+        "variance_kept": None if done.projection is None else 100 * done.projection.kept,
+        "per_query": done.average_precisions,
+    }
+
+
+def _text(done: Retrieval) -> str:
+    from sppfeat.retrieval import percent
+
+    lines = ["  ".join(f"{name} {value:.2f} %" for name, value in percent(done).items())]
+    about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.method}"
+    if done.projection is not None:
+        about += f"; {100 * done.projection.kept:.1f} % of the variance kept ({done.projection.route})"
+    lines.append(about)
+    if done.left_out:
+        lines.append(f"left out, without a relevant image: {len(done.left_out)}, such as {printable(done.left_out[0])}")
+    worst = sorted(done.average_precisions.items(), key=lambda item: item[1])[:5]
+    if worst[0][1] < 100:
+        lines.append(
+            "hardest: " + ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst if value < 100)
+        )
+    return "\n".join(lines)

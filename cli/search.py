@@ -1,0 +1,143 @@
+"""`sppfeat search`: a gallery by pictures, or by a store."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sppfeat.errors import UsageError
+from sppfeat.recipe import RunOptions
+from sppfeat_cli.output import numbers, print_json, printable
+
+if TYPE_CHECKING:
+    from sppfeat.search import SearchResult
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: sppfeat search gallery/ query.jpg -k 10 --html hits.html")(search)
+
+
+def search(
+    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="As `sppfeat index` made it.", show_default=False)],
+    queries: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUERY...", help="Images, folders, text lists (.txt), -, or one store.", show_default=False
+        ),
+    ],
+    k: Annotated[int, typer.Option("-k", help="Neighbors of each query.")] = 10,
+    exclude_self: Annotated[bool, typer.Option("--exclude-self", help="Leave out the query's own file.")] = False,
+    box: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X1,Y1,X2,Y2", help="Search by this part of the query picture, in pixels.", show_default="all of it"
+        ),
+    ] = None,
+    expand: Annotated[
+        int, typer.Option(metavar="N", help="Search again with the query and its N nearest together.")
+    ] = 0,
+    alpha: Annotated[float, typer.Option(help="With --expand: neighbors weigh their score to this power.")] = 3.0,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where the gallery's weights are now.", show_default="where they were"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; the index goes to a GPU only when it is named.")
+    ] = RunOptions.device,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="What runs the network: auto | torch | openvino")
+    ] = RunOptions.engine,
+    batch_size: Annotated[
+        int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
+    ] = RunOptions.batch_size,
+    num_workers: Annotated[
+        int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
+    ] = RunOptions.num_workers,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no notes.")] = False,
+) -> None:
+    """Find the gallery's images that are nearest to each query, by cosine similarity.
+
+    Query images are described with the gallery's own recipe. One that cannot be described is reported, the others are
+    answered, and the exit code is 3.
+    """
+    from sppfeat.files import STORE, format_of
+    from sppfeat.gallery import open_gallery
+    from sppfeat.report import check_page
+    from sppfeat.search import SearchOptions, search_images, search_store, write_hits_page
+    from sppfeat.store import open_store
+
+    options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
+    run_options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    part = _box(box)
+    page = check_page(html, overwrite=overwrite) if html is not None else None
+    opened = open_gallery(gallery)
+    if any(format_of(query) == STORE for query in queries):
+        if len(queries) > 1:
+            raise UsageError(f"expected one store or images as queries, found {len(queries)} paths with a store")
+        if part is not None:
+            raise UsageError(
+                "--box: expected images as queries, found a store; `sppfeat extract --windows` describes parts"
+            )
+        done = search_store(opened, open_store(queries[0]), options)
+    else:
+        done = search_images(opened, queries, options, run_options, weights=weights, box=part)
+    if page is not None:
+        write_hits_page(page, opened, done)
+    if as_json:
+        print_json(_document(done))
+    else:
+        typer.echo(_table(done))
+    for answer in done.answers:
+        if answer.error is not None:
+            print(f"failed: {printable(answer.query)}: {printable(answer.error)}", file=sys.stderr)
+    if not quiet:
+        for note in done.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if done.failed:
+        raise typer.Exit(3)
+
+
+def _box(text: str | None) -> tuple[float, float, float, float] | None:
+    if text is None:
+        return None
+    found = numbers("box", text)
+    if len(found) != 4:
+        raise UsageError(f"--box: expected X1,Y1,X2,Y2, found {text!r}")
+    return found[0], found[1], found[2], found[3]
+
+
+def _document(done: SearchResult) -> dict[str, Any]:
+    return {
+        "results": [
+            {
+                "query": answer.query,
+                "neighbors": [
+                    {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path}
+                    for one in answer.neighbors
+                ],
+            }
+            for answer in done.answers
+            if answer.error is None
+        ],
+        "failed": [
+            {"query": answer.query, "error": answer.error} for answer in done.answers if answer.error is not None
+        ],
+        "seconds": {"describe": round(done.describing, 4), "search": round(done.searching, 4)},
+    }
+
+
+def _table(done: SearchResult) -> str:
+    lines: list[str] = []
+    for answer in done.answers:
+        if answer.error is not None:
+            continue
+        lines += [""] * bool(lines) + [printable(answer.query)]
+        lines += [f"{one.rank:>5}  {one.score:7.4f}  {printable(one.path or one.name)}" for one in answer.neighbors]
+    return "\n".join(lines)
