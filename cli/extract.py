@@ -130,7 +130,8 @@ def extract(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels.",
+            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels, or "
+            "what `sppfeat windows` made.",
             show_default="whole images",
         ),
     ] = None,
@@ -177,9 +178,9 @@ def extract(
     options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
 
     from sppfeat.extract import extract_folder
-    from sppfeat.windows import read_windows
+    from sppfeat.proposals import windows_from
 
-    boxes = read_windows(windows) if windows is not None else None
+    boxes = windows_from(windows) if windows is not None else None
     with _Progress(quiet=quiet, unit="image" if boxes is None else "window") as progress:
         done = extract_folder(
             sources,

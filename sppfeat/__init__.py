@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StoreBusyError,
         StoreError,
         UsageError,
+        WindowsError,
     )
     from sppfeat.extract import Extraction, extract_folder
     from sppfeat.pyramid import SpatialPyramidPool, pool_pyramid, pool_rois
@@ -49,6 +50,7 @@ _HOMES = {
         "StoreBusyError",
         "StoreError",
         "UsageError",
+        "WindowsError",
     ),
     "extract": ("Extraction", "extract_folder"),
     "pyramid": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
@@ -85,6 +87,7 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "UsageError",
+    "WindowsError",
     "__version__",
     "evaluate_transfer",
     "extract_folder",
