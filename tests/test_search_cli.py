@@ -93,7 +93,7 @@ def test_index_search_and_change(
         (
             ["index", "f.h5", "-o", "g2", "--factory", "IVF64,PQ8"],
             2,
-            "needs at least 256 rows to train, found 10; Flat",
+            "at least 256 rows to train, found 10; Flat",
         ),
         (["index", "f.h5", "-o", "g2", "--device", "auto"], 2, "an index's device must be cpu, cuda"),
         (["index", "f.h5", "-o", "g2", "--whitening-from", "f.h5"], 2, "expected --whiten or --project with it"),
