@@ -77,7 +77,7 @@ def search(
     run_options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None
-    opened = open_gallery(gallery)
+    opened = open_gallery(gallery, device=device if device.startswith("cuda") else "cpu")
     if any(format_of(query) == STORE for query in queries):
         if len(queries) > 1:
             raise UsageError(f"expected one store or images as queries, found {len(queries)} paths with a store")
@@ -92,7 +92,7 @@ def search(
         write_hits_page(page, opened, done)
     if as_json:
         print_json(_document(done))
-    else:
+    elif done.failed < len(done.answers):
         typer.echo(_table(done))
     for answer in done.answers:
         if answer.error is not None:

@@ -12,6 +12,7 @@ from sppfeat._version import __version__
 
 if TYPE_CHECKING:
     from sppfeat.describe import Described, DescribedWindows, Describer
+    from sppfeat.duplicates import Duplicates, find_duplicates
     from sppfeat.errors import (
         BackboneError,
         DeviceError,
@@ -28,14 +29,25 @@ if TYPE_CHECKING:
         WindowsError,
     )
     from sppfeat.extract import Extraction, extract_folder
+    from sppfeat.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
+    from sppfeat.index import IndexOptions
     from sppfeat.pyramid import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
+    from sppfeat.retrieval import Retrieval, RetrievalOptions, evaluate_retrieval
+    from sppfeat.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
     from sppfeat.store import Status, Store, open_store, verify_store
     from sppfeat.svm import LinearSvm, train_linear_svm
     from sppfeat.transfer import Transfer, TransferOptions, evaluate_transfer
+    from sppfeat.whitening import ProjectionOptions
     from sppfeat.windows import read_windows, split_row_name
 
 _HOMES = {
+    "whitening": ("ProjectionOptions",),
+    "search": ("SearchOptions", "SearchResult", "search_descriptors", "search_images", "search_store"),
+    "retrieval": ("Retrieval", "RetrievalOptions", "evaluate_retrieval"),
+    "index": ("IndexOptions",),
+    "gallery": ("Gallery", "add_to_gallery", "create_gallery", "open_gallery", "remove_from_gallery"),
+    "duplicates": ("Duplicates", "find_duplicates"),
     "describe": ("Described", "DescribedWindows", "Describer"),
     "errors": (
         "BackboneError",
@@ -68,15 +80,23 @@ __all__ = [
     "DescribedWindows",
     "Describer",
     "DeviceError",
+    "Duplicates",
     "Extraction",
+    "Gallery",
     "GalleryError",
     "ImageError",
+    "IndexOptions",
     "LinearSvm",
     "MissingExtraError",
     "ModelError",
+    "ProjectionOptions",
     "Recipe",
     "ReportError",
+    "Retrieval",
+    "RetrievalOptions",
     "RunOptions",
+    "SearchOptions",
+    "SearchResult",
     "SpatialPyramidPool",
     "SppFeatError",
     "SppFeatWarning",
@@ -89,12 +109,21 @@ __all__ = [
     "UsageError",
     "WindowsError",
     "__version__",
+    "add_to_gallery",
+    "create_gallery",
+    "evaluate_retrieval",
     "evaluate_transfer",
     "extract_folder",
+    "find_duplicates",
+    "open_gallery",
     "open_store",
     "pool_pyramid",
     "pool_rois",
     "read_windows",
+    "remove_from_gallery",
+    "search_descriptors",
+    "search_images",
+    "search_store",
     "split_row_name",
     "train_linear_svm",
     "verify_store",

@@ -148,7 +148,6 @@ def write_duplicates_page(path: Path, found: Duplicates) -> None:
                     "name": one.name,
                     "thumbnail": None if one.path is None else thumbnail(one.path, box=one.box),
                     "size": one.size,
-                    "kilobytes": one.file_size / 1000,
                     "score": one.score,
                 }
                 for one in group[:PAGE_MEMBERS]

@@ -79,8 +79,8 @@ class GalleryRows:
 class Gallery:
     """An open gallery, in memory.
 
-    index: FAISS; its row i is row i of `rows`. about: the JSON as it stands in the folder.
-    dim: length of a descriptor before projection.
+    index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
+    about: the JSON as it stands in the folder. dim: length of a descriptor before projection.
     """
 
     path: Path
@@ -89,17 +89,13 @@ class Gallery:
     weights_sha256: str
     dim: int
     index: Any
+    exact: bool
     rows: GalleryRows
     projection: Projection | None
     about: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.rows.names)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the index compares a query with every full row."""
-        return is_exact(self.index)
 
     @property
     def factory(self) -> str:
@@ -241,14 +237,17 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
-def open_gallery(path: str | os.PathLike[str]) -> Gallery:
-    """Open a gallery, also while another process changes it. Raises GalleryError when it is not a whole gallery."""
+def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Gallery:
+    """Open a gallery, also while another process changes it; device: where its index is searched.
+
+    Raises GalleryError when it is not a whole gallery, DeviceError.
+    """
     path = Path(path)
     load_faiss()
     while True:
         about = read_about(path)
         try:
-            return _open(path, about)
+            return _open(path, about, device)
         except GalleryError:
             # Its files may have been replaced between our two looks: then there is a newer description.
             if read_about(path).get("generation") == about["generation"]:
@@ -286,7 +285,7 @@ def _require_gallery(path: Path) -> None:
     raise GalleryError(f"{path}: expected a gallery, found {found}")
 
 
-def _open(path: Path, about: dict[str, Any]) -> Gallery:
+def _open(path: Path, about: dict[str, Any], device: str) -> Gallery:
     try:
         recipe = Recipe.from_json(json.dumps(about["recipe"]))
         files = {kind: _checked_file(path, entry) for kind, entry in about["files"].items()}
@@ -313,7 +312,8 @@ def _open(path: Path, about: dict[str, Any]) -> Gallery:
             str(about["recipe_hash"]),
             str(about["weights_sha256"]),
             dim,
-            index,
+            index if device == "cpu" else on_device(index, device),
+            is_exact(index),
             rows,
             projection,
             about,

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from sppfeat.errors import DeviceError, GalleryError, UsageError, one_line, require_extra
+from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageError, one_line, require_extra
 from sppfeat.rows import UnitRows
 
 # At the 10 to 20 GB/s that two cores read, an exact search of one query through this much takes 0.05 to 0.1 s: no more
@@ -107,7 +107,10 @@ class BuiltIndex:
 
 def load_faiss() -> ModuleType:
     """The module faiss. Raises MissingExtraError."""
-    return require_extra("faiss", "cpu", "similarity search")
+    try:
+        return require_extra("faiss", "cpu", "similarity search")
+    except RuntimeError as error:  # faiss-gpu without NVIDIA's libraries
+        raise MissingExtraError(f"similarity search needs faiss, which fails: {one_line(error)}") from None
 
 
 def default_memory() -> int:
@@ -198,11 +201,9 @@ def _create(factory: str, rows: int, dim: int) -> Any:
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
-        sizes = [size for size in (64, 32, 16, 8) if dim % size == 0]
-        example = f"IVF{list_count(rows)},{f'PQ{sizes[0]}' if sizes and rows >= 256 else 'SQ8'}"
         raise UsageError(
             f"factory {factory!r}: FAISS refuses it for inner products of {dim} values ({faiss_reason(error)}); "
-            f"one that works: {example}"
+            f"one that works: IVF{list_count(rows)},SQ8"
         ) from None
     return typed(index)
 

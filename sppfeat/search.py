@@ -226,16 +226,9 @@ def search_images(
     options = options or SearchOptions()
     if box is not None:
         check_box(box)
-    images = find_images(sources)
-    if not images.names:
-        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
+    queries, paths, errors = _list_queries(sources)
     describer = describer or describer_for(gallery, run_options, weights=weights)
     started = time.perf_counter()
-    paths = [name_to_path(images.root, name) for name in images.names]
-    queries = _shown(sources, images.names, images.root)
-    errors: dict[int, str] = {
-        at: images.problems[name] for at, name in enumerate(images.names) if name in images.problems
-    }
     readable = [at for at in range(len(paths)) if at not in errors]
     descriptors: dict[int, np.ndarray] = {}
     for position, descriptor, error in _described(describer, [paths[at] for at in readable], box):
@@ -397,8 +390,37 @@ def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
     return found
 
 
-def _shown(sources: Sequence[str | os.PathLike[str]], names: list[str], root: str) -> list[str]:
-    """How queries are called: as they were given, where each is one file; else by their names below the root."""
-    given = [os.fspath(source) for source in sources]
-    paths = {os.path.abspath(one): one for one in given if not os.path.isdir(one)}
-    return [paths.get(os.path.abspath(name_to_path(root, name)), name) for name in names]
+def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str], dict[int, str]]:
+    """What the queries are called, their paths, and by their numbers why some can be none. Raises UsageError.
+
+    Files are called as they were given, the others by their names below the folder given. A source that is neither is
+    a failed query, unless there is no other.
+    """
+    queries: list[str] = []
+    paths: list[str] = []
+    errors: dict[int, str] = {}
+    seen: set[str] = set()
+    refused: UsageError | None = None
+    for source in [os.fspath(source) for source in sources]:
+        try:
+            images = find_images([source])
+        except UsageError as error:
+            refused = refused or error
+            errors[len(queries)] = str(error).removeprefix(f"{source}: ")
+            queries.append(source)
+            paths.append(source)
+            continue
+        for name in images.names:
+            path = name_to_path(images.root, name)
+            if path in seen:
+                continue
+            seen.add(path)
+            if name in images.problems:
+                errors[len(queries)] = images.problems[name]
+            queries.append(source if path == os.path.abspath(source) else name)
+            paths.append(path)
+    if refused is not None and len(errors) == len(queries):
+        raise refused
+    if not queries:
+        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
+    return queries, paths, errors
