@@ -285,8 +285,24 @@ def _document(done: Extraction) -> dict[str, Any]:
             "forward": round(done.forward, 3),
             "write": round(done.write, 3),
         },
+        "bottleneck": done.bottleneck,
         **windows,
     }
+
+
+def _bottleneck(done: Extraction) -> str:
+    """Which stage held up the run, and what would help."""
+    import importlib.util
+
+    on_cpu = done.device == "cpu"
+    if done.bottleneck == "write":
+        return "writing; a faster disk would help"
+    if done.bottleneck == "decode":
+        return "decoding; more cores would help, or, with other values, --jpeg-draft"
+    if on_cpu and done.engine == "torch" and importlib.util.find_spec("openvino") is None:
+        return "the network; pip install 'sppfeat[cpu]' would help, or a GPU"
+    helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
+    return f"the network; {helps}, or, with other values, --precision bfloat16"
 
 
 def _summary(done: Extraction) -> str:
@@ -307,6 +323,8 @@ def _summary(done: Extraction) -> str:
         f"{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )
+    if done.bottleneck is not None:
+        text += f"\nbottleneck: {_bottleneck(done)}"
     if done.failed:
         text += f"\nwhich failed, and why: sppfeat inspect {printable(done.store)} --failures"
     return text
