@@ -6,14 +6,17 @@ import os
 
 import torch
 
-from sppfeat.errors import DeviceError
+from sppfeat.errors import DeviceError, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there."""
+    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there,
+    UsageError for several."""
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if usable else "cpu")
+    if "," in name:
+        raise UsageError(f"device {name}: expected one device here, found several")
     if name.startswith("cuda"):
         number = int(name.partition(":")[2] or 0)
         if number >= usable:
