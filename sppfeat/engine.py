@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import torch
 
 from sppfeat.backbone import Backbone, load_backbone
+from sppfeat.cuda_graphs import RecurringPasses, capture
 from sppfeat.devices import available_cores, resolve_device
 from sppfeat.errors import (
     BackboneError,
@@ -84,10 +85,16 @@ class TorchEngine:
         return torch.cuda.stream(self._local.stream)
 
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            # Only from memory that is pinned does the copy run beside another thread's pass.
-            pictures = pictures.pin_memory().to(self.device, non_blocking=True)
-        return self._backbone.feature_map(pictures)
+        if self.device.type != "cuda":
+            return self._backbone.feature_map(pictures)
+        # Only from memory that is pinned does the copy run beside another thread's pass.
+        pictures = pictures.pin_memory().to(self.device, non_blocking=True)
+        if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
+            return self._backbone.feature_map(pictures)
+        if not hasattr(self._local, "passes"):
+            self._local.passes = RecurringPasses(self._backbone.feature_map, capture)
+        output: torch.Tensor = self._local.passes(pictures)
+        return output
 
 
 def load_engine(recipe: Recipe, options: RunOptions | None = None) -> tuple[Backbone, Engine]:
