@@ -2,11 +2,17 @@
 
     python benchmarks/extract.py DATA/caltech101-subset
 
-The plain loop: the timm transform with its centre crop, a DataLoader (every worker count tried once, the best one
-kept), and the eager network up to the pooled features; batch of 8. sppfeat: `extract_folder` into a store. Each run is
-a process of its own and sides take turns; medians of three are printed. Images a second count from the first image
-asked for to the last row done; the whole process counts imports and loading of the network too, on both sides.
+The plain loop: the network's own transform with its centre crop, a DataLoader (every worker count tried once, the best
+one kept), and the eager network up to the pooled features; batch of 8. sppfeat: `extract_folder` into a store. Each run
+is a process of its own and sides take turns; medians are printed. Images a second count from the first image asked for
+to the last row done; the whole process counts imports and loading of the network too, on both sides.
 Peak memory is that of the largest single process.
+
+The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward
+is the engine over pictures that are decoded already, decode is decoding and resizing alone, each over all cores.
+
+With `--thingsvision PYTHON`, the Python of an environment that has thingsvision (and timm), the same backbone over the
+same files is measured there too.
 """
 
 from __future__ import annotations
@@ -22,16 +28,36 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sppfeat import Recipe
 
 
-def plain_loop(listing: str, workers: int, size: int) -> None:
+@dataclass(frozen=True)
+class Network:
+    """One backbone: its name here, and how it is built for the plain loop and for thingsvision."""
+
+    name: str
+    timm: str
+    weights: str = "pretrained"
+
+
+NETWORKS = {
+    "lite0": Network("efficientnet_lite0", "tf_efficientnet_lite0"),
+    # The same network: timm's `resnet50` has torchvision's layers, one by one.
+    "resnet50": Network("torchvision:resnet50", "resnet50", "random"),
+}
+
+
+def plain_loop(listing: str, network_name: str, size: int, workers: int) -> None:
     """Child process: the plain loop over the listed files; prints its seconds."""
     import timm
     import torch
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
 
-    network = timm.create_model("tf_efficientnet_lite0").eval()  # values do not matter for the time
+    network = timm.create_model(NETWORKS[network_name].timm).eval()  # values do not matter for the time
     config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=network)
     transform = timm.data.create_transform(**config)
     paths = Path(listing).read_text().splitlines()
@@ -54,9 +80,47 @@ def plain_loop(listing: str, workers: int, size: int) -> None:
     print(time.perf_counter() - start)
 
 
-def ours(listing: str, store: str, size: int, crop: str, precision: str) -> None:
+def thingsvision(listing: str, network_name: str, size: int) -> None:
+    """Child process, in an environment of its own: thingsvision over the listed files; prints its seconds."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from thingsvision import get_extractor
+    from thingsvision.utils.data import DataLoader
+
+    extractor = get_extractor(
+        model_name=NETWORKS[network_name].timm, source="timm", device="cpu", pretrained=False, model_parameters=None
+    )
+    transform = extractor.get_transformations(resize_dim=round(size / 0.875), crop_dim=size)
+    paths = Path(listing).read_text().splitlines()
+
+    class Files(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            tensor: torch.Tensor = transform(Image.open(paths[index]).convert("RGB"))
+            return tensor
+
+    start = time.perf_counter()
+    rows = extractor.extract_features(
+        batches=DataLoader(dataset=Files(), batch_size=8, backend="pt"), module_name="global_pool", flatten_acts=True
+    )
+    if len(np.asarray(rows)) != len(paths):
+        raise SystemExit("thingsvision lost images")
+    print(time.perf_counter() - start)
+
+
+def recipe_of(network_name: str, size: int, crop: str, precision: str) -> Recipe:
+    from sppfeat import Recipe
+
+    network = NETWORKS[network_name]
+    return Recipe(backbone=network.name, weights=network.weights, scales=(size,), crop=crop, precision=precision)
+
+
+def ours(listing: str, network_name: str, size: int, crop: str, precision: str, engine: str, store: str) -> None:
     """Child process: sppfeat over the listed files; prints its seconds."""
-    from sppfeat import Recipe, extract_folder
+    from sppfeat import RunOptions, extract_folder
 
     class Clock:
         def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
@@ -66,27 +130,65 @@ def ours(listing: str, store: str, size: int, crop: str, precision: str) -> None
             pass
 
     clock = Clock()
+    recipe = recipe_of(network_name, size, crop, precision)
     done = extract_folder(
-        listing, store, Recipe(scales=(size,), crop=crop, precision=precision), overwrite=True, observer=clock
+        listing, store, recipe, RunOptions(device="cpu", engine=engine), overwrite=True, observer=clock
     )
     if done.described != done.images:
         raise SystemExit(f"{done.failed} images failed")
     print(time.perf_counter() - clock.start)
 
 
+def limit(listing: str, network_name: str, size: int, crop: str, precision: str, engine: str) -> None:
+    """Child process: seconds that the listed files would take if nothing but decoding and the network cost anything."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from sppfeat import RunOptions
+    from sppfeat.engine import load_engine
+    from sppfeat.preprocess import prepare_image
+
+    recipe = recipe_of(network_name, size, crop, precision)
+    backbone, runner = load_engine(recipe, RunOptions(device="cpu", engine=engine))
+    paths = Path(listing).read_text().splitlines()
+
+    def decode(path: str) -> torch.Tensor:
+        return torch.from_numpy(prepare_image(path, backbone.recipe).inputs[0].copy())[None]
+
+    def forward(picture: torch.Tensor) -> None:
+        with torch.inference_mode():
+            runner.feature_map(picture)
+
+    with ThreadPoolExecutor(os.cpu_count()) as decoders:
+        list(decoders.map(decode, paths[:20]))
+        start = time.perf_counter()
+        pictures = list(decoders.map(decode, paths))
+        decoding = time.perf_counter() - start
+    with ThreadPoolExecutor(
+        runner.streams, initializer=torch.set_num_threads, initargs=(runner.threads,)
+    ) as forwarders:
+        # As in a run: the first picture of each shape costs the network's preparation for it.
+        start = time.perf_counter()
+        list(forwarders.map(forward, pictures))
+        forwarding = time.perf_counter() - start
+    print(decoding + forwarding, decoding, forwarding)
+
+
 @dataclass(frozen=True)
 class Run:
-    """Seconds of the loop, seconds of the whole process, peak memory in MB."""
+    """Seconds of the loop (and what more was printed), seconds of the whole process, peak memory in MB."""
 
     loop: float
+    parts: tuple[float, ...]
     whole: float
     peak: float
 
 
-def run(*arguments: object) -> Run:
+def run(what: str, *arguments: object, python: str = sys.executable) -> Run:
     """Run a side as a child; its memory is what the operating system counted."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, *map(str, arguments)]
+    command = [python, __file__, what, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         printed = child.stdout.read()
@@ -94,54 +196,81 @@ def run(*arguments: object) -> Run:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
-    return Run(float(printed), time.perf_counter() - start, usage.ru_maxrss / 1000)
+    loop, *parts = map(float, printed.splitlines()[-1].split())
+    return Run(loop, tuple(parts), time.perf_counter() - start, usage.ru_maxrss / 1000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with at least 500 images")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--networks", default="lite0:224,lite0:448,resnet50:224", help="NAME:SIZE,...")
+    parser.add_argument("--thingsvision", metavar="PYTHON", help="of an environment that has thingsvision")
     arguments = parser.parse_args()
 
     suffixes = (".jpg", ".jpeg", ".png")
     files = sorted(path for path in arguments.data.resolve().rglob("*") if path.suffix.lower() in suffixes)
-    # Every fourth file, so that all classes, and with them all picture shapes, take part.
-    some = files[:: max(1, len(files) // 500)][:500]
-    size = arguments.size
-    with tempfile.TemporaryDirectory() as folder:
-        listing, whole, store = (Path(folder, name) for name in ("500.txt", "all.txt", "out.h5"))
-        listing.write_text("\n".join(map(str, some)) + "\n")
-        whole.write_text("\n".join(map(str, files)) + "\n")
-        tried = {n: run("--plain-loop", listing, n, size).loop for n in sorted({0, 1, 2, os.cpu_count() or 1})}
-        best = min(tried, key=lambda workers: tried[workers])
-        sides: dict[str, tuple[object, ...]] = {
-            f"plain loop, {size} centre crop, {best} workers": ("--plain-loop", listing, best, size),
-            f"sppfeat, whole picture, short side {size}": ("--sppfeat", listing, store, size, "none", "float32"),
-            f"sppfeat, {size} centre crop (equal pixels)": ("--sppfeat", listing, store, size, "center", "float32"),
-            "sppfeat, whole picture, bfloat16": ("--sppfeat", listing, store, size, "none", "bfloat16"),
-        }
-        runs: dict[str, list[Run]] = {name: [] for name in sides}
-        for _ in range(arguments.repeats):
-            for name, side in sides.items():
-                runs[name].append(run(*side))
-        larger = run("--sppfeat", whole, store, size, "none", "float32")
-
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "pillow"))
+    # From all over the list, so that all classes, and with them all picture shapes, take part.
+    some = files[:: max(1, len(files) // arguments.files)][: arguments.files]
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "timm", "pillow"))
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
-    rates = ", ".join(f"{workers}: {len(some) / seconds:.1f}" for workers, seconds in tried.items())
-    print(f"{len(some)} files; medians of {arguments.repeats}; plain loop by worker count: {rates} images/s\n")
-    print("| what | images/s | times the plain loop | whole process, times | peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print(f"{len(some)} files; medians of {arguments.repeats}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        listing, store = Path(folder, "some.txt"), Path(folder, "out.h5")
+        listing.write_text("\n".join(map(str, some)) + "\n")
+        for asked in arguments.networks.split(","):
+            name, _, size = asked.partition(":")
+            compare(listing, len(some), name, int(size), store, arguments.repeats, arguments.thingsvision)
+
+
+def compare(listing: Path, count: int, name: str, size: int, store: Path, repeats: int, python: str | None) -> None:
+    """Measure all sides with one network at one size, and print their table."""
+    tried = {n: run("plain_loop", listing, name, size, n).loop for n in sorted({0, 1, 2, os.cpu_count() or 1})}
+    best = min(tried, key=lambda workers: tried[workers])
+    sides: dict[str, tuple[object, ...]] = {
+        f"plain loop, {size} centre crop, {best} workers": ("plain_loop", listing, name, size, best)
+    }
+    if python is not None:
+        sides[f"thingsvision, {size} centre crop"] = ("thingsvision", listing, name, size)
+    for text, crop, precision, engine in (
+        (f"sppfeat, whole picture, short side {size}", "none", "float32", "auto"),
+        (f"sppfeat, {size} centre crop (equal pixels)", "center", "float32", "auto"),
+        ("sppfeat, whole picture, bfloat16", "none", "bfloat16", "auto"),
+        ("sppfeat, whole picture, torch engine", "none", "float32", "torch"),
+    ):
+        sides[text] = ("ours", listing, name, size, crop, precision, engine, store)
+    run("ours", listing, name, size, "none", "float32", "auto", store)  # converts the networks, once for a machine
+    run("ours", listing, name, size, "none", "bfloat16", "auto", store)
+    runs: dict[str, list[Run]] = {text: [] for text in sides}
+    limits: dict[str, list[Run]] = {text: [] for text in sides}
+    for _ in range(repeats):
+        for text, (what, *rest) in sides.items():
+            runs[text].append(run(what, *rest, python=python if what == "thingsvision" and python else sys.executable))
+            if what == "ours":
+                limits[text].append(run("limit", *rest[:-1]))
+
+    rates = ", ".join(f"{workers}: {count / seconds:.1f}" for workers, seconds in tried.items())
+    print(f"{NETWORKS[name].name} at {size}; plain loop by worker count: {rates} images/s\n")
+    print(
+        "| what | images/s | times the plain loop | forward alone | decode alone | share of the limit "
+        "| whole process, times | peak memory, MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     base = next(iter(runs.values()))
-    for name, results in runs.items():
-        rate = statistics.median(len(some) / result.loop for result in results)
+    for text, results in runs.items():
+        rate = statistics.median(count / result.loop for result in results)
         # Ratios of runs that stood next to each other: the machine's speed drifts.
         loop = statistics.median(b.loop / a.loop for a, b in zip(results, base, strict=True))
         process = statistics.median(b.whole / a.whole for a, b in zip(results, base, strict=True))
         peak = statistics.median(result.peak for result in results)
-        print(f"| {name} | {rate:.1f} | {loop:.2f} | {process:.2f} | {peak:.0f} |")
-    print(f"| sppfeat, whole picture, {len(files)} files | {len(files) / larger.loop:.1f} | | | {larger.peak:.0f} |")
+        alone = ["", "", ""]
+        if limits[text]:
+            decode, forward = (statistics.median(count / r.parts[part] for r in limits[text]) for part in (0, 1))
+            share = statistics.median(b.loop / a.loop for a, b in zip(results, limits[text], strict=True))
+            alone = [f"{forward:.1f}", f"{decode:.0f}", f"{share:.2f}"]
+        print(f"| {text} | {rate:.1f} | {loop:.2f} | {' | '.join(alone)} | {process:.2f} | {peak:.0f} |")
+    print(flush=True)
 
 
 def processor() -> str:
@@ -154,9 +283,13 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--plain-loop"]:
-        plain_loop(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    elif sys.argv[1:2] == ["--sppfeat"]:
-        ours(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], sys.argv[6])
+    if sys.argv[1:2] == ["plain_loop"]:
+        plain_loop(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    elif sys.argv[1:2] == ["thingsvision"]:
+        thingsvision(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["ours"]:
+        ours(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:9])
+    elif sys.argv[1:2] == ["limit"]:
+        limit(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:8])
     else:
         main()

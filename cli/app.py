@@ -12,7 +12,19 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, SppFeatWarning, UsageError
-from sppfeat_cli import duplicates, evaluate, extract, index, inspect, models, predict, search, train
+from sppfeat_cli import (
+    detect,
+    duplicates,
+    evaluate,
+    extract,
+    index,
+    inspect,
+    models,
+    predict,
+    search,
+    train,
+    windows,
+)
 from sppfeat_cli.output import printable
 
 app = typer.Typer(
@@ -30,6 +42,8 @@ models.register(app)
 evaluate.register(app)
 train.register(app)
 predict.register(app)
+windows.register(app)
+detect.register(app)
 index.register(app)
 search.register(app)
 duplicates.register(app)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli import svm_options
+from sppfeat_cli import evaluate_detection, svm_options
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import print_json, printable
 
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
     )
     evaluate.command(epilog="Example: sppfeat evaluate transfer feats.h5 --protocol split --c 1")(transfer)
+    evaluate_detection.register(evaluate)
     evaluate.command(epilog="Example: sppfeat evaluate retrieval feats.h5 --relevant folder")(retrieval)
     app.add_typer(evaluate, name="evaluate")
 

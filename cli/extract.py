@@ -130,7 +130,8 @@ def extract(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels.",
+            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels, or "
+            "what `sppfeat windows` made.",
             show_default="whole images",
         ),
     ] = None,
@@ -177,9 +178,9 @@ def extract(
     options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
 
     from sppfeat.extract import extract_folder
-    from sppfeat.windows import read_windows
+    from sppfeat.proposals import windows_from
 
-    boxes = read_windows(windows) if windows is not None else None
+    boxes = windows_from(windows) if windows is not None else None
     with _Progress(quiet=quiet, unit="image" if boxes is None else "window") as progress:
         done = extract_folder(
             sources,
@@ -284,8 +285,24 @@ def _document(done: Extraction) -> dict[str, Any]:
             "forward": round(done.forward, 3),
             "write": round(done.write, 3),
         },
+        "bottleneck": done.bottleneck,
         **windows,
     }
+
+
+def _bottleneck(done: Extraction) -> str:
+    """Which stage held up the run, and what would help."""
+    import importlib.util
+
+    on_cpu = done.device == "cpu"
+    if done.bottleneck == "write":
+        return "writing; a faster disk would help"
+    if done.bottleneck == "decode":
+        return "decoding; more cores would help, or, with other values, --jpeg-draft"
+    if on_cpu and done.engine == "torch" and importlib.util.find_spec("openvino") is None:
+        return "the network; pip install 'sppfeat[cpu]' would help, or a GPU"
+    helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
+    return f"the network; {helps}, or, with other values, --precision bfloat16"
 
 
 def _summary(done: Extraction) -> str:
@@ -306,6 +323,8 @@ def _summary(done: Extraction) -> str:
         f"{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )
+    if done.bottleneck is not None:
+        text += f"\nbottleneck: {_bottleneck(done)}"
     if done.failed:
         text += f"\nwhich failed, and why: sppfeat inspect {printable(done.store)} --failures"
     return text

@@ -16,14 +16,16 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A store, a model or a gallery.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A store, a model, windows or a gallery.", show_default=False)
+    ],
     failures: Annotated[bool, typer.Option("--failures", help="List the failed images and why.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every row; exit code 1 if one is wrong.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what a file of sppfeat holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
-    from sppfeat.files import GALLERY, NOUNS, STORE, SVM, format_of
+    from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
     from sppfeat.store import open_store, verify_store
 
     kind = format_of(file)
@@ -34,6 +36,12 @@ def inspect(
         raise UsageError(f"{file}: --failures and --verify are for stores, found {NOUNS[str(kind)]}")
     if kind == SVM:
         _inspect_svm(file, as_json)
+        return
+    if kind == DETECTOR:
+        _inspect_detector(file, as_json)
+        return
+    if kind == WINDOWS:
+        _inspect_windows(file, as_json)
         return
 
     store = open_store(file)
@@ -97,6 +105,70 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         f"  weights: sha256 {model.weights_sha256[:16]}",
         *_recipe_lines(about["recipe"]),
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _inspect_detector(file: str, as_json: bool) -> None:
+    from sppfeat.detect import open_detector
+
+    model = open_detector(file)
+    about: dict[str, Any] = {
+        "file": file,
+        "format": "detector",
+        "classes": model.classes,
+        "dim": model.weights.shape[1],
+        "box_regression": model.box_weights is not None,
+        "windows": dataclasses.asdict(model.proposals),
+        "training": model.training,
+        "weights_sha256": model.weights_sha256,
+        "recipe": dataclasses.asdict(model.recipe),
+        "versions": model.versions,
+    }
+    if as_json:
+        print_json(about)
+        return
+    names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
+    training = model.training
+    lines = [
+        f"{printable(file)}: detector of {len(model.classes)} classes ({names}), {about['dim']} values",
+        f"  trained with {training.get('images')} images, {sum(training.get('positives', {}).values())} objects and "
+        f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
+        f"{training.get('c'):g}, positive weight {training.get('positive_weight'):g}",
+        f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, at most "
+        f"{model.proposals.max_windows} an image",
+        f"  weights: sha256 {model.weights_sha256[:16]}",
+        *_recipe_lines(about["recipe"]),
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _inspect_windows(file: str, as_json: bool) -> None:
+    from sppfeat.proposals import open_windows
+
+    found = open_windows(file)
+    empty = sum(not len(windows) for windows in found.values()) - len(found.errors)
+    about: dict[str, Any] = {
+        "file": file,
+        "format": "windows",
+        "images": len(found),
+        "windows": found.count,
+        "failed": len(found.errors),
+        "empty": empty,
+        **dataclasses.asdict(found.options),
+        "source_root": found.source_root,
+        "versions": found.versions,
+    }
+    if as_json:
+        print_json(about)
+        return
+    lines = [
+        f"{printable(file)}: {found.count} windows of {len(found)} images, {human_bytes(found.path.stat().st_size)}",
+        f"  {found.options.method}, at most {found.options.max_windows} an image, seed {found.options.seed}",
+        f"  failed {len(found.errors)}, without a window {empty}",
+        f"  images below: {printable(found.source_root)}",
+        "  made with: " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        *(f"  failed: {printable(name)}: {printable(reason)}" for name, reason in list(found.errors.items())[:20]),
     ]
     typer.echo("\n".join(lines))
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sppfeat.recipe import RunOptions
+from sppfeat.recipe import ENGINES, RunOptions
 from sppfeat_cli.output import print_json, printable
 
 
@@ -23,6 +23,9 @@ def predict(
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help=f"What runs the network: {' | '.join(ENGINES)}")
+    ] = RunOptions.engine,
     batch_size: Annotated[
         int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
@@ -39,7 +42,7 @@ def predict(
     from sppfeat.classifier import predict as predictions
 
     classifier = open_classifier(model)
-    options = RunOptions(device=device, batch_size=batch_size, num_workers=num_workers)
+    options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     results: list[dict[str, Any]] = []
     failed = 0
 

@@ -1,4 +1,4 @@
-"""`sppfeat train`: models from descriptors."""
+"""`sppfeat train`: models."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Annotated
 
 import typer
 
-from sppfeat_cli import svm_options
+from sppfeat_cli import svm_options, train_detector
 from sppfeat_cli.output import print_json, printable
 
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(
-        help="Train models that sort images.",
+        help="Train models that sort images, or find objects on them.",
         epilog="Example: sppfeat train svm feats.h5 -o animals.h5",
         no_args_is_help=True,
     )
     train.command(epilog="Example: sppfeat train svm feats.h5 -o animals.h5")(svm)
+    train_detector.register(train)
     app.add_typer(train, name="train")
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StoreBusyError,
         StoreError,
         UsageError,
+        WindowsError,
     )
     from sppfeat.extract import Extraction, extract_folder
     from sppfeat.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
@@ -61,6 +62,7 @@ _HOMES = {
         "StoreBusyError",
         "StoreError",
         "UsageError",
+        "WindowsError",
     ),
     "extract": ("Extraction", "extract_folder"),
     "pyramid": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
@@ -105,6 +107,7 @@ __all__ = [
     "Transfer",
     "TransferOptions",
     "UsageError",
+    "WindowsError",
     "__version__",
     "add_to_gallery",
     "create_gallery",

@@ -28,9 +28,10 @@ from sppfeat.windows import map_windows, nearest_scales, outside, window_text
 
 # On a CPU, one picture a core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
 # pictures a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
-# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once.
+# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once, and a batch that does not fit into
+# its memory is halved, for good.
 CPU_BATCH_SIZE: Final = 1
-CUDA_BATCH_SIZE: Final = 64
+CUDA_BATCH_SIZE: Final = 128
 # A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
 PATIENCE_BATCHES: Final = 16
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
@@ -118,7 +119,8 @@ class Describer:
     """Describes pictures by a recipe. The network is loaded once; `recipe` is then complete (layer, mean, ...).
 
     dim: length of a descriptor. device, engine: where and how the network runs. weights_sha256: of the network up to
-    the layer. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
+    the layer. workers, streams: threads that decode, and that run the network.
+    Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
@@ -134,7 +136,9 @@ class Describer:
         self.dim = self.recipe.dimensions(self._backbone.channels)
         self.times = StageTimes()
         self._geometry = functools.lru_cache(maxsize=1024)(self._backbone.geometry)
-        self._workers = options.num_workers or available_cores()
+        self._one_retry = threading.Lock()
+        self.workers = options.num_workers or available_cores()
+        self.streams = self._engine.streams
         self._batch_size = options.batch_size or (CPU_BATCH_SIZE if self.device.type == "cpu" else CUDA_BATCH_SIZE)
 
     def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
@@ -178,9 +182,9 @@ class Describer:
         self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         threads_before = torch.get_num_threads()
-        decoders = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         forwarders = ThreadPoolExecutor(
-            self._engine.streams,
+            self.streams,
             thread_name_prefix="forward",
             initializer=torch.set_num_threads,
             initargs=(self._engine.threads,),
@@ -205,8 +209,8 @@ class Describer:
         stop: Callable[[], bool],
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
-        ahead = 4 * self._workers + self._engine.streams * self._batch_size
-        ahead = min(ahead, max(self._workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
+        ahead = 4 * self.workers + self.streams * self._batch_size
+        ahead = min(ahead, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
         decoding: deque[tuple[int, np.ndarray | None, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
@@ -246,14 +250,15 @@ class Describer:
             row.left = len(wanted)
             if not wanted:
                 yield index, rows.pop(index)
+            batcher.limit(self._batch_size)
             for scale in wanted:
                 for batch in batcher.add((index, scale), prepared.inputs[scale]):
                     submit(batch)
             prepared.inputs.clear()
-            yield from collect(2 * self._engine.streams)
+            yield from collect(2 * self.streams)
         for batch in batcher.flush():
             submit(batch)
-            yield from collect(2 * self._engine.streams)
+            yield from collect(2 * self.streams)
         yield from collect(0)
 
     def _row(self, prepared: PreparedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
@@ -276,32 +281,54 @@ class Describer:
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
         start = time.perf_counter()
-        keys = [key for key, _ in batch]
         try:
-            with torch.inference_mode():
-                feature_map = self._engine.feature_map(torch.from_numpy(np.stack([pixels for _, pixels in batch])))
-                if rows[0].windows is not None:
-                    return [
-                        (key, self._pool_windows(one, row, key[1], pixels))
-                        for one, row, (key, pixels) in zip(feature_map, rows, batch, strict=True)
-                    ]
-                pooled = pool_pyramid(
-                    feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p
-                )
-                descriptors = normalize(pooled.float(), self.recipe.normalize).cpu().numpy()
-            return list(zip(keys, descriptors, strict=True))
+            return self._attempt(batch, rows)
+        finally:
+            self.times.add("forward", time.perf_counter() - start)
+
+    def _attempt(
+        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
+    ) -> list[tuple[_Input, np.ndarray | str]]:
+        """What one batch gives; where the memory does not suffice, its halves, one after the other."""
+        keys = [key for key, _ in batch]
+        height, width = batch[0][1].shape[:2]
+        who = f"backbone {self.recipe.backbone}"
+        try:
+            with torch.inference_mode(), self._engine.lane():
+                return list(zip(keys, self._descriptors(batch, rows), strict=True))
         except (RuntimeError, AssertionError) as error:
-            height, width = batch[0][1].shape[:2]
             if _SIZE_REFUSED.search(str(error)):
                 reason = f"the network refused a picture of {width} x {height}: {one_line(error)}"
                 return [(key, reason) for key in keys]
             # Out of memory, a lost GPU: no fault of these pictures, whose rows stay pending.
-            raise BackboneError(
-                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} pictures of {width} x {height} "
-                f"on {self.device} ({one_line(error)}); a smaller batch size takes less memory"
-            ) from None
-        finally:
-            self.times.add("forward", time.perf_counter() - start)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise BackboneError(
+                    f"{who}: failed on a batch of {len(batch)} pictures of {width} x {height} "
+                    f"on {self.device} ({one_line(error)})"
+                ) from None
+            if len(batch) == 1:
+                raise BackboneError(
+                    f"{who}: one picture of {width} x {height} does not fit into the memory of {self.device} "
+                    f"({one_line(error)}); a smaller scale, or max_pixels, takes less"
+                ) from None
+        # Outside the handler, whose error holds on to the memory of the failed pass.
+        with self._one_retry:
+            self._batch_size = max(1, self._batch_size // 2)  # of the batches to come, too
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            half = len(batch) // 2
+        return self._attempt(batch[:half], rows[:half]) + self._attempt(batch[half:], rows[half:])
+
+    def _descriptors(self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]) -> list[np.ndarray]:
+        """Of each picture [D], or of its windows [k, D]."""
+        feature_map = self._engine.feature_map(torch.from_numpy(np.stack([pixels for _, pixels in batch])))
+        if rows[0].windows is not None:
+            return [
+                self._pool_windows(one, row, key[1], pixels)
+                for one, row, (key, pixels) in zip(feature_map, rows, batch, strict=True)
+            ]
+        pooled = pool_pyramid(feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p)
+        return list(normalize(pooled.float(), self.recipe.normalize).cpu().numpy())
 
     def _pool_windows(self, feature_map: torch.Tensor, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
         """[k, D] descriptors of the windows that one picture has at one scale."""

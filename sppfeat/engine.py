@@ -6,8 +6,10 @@ installed; it computes float32 to 1e-4 of torch's values, and bfloat16 to what b
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import platform
+import threading
 import warnings
 from typing import Final, Protocol
 
@@ -28,6 +30,8 @@ from sppfeat.recipe import Recipe, RunOptions
 
 # Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
 MAX_STREAMS: Final = 16
+# While one thread's batch is computed, the next one's is stacked and copied.
+CUDA_STREAMS: Final = 2
 # The processors that OpenVINO has fast code for, as `platform.machine` names them on Linux, macOS and Windows.
 OPENVINO_MACHINES: Final = frozenset({"x86_64", "amd64", "aarch64", "arm64"})
 OPENVINO_PRECISIONS: Final = ("float32", "bfloat16")
@@ -44,6 +48,9 @@ class Engine(Protocol):
     device: torch.device
     streams: int
     threads: int
+
+    def lane(self) -> contextlib.AbstractContextManager[object]:
+        """What a thread works inside of, from pictures to rows, so that the device overlaps it with other threads."""
 
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
         """Feature map [N, C, h, w], channels last in memory, on `device`, of uint8 RGB pictures [N, H, W, 3].
@@ -63,10 +70,24 @@ class TorchEngine:
         except RuntimeError as error:
             raise DeviceError(f"device {device}: cannot hold {backbone.recipe.backbone} ({one_line(error)})") from None
         self.device = device
-        self.streams, self.threads = cpu_streams() if device.type == "cpu" else (1, 1)
+        self._local = threading.local()
+        self.streams, self.threads = cpu_streams() if device.type == "cpu" else (CUDA_STREAMS, 1)
+        if device.type == "cuda":
+            # The weights were copied by this thread's stream, and are read by those of others.
+            torch.cuda.synchronize(device)
+
+    def lane(self) -> contextlib.AbstractContextManager[object]:
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._local.stream)
 
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self._backbone.feature_map(pictures.to(self.device))
+        if self.device.type == "cuda":
+            # Only from memory that is pinned does the copy run beside another thread's pass.
+            pictures = pictures.pin_memory().to(self.device, non_blocking=True)
+        return self._backbone.feature_map(pictures)
 
 
 def load_engine(recipe: Recipe, options: RunOptions | None = None) -> tuple[Backbone, Engine]:

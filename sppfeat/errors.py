@@ -8,6 +8,7 @@
     ├── StoreError          a store that cannot be opened, written or trusted
     │   └── StoreBusyError  another process is writing to this store
     ├── ModelError          an SVM or a detector that cannot be opened, written or trusted
+    ├── WindowsError        a file of windows that cannot be opened, written or trusted, or made
     ├── GalleryError        a gallery that cannot be opened, written or trusted
     ├── ReportError         a page that cannot be written
     └── MissingExtraError   a library that this needs and that is not installed
@@ -58,6 +59,10 @@ class StoreBusyError(StoreError):
 
 class ModelError(SppFeatError):
     """An SVM or a detector that cannot be opened, written or trusted."""
+
+
+class WindowsError(SppFeatError):
+    """A file of windows that cannot be opened, written or trusted, or made."""
 
 
 class GalleryError(SppFeatError):

@@ -33,7 +33,8 @@ class Extraction:
     unchanged. failed: listed images whose row is failed, now or before. changed: of those described, how many had
     another file before. gone: rows of the store whose file is no longer there; they are kept. pending: rows left for
     a next run, after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
-    seconds, decode, forward, write: of this run; decode and forward are summed over their threads.
+    seconds, decode, forward, write: of this run; decode and forward are summed over their threads, of which there were
+    `workers` and `streams`.
     Where windows are described, all these count windows, and without_windows the images that have none; else it is
     None.
     """
@@ -54,7 +55,24 @@ class Extraction:
     decode: float
     forward: float
     write: float
+    workers: int
+    streams: int
     without_windows: int | None = None
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that the others wait for: `decode`, `forward` or `write`; None when nothing was described.
+
+        On a processor decoding and the network share its cores, and the one with more work holds up the run; a GPU
+        works beside them.
+        """
+        if not self.described:
+            return None
+        decode = self.decode if self.device == "cpu" else self.decode / self.workers
+        forward = self.forward if self.device == "cpu" else self.forward / self.streams
+        # Writing is done by one thread, beside all others.
+        busy = {"decode": decode, "forward": forward, "write": self.write if self.write > self.seconds / 2 else 0.0}
+        return max(busy, key=lambda stage: busy[stage])
 
     @property
     def interrupted(self) -> bool:
@@ -178,6 +196,8 @@ def extract_folder(
             decode=describer.times.decode,
             forward=describer.times.forward,
             write=write_seconds,
+            workers=describer.workers,
+            streams=describer.streams,
             without_windows=without_windows,
         )
 

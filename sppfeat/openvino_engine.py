@@ -69,6 +69,9 @@ class OpenVinoEngine:
             self._check_values()
             _write_entry(entry, self._compiled)
 
+    def lane(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
         try:
             return self._infer(pictures)

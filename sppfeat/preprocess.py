@@ -130,6 +130,10 @@ class ShapeBatcher(Generic[Key]):
         self._waiting = 0  # pixels
         self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
 
+    def limit(self, batch_size: int) -> None:
+        """Make the batches to come no larger than this."""
+        self._batch_size = min(self._batch_size, batch_size)
+
     def add(self, key: Key, pixels: np.ndarray) -> Iterator[list[tuple[Key, np.ndarray]]]:
         """Take one input [height, width, 3]; yield the batches that are now due."""
         self._count += 1

@@ -8,6 +8,7 @@ the levels in the order given, the bins of a level row by row, and each bin's ch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sppfeat.errors import UsageError, unknown_name
+from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
+from sppfeat.pyramid_cpu import max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
 # Below this, gem's power would lose its gradient (Radenovic, Tolias, Chum 2018 use the same).
@@ -36,6 +38,12 @@ def pool_pyramid(
     cells = _to_power(feature_map, pooling, gem_p)
     # Channels last is what makes every later step, and the copy into the result, stream.
     cells = cells.contiguous(memory_format=torch.channels_last)
+    if _suits_triton(cells, pooling, feature_map):
+        maps = torch.arange(len(cells), dtype=torch.int32, device=cells.device)[:, None]
+        corners = [torch.full_like(maps, end) for end in (0, 0, cells.shape[3] - 1, cells.shape[2] - 1)]
+        rows = _by_triton(cells.permute(0, 2, 3, 1), torch.cat([maps, *corners], 1), levels)
+        if rows is not None:
+            return rows
     adaptive = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
     return _pool_levels(lambda level: adaptive(cells, level), levels, pooling, gem_p).to(feature_map.dtype)
 
@@ -60,11 +68,18 @@ def pool_rois(
     _check_rois(rois, feature_map.shape[1], feature_map.shape[2])
     rois = rois.to(device=feature_map.device, dtype=torch.int64)
     cells = _to_power(feature_map.permute(1, 2, 0), pooling, gem_p).contiguous()
+    if _suits_triton(cells, pooling, feature_map):
+        windows = torch.cat([torch.zeros_like(rois[:, :1]), rois], 1).to(torch.int32)
+        rows = _by_triton(cells[None], windows, levels)
+        if rows is not None:
+            return rows
+    if pooling == "max" and cells.device.type == "cpu" and len(rois) and not _wants_gradient(feature_map):
+        finest = [n for n in dict.fromkeys(levels) if not any(m > n and m % n == 0 for m in levels)]
+        return max_of_rois(cells, {level: _roi_edges(rois, level) for level in finest}, levels)
     look_up = _max_of_blocks if pooling == "max" else _mean_of_blocks
 
     def pool(level: int) -> torch.Tensor:
-        x1, x2 = _roi_bins(rois[:, 0], rois[:, 2], level)
-        y1, y2 = _roi_bins(rois[:, 1], rois[:, 3], level)
+        y1, y2, x1, x2 = _roi_edges(rois, level)
         grid = (len(rois), level, level)
         top, bottom = (edge[:, :, None].expand(grid).reshape(-1) for edge in (y1, y2))
         left, right = (edge[:, None, :].expand(grid).reshape(-1) for edge in (x1, x2))
@@ -111,6 +126,44 @@ class SpatialPyramidPool(nn.Module):
         return f"levels={self.levels}, pooling={self.pooling!r}"
 
 
+def _wants_gradient(feature_map: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and feature_map.requires_grad
+
+
+# Set where the kernels turned out not to work here: they are tried, and warned about, once.
+_triton_failed = False
+
+
+def _suits_triton(cells: torch.Tensor, pooling: str, feature_map: torch.Tensor) -> bool:
+    """Whether the kernels of `pyramid_triton` may compute this; gradients need the torch form."""
+    return (
+        cells.device.type == "cuda"
+        and pooling == "max"
+        and cells.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not _wants_gradient(feature_map)
+        and not _triton_failed
+    )
+
+
+def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]) -> torch.Tensor | None:
+    """`pyramid_triton.max_of_windows`; None, with a warning the first time, where it does not work."""
+    global _triton_failed
+    try:
+        from sppfeat.pyramid_triton import max_of_windows
+
+        return max_of_windows(cells, windows, levels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler that is missing, or too old for the driver or the card, fails in any way
+        _triton_failed = True
+        warnings.warn(
+            f"the pyramid's Triton kernels do not work here ({one_line(error)}); torch takes their place",
+            SppFeatWarning,
+            stacklevel=3,
+        )
+        return None
+
+
 def _check(levels: Sequence[int], pooling: str, gem_p: float) -> None:
     if not len(levels) or not all(isinstance(n, int) and 1 <= n <= MAX_LEVEL for n in levels):
         raise UsageError(f"levels must be whole numbers from 1 to {MAX_LEVEL}, such as 6,3,2,1, found {tuple(levels)}")
@@ -148,6 +201,11 @@ def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
         return cells
     # Single precision has no room for the 10th power of a large value, nor for that of the floor.
     return cells.double().clamp(min=_GEM_FLOOR).pow(gem_p)
+
+
+def _roi_edges(rois: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First and one-past-last rows, then columns, [K, level] each, of the bins of rois."""
+    return (*_roi_bins(rois[:, 1], rois[:, 3], level), *_roi_bins(rois[:, 0], rois[:, 2], level))
 
 
 def _roi_bins(first: torch.Tensor, last: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -99,12 +99,12 @@ def _checked_box(where: str, name: str, box: Any) -> tuple[float, ...]:
     return x1, y1, x2, y2
 
 
-def window_text(window: Sequence[float]) -> str:
+def window_text(window: Iterable[float]) -> str:
     """`12,30,200,117.5`, up to a thousandth of a pixel."""
     return ",".join(f"{edge:.3f}".rstrip("0").rstrip(".") for edge in window)
 
 
-def row_name(picture: str, window: Sequence[float]) -> str:
+def row_name(picture: str, window: Iterable[float]) -> str:
     """The name of a window's row in a store: `photo.jpg#x1,y1,x2,y2`."""
     return f"{picture}#{window_text(window)}"
 
@@ -175,7 +175,22 @@ def nearest_scales(windows: np.ndarray, size: tuple[int, int], input_sizes: Sequ
 
     windows: [K, 4] on an original of `size`. input_sizes: width and height of the resized picture, one a scale.
     """
-    area = (windows[:, 2] - windows[:, 0] + 1) * (windows[:, 3] - windows[:, 1] + 1) / (size[0] * size[1])
-    areas = area[:, None] * np.array([[width * height for width, height in input_sizes]], np.float64)
-    result: np.ndarray = np.abs(areas - CANONICAL_SIDE**2).argmin(1)
+    area = areas(windows) / (size[0] * size[1])
+    scaled = area[:, None] * np.array([[width * height for width, height in input_sizes]], np.float64)
+    result: np.ndarray = np.abs(scaled - CANONICAL_SIDE**2).argmin(1)
+    return result
+
+
+def overlaps(windows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[K, G] intersection over union of windows [K, 4] with others [G, 4]; pixels count whole, as in VOC's devkit."""
+    low = np.maximum(windows[:, None, :2], others[None, :, :2])
+    high = np.minimum(windows[:, None, 2:], others[None, :, 2:])
+    common = np.clip(high - low + 1, 0, None).prod(2)
+    result: np.ndarray = common / (areas(windows)[:, None] + areas(others)[None] - common)
+    return result
+
+
+def areas(windows: np.ndarray) -> np.ndarray:
+    """[K] pixels of windows [K, 4]."""
+    result: np.ndarray = (windows[:, 2] - windows[:, 0] + 1) * (windows[:, 3] - windows[:, 1] + 1)
     return result

@@ -130,3 +130,64 @@ def map_edge_pair(
         middle = (begin + end) / 2
         low = high = max(range(-1000, 1000), key=lambda cell: (-abs(offset + stride * cell - middle), cell))
     return min(max(low, 0), size - 1), min(max(high, 0), size - 1)
+
+
+def box_overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two windows of whole pixels, both ends inclusive."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]) + 1)
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
+    area_a, area_b = ((x[2] - x[0] + 1) * (x[3] - x[1] + 1) for x in (a, b))
+    return width * height / (area_a + area_b - width * height)
+
+
+def suppress(
+    boxes: Sequence[Sequence[float]], scores: Sequence[float], labels: Sequence[int], overlap: float
+) -> list[int]:
+    """Greedy suppression within each label: numbers of the boxes that stay, the best score first."""
+    stay: list[int] = []
+    for at in sorted(range(len(boxes)), key=lambda i: (-scores[i], i)):
+        if all(labels[at] != labels[o] or box_overlap(boxes[at], boxes[o]) <= overlap for o in stay):
+            stay.append(at)
+    return stay
+
+
+def voc_eval(
+    pictures: Sequence[dict[str, list]],
+    overlap: float,
+    method: str,  # type: ignore[type-arg]
+) -> float:
+    """Average precision of a class as VOCevaldet.m and VOCap.m count; pictures have boxes, difficult, found, scores."""
+    every = [(-s, p, d) for p, one in enumerate(pictures) for d, s in enumerate(one["scores"])]
+    every.sort(key=lambda entry: (entry[0], entry[1], entry[2]))
+    positives = sum(not d for one in pictures for d in one["difficult"])
+    taken: set[tuple[int, int]] = set()
+    true, false, precisions, recalls = 0, 0, [], []
+    for _, p, d in every:
+        one = pictures[p]
+        best, which = -1.0, -1
+        for g, box in enumerate(one["boxes"]):
+            if (shared := box_overlap(one["found"][d], box)) > best:
+                best, which = shared, g
+        if best >= overlap and one["difficult"][which]:
+            continue
+        if best >= overlap and (p, which) not in taken:
+            taken.add((p, which))
+            true += 1
+        else:
+            false += 1
+        precisions.append(true / (true + false))
+        recalls.append(true / positives)
+    if method == "11-point":
+        total = 0.0
+        for tenth in range(11):
+            # Compared as whole numbers, so that 3 of 10 reaches 0.3.
+            above = [
+                p for p, r in zip(precisions, recalls, strict=True) if round(r * positives) * 10 >= tenth * positives
+            ]
+            total += max(above, default=0.0)
+        return total / 11
+    area, before = 0.0, 0.0
+    for at, recall in enumerate(recalls):
+        area += (recall - before) * max(precisions[at:])
+        before = recall
+    return area

@@ -31,7 +31,7 @@ from sppfeat import (
     open_store,
     verify_store,
 )
-from sppfeat.backbone import load_backbone
+from sppfeat.backbone import Backbone, load_backbone
 from sppfeat.describe import Describer
 from sppfeat.preprocess import prepare_image
 from sppfeat.pyramid import pool_pyramid
@@ -327,21 +327,48 @@ def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_pa
 def test_a_failing_network_is_no_fault_of_the_images(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of memory, a lost GPU: the run ends with one line, and the rows stay pending."""
+    """A lost GPU: the run ends with one line, and the rows stay pending."""
     folder, output = make_images(5), tmp_path / "f.h5"
 
     def fail(*arguments: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
+        raise RuntimeError("CUDA error: unspecified launch failure\nMore text")
 
     monkeypatch.setattr("sppfeat.backbone.Backbone.feature_map", fail)
-    with pytest.raises(
-        BackboneError, match=r"failed on a batch of \d pictures .* \(CUDA out of memory.*smaller batch"
-    ) as e:
+    with pytest.raises(BackboneError, match=r"failed on a batch of \d pictures .* \(CUDA error: unsp.*failure") as e:
         extract_folder(folder, output, TINY, RunOptions(engine="torch"))
     assert "\n" not in str(e.value)
     assert open_store(output).counts() == {"pending": 5, "done": 0, "failed": 0}
     monkeypatch.undo()
     assert extract_folder(folder, output, TINY).described == 5
+
+
+@pytest.mark.parametrize("fits", [5, 1, 0])
+def test_out_of_memory_halves_batches_and_loses_no_row(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    """With a network that has room for `fits` pictures at a time."""
+    folder, output, options = make_images(40), tmp_path / "f.h5", RunOptions(engine="torch", batch_size=16)
+    recipe = replace(TINY, size_multiple=64)
+    extract_folder(folder, tmp_path / "whole.h5", recipe, RunOptions(engine="torch"))
+    feature_map, sizes = Backbone.feature_map, []
+
+    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pictures))
+        if len(pictures) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
+        return feature_map(self, pictures)
+
+    monkeypatch.setattr(Backbone, "feature_map", small)
+    if not fits:
+        with pytest.raises(BackboneError, match="one picture of 64 x .* does not fit .* cpu .CUDA out of mem.*smaller"):
+            extract_folder(folder, output, recipe, options)
+        assert open_store(output).counts() == {"pending": 40, "done": 0, "failed": 0}
+        return
+    assert extract_folder(folder, output, recipe, options).described == 40
+    expected, found = by_name(open_store(tmp_path / "whole.h5")), by_name(open_store(output))
+    assert all(same_within_one_unit(found[name], expected[name]) for name in expected)
+    assert max(sizes) > fits  # it happened
+    assert sum(size for size in sizes if size <= fits) == 40
 
 
 def test_a_scale_too_small_for_the_backbone_is_refused_at_once(make_images: MakeImages, tmp_path: Path) -> None:
@@ -420,3 +447,16 @@ def test_real_data(shared: Path, tmp_path: Path) -> None:
     similar = rows @ rows.T
     np.fill_diagonal(similar, -1)
     assert (labels[similar.argmax(1)] == labels).mean() >= 0.9
+
+
+def test_the_bottleneck_is_the_stage_that_the_others_wait_for(make_images: MakeImages, tmp_path: Path) -> None:
+    done = extract_folder(make_images(2), tmp_path / "f.h5", TINY)
+    assert done.bottleneck in ("decode", "forward")
+    on_cpu = replace(done, device="cpu", seconds=10.0, write=1.0, workers=8, streams=1)
+    assert replace(on_cpu, decode=3.0, forward=9.0).bottleneck == "forward"
+    assert replace(on_cpu, decode=12.0, forward=9.0).bottleneck == "decode"
+    assert replace(on_cpu, decode=3.0, forward=9.0, write=9.5).bottleneck == "write"
+    # Beside a GPU, eight threads decode while one feeds it.
+    assert replace(on_cpu, device="cuda:0", decode=12.0, forward=9.0).bottleneck == "forward"
+    assert replace(on_cpu, device="cuda:0", decode=79.0, forward=9.0).bottleneck == "decode"
+    assert replace(on_cpu, described=0).bottleneck is None

@@ -1,0 +1,419 @@
+"""SPP-net detection against R-CNN, and against itself: time and accuracy, over the same windows with the same SVMs.
+
+    python benchmarks/detection.py DATA --work FOLDER [PART...]
+
+DATA holds `raccoon` and `voc2007-subset`. FOLDER keeps windows, R-CNN's descriptors and the figures of finished parts,
+so that a part that was stopped goes on and the tables are printed from all parts that are done. Parts: windows, rcnn,
+pooling, time, raccoon, voc, stages; all of them by default.
+
+R-CNN: each window is cut out, warped to 224 x 224 and sent through the same network on the same engine; its map is
+pooled over the same levels, and the SVMs and box regression are trained by the same code. raccoon: the first 160 files
+in name order train, the last 40 test, the first 500 windows of selective search in each. voc2007-subset: 400 images
+train, 200 test, 20 classes, all windows of selective search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sppfeat import DescribedWindows, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
+from sppfeat.annotations import AnnotatedImages, read_voc, read_voc_files
+from sppfeat.detect import DetectorRunner, detection_recipe, open_detector
+from sppfeat.detection_evaluation import evaluate_detector
+from sppfeat.detector_training import TrainingOptions, train_detector
+from sppfeat.images import Fingerprint, read_image
+from sppfeat.proposals import open_windows, propose_folder
+from sppfeat.windows import overlaps
+
+SIDE = 224
+RACCOON_WINDOWS = 500
+SCALE_SETS: dict[str, tuple[int | str, ...]] = {
+    "1 scale (480)": (480,),
+    "2 scales (480, 688)": (480, 688),
+    "3 scales (480, 688, 1200)": (480, 688, 1200),
+    "5 scales (480, 576, 688, 864, 1200)": (480, 576, 688, 864, 1200),
+}
+
+
+class WarpingDescriber(Describer):
+    """R-CNN: every window is warped to 224 x 224 and goes through the network by itself.
+
+    folder: where descriptors are kept by image, since training goes over the images several times; None: not kept.
+    """
+
+    BATCH = 4
+
+    def __init__(self, recipe: Recipe, options: RunOptions | None = None, folder: Path | None = None) -> None:
+        super().__init__(recipe, options)
+        self._folder = folder
+
+    def describe_windows(
+        self,
+        pictures: Iterable[tuple[str, np.ndarray]],
+        *,
+        scales: str = "all",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[DescribedWindows]:
+        for position, (path, windows) in enumerate(pictures):
+            if stop():
+                return
+            kept = self._folder / f"{Path(path).stem}.npz" if self._folder is not None else None
+            known, rows = np.zeros((0, 4)), np.zeros((0, 0), np.float32)
+            if kept is not None and kept.exists():
+                with np.load(kept) as held:
+                    known, rows = held["windows"], held["rows"]
+            places = {tuple(window): at for at, window in enumerate(known.tolist())}
+            new = [window for window in windows.tolist() if tuple(window) not in places]
+            if new:
+                fresh = self.warped(path, np.array(new)).astype(np.float16)
+                rows = np.concatenate([rows, fresh]) if len(known) else fresh
+                known = np.concatenate([known, new])
+                places = {tuple(window): at for at, window in enumerate(known.tolist())}
+                if kept is not None:
+                    np.savez(kept.with_suffix(".partial.npz"), windows=known, rows=rows)
+                    kept.with_suffix(".partial.npz").replace(kept)
+            chosen = rows[[places[tuple(window)] for window in windows.tolist()]].astype(np.float32)
+            yield DescribedWindows(position, chosen, Image.open(path).size, Fingerprint(0, 0), None, {})
+
+    def warped(self, path: str, windows: np.ndarray) -> np.ndarray:
+        """[K, D] descriptors of windows [K, 4]."""
+        picture = read_image(path).pixels
+
+        def forward(part: np.ndarray) -> np.ndarray:
+            crops = [
+                np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x1, y1, x2 + 1, y2 + 1)))
+                for x1, y1, x2, y2 in part
+            ]
+            with torch.inference_mode():
+                maps = self._engine.feature_map(torch.from_numpy(np.stack(crops)))
+                return pool_pyramid(maps, self.recipe.levels, pooling=self.recipe.pooling).float().numpy()
+
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(
+            self._engine.streams, initializer=torch.set_num_threads, initargs=(self._engine.threads,)
+        ) as threads:
+            rows = list(threads.map(forward, np.split(windows, range(self.BATCH, len(windows), self.BATCH))))
+        torch.set_num_threads(before)
+        return np.concatenate(rows)
+
+
+class Data:
+    """The data sets, with windows proposed once."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.data, self.work = data, work
+
+    def windows(self, name: str, images: Path) -> dict[str, np.ndarray]:
+        path = self.work / f"{name}.windows.h5"
+        propose_folder(images, path)
+        found = open_windows(path)
+        return {key: found[key] for key in found}
+
+    def raccoon(self) -> tuple[AnnotatedImages, AnnotatedImages, dict[str, np.ndarray]]:
+        folder = self.data / "raccoon"
+        annotated = read_voc_files(folder / "images", folder / "annotations")
+        names = sorted(annotated.images)
+        windows = self.windows("raccoon", folder / "images")
+        cut = {name: boxes[:RACCOON_WINDOWS] for name, boxes in windows.items()}
+        return annotated.subset(names[:160]), annotated.subset(names[160:]), cut
+
+    def voc(self) -> tuple[AnnotatedImages, AnnotatedImages, dict[str, np.ndarray]]:
+        root = self.data / "voc2007-subset" / "VOC2007"
+        return read_voc(root, "trainval"), read_voc(root, "test"), self.windows("voc", root / "JPEGImages")
+
+
+def part_windows(data: Data) -> dict[str, Any]:
+    """Windows, and how much of the objects they can reach at all."""
+    result = {}
+    for name, (train, test, windows) in (("raccoon", data.raccoon()), ("voc", data.voc())):
+        best = [
+            overlaps(one.boxes, windows[key]).max(1, initial=0) for key, one in test.images.items() if len(one.boxes)
+        ]
+        result[name] = {
+            "train": len(train.images),
+            "test": len(test.images),
+            "mean": statistics.fmean(len(windows[key]) for key in [*train.images, *test.images]),
+            "recall": 100 * float((np.concatenate(best) >= 0.5).mean()),
+        }
+    return result
+
+
+def part_rcnn(data: Data) -> dict[str, Any]:
+    """R-CNN's descriptors of the raccoon windows and objects, kept for its training."""
+    train, test, windows = data.raccoon()
+    folder = data.work / "rcnn"
+    folder.mkdir(exist_ok=True)
+    describer = WarpingDescriber(detection_recipe(scales=(SIDE,)), folder=folder)
+    tasks = [
+        (each.path(name), np.concatenate([one.boxes if each is train else np.zeros((0, 4)), windows[name]]))
+        for each in (train, test)
+        for name, one in each.images.items()
+    ]
+    start = time.perf_counter()
+    count = 0
+    for done in describer.describe_windows(tasks):
+        count += len(done.descriptors) if done.descriptors is not None else 0
+        if done.position % 10 == 9:
+            print(f"rcnn: {done.position + 1} of {len(tasks)}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return {"windows": count}
+
+
+def part_pooling(data: Data) -> dict[str, Any]:
+    """2,000 windows of a 43 x 64 map of 256 channels over levels 6,3,2,1."""
+    from torchvision.ops import roi_pool
+
+    generator = np.random.default_rng(0)
+    feature_map = torch.randn(256, 43, 64, generator=torch.Generator().manual_seed(0))
+    first = generator.integers(0, (60, 39), (2000, 2))
+    last = np.minimum(first + generator.integers(0, (40, 30), (2000, 2)), (63, 42))
+    rois = torch.from_numpy(np.concatenate([first, last], 1))
+    boxes = torch.cat([torch.zeros(2000, 1), rois.float()], 1)
+    levels = (6, 3, 2, 1)
+    channels_last = feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+    def theirs() -> torch.Tensor:
+        pooled = [roi_pool(feature_map[None], boxes, level).permute(0, 2, 3, 1).flatten(1) for level in levels]
+        return torch.cat(pooled, 1)
+
+    if not torch.equal(theirs(), pool_rois(feature_map, rois, levels)):
+        raise SystemExit("pool_rois and roi_pool differ")
+    start = time.perf_counter()
+    pool_rois(channels_last, rois, levels)
+    first_call = time.perf_counter() - start
+    return {
+        "roi_pool": _median(theirs, 5),
+        "pool_rois": _median(lambda: pool_rois(channels_last, rois, levels), 9),
+        "first call": first_call,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def part_time(data: Data) -> dict[str, Any]:
+    """Seconds for the descriptors of 2,000 windows of an image, from its pixels on disk."""
+    path = sorted((data.data / "voc2007-subset" / "VOC2007" / "JPEGImages").glob("*.jpg"))[0]
+    width, height = Image.open(path).size
+    generator = np.random.default_rng(0)
+    corners = np.sort(generator.integers(0, (width, height), (8000, 2, 2)), axis=1)
+    windows = np.concatenate([corners[:, 0], corners[:, 1]], 1).astype(float)
+    windows = windows[(windows[:, 2] - windows[:, 0] >= 20) & (windows[:, 3] - windows[:, 1] >= 20)][:2000]
+    result: dict[str, Any] = {"image": [width, height], "windows": len(windows)}
+    rcnn = WarpingDescriber(detection_recipe(scales=(SIDE,)))
+    result["engine"] = rcnn.engine
+    sides = {name: Describer(detection_recipe(scales=scales)) for name, scales in SCALE_SETS.items()}
+    few = windows[:200]
+    rcnn.warped(str(path), few[:8])
+    for describer in sides.values():
+        list(describer.describe_windows([(str(path), windows)], scales="nearest"))
+    taken: dict[str, list[float]] = {name: [] for name in (*sides, "rcnn", "throughput")}
+    for _ in range(3):
+        for name, describer in sides.items():
+            start = time.perf_counter()
+            for _ in range(4):  # images one after the other, as a user with one image has it
+                list(describer.describe_windows([(str(path), windows)], scales="nearest"))
+            taken[name].append((time.perf_counter() - start) / 4)
+        start = time.perf_counter()
+        rcnn.warped(str(path), few)
+        taken["rcnn"].append((time.perf_counter() - start) * len(windows) / len(few))
+    result["rcnn"] = statistics.median(taken.pop("rcnn"))
+    # Several images at once keep both cores busy to the end of each.
+    taken.pop("throughput")
+    result["alone"] = {name: statistics.median(times) for name, times in taken.items()}
+    many = {}
+    for name, describer in sides.items():
+        start = time.perf_counter()
+        list(describer.describe_windows([(str(path), windows)] * 8, scales="nearest"))
+        many[name] = (time.perf_counter() - start) / 8
+    result["in a row"] = many
+    return result
+
+
+def part_raccoon(data: Data) -> dict[str, Any]:
+    """Accuracy on raccoon, SPP-net in several forms and R-CNN."""
+    train, test, windows = data.raccoon()
+    forms: dict[str, Callable[[], Describer]] = {
+        name: (lambda scales=scales: Describer(detection_recipe(scales=scales)))  # type: ignore[misc]
+        for name, scales in SCALE_SETS.items()
+    }
+    forms["levels 1"] = lambda: Describer(detection_recipe(levels=(1,)))
+    forms["levels 6,3,2,1"] = lambda: Describer(detection_recipe(levels=(6, 3, 2, 1)))
+    forms["stride 16, 2 scales"] = lambda: Describer(detection_recipe(layer="blocks.4"))
+    forms["stride 16, levels 6,3,2,1"] = lambda: Describer(detection_recipe(layer="blocks.4", levels=(6, 3, 2, 1)))
+    if len(list((data.work / "rcnn").glob("*.npz"))) >= len(train.images) + len(test.images):
+        forms["R-CNN"] = lambda: WarpingDescriber(detection_recipe(scales=(SIDE,)), folder=data.work / "rcnn")
+    return _accuracies(data, "raccoon", forms, train, test, windows)
+
+
+def part_voc(data: Data) -> dict[str, Any]:
+    """Accuracy on voc2007-subset."""
+    train, test, windows = data.voc()
+    forms: dict[str, Callable[[], Describer]] = {
+        name: (lambda scales=scales: Describer(detection_recipe(scales=scales)))  # type: ignore[misc]
+        for name, scales in list(SCALE_SETS.items())[:3]
+    }
+    forms["levels 6,3,2,1"] = lambda: Describer(detection_recipe(levels=(6, 3, 2, 1)))
+    return _accuracies(data, "voc", forms, train, test, windows)
+
+
+def _accuracies(
+    data: Data,
+    kind: str,
+    forms: dict[str, Callable[[], Describer]],
+    train: AnnotatedImages,
+    test: AnnotatedImages,
+    windows: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    kept = data.work / f"{kind}.forms.json"
+    result: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, make in forms.items():
+        if name in result:
+            continue
+        describer = make()
+        path = data.work / f"{kind} {name}.h5"
+        start = time.perf_counter()
+        done = train_detector(train, windows, path, describer=describer, options=TrainingOptions(), overwrite=True)
+        trained = time.perf_counter() - start
+        detector = open_detector(path)
+        bare = detector.__class__(**{**vars(detector), "box_weights": None, "box_biases": None})
+        figures = {}
+        for what, model in (("with", detector), ("without", bare)):
+            found = evaluate_detector(model, test, windows, describer=make())
+            figures[what] = {"11-point": found.eleven_point, "area": found.area, "coco": found.coco}
+            seconds = found.seconds
+        result[name] = {**figures, "rows": done.rows, "hard": done.hard, "train": trained, "test": seconds}
+        kept.write_text(json.dumps(result))
+        print(f"{kind}: {name}: {json.dumps(result[name])}", file=sys.stderr)
+    return result
+
+
+def part_stages(data: Data) -> dict[str, Any]:
+    """Where the time of detecting goes, and the memory: 40 images of raccoon, in a process of their own."""
+    if os.environ.get("SPPFEAT_BENCHMARK_CHILD"):
+        _, test, windows = data.raccoon()
+        detector = open_detector(data.work / "raccoon 2 scales (480, 688).h5")
+        runner = DetectorRunner(detector)
+        names = list(test.images)
+        start = time.perf_counter()
+        list(runner.detect([(test.path(name), windows[name]) for name in names]))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        print(json.dumps({"images": len(names), "seconds": seconds, "stages": runner.seconds, "peak": peak}))
+        return {}
+    _, test, windows = data.raccoon()
+    from sppfeat.proposals import propose
+
+    names = list(test.images)[:8]
+    start = time.perf_counter()
+    for name in names:
+        propose(test.path(name))
+    search = (time.perf_counter() - start) / len(names)
+    command = [sys.executable, __file__, str(data.data), "--work", str(data.work), "stages"]
+    child = subprocess.run(
+        command, env={**os.environ, "SPPFEAT_BENCHMARK_CHILD": "1"}, capture_output=True, text=True, check=True
+    )
+    return {**json.loads(child.stdout.splitlines()[-1]), "search": search}
+
+
+def _median(call: Callable[[], object], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+PARTS: dict[str, Callable[[Data], dict[str, Any]]] = {
+    "windows": part_windows,
+    "rcnn": part_rcnn,
+    "pooling": part_pooling,
+    "time": part_time,
+    "raccoon": part_raccoon,
+    "voc": part_voc,
+    "stages": part_stages,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(exist_ok=True)
+    data = Data(arguments.data, arguments.work)
+    for name in arguments.parts:
+        result = PARTS[name](data)
+        if result:
+            (arguments.work / f"{name}.json").write_text(json.dumps(result))
+    if not os.environ.get("SPPFEAT_BENCHMARK_CHILD"):
+        print_tables(arguments.work)
+
+
+def print_tables(work: Path) -> None:
+    """Everything that is measured so far, as Markdown."""
+    found = {
+        name: json.loads((work / f"{name}.json").read_text()) for name in PARTS if (work / f"{name}.json").exists()
+    }
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "openvino"))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {libraries}\n")
+    if "pooling" in found:
+        one = found["pooling"]
+        print("| pooling of 2,000 windows | ms | |\n|---|---|---|")
+        print(f"| torchvision roi_pool, one call a level | {1e3 * one['roi_pool']:.0f} | 1 |")
+        ratio = one["roi_pool"] / one["pool_rois"]
+        print(f"| pool_rois | {1e3 * one['pool_rois']:.0f} | {ratio:.1f} x |")
+        print(f"\nfirst call {1e3 * one['first call']:.0f} ms, {one['threads']} threads\n")
+    if "time" in found:
+        one = found["time"]
+        print(f"| descriptors of {one['windows']} windows, one image ({one['engine']}) | s | times R-CNN's speed |")
+        print("|---|---|---|")
+        print(f"| R-CNN | {one['rcnn']:.2f} | 1 |")
+        for name in one["alone"]:
+            for how in ("alone", "in a row"):
+                seconds = one[how][name]
+                print(f"| SPP-net, {name}, images {how} | {seconds:.3f} | {one['rcnn'] / seconds:.0f} |")
+        print()
+    for kind in ("raccoon", "voc"):
+        if kind in found:
+            print(f"| {kind} | mAP 11-point | area | COCO | without box regression | train, s | test, s |")
+            print("|---|---|---|---|---|---|---|")
+            for name, one in found[kind].items():
+                with_, without = one["with"], one["without"]
+                print(
+                    f"| {name} | {with_['11-point']:.1f} | {with_['area']:.1f} | {with_['coco']:.1f} | "
+                    f"{without['11-point']:.1f} | {one['train']:.0f} | {one['test']:.0f} |"
+                )
+            print()
+    if "windows" in found:
+        for kind, one in found["windows"].items():
+            print(
+                f"{kind}: {one['mean']:.0f} windows an image; {one['recall']:.1f} % of the test objects are overlapped"
+            )
+    if "stages" in found:
+        one = found["stages"]
+        print("\n| stage | ms an image |\n|---|---|")
+        print(f"| selective search, one process | {1e3 * one['search']:.0f} |")
+        for name, seconds in one["stages"].items():
+            print(f"| {name} | {1e3 * seconds / one['images']:.1f} |")
+        print(f"\nwhole: {1e3 * one['seconds'] / one['images']:.0f} ms an image; peak memory {one['peak']:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

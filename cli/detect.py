@@ -1,0 +1,127 @@
+"""`sppfeat detect`: find objects on images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.progress import Progress
+from sppfeat_cli.train_detector import Windows
+
+if TYPE_CHECKING:
+    from sppfeat.detect import Detections, Detector
+    from sppfeat.drawing import DetectionPage
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: sppfeat detect det.h5 photos/ --html hits.html")(detect)
+
+
+def detect(
+    detector: Annotated[
+        str, typer.Argument(metavar="DETECTOR", help="What `sppfeat train detector` made.", show_default=False)
+    ],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Folders, images, text lists, or -.", show_default=False)
+    ],
+    windows: Windows = None,
+    threshold: Annotated[float, typer.Option(help="Least score.")] = 0.0,
+    overlap: Annotated[
+        float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
+    ] = 0.3,
+    max_detections: Annotated[int, typer.Option(help="Most detections of an image.")] = 100,
+    draw: Annotated[str | None, typer.Option(metavar="DIR", help="Draw what is found on copies of the images.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page of what is found.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but results and errors.")] = False,
+) -> None:
+    """Find objects on images: boxes in pixels of the upright image, both ends inclusive, with label and score.
+
+    Without --windows, they are found on the way, as those were that the detector was trained with.
+    """
+    from sppfeat.detect import DetectOptions, detect_images, open_detector
+    from sppfeat.drawing import DetectionPage
+    from sppfeat.proposals import windows_from
+    from sppfeat.recipe import RunOptions
+    from sppfeat.report import check_page
+
+    options = DetectOptions(threshold=threshold, overlap=overlap, max_detections=max_detections)
+    run = RunOptions(device=device, engine=engine)
+    page_path = check_page(html, overwrite=overwrite) if html is not None else None
+    model = open_detector(detector)
+    boxes = windows_from(windows) if windows is not None else None
+    page = DetectionPage(model) if page_path is not None else None
+    with Progress(quiet=quiet) as progress:
+        results = _Results(progress, model, Path(draw) if draw is not None else None, page, as_json)
+        done = detect_images(model, sources, boxes, options, run, observer=results, stop=progress.stop.is_set)
+        for name in done.without_windows:
+            progress.note(f"{name}: has no windows")
+    if page is not None and page_path is not None:
+        page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
+    if as_json:
+        print_json(
+            {
+                "results": [results.found_on[name] for name in sorted(results.found_on)],
+                "failed": done.failed,
+                "without_windows": done.without_windows,
+                "seconds": round(done.seconds, 3),
+                "device": done.device,
+                "stages": {name: round(seconds, 3) for name, seconds in done.stages.items()},
+            }
+        )
+    elif not quiet:
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
+        print(
+            f"{done.found} detections on {done.searched} images, {done.seconds:.1f} s on {done.device}; busy: {stages}",
+            file=sys.stderr,
+        )
+    if done.searched + len(done.failed) < done.images:
+        print(f"sppfeat: interrupted, {done.images - done.searched - len(done.failed)} images left", file=sys.stderr)
+        raise typer.Exit(130)
+    if done.failed or done.without_windows:
+        raise typer.Exit(3)
+
+
+class _Results:
+    """Prints or keeps what is found, and draws it."""
+
+    def __init__(
+        self, progress: Progress, model: Detector, folder: Path | None, page: DetectionPage | None, as_json: bool
+    ) -> None:
+        self._progress, self._model, self._folder, self._page, self._as_json = progress, model, folder, page, as_json
+        self.found_on: dict[str, dict[str, Any]] = {}
+
+    def started(self, *, todo: int, reused: int) -> None:
+        self._progress.started(todo=todo, reused=reused)
+
+    def row(self, name: str, error: str | None) -> None:
+        self._progress.row(name, error)
+
+    def found(self, path: str, name: str, found: Detections) -> None:
+        from sppfeat.drawing import draw_to_folder
+
+        entries: list[dict[str, Any]] = [
+            {
+                "label": self._model.classes[int(label)],
+                "score": round(float(score), 4),
+                "box": [round(float(edge), 2) for edge in box],
+            }
+            for label, score, box in zip(found.labels, found.scores, found.boxes, strict=True)
+        ]
+        if self._as_json:
+            self.found_on[name] = {"image": name, "detections": entries}
+        else:
+            for entry in entries:
+                box = ",".join(f"{edge:.0f}" for edge in entry["box"])
+                typer.echo(f"{printable(name)}\t{printable(entry['label'])}\t{entry['score']:.3f}\t{box}")
+        if self._folder is not None:
+            draw_to_folder(path, name, found, self._model, self._folder)
+        if self._page is not None:
+            self._page.add(path, name, found)

@@ -1,0 +1,86 @@
+"""What commands that go through many images show on standard error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any, Final
+
+from sppfeat_cli.output import printable
+
+SECOND_SIGNAL_SECONDS: Final = 0.5
+
+
+class Progress:
+    """A line a failure, and a bar where standard error is a terminal.
+
+    Once work is under way, the first SIGINT or SIGTERM only sets `stop`, and images in flight are finished; a second
+    one ends the process at once.
+    """
+
+    def __init__(self, *, quiet: bool, verb: str = "to search") -> None:
+        self.stop = threading.Event()
+        self._quiet = quiet
+        self._verb = verb
+        self._bar: Any = None
+        self._signalled = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.close()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            # `timeout` and some schedulers signal a process and its group, and so twice.
+            if time.monotonic() - self._signalled > SECOND_SIGNAL_SECONDS:
+                os._exit(130)
+            return
+        self.stop.set()
+        self._signalled = time.monotonic()
+        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """The work is known."""
+        if not self._handlers:
+            self._handlers = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        if self._quiet:
+            return
+        from tqdm import tqdm
+
+        self.close()
+        kept = f", {reused} done before" if reused else ""
+        print(f"{todo} images {self._verb}{kept}", file=sys.stderr)
+        self._bar = tqdm(total=todo, unit="image", disable=None, file=sys.stderr, smoothing=0.1)
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is done, or failed for a reason."""
+        if self._quiet:
+            return
+        if error is not None:
+            self.note(f"failed: {name}: {error}")
+        if self._bar is not None:
+            self._bar.update()
+
+    def note(self, text: str) -> None:
+        """A line beside the bar."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(printable(text), file=sys.stderr)
+        else:
+            print(printable(text), file=sys.stderr)

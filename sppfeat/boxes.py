@@ -1,0 +1,65 @@
+"""Boxes that detections end in: regression from windows, and suppression of those that say the same.
+
+Box regression: Girshick, Donahue, Darrell, Malik, "Rich feature hierarchies for accurate object detection and semantic
+segmentation", CVPR 2014 (arXiv:1311.2524), appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import torch
+
+# No box grows by more than this in one step (Faster R-CNN's code clips log sizes at log(1000 / 16) alike).
+_MAX_LOG: Final = math.log(1000 / 16)
+
+
+def box_targets(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """[N, 4] what takes windows [N, 4] to boxes [N, 4]: shifts in window sizes, and logarithms of the sizes' ratios."""
+    size, box_size = (each[:, 2:] - each[:, :2] + 1 for each in (windows, boxes))
+    middle, box_middle = (each[:, :2] + each[:, 2:] for each in (windows, boxes))
+    return np.concatenate([(box_middle - middle) / 2 / size, np.log(box_size / size)], 1)
+
+
+def moved_boxes(windows: np.ndarray, targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[N, 4] windows [N, 4] moved by targets [N, 4], cut off at the picture of `size`; undoes `box_targets`."""
+    window_size = windows[:, 2:] - windows[:, :2] + 1
+    middle = (windows[:, :2] + windows[:, 2:]) / 2 + targets[:, :2] * window_size
+    half = (window_size * np.exp(np.clip(targets[:, 2:], -_MAX_LOG, _MAX_LOG)) - 1) / 2
+    moved = np.concatenate([middle - half, middle + half], 1)
+    clipped: np.ndarray = np.clip(moved, 0, [size[0] - 1, size[1] - 1] * 2)
+    return clipped
+
+
+def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [T, D] and biases [T] that minimise |rows w + b - targets|^2 + ridge |w|^2, b free.
+
+    rows: [N, D], targets: [N, T]. Solved in double precision in the smaller of N and D.
+    """
+    mean, target_mean = rows.mean(0, dtype=np.float64), targets.mean(0, dtype=np.float64)
+    centred = rows.astype(np.float64) - mean
+    wanted = targets - target_mean
+    if len(rows) <= rows.shape[1]:
+        gram = centred @ centred.T
+        gram.flat[:: len(gram) + 1] += ridge
+        weights = centred.T @ np.linalg.solve(gram, wanted)
+    else:
+        gram = centred.T @ centred
+        gram.flat[:: len(gram) + 1] += ridge
+        weights = np.linalg.solve(gram, centred.T @ wanted)
+    return weights.T.astype(np.float32), (target_mean - mean @ weights).astype(np.float32)
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, overlap: float) -> np.ndarray:
+    """Numbers of the boxes [N, 4] that stay, the best score first: greedily, within each label, none overlaps a better
+    one by more than `overlap`."""
+    from torchvision.ops import batched_nms
+
+    if not len(boxes):
+        return np.zeros(0, np.int64)
+    # torchvision measures from edge to edge; a pixel is as wide as one.
+    edges = torch.from_numpy(boxes + [0, 0, 1, 1]).double()
+    kept: np.ndarray = batched_nms(edges, torch.from_numpy(scores).double(), torch.from_numpy(labels), overlap).numpy()
+    return kept

@@ -1,0 +1,348 @@
+"""Detectors: trained, stopped, saved, run and evaluated on small pictures of coloured blocks."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from test_annotations import xml
+from typer.testing import CliRunner, Result
+
+from sppfeat import ModelError, Recipe, UsageError
+from sppfeat.annotations import AnnotatedImages, read_voc
+from sppfeat.detect import DetectOptions, DetectorRunner, detection_recipe, open_detector, save_detector
+from sppfeat.detection_evaluation import evaluate_detector
+from sppfeat.detector_training import TrainingOptions, train_detector
+from sppfeat.mining import Reservoir, RowCache
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
+# A random network's descriptors are weak: more cost than trained ones need.
+OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, cache_bytes=1 << 24)
+
+
+def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, float, float, float, float]]]:
+    """Pixels of 160 x 120, and its blocks as VOC has them, from 1."""
+    pixels = generator.integers(100, 150, (120, 160, 3)).astype(np.uint8)
+    objects = []
+    for name, left in (("red", 0), ("blue", 80)):
+        if generator.random() < 0.75:
+            width, height = generator.integers(36, 60, 2)
+            x, y = left + int(generator.integers(2, 78 - width)), int(generator.integers(2, 118 - height))
+            pixels[y : y + height, x : x + width] = COLORS[name]
+            objects.append((name, x + 1, y + 1, x + width, y + height))
+    return pixels, objects
+
+
+def propose_around(objects: list[tuple[str, float, float, float, float]], generator: np.random.Generator) -> np.ndarray:
+    """Windows near the objects, and elsewhere."""
+    corner = generator.integers(0, (110, 80), (60, 2))
+    windows = [np.concatenate([corner, np.minimum(corner + generator.integers(30, 60, (60, 2)), (159, 119))], 1)]
+    for _, *box in objects:
+        near = np.array(box) - 1 + generator.integers(-7, 8, (12, 4))
+        windows.append(np.clip(near, 0, [159, 119, 159, 119]))
+    return np.concatenate(windows).astype(float)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOC layout of 24 training and 12 test scenes, with windows.json beside."""
+    root = tmp_path_factory.mktemp("voc")
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    windows, names = {}, [f"{n:03}" for n in range(36)]
+    for name in names:
+        pixels, objects = draw_scene(generator)
+        Image.fromarray(pixels).save(root / f"JPEGImages/{name}.png")
+        (root / f"Annotations/{name}.xml").write_text(xml(*objects, size=(160, 120)))
+        windows[f"{name}.png"] = propose_around(objects, generator).tolist()
+    (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names[:24]))
+    (root / "ImageSets/Main/test.txt").write_text("\n".join(names[24:]))
+    (root / "windows.json").write_text(json.dumps(windows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def windows(voc: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(boxes) for name, boxes in json.loads((voc / "windows.json").read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def trained(voc: Path, windows: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "det.h5"
+    done = train_detector(read_voc(voc, "trainval"), windows, path, SMALL, OPTIONS)
+    assert not done.interrupted and done.classes == ["blue", "red"] and not done.failed
+    assert done.positives["red"] > 10 and sum(done.hard) > 0
+    assert not list(path.parent.glob(".*"))
+    return path
+
+
+def test_a_detector_finds_what_it_learned(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    detector = open_detector(trained)
+    done = evaluate_detector(detector, read_voc(voc, "test"), windows)
+    assert done.eleven_point > 65 and done.area > 65 and done.images == 12 and not done.failed
+    bare = replace(detector, box_weights=None, box_biases=None)
+    assert evaluate_detector(bare, read_voc(voc, "test"), windows).coco < done.coco
+    for one in done.classes:
+        assert one.objects and one.recall[-1] <= 1 and (np.diff(one.recall) >= 0).all()
+
+
+def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    runner = DetectorRunner(open_detector(trained))
+    pictures = [(str(voc / "JPEGImages" / name), boxes) for name, boxes in windows.items()]
+    count = 0
+    for found in runner.detect(pictures):
+        assert (np.diff(found.scores) <= 0).all() and (found.scores >= 0).all() and found.windows >= 60
+        assert (found.boxes >= 0).all() and (found.boxes[:, 2:] <= [159, 119]).all()
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+        count += len(found.scores)
+    assert count
+    few = list(runner.detect(pictures, DetectOptions(threshold=-10, max_detections=3)))
+    assert all(len(found.scores) <= 3 for found in few)
+    (nothing,) = runner.detect([(pictures[0][0], np.zeros((0, 4)))])
+    assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
+    (missing,) = runner.detect([(str(voc / "no.png"), windows["000.png"])])
+    assert missing.error == "no such file"
+
+
+def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    runner = DetectorRunner(open_detector(trained))
+    path = str(voc / "JPEGImages" / "000.png")
+    (inside,) = runner.detect([(path, windows["000.png"])])
+    (both,) = runner.detect([(path, np.concatenate([[[0, 0, 900, 9]], windows["000.png"]]))])
+    assert both.windows == inside.windows
+    np.testing.assert_array_equal(both.boxes, inside.boxes)
+
+
+def same(a: Path, b: Path) -> bool:
+    with h5py.File(a) as one, h5py.File(b) as other:
+        return all(np.array_equal(one[key][...], other[key][...]) for key in one)
+
+
+@pytest.mark.parametrize("stop_after", [5, 24, 40])
+def test_a_stopped_training_ends_in_the_same_detector(
+    trained: Path, voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, stop_after: int
+) -> None:
+    class Counting:
+        seen = 0
+
+        def started(self, *, todo: int, reused: int) -> None:
+            pass
+
+        def row(self, name: str, error: str | None) -> None:
+            self.seen += 1
+
+        def note(self, text: str) -> None:
+            pass
+
+    counting, path, annotated = Counting(), tmp_path / "det.h5", read_voc(voc, "trainval")
+    done = train_detector(
+        annotated, windows, path, SMALL, OPTIONS, observer=counting, stop=lambda: counting.seen >= stop_after
+    )
+    assert done.interrupted and not path.exists() and (tmp_path / ".det.h5.training").exists()
+    with pytest.raises(ModelError, match="a training with other images, windows, recipe or options was stopped here"):
+        train_detector(annotated, windows, path, SMALL, replace(OPTIONS, c=7.0))
+    before = counting.seen
+    done = train_detector(annotated, windows, path, SMALL, OPTIONS, observer=counting)
+    assert not done.interrupted and same(path, trained)
+    whole = sum(len(open_detector(trained).training["hard"]) * [24]) + 24
+    assert counting.seen == whole and before >= stop_after
+    assert not (tmp_path / ".det.h5.training").exists()
+
+
+def test_the_cache_is_bounded(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
+    annotated = read_voc(voc, "trainval")
+    few = replace(OPTIONS, cache_bytes=1 << 20)
+    recipe = replace(SMALL, levels=(6, 3, 2, 1))  # 50 bins of 96 channels: 109 rows fit
+    done = train_detector(annotated, windows, tmp_path / "det.h5", recipe, few)
+    assert done.rows <= (1 << 20) // (2 * (50 * 96 + 1))
+    assert evaluate_detector(open_detector(tmp_path / "det.h5"), read_voc(voc, "test"), windows).eleven_point > 50
+    with pytest.raises(UsageError, match="cache_bytes must be at least"):
+        train_detector(annotated, windows, tmp_path / "x.h5", replace(recipe, levels=(16,)), few)
+
+
+def test_row_cache() -> None:
+    cache = RowCache(6, 3, 2)
+    cache.add(np.arange(9).reshape(3, 3), np.array([[1, -1], [-1, 0], [0, -1]]), 4, np.array([-1, 2, 5]))
+    assert cache.free == 3 and cache.unknown(4, np.array([2, 3, 5])).tolist() == [3]
+    assert cache.unknown(5, np.array([2])).tolist() == [2]
+    cache.keep(np.array([True, False, True]))
+    assert cache.rows.tolist() == [[0, 1, 2], [6, 7, 8]] and cache.origin.tolist() == [[4, -1], [4, 5]]
+    assert cache.unknown(4, np.array([2, 5])).tolist() == [2]
+    other = RowCache(6, 3, 2)
+    other.restore(cache.state())
+    assert other.rows.tolist() == cache.rows.tolist() and other.unknown(4, np.array([5])).tolist() == []
+    with pytest.raises(ValueError, match="of another kind"):
+        RowCache(6, 4, 2).restore(cache.state())
+
+
+def test_a_reservoir_samples_evenly() -> None:
+    """Of 100 rows offered, 10 stay; each about as often as any other."""
+    kept = np.zeros(100)
+    for seed in range(400):
+        reservoir = Reservoir(10, 1, 1)
+        rows = np.arange(100)[:, None]
+        reservoir.offer(0, rows, np.repeat(rows, 4, 1), np.random.default_rng(seed))
+        held, targets = reservoir.of(0)
+        assert len(set(held[:, 0].tolist())) == 10 and np.array_equal(held[:, 0], targets[:, 0])
+        kept[held[:, 0].astype(int)] += 1
+    assert kept.min() > 40 / 3 and kept.max() < 40 * 2
+
+
+def test_classes_without_objects_and_pictures_without_windows(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    annotated = read_voc(voc, "trainval")
+    annotated.classes = ["blue", "green", "red"]
+    some = {name: boxes for name, boxes in windows.items() if name not in ("000.png", "003.png")}
+    some["001.png"] = np.concatenate([some["001.png"], [[0, 0, 500, 9]]])
+    done = train_detector(annotated, some, tmp_path / "det.h5", SMALL, OPTIONS)
+    assert done.classes == ["blue", "red"] and open_detector(tmp_path / "det.h5").classes == ["blue", "red"]
+    assert "class 'green' has no box that counts: it is left out" in done.notes
+    assert "000.png: has no windows; only its objects are used" in done.notes
+    assert any(note.startswith("001.png: 1 windows are left out: the first reaches outside") for note in done.notes)
+    with pytest.raises(UsageError, match="expected windows of the images, found none"):
+        train_detector(annotated, {}, tmp_path / "x.h5", SMALL, OPTIONS)
+    with pytest.raises(UsageError, match="expected annotated boxes to learn from, found none"):
+        train_detector(replace_boxes(annotated), windows, tmp_path / "x.h5", SMALL, OPTIONS)
+
+
+def replace_boxes(annotated: AnnotatedImages) -> AnnotatedImages:
+    """The same images, all objects difficult."""
+    images = {n: replace(one, difficult=np.ones(len(one.boxes), bool)) for n, one in annotated.images.items()}
+    return replace(annotated, images=images)
+
+
+def test_a_picture_that_breaks_later_is_left_out(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, trained: Path
+) -> None:
+    annotated = read_voc(voc, "trainval")
+    content = (voc / "JPEGImages/005.png").read_bytes()
+    try:
+        (voc / "JPEGImages/005.png").write_bytes(content[: len(content) // 2])
+        done = train_detector(annotated, windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    finally:
+        (voc / "JPEGImages/005.png").write_bytes(content)
+    assert done.failed.keys() == {"005.png"} and not same(tmp_path / "det.h5", trained)
+
+
+def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    for change in ({"c": 0.0}, {"positive_weight": -1.0}, {"negative_overlap": 0.0}, {"passes": 0}, {"seed": -1}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            TrainingOptions(**change)  # type: ignore[arg-type]
+    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            DetectOptions(**change)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a detector needs dtype 'float32'"):
+        train_detector(read_voc(voc, "trainval"), windows, tmp_path / "d.h5", replace(SMALL, dtype="float16"), OPTIONS)
+
+
+def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None:
+    model = open_detector(trained)
+    other = replace(model, recipe=replace(model.recipe, backbone="timm:test_vit"))
+    save_detector(replace(model, weights_sha256="0" * 64), tmp_path / "w.h5")
+    with pytest.raises(ModelError, match="was trained with other weights of timm:test_resnet: expected sha256 0000"):
+        DetectorRunner(open_detector(tmp_path / "w.h5"))
+    with pytest.raises(ModelError, match="the detector expects descriptors of 480 values, found 4800"):
+        DetectorRunner(replace(model, recipe=replace(model.recipe, levels=(6, 3, 2, 1))))
+    assert other.recipe.backbone == "timm:test_vit"
+    for key, values in (("weights", np.zeros((2, 9))), ("biases", np.full(2, np.nan)), ("weights", None)):
+        save_detector(model, tmp_path / "x.h5")
+        with h5py.File(tmp_path / "x.h5", "r+") as file:
+            del file[key]
+            if values is not None:
+                file[key] = values
+        with pytest.raises(ModelError, match=r"x\.h5: expected a detector that is whole, found: .*" + key):
+            open_detector(tmp_path / "x.h5")
+    save_detector(model, tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5", "r+") as file:
+        file.attrs["recipe"] = replace(model.recipe, scales=(64,)).to_json()
+    with pytest.raises(ModelError, match="its recipe_hash is of another recipe"):
+        open_detector(tmp_path / "x.h5")
+
+
+def call(*arguments: str | Path) -> Result:
+    """The command line within this process, which saves seconds of imports; exit codes of errors need `run_sppfeat`."""
+    from sppfeat_cli.app import app
+
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    det, windows = tmp_path / "det.h5", voc / "windows.json"
+    options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64,128", "--levels", "2,1"]
+    done = run_sppfeat("train", "detector", voc, "-o", det, "--windows", windows, "--c", "0.1", *options)
+    # A picture on which nothing is, is named, and learned from.
+    assert done.returncode == 3 and "detector of 2 classes" in done.stdout
+    assert re.search(r"\d+\.png: \d+\.xml has no sound object", done.stderr)
+    again = call("train", "detector", voc, "-o", det, "--windows", windows)
+    assert isinstance(again.exception, ModelError) and "exists already" in str(again.exception)
+    assert "detector of 2 classes (blue, red)" in call("inspect", det).stdout
+    shown = json.loads(call("inspect", det, "--json").stdout)
+    assert shown["format"] == "detector" and shown["training"]["positives"]["red"] > 10
+
+    drawn, page = tmp_path / "drawn", tmp_path / "hits.html"
+    found = run_sppfeat(
+        "detect", det, voc / "JPEGImages", "--windows", windows, "--json", "--draw", drawn, "--html", page
+    )
+    assert found.returncode == 0, found.stderr
+    results = json.loads(found.stdout)["results"]
+    assert [one["image"] for one in results] == [f"{n:03}.png" for n in range(36)]
+    hit = next(one for one in results if one["detections"])
+    assert hit["detections"][0].keys() == {"label", "score", "box"} and len(hit["detections"][0]["box"]) == 4
+    assert len(list(drawn.glob("*.jpg"))) == 36
+    assert page.read_text().count("<figure") == sum(bool(one["detections"]) for one in results)
+    lines = call("detect", det, voc / "JPEGImages", "--windows", windows).stdout.splitlines()
+    assert len(lines) == sum(len(one["detections"]) for one in results) and lines[0].count("\t") == 3
+
+    report = tmp_path / "report.html"
+    found = run_sppfeat("evaluate", "detection", det, voc, "--windows", windows, "--json", "--report", report)
+    document = json.loads(found.stdout)
+    assert {"mAP", "per_class", "iou", "images"} <= document.keys() and document["mAP"] > 60
+    assert report.read_text().count("<polyline") == 2
+    table = call("evaluate", "detection", det, voc, "--windows", windows).stdout
+    assert table.splitlines()[0].split() == ["class", "11-point", "area", "COCO", "objects"]
+
+
+def test_command_line_finds_windows_itself(
+    voc: Path, trained: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((voc / "JPEGImages/001.png").read_bytes())
+    (tmp_path / "in/broken.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (200, 12)).save(tmp_path / "in/flat.png")
+    found = run_sppfeat("detect", trained, tmp_path / "in", "--json")
+    assert found.returncode == 3, found.stderr
+    document = json.loads(found.stdout)
+    assert document["failed"].keys() == {"broken.png"} and document["without_windows"] == ["flat.png"]
+    assert [one["image"] for one in document["results"]] == ["a.png", "flat.png"]
+    assert document["results"][0]["detections"]
+    wrong = run_sppfeat("detect", trained, tmp_path / "in", "--windows", voc / "windows.json")
+    assert wrong.returncode == 2 and "the windows are of none of the 3 images" in wrong.stderr
+    assert isinstance(call("detect", voc / "windows.json", tmp_path / "in").exception, ModelError)
+    assert isinstance(call("train", "detector", "-o", tmp_path / "x.h5").exception, UsageError)
+
+
+def test_defaults_of_the_command_line_are_those_of_the_library() -> None:
+    import inspect
+
+    from sppfeat_cli.train_detector import detector
+
+    parameters = inspect.signature(detector).parameters
+    options, recipe = TrainingOptions(), detection_recipe()
+    for name in ("c", "positive_weight", "passes", "box_regression", "seed"):
+        assert parameters[name].default == getattr(options, name)
+    shown = {n: p.annotation for n, p in parameters.items()}
+    assert ",".join(map(str, recipe.scales)) in str(shown["scale_list"])
+    assert ",".join(map(str, recipe.levels)) in str(shown["level_list"])
+    assert abs(parameters["memory"].default * 1_000_000 - options.cache_bytes) < 1_000_000
+    assert isinstance(recipe, Recipe)
