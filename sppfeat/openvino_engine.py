@@ -72,6 +72,10 @@ class OpenVinoEngine:
             self._compiled = _compile(backbone, options)
             self._check_values()
             _write_entry(entry, self._compiled)
+        else:
+            # At its first pass the binding fills tables of its own, and two threads that do so at once wait for each
+            # other for ever, one for the table and one for the interpreter: so the first pass is this thread's.
+            self._infer(torch.zeros((1, *_odd_size(backbone), 3), dtype=torch.uint8))
 
     def lane(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
