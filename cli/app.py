@@ -1,7 +1,5 @@
 """The Typer app: commands parse, make one library call, and print."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """`sppfeat detect`: find objects on images."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +91,7 @@ class _Results:
     """Prints or keeps what is found, and draws it."""
 
     def __init__(
-        self, progress: Progress, model: Detector, folder: Path | None, page: DetectionPage | None, as_json: bool
+        self, progress: Progress, model: "Detector", folder: Path | None, page: "DetectionPage | None", as_json: bool
     ) -> None:
         self._progress, self._model, self._folder, self._page, self._as_json = progress, model, folder, page, as_json
         self.found_on: dict[str, dict[str, Any]] = {}
@@ -104,7 +102,7 @@ class _Results:
     def row(self, name: str, error: str | None) -> None:
         self._progress.row(name, error)
 
-    def found(self, path: str, name: str, found: Detections) -> None:
+    def found(self, path: str, name: str, found: "Detections") -> None:
         from sppfeat.drawing import draw_to_folder
 
         entries: list[dict[str, Any]] = [

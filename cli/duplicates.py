@@ -1,9 +1,7 @@
 """`sppfeat duplicates`: groups of near-duplicates."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -54,7 +52,7 @@ class _Bar:
 
         self._bar = tqdm(total=100, unit="%", disable=True if quiet else None, file=sys.stderr, leave=False)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -64,7 +62,7 @@ class _Bar:
         self._bar.update(100 * part - self._bar.n)
 
 
-def _document(found: Duplicates) -> dict[str, Any]:
+def _document(found: "Duplicates") -> dict[str, Any]:
     return {
         "store": found.store,
         "threshold": found.threshold,
@@ -80,7 +78,7 @@ def _document(found: Duplicates) -> dict[str, Any]:
     }
 
 
-def _text(found: Duplicates) -> str:
+def _text(found: "Duplicates") -> str:
     lines = []
     for number, group in enumerate(found.groups, 1):
         lines.append(f"group {number}: {len(group)} pictures")

@@ -1,7 +1,5 @@
 """`sppfeat evaluate`: how good descriptors are."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,7 +87,7 @@ def transfer(
         typer.echo(_table(done))
 
 
-def _document(done: Transfer) -> dict[str, Any]:
+def _document(done: "Transfer") -> dict[str, Any]:
     document = {
         "store": done.store,
         "protocol": done.protocol,
@@ -112,13 +110,13 @@ def _document(done: Transfer) -> dict[str, Any]:
     return document
 
 
-def _costs(done: Transfer, trial: int) -> float | dict[str, float]:
+def _costs(done: "Transfer", trial: int) -> float | dict[str, float]:
     """One C, or where the classes have their own, those."""
     costs = done.costs[trial].tolist()
     return costs[0] if len(set(costs)) == 1 else dict(zip(done.per_class, costs, strict=True))
 
 
-def _table(done: list[Transfer]) -> str:
+def _table(done: "list[Transfer]") -> str:
     first = done[0]
     several = first.metric == "mAP"
     lines = []
@@ -144,7 +142,7 @@ def _table(done: list[Transfer]) -> str:
     return "\n".join(lines)
 
 
-def _difference(one: Transfer, first: Transfer) -> str:
+def _difference(one: "Transfer", first: "Transfer") -> str:
     import statistics
 
     pairs = [a - b for a, b in zip(one.trials, first.trials, strict=True)]

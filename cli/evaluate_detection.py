@@ -1,7 +1,5 @@
 """`sppfeat evaluate detection`: how good a detector is."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +80,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
-def _document(done: DetectionEvaluation) -> dict[str, Any]:
+def _document(done: "DetectionEvaluation") -> dict[str, Any]:
     return {
         "mAP": _number(done.eleven_point),
         "mAP_area": _number(done.area),
@@ -100,7 +98,7 @@ def _document(done: DetectionEvaluation) -> dict[str, Any]:
     }
 
 
-def _table(done: DetectionEvaluation) -> str:
+def _table(done: "DetectionEvaluation") -> str:
     width = max(len("class"), *(len(printable(one.name)) for one in done.classes))
     lines = [f"{'class':<{width}}  11-point    area    COCO  objects"]
     for one in [*done.classes, None]:

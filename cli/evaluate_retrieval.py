@@ -1,7 +1,5 @@
 """`sppfeat evaluate retrieval`: how well descriptors find images of the same thing."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -92,7 +90,7 @@ def retrieval(
         typer.echo(_text(done))
 
 
-def _document(done: Retrieval) -> dict[str, Any]:
+def _document(done: "Retrieval") -> dict[str, Any]:
     from sppfeat.retrieval import percent
 
     return {
@@ -107,7 +105,7 @@ def _document(done: Retrieval) -> dict[str, Any]:
     }
 
 
-def _text(done: Retrieval) -> str:
+def _text(done: "Retrieval") -> str:
     from sppfeat.retrieval import percent
 
     lines = ["  ".join(f"{name} {value:.2f} %" for name, value in percent(done).items())]

@@ -1,12 +1,10 @@
 """`sppfeat extract`: images into a store."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -225,7 +223,7 @@ class _Progress:
         self._failed = 0
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -262,11 +260,11 @@ class _Progress:
         self._bar.update()
 
 
-def _unit(done: Extraction) -> str:
+def _unit(done: "Extraction") -> str:
     return "image" if done.without_windows is None else "window"
 
 
-def _document(done: Extraction) -> dict[str, Any]:
+def _document(done: "Extraction") -> dict[str, Any]:
     windows = {} if done.without_windows is None else {"images_without_windows": done.without_windows}
     return {
         "store": done.store,
@@ -292,7 +290,7 @@ def _document(done: Extraction) -> dict[str, Any]:
     }
 
 
-def _bottleneck(done: Extraction) -> str:
+def _bottleneck(done: "Extraction") -> str:
     """Which stage held up the run, and what would help."""
     import importlib.util
 
@@ -307,7 +305,7 @@ def _bottleneck(done: Extraction) -> str:
     return f"the network; {helps}, or, with other values, --precision bfloat16"
 
 
-def _summary(done: Extraction) -> str:
+def _summary(done: "Extraction") -> str:
     parts = [f"{done.described} described"]
     for count, word in (
         (done.changed, "of them changed"),

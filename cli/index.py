@@ -1,7 +1,5 @@
 """`sppfeat index`: a store into a gallery."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,10 +120,10 @@ def _build(
     store: str,
     output: str,
     options: dict[str, Any],
-    projection: ProjectionOptions | None,
+    projection: "ProjectionOptions | None",
     whitening_from: str | None,
     overwrite: bool,
-) -> Change:
+) -> "Change":
     from sppfeat.gallery import create_gallery
     from sppfeat.index import IndexOptions
     from sppfeat.store import open_store
@@ -140,7 +138,9 @@ def _build(
     )
 
 
-def _change(store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str) -> Change:
+def _change(
+    store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str
+) -> "Change":
     from sppfeat.gallery import add_to_gallery, read_names, remove_from_gallery
     from sppfeat.store import open_store
 
@@ -151,7 +151,7 @@ def _change(store: str | None, add_to: str | None, remove: str | None, remove_fr
 
 def projection_options(
     project: int | None, whiten: bool, power: float, shrinkage: float, whitening_from: str | None, seed: int = 0
-) -> ProjectionOptions | None:
+) -> "ProjectionOptions | None":
     """What --project, --whiten and the flags that go with them ask for; None: no projection."""
     from sppfeat.whitening import DEFAULT_DIMS, ProjectionOptions
 
@@ -163,7 +163,7 @@ def projection_options(
     return ProjectionOptions(dims=dims, whiten=whiten, power=power, shrinkage=shrinkage, seed=seed)
 
 
-def _document(done: Change) -> dict[str, Any]:
+def _document(done: "Change") -> dict[str, Any]:
     about = done.about
     built = done.built
     return {
@@ -180,7 +180,7 @@ def _document(done: Change) -> dict[str, Any]:
     }
 
 
-def _summary(done: Change) -> str:
+def _summary(done: "Change") -> str:
     about, built = done.about, done.built
     index = about["index"]
     size = human_bytes(about["files"]["index"]["bytes"])

@@ -1,7 +1,5 @@
 """`sppfeat inspect`: what a sppfeat file holds."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from typing import Annotated, Any

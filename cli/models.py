@@ -1,7 +1,5 @@
 """`sppfeat models`: the backbones and their layers."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """What the commands share in printing and in reading options."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`sppfeat predict`: images into the classes of a model."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any
 

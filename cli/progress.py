@@ -1,14 +1,12 @@
 """What commands that go through many images show on standard error."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from sppfeat_cli.output import printable
 
@@ -30,7 +28,7 @@ class Progress:
         self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

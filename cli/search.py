@@ -1,7 +1,5 @@
 """`sppfeat search`: a gallery by pictures, or by a store."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +111,7 @@ def _box(text: str | None) -> tuple[float, float, float, float] | None:
     return found[0], found[1], found[2], found[3]
 
 
-def _document(done: SearchResult) -> dict[str, Any]:
+def _document(done: "SearchResult") -> dict[str, Any]:
     return {
         "results": [
             {
@@ -133,7 +131,7 @@ def _document(done: SearchResult) -> dict[str, Any]:
     }
 
 
-def _table(done: SearchResult) -> str:
+def _table(done: "SearchResult") -> str:
     lines: list[str] = []
     for answer in done.answers:
         if answer.error is not None:

@@ -1,7 +1,5 @@
 """The options of commands that train SVMs."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`sppfeat train detector`: an SPP-net detector from annotated images."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,7 +143,7 @@ def detector(
         raise typer.Exit(3)
 
 
-def _document(done: Training) -> dict[str, Any]:
+def _document(done: "Training") -> dict[str, Any]:
     return {
         "detector": done.file,
         "images": done.images,
@@ -162,7 +160,7 @@ def _document(done: Training) -> dict[str, Any]:
     }
 
 
-def _summary(done: Training) -> str:
+def _summary(done: "Training") -> str:
     objects = sum(done.positives.values())
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
     text = (

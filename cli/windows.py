@@ -1,7 +1,5 @@
 """`sppfeat windows`: proposals of windows, found once and kept in a file."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -74,7 +72,7 @@ def windows(
         raise typer.Exit(3)
 
 
-def _summary(done: Proposals) -> str:
+def _summary(done: "Proposals") -> str:
     parts = [f"{done.proposed} searched"]
     for count, word in (
         (done.reused, "reused"),
