@@ -61,8 +61,8 @@ def detect(
     with Progress(quiet=quiet) as progress:
         results = _Results(progress, model, Path(draw) if draw is not None else None, page, as_json)
         done = detect_images(model, sources, boxes, options, run, observer=results, stop=progress.stop.is_set)
-        for name in done.without_windows:
-            progress.note(f"{name}: has no windows")
+        for note in done.notes:
+            progress.note(note)
     if page is not None and page_path is not None:
         page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
     if as_json:
@@ -70,7 +70,7 @@ def detect(
             {
                 "results": [results.found_on[name] for name in sorted(results.found_on)],
                 "failed": done.failed,
-                "without_windows": done.without_windows,
+                "notes": done.notes,
                 "seconds": round(done.seconds, 3),
                 "device": done.device,
                 "stages": {name: round(seconds, 3) for name, seconds in done.stages.items()},
@@ -85,7 +85,7 @@ def detect(
     if done.searched + len(done.failed) < done.images:
         print(f"sppfeat: interrupted, {done.images - done.searched - len(done.failed)} images left", file=sys.stderr)
         raise typer.Exit(130)
-    if done.failed or done.without_windows:
+    if done.failed or done.notes:
         raise typer.Exit(3)
 
 

@@ -116,7 +116,9 @@ def extract(
     jpeg_draft: Annotated[
         bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, other values.")
     ] = Recipe.jpeg_draft,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:N,M,...")
+    ] = RunOptions.device,
     engine: Annotated[
         str, typer.Option(metavar="NAME", help=f"What runs the network: {_one_of(ENGINES)}")
     ] = RunOptions.engine,

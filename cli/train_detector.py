@@ -90,7 +90,7 @@ def detector(
     """
     from sppfeat.annotations import read_annotations, select_classes
     from sppfeat.detect import detection_recipe
-    from sppfeat.detector_training import TrainingOptions, train_detector, windows_beside
+    from sppfeat.detector_training import TrainingOptions, train_detector
     from sppfeat.proposals import windows_from
     from sppfeat.recipe import RunOptions
 
@@ -119,22 +119,13 @@ def detector(
             progress.note(f"left out: {name}: {reason}")
         for note in annotated.notes:
             progress.note(note)
-        boxes, proposals = (
-            windows_beside(output, annotated, observer=progress, stop=progress.stop.is_set)
-            if windows is None
-            else (windows_from(windows), None)
-        )
-        if boxes is None:
-            print("sppfeat: interrupted while windows were found; the same command resumes", file=sys.stderr)
-            raise typer.Exit(130)
         done = train_detector(
             annotated,
-            boxes,
+            windows_from(windows) if windows is not None else None,
             output,
             recipe,
             options,
             run,
-            proposals=proposals,
             overwrite=overwrite,
             observer=progress,
             stop=progress.stop.is_set,

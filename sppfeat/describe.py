@@ -26,14 +26,6 @@ from sppfeat.pyramid import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.windows import map_windows, nearest_scales, outside, window_text
 
-# On a CPU, one picture a core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
-# pictures a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
-# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once, and a batch that does not fit into
-# its memory is halved, for good.
-CPU_BATCH_SIZE: Final = 1
-CUDA_BATCH_SIZE: Final = 128
-# A group of a rare shape goes to the network incomplete after this many batches' worth of other pictures.
-PATIENCE_BATCHES: Final = 16
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
 
@@ -139,7 +131,7 @@ class Describer:
         self._one_retry = threading.Lock()
         self.workers = options.num_workers or available_cores()
         self.streams = self._engine.streams
-        self._batch_size = options.batch_size or (CPU_BATCH_SIZE if self.device.type == "cpu" else CUDA_BATCH_SIZE)
+        self._batch_size = options.batch_size or self._engine.batch_size
 
     def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
         """Describe every path, about in order; a picture that cannot be described comes with its reason.
@@ -214,7 +206,7 @@ class Describer:
         decoding: deque[tuple[int, np.ndarray | None, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
-            self._batch_size, patience=PATIENCE_BATCHES * self._batch_size * len(self.recipe.scales)
+            self._batch_size, patience=self._engine.patience * self._batch_size * len(self.recipe.scales)
         )
         rows: dict[int, _Row] = {}
 

@@ -149,7 +149,8 @@ class Detections(NamedTuple):
     """What was found on one picture, the best first, or why it could not be searched.
 
     labels: [n] numbers of classes. scores: [n] float32. boxes: [n, 4] float64 windows inside the picture.
-    windows: how many were scored. position: counts the pictures given.
+    windows: how many were scored. left_out: how many reach outside the picture, or could not be described.
+    position: counts the pictures given.
     """
 
     position: int
@@ -158,6 +159,7 @@ class Detections(NamedTuple):
     boxes: np.ndarray
     image_size: tuple[int, int]
     windows: int
+    left_out: int
     error: str | None
 
 
@@ -219,11 +221,11 @@ class DetectorRunner:
             windows = windows_of.pop(done.position)
             if done.descriptors is None:
                 nothing = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 4))
-                yield Detections(done.position, *nothing, done.image_size, 0, done.error)
+                yield Detections(done.position, *nothing, done.image_size, 0, 0, done.error)
                 continue
             good = np.setdiff1d(np.arange(len(windows)), list(done.window_errors))
             found = self._found(done.descriptors[good], windows[good], done.image_size, options)
-            yield Detections(done.position, *found, done.image_size, len(good), None)
+            yield Detections(done.position, *found, done.image_size, len(good), len(windows) - len(good), None)
 
     def _found(
         self, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
@@ -283,15 +285,15 @@ def detected(
 class Detecting:
     """What a run of `detect_images` did.
 
-    images: listed. searched: of them, in this run. failed: those that could not be, by name, and why. without_windows:
-    names of images in which there was nothing to score. stages: seconds of work by stage, summed over threads.
+    images: listed. searched: of them, in this run. failed: those that could not be, by name, and why. notes: images
+    without windows, or with some outside the picture. stages: seconds of work by stage, summed over threads.
     """
 
     images: int
     searched: int
     found: int
     failed: dict[str, str]
-    without_windows: list[str]
+    notes: list[str]
     seconds: float
     device: str
     stages: dict[str, float]
@@ -339,7 +341,7 @@ def detect_images(
     names = [name for name in images.names if name not in images.problems]
     pictures = [(name, name_to_path(images.root, name)) for name in names]
     failed = dict(images.problems)
-    without: list[str] = []
+    notes: list[str] = []
     count = searched = 0
     observer.started(todo=len(images.names), reused=0)
     for name, reason in images.problems.items():
@@ -351,8 +353,7 @@ def detect_images(
         else:
             searched += 1
             count += len(done.scores)
-            if not done.windows:
-                without.append(name)
+            notes += window_notes(name, done)
             observer.found(path, name, done)
         observer.row(name, done.error)
     return Detecting(
@@ -360,8 +361,18 @@ def detect_images(
         searched=searched,
         found=count,
         failed=failed,
-        without_windows=sorted(without),
+        notes=sorted(notes),
         seconds=time.perf_counter() - began,
         device=str(runner.device),
         stages=runner.seconds,
     )
+
+
+def window_notes(name: str, done: Detections) -> list[str]:
+    """What is odd about the windows of a picture that was searched."""
+    notes = []
+    if done.left_out:
+        notes.append(f"{name}: {done.left_out} windows reach outside the picture and are left out")
+    if not done.windows:
+        notes.append(f"{name}: has no windows")
+    return notes

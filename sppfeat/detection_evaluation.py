@@ -12,7 +12,7 @@ import numpy as np
 
 from sppfeat.annotations import AnnotatedImages
 from sppfeat.describe import Describer
-from sppfeat.detect import DetectOptions, Detector, DetectorRunner, detected
+from sppfeat.detect import DetectOptions, Detector, DetectorRunner, detected, window_notes
 from sppfeat.detection_metrics import COCO_OVERLAPS, Objects, coco_average_precision, voc_ranking
 from sppfeat.errors import UsageError
 from sppfeat.metrics import ranked_average_precision
@@ -129,8 +129,8 @@ def evaluate_detector(
         one = annotated.images[name]
         if done.error is not None:
             failed[name] = done.error
-        elif not done.windows:
-            notes.append(f"{name}: has no windows")
+        else:
+            notes += window_notes(name, done)
         count += done.windows
         order.append(done.position)
         for label, known in enumerate(detector.classes):

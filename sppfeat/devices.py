@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
-from sppfeat.errors import DeviceError
+from sppfeat.errors import DeviceError, SppFeatWarning, UsageError, one_line
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises DeviceError when it is not there."""
-    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The device of that name; `auto` takes a GPU where there is one, and says so with a SppFeatWarning where there is
+    one that cannot be used. Raises DeviceError when it is not there, UsageError for several.
+    """
+    if "," in name:
+        raise UsageError(f"device {name}: expected one device here, found several")
+    if name == "cpu":
+        return torch.device("cpu")
+    usable, complaint = _usable_gpus()
     if name == "auto":
+        if not usable and complaint:
+            warnings.warn(
+                f"the GPU is left out ({complaint}); the processor takes its place", SppFeatWarning, stacklevel=2
+            )
         return torch.device("cuda:0" if usable else "cpu")
     if name.startswith("cuda"):
         number = int(name.partition(":")[2] or 0)
@@ -20,9 +31,21 @@ def resolve_device(name: str) -> torch.device:
             built = (
                 f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
             )
-            raise DeviceError(f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({built})")
+            raise DeviceError(
+                f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({complaint or built})"
+            )
         return torch.device("cuda", number)
     return torch.device(name)
+
+
+def _usable_gpus() -> tuple[int, str]:
+    """How many there are, and what torch says where there would be more: a driver that is too old for it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    complaints = [one_line(warning.message) for warning in said if isinstance(warning.message, Warning)]
+    # A machine without any GPU is nothing to complain about.
+    return usable, next((text for text in complaints if "no NVIDIA driver" not in text), "")
 
 
 def available_cores() -> int:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from sppfeat.describe import Described, Describer
+from sppfeat.describe import Describer
+from sppfeat.devices import resolve_device
 from sppfeat.errors import StoreError, UsageError
+from sppfeat.fill import Work, fill_rows, fill_rows_with
 from sppfeat.images import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Status, Store, StoreWriter, check_output, create_store, extend_store, lock_store, open_store
 from sppfeat.windows import row_name, split_row_name
-
-# A killed run loses at most this much work; a flush waits for the disk.
-FLUSH_SECONDS: Final = 0.25
 
 Source = str | os.PathLike[str]
 
@@ -130,6 +130,10 @@ def extract_folder(
     """
     began = time.perf_counter()
     observer = observer or _Silent()
+    options = options or RunOptions()
+    devices = options.devices()
+    for each in devices:
+        resolve_device(each)
     # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_output(path, overwrite=overwrite, resume=resume)
@@ -139,23 +143,18 @@ def extract_folder(
     windowed = windows is not None
     with lock_store(path):
         check_output(path, overwrite=overwrite, resume=resume)
-        describer = Describer(recipe or Recipe(), options)
+        # Beside several cards, this process only knows the network: it needs no place on any.
+        own = replace(options, device="cpu", engine="torch") if len(devices) > 1 else options
+        describer = Describer(recipe or Recipe(), own)
+        device = options.device if len(devices) > 1 else str(describer.device)
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
         plan = _plan(store, rows, images, windowed=windowed, retry_failed=retry_failed)
-        observer.started(todo=len(plan.todo), reused=plan.reused, gone=plan.gone, device=str(describer.device))
+        observer.started(todo=len(plan.todo), reused=plan.reused, gone=plan.gone, device=device)
         described = failed = changed = 0
-        write_seconds = 0.0
+        work = Work()
         with StoreWriter(store) as writer:
             writer.reset(sorted(plan.redo))
-
-            def put(row: int, done: Described) -> None:
-                if done.descriptor is None:
-                    writer.fail(row, done.error or "", done.fingerprint)
-                else:
-                    writer.write(row, done.descriptor, done.image_size, done.fingerprint)
-
-            last_flush = time.perf_counter()
             readable = [name for name in plan.todo if name not in images.problems]
             for name in plan.todo:
                 if name in images.problems:
@@ -164,20 +163,17 @@ def extract_folder(
                     failed += 1
             for name in plan.lost:
                 writer.fail(rows[name], "the file is gone")
-            for name, done in _outcomes(describer, images.root, readable, windowed, stop):
-                start = time.perf_counter()
-                put(rows[name], done)
-                if start - last_flush > FLUSH_SECONDS:
-                    writer.flush()
-                    last_flush = time.perf_counter()
-                write_seconds += time.perf_counter() - start
-                described += done.error is None
-                failed += done.error is not None
-                changed += done.error is None and rows[name] in plan.changed
-                observer.row(name, done.error)
-            start = time.perf_counter()
-            writer.flush()
-            write_seconds += time.perf_counter() - start
+            if len(devices) > 1:
+                writer.flush()
+                filled = fill_rows_with(devices, options, store, images.root, rows, readable, windowed, stop, work)
+            else:
+                filled = fill_rows(writer, describer, images.root, rows, readable, windowed, stop, work)
+            with contextlib.closing(filled):  # also when the observer raises: processes must not outlive the lock
+                for name, error in filled:
+                    described += error is None
+                    failed += error is not None
+                    changed += error is None and rows[name] in plan.changed
+                    observer.row(name, error)
         pending = len(plan.todo) - described - failed
         return Extraction(
             store=str(path),
@@ -190,39 +186,16 @@ def extract_folder(
             pending=pending,
             repeated=images.repeated,
             dim=describer.dim,
-            device=str(describer.device),
+            device=device,
             engine=describer.engine,
             seconds=time.perf_counter() - began,
-            decode=describer.times.decode,
-            forward=describer.times.forward,
-            write=write_seconds,
-            workers=describer.workers,
-            streams=describer.streams,
+            decode=work.decode,
+            forward=work.forward,
+            write=work.write,
+            workers=work.workers,
+            streams=work.streams,
             without_windows=without_windows,
         )
-
-
-def _outcomes(
-    describer: Describer, root: str, names: list[str], windowed: bool, stop: Callable[[], bool]
-) -> Iterator[tuple[str, Described]]:
-    """What became of each row, with its name; all windows of an image come together."""
-    if not windowed:
-        for done in describer.describe((name_to_path(root, name) for name in names), stop=stop):
-            yield names[done.position], done
-        return
-    rows_of: dict[str, list[str]] = {}
-    for name in names:
-        rows_of.setdefault(split_row_name(name)[0], []).append(name)
-    pictures = list(rows_of)
-    tasks = (
-        (name_to_path(root, picture), np.array([split_row_name(row)[1] for row in rows_of[picture]], np.float64))
-        for picture in pictures
-    )
-    for found in describer.describe_windows(tasks, stop=stop):
-        for at, name in enumerate(rows_of[pictures[found.position]]):
-            error = found.error or found.window_errors.get(at)
-            descriptor = None if error is not None or found.descriptors is None else found.descriptors[at]
-            yield name, Described(found.position, descriptor, found.image_size, found.fingerprint, error)
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,9 @@ class WindowFile(Mapping[str, np.ndarray]):
         row = self._row[name]
         return np.asarray(self._windows[self._start[row] : self._start[row + 1]], np.float64)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -245,6 +248,11 @@ class WindowFile(Mapping[str, np.ndarray]):
     def count(self) -> int:
         """Windows of all pictures together."""
         return len(self._windows)
+
+    def size_of(self, name: str) -> tuple[int, int]:
+        """Width and height of the upright picture; zeros where it could not be read."""
+        width, height = self.image_size[self._row[name]].tolist()
+        return width, height
 
     def fingerprint(self, name: str) -> Fingerprint:
         """The picture's file as it was."""
@@ -358,7 +366,7 @@ def propose_folder(
         written = _write(path, before, journal, options, images.root)
         journal.remove()
     failed = sum(name in written.errors for name in images.names)
-    known = [name for name in images.names if name in written._row]
+    known = [name for name in images.names if name in written]
     empty = sum(not len(written[name]) for name in known) - failed
     return Proposals(
         file=str(path),
@@ -471,7 +479,7 @@ def _write(path: Path, before: WindowFile | None, journal: _Journal, options: Pr
             else:
                 assert before is not None
                 count, print_ = len(before[name]), before.fingerprint(name)
-                size, error = before.image_size[before.names.index(name)].tolist(), before.errors.get(name, "")
+                size, error = before.size_of(name), before.errors.get(name, "")
             start.append(start[-1] + count)
             for key, value in zip(columns, (error, size, *print_), strict=True):
                 columns[key].append(value)

@@ -172,7 +172,8 @@ class Recipe:
 class RunOptions:
     """Everything that changes only how fast descriptors are made; never part of their identity.
 
-    device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`, or several GPUs, `cuda:N,M,...`: one process
+        each (`extract_folder` alone).
     engine: `auto` (the fastest that is installed and runs the network), `torch` or `openvino`.
     batch_size: most pictures in one forward pass; None: chosen for the device.
     num_workers: decoding threads; None: one for each core.
@@ -184,13 +185,24 @@ class RunOptions:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+(,\d+)*)?", self.device):
+            raise UsageError(f"device must be auto, cpu, cuda, cuda:N or cuda:N,M,..., found {self.device!r}")
+        if len(set(_devices(self.device))) != len(_devices(self.device)):
+            raise UsageError(f"device must name different GPUs, found {self.device!r}")
         _require_choice("engine", self.engine, ENGINES)
         if self.batch_size is not None:
             _require_integer("batch_size", self.batch_size, 1, 4096)
         if self.num_workers is not None:
             _require_integer("num_workers", self.num_workers, 1, 1024)
+
+    def devices(self) -> list[str]:
+        """The device, or each of several."""
+        return _devices(self.device)
+
+
+def _devices(device: str) -> list[str]:
+    kind, _, numbers = device.partition(":")
+    return [f"{kind}:{int(number)}" for number in numbers.split(",")] if "," in numbers else [device]
 
 
 def _show(value: object) -> str:

@@ -119,7 +119,7 @@ def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windo
     path = str(voc / "JPEGImages" / "000.png")
     (inside,) = runner.detect([(path, windows["000.png"])])
     (both,) = runner.detect([(path, np.concatenate([[[0, 0, 900, 9]], windows["000.png"]]))])
-    assert both.windows == inside.windows
+    assert both.windows == inside.windows and (both.left_out, inside.left_out) == (1, 0)
     np.testing.assert_array_equal(both.boxes, inside.boxes)
 
 
@@ -210,6 +210,8 @@ def test_classes_without_objects_and_pictures_without_windows(
     assert "class 'green' has no box that counts: it is left out" in done.notes
     assert "000.png: has no windows; only its objects are used" in done.notes
     assert any(note.startswith("001.png: 1 windows are left out: the first reaches outside") for note in done.notes)
+    with pytest.raises(ModelError, match="exists already"):  # before windows are searched for hours
+        train_detector(annotated, None, tmp_path / "det.h5", SMALL, OPTIONS)
     with pytest.raises(UsageError, match="expected windows of the images, found none"):
         train_detector(annotated, {}, tmp_path / "x.h5", SMALL, OPTIONS)
     with pytest.raises(UsageError, match="expected annotated boxes to learn from, found none"):
@@ -323,7 +325,7 @@ def test_command_line_finds_windows_itself(
     found = run_sppfeat("detect", trained, tmp_path / "in", "--json")
     assert found.returncode == 3, found.stderr
     document = json.loads(found.stdout)
-    assert document["failed"].keys() == {"broken.png"} and document["without_windows"] == ["flat.png"]
+    assert document["failed"].keys() == {"broken.png"} and document["notes"] == ["flat.png: has no windows"]
     assert [one["image"] for one in document["results"]] == ["a.png", "flat.png"]
     assert document["results"][0]["detections"]
     wrong = run_sppfeat("detect", trained, tmp_path / "in", "--windows", voc / "windows.json")

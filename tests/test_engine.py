@@ -20,6 +20,7 @@ from torch import nn
 
 from sppfeat import (
     BackboneError,
+    DeviceError,
     Recipe,
     RunOptions,
     SppFeatWarning,
@@ -30,6 +31,7 @@ from sppfeat import (
 from sppfeat import engine as engine_module
 from sppfeat.backbone import load_backbone
 from sppfeat.describe import Describer
+from sppfeat.devices import resolve_device
 from sppfeat.engine import load_engine
 from sppfeat.trunk import _Tracer
 
@@ -336,3 +338,20 @@ def test_a_failure_of_openvino_alone_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine, "_infer", fail)
     with pytest.raises(RuntimeError, match="^OpenVINO: no room; --engine torch runs it$"):
         engine.feature_map(pictures(1, 64, 64))
+
+
+def test_a_driver_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    def old() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).\nPlease update",
+            stacklevel=1,
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old)
+    with pytest.raises(DeviceError, match="device cuda: expected .* found none usable .*driver .* is too old .found"):
+        resolve_device("cuda")
+    with pytest.warns(SppFeatWarning, match="the GPU is left out .*too old.*; the processor takes its place"):
+        assert resolve_device("auto") == torch.device("cpu")

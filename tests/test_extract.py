@@ -138,7 +138,7 @@ def test_resume_describes_only_what_is_new_or_changed(make_images: MakeImages, t
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(make_images: MakeImages, tmp_path: Path) -> None:
-    folder, output = make_images(30), tmp_path / "f.h5"
+    folder, output = make_images(80), tmp_path / "f.h5"
     extract_folder(folder, tmp_path / "whole.h5", TINY)
     stop, log = threading.Event(), Log()
 
@@ -149,7 +149,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make_images: MakeImages, t
                 stop.set()
 
     first = extract_folder(folder, output, TINY, observer=StopAtFive(), stop=stop.is_set)
-    assert first.interrupted and first.described >= 5 and first.pending == 30 - first.described
+    assert first.interrupted and first.described >= 5 and first.pending == 80 - first.described
     assert open_store(output).counts()["done"] == first.described  # those in flight were finished, and kept
     second = extract_folder(folder, output, TINY, observer=log)
     assert second.reused == first.described and second.described == first.pending and not second.interrupted

@@ -228,7 +228,7 @@ def test_dimensions(scales: tuple[int, ...], fuse: str, expected: int) -> None:
     assert recipe.dimensions(3) == expected
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15", "cuda:0,3"])
 def test_devices(device: str) -> None:
     assert RunOptions(device=device, batch_size=1, num_workers=1024).device == device
 
@@ -236,11 +236,14 @@ def test_devices(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, found 'gpu'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or cuda:N,M,..., found 'gpu'"),
         ({"device": "cuda:"}, "device must be"),
         ({"device": "cuda:-1"}, "device must be"),
         ({"device": "cpu\n"}, "device must be"),
         ({"device": 0}, "device must be"),
+        ({"device": "cuda:0,"}, "device must be"),
+        ({"device": "cuda:0,1,0"}, "device must name different GPUs"),
+        ({"engine": "tensorrt"}, "unknown engine 'tensorrt': expected one of auto, torch, openvino"),
         ({"device": None}, "device must be"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1 to 4096, found 0"),
         ({"batch_size": 4097}, "batch_size must be"),

@@ -1,0 +1,249 @@
+"""An NVIDIA GPU, in one command: are the values right, and how close is each part to what the card can do?
+
+    python benchmarks/gpu.py [--images FOLDER]
+
+Prints Markdown: values first (it stops where one is wrong), then images a second of the bare network and from JPEG
+files to a store, the pyramid over whole maps against torch and against the bandwidth of a copy, windows against
+roi_pool, the SVM's Gram matrix and solution, and FAISS. Where there is no GPU it says so, and runs the kernels in
+Triton's interpreter against plain torch instead: values, no times. Without `--images`, random pictures are written as
+JPEG files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from extract import processor
+from pyramid import LEVELS, by_roi_pool, random_rois, same_maps, whole
+
+from sppfeat import Recipe, RunOptions, extract_folder, open_store, pool_pyramid, pool_rois, pyramid
+
+INTERPRETED = """
+import torch
+from sppfeat import pool_pyramid, pool_rois, pyramid_triton
+pyramid_triton._CHANNELS, pyramid_triton._CELLS = 4, 8
+maps = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
+whole = torch.tensor([[0, 0, 0, 9, 6], [1, 0, 0, 9, 6]], dtype=torch.int32)
+some = torch.tensor([[0, 2, 1, 8, 5], [0, 3, 3, 3, 3]], dtype=torch.int32)
+cells = maps.permute(0, 2, 3, 1).contiguous()
+for levels in ((6, 3, 2, 1), (4, 3, 2, 1)):
+    assert torch.equal(pyramid_triton.max_of_windows(cells, whole, levels), pool_pyramid(maps, levels))
+    assert torch.equal(pyramid_triton.max_of_windows(cells, some, levels), pool_rois(maps[0], some[:, 1:], levels))
+"""
+
+
+def median(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds of a call on the card, by its own clock."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def check(what: str, right: bool) -> None:
+    if not right:
+        raise SystemExit(f"{what}: other values")
+    print(f"* {what}: as expected")
+
+
+def check_values(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        maps = torch.randn(8, 320, 14, 20, generator=generator).to(dtype)
+        rois = random_rois(500, 14, 20)
+        check(f"whole maps, {dtype}", torch.equal(pool_pyramid(maps.cuda(), LEVELS).cpu(), pool_pyramid(maps, LEVELS)))
+        here, there = pool_rois(maps[0].cuda(), rois, LEVELS).cpu(), pool_rois(maps[0], rois, LEVELS)
+        check(f"windows, {dtype}", torch.equal(here, there))
+    if pyramid._triton_failed:
+        raise SystemExit("the Triton kernels did not run: see the warning above")
+    some = sorted(folder.rglob("*.jpg"))[:64]
+    listing = folder / "some.txt"
+    listing.write_text("\n".join(map(str, some)) + "\n")
+    rows = []
+    for device in ("cpu", "cuda"):
+        extract_folder(
+            listing, folder / f"{device}.h5", Recipe(), RunOptions(device=device, engine="torch"), overwrite=True
+        )
+        rows.append(np.array(open_store(folder / f"{device}.h5").descriptors, np.float64))
+    worst = float((np.linalg.norm(rows[0] - rows[1], axis=1) / np.linalg.norm(rows[0], axis=1)).max())
+    check(f"descriptors in float32, at most {worst:.1e} from the processor's", worst < 1e-3)
+
+
+def extraction(folder: Path, count: int) -> None:
+    from sppfeat.backbone import load_backbone
+    from sppfeat.preprocess import prepare_image
+
+    print("\n| extraction | images/s | share of the bare network |\n|---|---|---|")
+    recipe = Recipe(precision="bfloat16", size_multiple=224)
+    files = sorted(folder.rglob("*.jpg"))[:count]
+    backbone = load_backbone(recipe).to(torch.device("cuda"))
+    shape = prepare_image(str(files[0]), backbone.recipe).inputs[0].shape
+    pictures = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
+    with torch.inference_mode():
+        eager = len(pictures) / median(lambda: backbone.feature_map(pictures))
+        print(f"| bare network, bfloat16, eager, batches of 128, {shape[0]} x {shape[1]} | {eager:.0f} | |")
+        compiled = torch.compile(backbone.trunk, mode="max-autotune-no-cudagraphs")
+        inputs = pictures.permute(0, 3, 1, 2).to(torch.bfloat16)
+        fastest = len(pictures) / median(lambda: compiled(inputs))
+        print(f"| bare network, bfloat16, compiled | {fastest:.0f} | 1.00 |")
+    listing = folder / "all.txt"
+    listing.write_text("\n".join(map(str, files)) + "\n")
+    for _ in range(2):  # the first run warms files and card up
+        done = extract_folder(listing, folder / "gpu.h5", recipe, RunOptions(device="cuda"), overwrite=True)
+    busy = done.decode / done.workers
+    print(
+        f"| from {len(files)} JPEG files to a store | {done.images_per_second:.0f} | "
+        f"{done.images_per_second / fastest:.2f} |"
+    )
+    print(f"| decoding alone would allow ({done.workers} threads) | {done.described / busy:.0f} | |")
+
+
+def pooling() -> None:
+    print("\n| whole maps, bfloat16 | torch form, us | per level, us | kernel, us | times torch | share of a copy |")
+    print("|---|---|---|---|---|---|")
+    for shape in ((128, 320, 7, 10), (128, 1280, 7, 10), (32, 256, 43, 64), (128, 256, 43, 64)):
+        maps = torch.randn(shape, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+        check(f"maps of {list(shape)}", same_maps(pool_pyramid(maps, LEVELS), whole(maps), shape[1]))
+        kernel = median(lambda maps=maps: pool_pyramid(maps, LEVELS))  # type: ignore[misc]
+        level = median(lambda maps=maps: whole(maps))  # type: ignore[misc]
+        with torch_form():
+            plain = median(lambda maps=maps: pool_pyramid(maps, LEVELS))  # type: ignore[misc]
+        target = torch.empty_like(maps)
+        copy = 2 * maps.nbytes / median(lambda a=target, b=maps: a.copy_(b))  # type: ignore[misc]
+        moved = maps.nbytes + 2 * shape[0] * 50 * shape[1]
+        print(
+            f"| {' x '.join(map(str, shape))} | {1e6 * plain:.0f} | {1e6 * level:.0f} | {1e6 * kernel:.0f} | "
+            f"{plain / kernel:.2f} | {moved / kernel / copy:.2f} |"
+        )
+    print("\n| windows on 256 x 43 x 64, float32 | roi_pool per level, ms | kernel, ms | times as fast |")
+    print("|---|---|---|---|")
+    feature_map = torch.randn(256, 43, 64, device="cuda")
+    for count in (500, 2000, 8000):
+        rois = random_rois(count, 43, 64).cuda()
+        check(
+            f"{count} windows",
+            torch.equal(pool_rois(feature_map, rois, LEVELS), by_roi_pool(feature_map, rois, LEVELS)),
+        )
+        theirs = median(lambda r=rois: by_roi_pool(feature_map, r, LEVELS))  # type: ignore[misc]
+        ours = median(lambda r=rois: pool_rois(feature_map, r, LEVELS))  # type: ignore[misc]
+        print(f"| {count} | {1e3 * theirs:.2f} | {1e3 * ours:.2f} | {theirs / ours:.1f} |")
+
+
+@contextlib.contextmanager
+def torch_form() -> Iterator[None]:
+    before, pyramid._triton_failed = pyramid._triton_failed, True
+    try:
+        yield
+    finally:
+        pyramid._triton_failed = before
+
+
+def svm() -> None:
+    from sppfeat import train_linear_svm
+
+    print("\n| linear SVMs, 3030 x 16000, 101 classes | seconds |\n|---|---|")
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(101), 30)
+    rows = generator.standard_normal((101, 16000), np.float32)[labels]
+    rows += 3 * generator.standard_normal(rows.shape, np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for device in ("cuda", "cpu"):
+        for _ in range(2):
+            start = time.perf_counter()
+            train_linear_svm(rows, labels, c=1.0, device=device)
+            seconds = time.perf_counter() - start
+        print(f"| Gram matrix and solution on {device} | {seconds:.2f} |")
+
+
+def search() -> None:
+    try:
+        import faiss
+    except ImportError:
+        print("\nFAISS is not installed.")
+        return
+    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+        print(f"\nFAISS {faiss.__version__} sees no GPU (faiss-cpu is installed, or none is there).")
+        return
+    rows = np.random.default_rng(0).standard_normal((200_000, 512), np.float32)
+    index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(512))
+    index.add(rows)
+    index.search(rows[:1000], 10)
+    start = time.perf_counter()
+    _, found = index.search(rows[:10_000], 10)
+    seconds = time.perf_counter() - start
+    exact = faiss.IndexFlatIP(512)
+    exact.add(rows)
+    check("FAISS's neighbours", np.array_equal(found[:50, 0], exact.search(rows[:50], 10)[1][:, 0]))
+    print(f"\nFAISS, exact, 200,000 x 512, 10 neighbours: {10_000 / seconds:.0f} queries/s")
+
+
+def pictures_in(folder: Path, count: int) -> None:
+    """Random pictures, smooth as photographs are, as baseline JPEG files of 500 x 375."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        small = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        data = io.BytesIO()
+        small.resize((500, 375), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
+        (folder / f"{number:05}.jpg").write_bytes(data.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=Path, help="folder of JPEG files")
+    parser.add_argument("--count", type=int, default=4000)
+    arguments = parser.parse_args()
+    versions = []
+    for name in ("torch", "torchvision", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
+    if not torch.cuda.is_available():
+        print("\nNo NVIDIA GPU here: nothing about one was measured.")
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the kernels, interpreted: other values\n{done.stderr}")
+        print("\n* the kernels of the pyramid, in Triton's interpreter: the values of the torch form, bit by bit")
+        return
+    driver = torch.cuda.get_device_properties(0)
+    print(f"{driver.name}, {driver.total_memory >> 30} GiB, CUDA {torch.version.cuda}\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.images is None:
+            pictures_in(folder, arguments.count)
+        else:
+            for number, path in enumerate(sorted(arguments.images.rglob("*.jpg"))[: arguments.count]):
+                (folder / f"{number:05}.jpg").symlink_to(path.resolve())
+        check_values(folder)
+        with torch.inference_mode():
+            pooling()
+        extraction(folder, arguments.count)
+        svm()
+        search()
+
+
+if __name__ == "__main__":
+    main()
