@@ -117,7 +117,7 @@ def _document(done: "SearchResult") -> dict[str, Any]:
             {
                 "query": answer.query,
                 "neighbors": [
-                    {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path}
+                    {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path, "box": one.box}
                     for one in answer.neighbors
                 ],
             }
@@ -137,5 +137,9 @@ def _table(done: "SearchResult") -> str:
         if answer.error is not None:
             continue
         lines += [""] * bool(lines) + [printable(answer.query)]
-        lines += [f"{one.rank:>5}  {one.score:7.4f}  {printable(one.path or one.name)}" for one in answer.neighbors]
+        # Rows of windows are told apart by their names; their paths are those of the pictures.
+        lines += [
+            f"{one.rank:>5}  {one.score:7.4f}  {printable(one.name if one.box or not one.path else one.path)}"
+            for one in answer.neighbors
+        ]
     return "\n".join(lines)

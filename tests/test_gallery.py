@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from conftest import MakeStore
 
-from sppfeat import GalleryError, StoreError, UsageError
-from sppfeat import gallery as gallery_module
+from sppfeat import GalleryError, StoreError, UsageError, gallery_files
 from sppfeat.gallery import (
     add_to_gallery,
     create_gallery,
@@ -132,13 +131,13 @@ def test_a_failure_at_any_step_leaves_the_old_gallery(
 
     with monkeypatch.context() as patch:
         if at == "write_index":
-            patch.setattr(gallery_module, "_write_index", stop)
+            patch.setattr(gallery_files, "_write_index", stop)
         elif at == "rows":
-            patch.setattr(gallery_module, "_write_rows", stop)
+            patch.setattr(gallery_files, "_write_rows", stop)
         elif at == "description":
-            patch.setattr(gallery_module, "_versions", stop)
+            patch.setattr(gallery_files, "_versions", stop)
         else:
-            patch.setattr(gallery_module, "_remove_others", stop)
+            patch.setattr(gallery_files, "_remove_others", stop)
         with pytest.raises(Killed):
             add_to_gallery(more, path)
     (path / ".index-7.faiss.partial").write_bytes(b"half")
@@ -247,16 +246,16 @@ def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> 
     create_gallery(store, path)
     gallery = open_gallery(path)
     rows = gallery.rows
-    gallery_module._write_rows(
+    gallery_files._write_rows(
         path / "rows-1.h5",
-        gallery_module.GalleryRows(rows.names[1:] + rows.names[:1], rows.roots, rows.root, rows.checksum),
+        gallery_files.GalleryRows(rows.names[1:] + rows.names[:1], rows.roots, rows.root, rows.checksum),
     )
     problems = verify_gallery(open_gallery(path))
     assert problems[0] == "rows-1.h5: its bytes do not match their checksum"
-    slipped = gallery_module.GalleryRows(
+    slipped = gallery_files.GalleryRows(
         rows.names[1:] + rows.names[:1], rows.roots, rows.root, np.roll(rows.checksum, -1)
     )
-    gallery_module._write_rows(path / "rows-1.h5", slipped)
+    gallery_files._write_rows(path / "rows-1.h5", slipped)
     assert sum("is not that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
 
 

@@ -149,3 +149,20 @@ def test_without_faiss(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingExtraError, match=r"needs faiss, which is not installed: pip install 'sppfeat\[cpu\]'"):
         create_gallery(make_store(np.eye(4)), tmp_path / "g")
+
+
+def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
+    """Rows of windows are found by a part of their picture, by name, with the picture's path and the box."""
+    boxes = {"0003.png": np.array([[0, 0, 20, 20], [10, 10, 40, 40]]), "0004.png": np.array([[0, 0, 20, 20]])}
+    extract_folder(folder, "w.h5", tiny, windows=boxes)
+    call("index", "w.h5", "-o", "g")
+    query = folder / "0003.png"
+    _, out, _ = call("search", "g", query, "--box", "10,10,40,40", "--json", "--html", "w.html")
+    found = json.loads(out)["results"][0]["neighbors"]
+    assert len(found) == 3 and found[0]["score"] == pytest.approx(1, abs=1e-3)
+    assert (found[0]["name"], found[0]["path"], found[0]["box"]) == (
+        "0003.png#10,10,40,40",
+        str(query),
+        [10, 10, 40, 40],
+    )
+    assert Path("w.html").read_text().count("data:image/jpeg;base64,") == 4
