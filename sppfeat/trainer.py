@@ -39,6 +39,8 @@ FIRST_PER_PICTURE: Final = 50
 HARD_PER_PICTURE: Final = 100
 # Windows of one object for box regression.
 BOX_ROWS_PER_OBJECT: Final = 20
+# Of one class; they are solved in double precision, in four times their memory.
+MAX_BOX_ROWS: Final = 8000
 # A pass that adds fewer than this part of the rows is the last.
 FEW_NEW: Final = 0.02
 # The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
@@ -134,7 +136,9 @@ class Trainer:
             raise UsageError(f"cache_bytes must be at least {needed} for {wanted} objects, found {options.cache_bytes}")
         self.cache = RowCache(capacity, dim + 1, len(self.classes))
         per_class = max(16, options.cache_bytes // 2 // (2 * dim) // len(self.classes))
-        self._boxes = Reservoir(min(per_class, 20_000), dim, len(self.classes)) if options.box_regression else None
+        self._boxes = (
+            Reservoir(min(per_class, MAX_BOX_ROWS), dim, len(self.classes)) if options.box_regression else None
+        )
         self._norms = np.zeros(2)  # how many, and their sum
         self._model = np.zeros((len(self.classes), dim + 1), np.float32)
         self._biases = np.zeros(len(self.classes), np.float32)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from reference import map_edge_pair
+from typer.testing import CliRunner
 
 from sppfeat import Describer, Recipe, UsageError, extract_folder, open_store
 from sppfeat.backbone import load_backbone
@@ -317,6 +318,8 @@ def test_windows_of_other_pictures(make_images: Callable[..., Path], tiny: Recip
 def test_command_line(
     make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
+    from sppfeat_cli.app import app
+
     folder = make_images(2)
     file = write_windows(
         tmp_path / "w.json", {"0000.png": [[0, 0, 20, 20], [1, 2, 3, 4]], "0001.png": [[0, 0, 900, 9]]}
@@ -327,6 +330,6 @@ def test_command_line(
     assert "failed: 0001.png#0,0,900,9: reaches outside the picture" in done.stderr
     broken = tmp_path / "w.csv"
     broken.write_text("name,x1,y1,x2,y2\n0000.png,9,2,3,4\n")
-    done = run_sppfeat("extract", folder, "-o", tmp_path / "x.h5", "--windows", broken, *options)
-    assert done.returncode == 2 and "w.csv, line 2: '0000.png': inverted" in done.stderr
+    wrong = CliRunner().invoke(app, ["extract", str(folder), "-o", str(tmp_path / "x.h5"), "--windows", str(broken)])
+    assert isinstance(wrong.exception, UsageError) and "w.csv, line 2: '0000.png': inverted" in str(wrong.exception)
     assert not (tmp_path / "x.h5").exists()

@@ -1,0 +1,43 @@
+"""Draws `detections.jpg`, the picture of README: what a detector finds on the photographs of the project.
+
+    python docs/detections.py DETECTOR.h5
+
+The detector is one of PASCAL VOC's classes: `sppfeat train detector VOC2007/ -o voc.h5 --split trainval`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from sppfeat.detect import DetectOptions, DetectorRunner, detected, open_detector
+from sppfeat.drawing import draw_detections
+from sppfeat.images import read_image
+
+PHOTOS = Path(__file__).parents[1] / "photos"
+SHOWN = ("animals/cat.jpg", "people/astronaut.jpg", "people/photographer.jpg")
+HEIGHT, GAP = 420, 12
+
+
+def main() -> None:
+    detector = open_detector(sys.argv[1])
+    pictures = [(name, str(PHOTOS / name)) for name in SHOWN]
+    options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    panels: dict[int, Image.Image] = {}
+    for found in detected(DetectorRunner(detector), pictures, None, options):
+        picture = read_image(pictures[found.position][1]).pixels
+        small = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
+        panels[found.position] = draw_detections(small, found, detector.classes)
+    width = sum(panel.width for panel in panels.values()) + GAP * (len(panels) - 1)
+    strip = Image.new("RGB", (width, HEIGHT), (255, 255, 255))
+    left = 0
+    for _, panel in sorted(panels.items()):
+        strip.paste(panel, (left, 0))
+        left += panel.width + GAP
+    strip.save(Path(__file__).with_name("detections.jpg"), quality=88)
+
+
+if __name__ == "__main__":
+    main()
