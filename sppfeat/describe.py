@@ -387,6 +387,8 @@ def normalize(descriptors: torch.Tensor, kind: str) -> torch.Tensor:
 
 def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
     """Descriptors [.., D] of one picture or its windows at each scale as one: `mean` or `max`, or `concat`."""
+    if len(parts) == 1:
+        return parts[0]
     if kind == "concat":
         return np.concatenate(parts, axis=-1)
     together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
