@@ -32,7 +32,7 @@ from sppfeat import (
     RunOptions,
     Status,
     Store,
-    describe,
+    engine,
     extract_folder,
     open_store,
     verify_store,
@@ -256,7 +256,7 @@ _load_once = functools.cache(load_backbone)
 @pytest.fixture(autouse=True)
 def one_network(monkeypatch):
     # Building the network is most of a small run's time, and nothing here is about it.
-    monkeypatch.setattr(describe, "load_backbone", _load_once)
+    monkeypatch.setattr(engine, "load_backbone", _load_once)
 
 
 @pytest.fixture(scope="module")
