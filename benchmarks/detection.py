@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     arguments.work.mkdir(exist_ok=True)
     data = Data(arguments.data, arguments.work)
     for name in arguments.parts:

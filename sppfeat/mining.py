@@ -78,6 +78,10 @@ class RowCache:
         self.count = len(rows)
         self._known = {(p, w) for p, w in self.origin.tolist() if w != GROUND_TRUTH}
 
+    def keep_classes(self, kept: np.ndarray) -> None:
+        """Drop the classes that are false in `kept` [K]; the rows stay."""
+        self._targets = np.ascontiguousarray(self._targets[:, kept])
+
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` takes."""
         return {"rows": self.rows, "targets": self.targets, "origin": self.origin}
@@ -121,6 +125,10 @@ class Reservoir:
         """Rows [n, D] and targets [n, 4] of a class."""
         count = min(int(self.offered[label]), self.capacity)
         return self._rows[label, :count], self._targets[label, :count]
+
+    def keep_classes(self, kept: np.ndarray) -> None:
+        """Drop the classes that are false in `kept` [K]."""
+        self.offered, self._rows, self._targets = self.offered[kept], self._rows[kept], self._targets[kept]
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` takes."""

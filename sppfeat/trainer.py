@@ -162,6 +162,7 @@ class Trainer:
                 self._save()
                 return False
             if self._step == 0:
+                self._drop_classes()
                 self._set_bias_feature()
                 self._solve()
             else:
@@ -343,6 +344,27 @@ class Trainer:
         self.cache.add(np.concatenate([rows, np.full((len(rows), 1), constant)], 1), targets, at, windows)
         self._fresh += len(rows)
 
+    def _drop_classes(self) -> None:
+        """Leave out the classes for which nothing is left: their images may be unreadable, or all windows on them."""
+        kept = [bool((column == 1).any() and (column == -1).any()) for column in self.cache.targets.T]
+        for name, (column, keep) in zip(list(self.classes), zip(self.cache.targets.T, kept, strict=True), strict=True):
+            if not keep:
+                kind = "negative window" if (column == 1).any() else "object on a readable image"
+                self._note(f"class {name!r} has no {kind}: it is left out")
+        if not any(kept):
+            raise UsageError("expected objects and negative windows of a class, found none on readable images")
+        self._keep_classes([name for name, keep in zip(self.classes, kept, strict=True) if keep])
+
+    def _keep_classes(self, classes: list[str]) -> None:
+        kept = np.array([name in classes for name in self.classes], bool)
+        if kept.all():
+            return
+        self.cache.keep_classes(kept)
+        if self._boxes is not None:
+            self._boxes.keep_classes(kept)
+        self._model, self._biases = self._model[kept], self._biases[kept]
+        self.classes = classes
+
     def _set_bias_feature(self) -> None:
         self.cache.rows[:, -1] = BIAS_FEATURE / self._factor
 
@@ -350,10 +372,6 @@ class Trainer:
         """Train the SVMs on all rows, and drop negatives that have become easy."""
         start = time.perf_counter()
         targets = self.cache.targets
-        for label, name in enumerate(self.classes):
-            if not (targets[:, label] == 1).any() or not (targets[:, label] == -1).any():
-                kind = "object" if not (targets[:, label] == 1).any() else "negative window"
-                raise UsageError(f"class {name!r}: no {kind} is left to learn from; leave it out by --classes")
         # To scale the rows by f is to scale the cost by f squared, which saves a copy of the rows.
         problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
         solution = problem.solve(
@@ -416,6 +434,8 @@ class Trainer:
             "fresh": self._fresh,
             "hard": self.hard,
             "failed": self.failed,
+            "classes": self.classes,
+            "notes": self.notes,
         }
         save_state(self._state_path, self._identity, arrays, values)
         self._saved_at = time.perf_counter()
@@ -427,6 +447,8 @@ class Trainer:
             return
         arrays, values = found
         try:
+            self._keep_classes(list(values["classes"]))
+            self.notes = list(values["notes"])
             self.cache.restore({key: arrays[f"cache_{key}"] for key in ("rows", "targets", "origin")})
             if self._boxes is not None:
                 self._boxes.restore({key: arrays[f"boxes_{key}"] for key in ("offered", "rows", "targets")})

@@ -123,6 +123,21 @@ def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windo
     np.testing.assert_array_equal(both.boxes, inside.boxes)
 
 
+class Counting:
+    """Counts the images that were taken."""
+
+    seen = 0
+
+    def started(self, *, todo: int, reused: int) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        self.seen += 1
+
+    def note(self, text: str) -> None:
+        pass
+
+
 def same(a: Path, b: Path) -> bool:
     with h5py.File(a) as one, h5py.File(b) as other:
         return all(np.array_equal(one[key][...], other[key][...]) for key in one)
@@ -132,18 +147,6 @@ def same(a: Path, b: Path) -> bool:
 def test_a_stopped_training_ends_in_the_same_detector(
     trained: Path, voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, stop_after: int
 ) -> None:
-    class Counting:
-        seen = 0
-
-        def started(self, *, todo: int, reused: int) -> None:
-            pass
-
-        def row(self, name: str, error: str | None) -> None:
-            self.seen += 1
-
-        def note(self, text: str) -> None:
-            pass
-
     counting, path, annotated = Counting(), tmp_path / "det.h5", read_voc(voc, "trainval")
     done = train_detector(
         annotated, windows, path, SMALL, OPTIONS, observer=counting, stop=lambda: counting.seen >= stop_after
@@ -235,6 +238,35 @@ def test_a_picture_that_breaks_later_is_left_out(
     finally:
         (voc / "JPEGImages/005.png").write_bytes(content)
     assert done.failed.keys() == {"005.png"} and not same(tmp_path / "det.h5", trained)
+
+
+def test_a_class_whose_images_cannot_be_read_is_left_out(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Also by a training that is stopped afterwards, and goes on."""
+    annotated = read_voc(voc, "trainval")
+    one = annotated.images["005.png"]
+    annotated.images["005.png"] = replace(one, labels=["green"] * len(one.labels))
+    annotated.classes = ["blue", "green", "red"]
+    content = (voc / "JPEGImages/005.png").read_bytes()
+    counting, path = Counting(), tmp_path / "det.h5"
+    try:
+        (voc / "JPEGImages/005.png").write_bytes(content[: len(content) // 2])
+        for most in (30, 1000):
+            done = train_detector(
+                annotated,
+                windows,
+                path,
+                SMALL,
+                OPTIONS,
+                observer=counting,
+                stop=lambda: counting.seen >= most,  # noqa: B023
+            )
+            assert done.interrupted == (most == 30) and done.classes == ["blue", "red"] and one.labels
+            assert done.notes[-1] == "class 'green' has no object on a readable image: it is left out"
+    finally:
+        (voc / "JPEGImages/005.png").write_bytes(content)
+    assert open_detector(path).classes == ["blue", "red"]
 
 
 def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
