@@ -1,6 +1,6 @@
 """Engines: how feature maps are computed. The recipe says what they are; every engine gives the same values.
 
-`torch` runs on every device. `openvino` runs on x86 and ARM processors, about twice as fast, where the extra `cpu` is
+`torch` runs on every device. `openvino` runs on x86 and ARM processors, faster, where the extra `cpu` is
 installed; it computes float32 to 1e-4 of torch's values, and bfloat16 to what bfloat16 itself leaves open.
 """
 
