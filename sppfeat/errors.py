@@ -19,7 +19,6 @@ expect: the command line prints it on one line, too.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
@@ -90,6 +89,8 @@ def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
     """Text for a name that is not among `valid`: the nearest valid names, or all of them when few."""
+    import difflib  # takes longer to load than everything else here, for texts that are rare
+
     names = list(dict.fromkeys(valid))
     nearest = difflib.get_close_matches(found, names, n=5, cutoff=0.4)
     if len(names) <= 8:

@@ -194,7 +194,7 @@ def test_help_is_about_as_fast_as_typer() -> None:
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
             runs.append(time.perf_counter() - start)
-        return sorted(runs)[2]
+        return min(runs)  # whatever else the machine does only ever adds to a run
 
     ours = "import sys; sys.argv = ['sppfeat', '--help']\nfrom sppfeat_cli import main\nmain()"
     assert seconds(ours) < 2 * seconds("import typer")
