@@ -35,7 +35,7 @@ from sppfeat.errors import BackboneError, one_line, require_extra
 # keeps 8 bits; over some dozens of layers, the two libraries' roundings part by up to a few percent.
 TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 1e-1}
 _HINT: Final = {"float32": "f32", "bfloat16": "bf16"}
-_MAGIC: Final = b"sppfeat-openvino-1\n"
+_MAGIC: Final = b"sppfeat-openvino-2\n"
 # Each is some 10 to 200 MB; those used last stay.
 _KEPT_ENTRIES: Final = 24
 
@@ -134,6 +134,9 @@ class _Served(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(backbone.trunk).float()
+        for name, module in list(self.trunk.named_modules()):
+            if type(module).__name__ == "Conv2dSame":
+                self.trunk.set_submodule(name, _MarkedConvolution(module))
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (backbone.recipe.mean, backbone.recipe.std))
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
@@ -142,6 +145,55 @@ class _Served(nn.Module):
         inputs = pictures.permute(0, 3, 1, 2).float() * self.scale + self.shift
         output: torch.Tensor = self.trunk(inputs).permute(0, 2, 3, 1)
         return output
+
+
+class _MarkedConvolution(nn.Module):
+    """A convolution padded "SAME", before OpenVINO pads it itself: NaN marks the padding for `_pad_inside`."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.convolution
+        # As many cells as the "SAME" padding of stride 1, so that the map has the right size.
+        height, width = (d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+        sides = [width // 2, width - width // 2, height // 2, height - height // 2]
+        padded = nn.functional.pad(inputs, sides, value=float("nan"))
+        return nn.functional.conv2d(padded, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+
+
+def _pad_inside(model: Any) -> None:
+    """Let each marked convolution of a converted network pad its own inputs, whatever their size.
+
+    Padding that depends on the size is otherwise a copy of the map by a slow layer, and hides that the map's size is
+    that of the shortcut around it, so that sums are not computed inside convolutions: 1.2 to 1.35 times the time.
+    """
+    from openvino import opset13
+
+    for layer in model.get_ordered_ops():
+        kind = layer.get_type_name()
+        pad = layer.input_value(0).get_node() if kind in ("Convolution", "GroupConvolution") else None
+        if pad is None or pad.get_type_name() != "Pad":
+            continue
+        value = pad.input_value(3).get_node() if pad.get_input_size() > 3 else None
+        while value is not None and value.get_type_name() == "Convert":
+            value = value.input_value(0).get_node()
+        if value is None or value.get_type_name() != "Constant" or not np.isnan(value.data).all():
+            continue
+        options = layer.get_attributes()
+        convolution = opset13.convolution if kind == "Convolution" else opset13.group_convolution
+        same = convolution(
+            pad.input_value(0),
+            layer.input_value(1),
+            options["strides"],
+            [0, 0],
+            [0, 0],
+            options["dilations"],
+            auto_pad="same_upper",
+        )
+        layer.output(0).replace(same.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
@@ -159,6 +211,7 @@ def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
             frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
             decoder = TorchScriptPythonDecoder(traced)  # the front end borrows it: it has to live while converting
             model = frontend.convert(frontend.load(decoder))
+        _pad_inside(model)
         model.reshape(openvino.PartialShape([-1, -1, -1, 3]))
         return openvino.Core().compile_model(model, "CPU", options)
     except Exception as error:  # tracing, converting and compiling run code that can fail in any way
