@@ -221,7 +221,7 @@ def part_time(data: Data) -> dict[str, Any]:
     rcnn.warped(str(path), few[:8])
     for describer in sides.values():
         list(describer.describe_windows([(str(path), windows)], scales="nearest"))
-    taken: dict[str, list[float]] = {name: [] for name in (*sides, "rcnn", "throughput")}
+    taken: dict[str, list[float]] = {name: [] for name in (*sides, "rcnn")}
     for _ in range(3):
         for name, describer in sides.items():
             start = time.perf_counter()
@@ -232,10 +232,8 @@ def part_time(data: Data) -> dict[str, Any]:
         rcnn.warped(str(path), few)
         taken["rcnn"].append((time.perf_counter() - start) * len(windows) / len(few))
     result["rcnn"] = statistics.median(taken.pop("rcnn"))
-    # Several images at once keep both cores busy to the end of each.
-    taken.pop("throughput")
     result["alone"] = {name: statistics.median(times) for name, times in taken.items()}
-    many = {}
+    many = {}  # several images at once keep all cores busy to the end of each
     for name, describer in sides.items():
         start = time.perf_counter()
         list(describer.describe_windows([(str(path), windows)] * 8, scales="nearest"))
@@ -316,7 +314,7 @@ def part_stages(data: Data) -> dict[str, Any]:
         print(json.dumps({"images": len(names), "seconds": seconds, "stages": runner.seconds, "peak": peak}))
         return {}
     _, test, windows = data.raccoon()
-    from sppfeat.proposals import propose
+    from sppfeat.selective_search import propose
 
     names = list(test.images)[:8]
     start = time.perf_counter()
@@ -372,7 +370,7 @@ def print_tables(work: Path) -> None:
         name: json.loads((work / f"{name}.json").read_text()) for name in PARTS if (work / f"{name}.json").exists()
     }
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "openvino"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {libraries}\n")
+    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}\n")
     if "pooling" in found:
         one = found["pooling"]
         print("| pooling of 2,000 windows | ms | |\n|---|---|---|")
@@ -384,7 +382,7 @@ def print_tables(work: Path) -> None:
         one = found["time"]
         print(f"| descriptors of {one['windows']} windows, one image ({one['engine']}) | s | times R-CNN's speed |")
         print("|---|---|---|")
-        print(f"| R-CNN | {one['rcnn']:.2f} | 1 |")
+        print(f"| R-CNN (200 windows, and as long for each of the others) | {one['rcnn']:.2f} | 1 |")
         for name in one["alone"]:
             for how in ("alone", "in a row"):
                 seconds = one[how][name]
@@ -413,6 +411,15 @@ def print_tables(work: Path) -> None:
         for name, seconds in one["stages"].items():
             print(f"| {name} | {1e3 * seconds / one['images']:.1f} |")
         print(f"\nwhole: {1e3 * one['seconds'] / one['images']:.0f} ms an image; peak memory {one['peak']:.0f} MB")
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

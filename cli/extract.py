@@ -1,10 +1,7 @@
 """`sppfeat extract`: images into a store."""
 
-import signal
 import sys
-import threading
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +19,7 @@ from sppfeat.recipe import (
     RunOptions,
 )
 from sppfeat_cli.output import integers, numbers, print_json, printable, scales
+from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.extract import Extraction
@@ -181,7 +179,7 @@ def extract(
     from sppfeat.proposals import windows_from
 
     boxes = windows_from(windows) if windows is not None else None
-    with _Progress(quiet=quiet, unit="image" if boxes is None else "window") as progress:
+    with Progress(quiet=quiet, verb="to describe", unit="image" if boxes is None else "window") as progress:
         done = extract_folder(
             sources,
             output,
@@ -206,58 +204,6 @@ def extract(
         raise typer.Exit(130)
     if done.failed:
         raise typer.Exit(3)
-
-
-class _Progress:
-    """Shows an extraction on standard error: a line a failure, and a bar where that is a terminal.
-
-    Once images are described, the first SIGINT or SIGTERM only sets `stop`, and those in flight are finished; a second
-    one ends the process at once.
-    """
-
-    def __init__(self, *, quiet: bool, unit: str) -> None:
-        self.stop = threading.Event()
-        self._unit = unit
-        self._quiet = quiet
-        self._bar: Any = None
-        self._failed = 0
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.stop.set()
-        for each in self._handlers:
-            signal.signal(each, signal.SIG_DFL)
-        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
-
-    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
-        self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        if self._quiet:
-            return
-        from tqdm import tqdm
-
-        kept = f", {reused} described before" if reused else ""
-        print(f"{todo} {self._unit}s to describe on {device}{kept}", file=sys.stderr)
-        for name in gone:
-            print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
-        self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)
-
-    def row(self, name: str, error: str | None) -> None:
-        if self._bar is None:
-            return
-        if error is not None:
-            self._failed += 1
-            self._bar.write(f"failed: {printable(name)}: {printable(error)}", file=sys.stderr)
-            self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
 
 
 def _unit(done: "Extraction") -> str:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, Self
 
@@ -20,10 +21,12 @@ class Progress:
     one ends the process at once.
     """
 
-    def __init__(self, *, quiet: bool, verb: str = "to search") -> None:
+    def __init__(self, *, quiet: bool, verb: str = "to search", unit: str = "image") -> None:
         self.stop = threading.Event()
         self._quiet = quiet
         self._verb = verb
+        self._unit = unit
+        self._failed = 0
         self._bar: Any = None
         self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
@@ -52,8 +55,8 @@ class Progress:
         self._signalled = time.monotonic()
         print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
 
-    def started(self, *, todo: int, reused: int) -> None:
-        """The work is known."""
+    def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
+        """The work is known. gone: what was described before, and is not there any more."""
         if not self._handlers:
             self._handlers = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if self._quiet:
@@ -61,9 +64,12 @@ class Progress:
         from tqdm import tqdm
 
         self.close()
+        where = f" on {device}" if device else ""
         kept = f", {reused} done before" if reused else ""
-        print(f"{todo} images {self._verb}{kept}", file=sys.stderr)
-        self._bar = tqdm(total=todo, unit="image", disable=None, file=sys.stderr, smoothing=0.1)
+        print(f"{todo} {self._unit}s {self._verb}{where}{kept}", file=sys.stderr)
+        for name in gone:
+            print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
+        self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)
 
     def row(self, name: str, error: str | None) -> None:
         """One image is done, or failed for a reason."""
@@ -71,7 +77,10 @@ class Progress:
             return
         if error is not None:
             self.note(f"failed: {name}: {error}")
+            self._failed += 1
         if self._bar is not None:
+            if self._failed:
+                self._bar.set_postfix(failed=self._failed, refresh=False)
             self._bar.update()
 
     def note(self, text: str) -> None:

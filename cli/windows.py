@@ -46,7 +46,8 @@ def windows(
 
     Run the same command again to resume: unchanged images keep their windows.
     """
-    from sppfeat.proposals import ProposalOptions, propose_folder
+    from sppfeat.proposals import propose_folder
+    from sppfeat.selective_search import ProposalOptions
 
     options = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
     with Progress(quiet=quiet) as progress:

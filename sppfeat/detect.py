@@ -24,8 +24,8 @@ from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, appearing, open_hdf5
 from sppfeat.images import find_images, name_to_path
-from sppfeat.proposals import ProposalOptions, Proposer
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.selective_search import ProposalOptions, Proposer
 
 FORMAT_VERSION: Final = 1
 # Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.

@@ -15,8 +15,9 @@ from sppfeat.describe import Describer
 from sppfeat.detect import detection_recipe, save_detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, check_new_file
-from sppfeat.proposals import ProposalOptions, WindowFile, open_windows, propose_folder
+from sppfeat.proposals import WindowFile, open_windows, propose_folder
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.selective_search import ProposalOptions
 from sppfeat.store import lock_store
 from sppfeat.trainer import Observer, Trainer, TrainingOptions, count_positives
 

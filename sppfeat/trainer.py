@@ -23,7 +23,7 @@ from sppfeat.describe import DescribedWindows, Describer
 from sppfeat.detect import Detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.mining import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
-from sppfeat.proposals import ProposalOptions
+from sppfeat.selective_search import ProposalOptions
 from sppfeat.svm import SvmProblem
 from sppfeat.windows import overlaps
 

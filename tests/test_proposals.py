@@ -18,7 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sppfeat import Recipe, UsageError, WindowsError, extract_folder, open_store
-from sppfeat.proposals import ProposalOptions, open_windows, propose, propose_folder, windows_from
+from sppfeat.proposals import open_windows, propose_folder, windows_from
+from sppfeat.selective_search import ProposalOptions, propose
 from sppfeat.windows import overlaps
 
 
