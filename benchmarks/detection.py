@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from extract import processor
 from PIL import Image
 
 from sppfeat import DescribedWindows, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
@@ -411,15 +412,6 @@ def print_tables(work: Path) -> None:
         for name, seconds in one["stages"].items():
             print(f"| {name} | {1e3 * seconds / one['images']:.1f} |")
         print(f"\nwhole: {1e3 * one['seconds'] / one['images']:.0f} ms an image; peak memory {one['peak']:.0f} MB")
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

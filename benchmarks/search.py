@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from extract import processor
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 ROWS, DIM, CLUSTERS, QUERIES, K = 1_000_000, 512, 10_000, 1_000, 10
@@ -273,14 +274,6 @@ def main() -> None:
                     f"| {found['single_ms']:.2f} |",
                     flush=True,
                 )
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":
