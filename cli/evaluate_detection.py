@@ -47,17 +47,17 @@ def detection(
     named and left out; exit code 3 then.
     """
     from sppfeat.annotations import read_annotations
-    from sppfeat.detect import DetectOptions, open_detector
-    from sppfeat.detection_evaluation import ALL, evaluate_detector
+    from sppfeat.detect import open_detector
+    from sppfeat.detection_evaluation import complete_options, evaluate_detector
     from sppfeat.drawing import write_evaluation
     from sppfeat.proposals import windows_from
     from sppfeat.recipe import RunOptions
     from sppfeat.report import check_page
 
-    options = DetectOptions(threshold=ALL, overlap=overlap)
     run = RunOptions(device=device, engine=engine)
     page = check_page(report, overwrite=overwrite) if report is not None else None
     model = open_detector(detector)
+    options = complete_options(model, overlap)
     annotated = read_annotations(
         voc, split=split or ("test" if voc is not None else None), images=images, annotations=annotations
     )

@@ -30,6 +30,7 @@ from sppfeat.selective_search import ProposalOptions, Proposer
 FORMAT_VERSION: Final = 1
 # Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400
+MAX_DETECTIONS: Final = 10_000
 
 
 def detection_recipe(**changes: Any) -> Recipe:
@@ -141,8 +142,10 @@ class DetectOptions:
             raise UsageError("threshold must be a number, found NaN")
         if not 0 <= self.overlap <= 1:
             raise UsageError(f"overlap must be a number from 0 to 1, found {self.overlap!r}")
-        if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= 10_000:
-            raise UsageError(f"max_detections must be a whole number from 1 to 10000, found {self.max_detections!r}")
+        if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= MAX_DETECTIONS:
+            raise UsageError(
+                f"max_detections must be a whole number from 1 to {MAX_DETECTIONS}, found {self.max_detections!r}"
+            )
 
 
 class Detections(NamedTuple):

@@ -6,20 +6,23 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from sppfeat.annotations import AnnotatedImages
 from sppfeat.describe import Describer
-from sppfeat.detect import DetectOptions, Detector, DetectorRunner, detected, window_notes
-from sppfeat.detection_metrics import COCO_OVERLAPS, Objects, coco_average_precision, voc_ranking
+from sppfeat.detect import MAX_DETECTIONS, DetectOptions, Detector, DetectorRunner, detected, window_notes
+from sppfeat.detection_metrics import COCO_DETECTIONS, COCO_OVERLAPS, Objects, coco_average_precision, voc_ranking
 from sppfeat.errors import UsageError
 from sppfeat.metrics import ranked_average_precision
 from sppfeat.recipe import RunOptions
 
-# Everything that suppression leaves, up to COCO's 100 of a picture: a curve ends where detections do.
-ALL: Final = -1e9
+
+def complete_options(detector: Detector, overlap: float = DetectOptions.overlap) -> DetectOptions:
+    """All that suppression leaves, up to COCO's 100 of each class in a picture: a curve ends where detections do."""
+    most = min(COCO_DETECTIONS * len(detector.classes), MAX_DETECTIONS)
+    return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=most)
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,14 @@ def evaluate_detector(
     observer: Observer | None = None,
 ) -> DetectionEvaluation:
     """Detect on annotated images and compare, by classes. windows: as in `detected`; None: proposed on the way.
+    options: None: `complete_options`.
 
     An image that cannot be read counts as one on which nothing was found, and is reported. Annotated classes that the
     detector does not know are left out, with a note. overlap: from which a detection is right, for VOC's figures.
     describer: one that is at hand, for the detector's recipe.
     """
     began = time.perf_counter()
-    options = options or DetectOptions(threshold=ALL)
+    options = options or complete_options(detector)
     if not 0 < overlap <= 1:
         raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
     notes = list(annotated.notes)
