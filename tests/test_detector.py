@@ -96,6 +96,16 @@ def test_a_detector_finds_what_it_learned(trained: Path, voc: Path, windows: dic
         assert one.objects and one.recall[-1] <= 1 and (np.diff(one.recall) >= 0).all()
 
 
+def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path) -> None:
+    """Not 100 of all classes together: those of low ranks count, too."""
+    bare = replace(open_detector(trained), box_weights=None, box_biases=None)
+    apart = np.array([[x, y, x + 11, y + 9] for y in range(0, 120, 10) for x in range(0, 156, 13)], float)
+    annotated = read_voc(voc, "test")
+    one = annotated.subset([next(name for name, each in annotated.images.items() if each.labels)])
+    done = evaluate_detector(bare, one, dict.fromkeys(one.images, apart))
+    assert len(apart) == 144 and sum(each.detections for each in done.classes) == 200
+
+
 def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     runner = DetectorRunner(open_detector(trained))
     pictures = [(str(voc / "JPEGImages" / name), boxes) for name, boxes in windows.items()]
