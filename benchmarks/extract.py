@@ -91,7 +91,9 @@ def thingsvision(listing: str, network_name: str, size: int) -> None:
     extractor = get_extractor(
         model_name=NETWORKS[network_name].timm, source="timm", device="cpu", pretrained=False, model_parameters=None
     )
-    transform = extractor.get_transformations(resize_dim=round(size / 0.875), crop_dim=size)
+    # `get_transformations` would take the network's own size, whatever size it is asked for.
+    half = [0.5, 0.5, 0.5]
+    transform = extractor.get_default_transformation(half, half, round(size / 0.875), size, True)
     paths = Path(listing).read_text().splitlines()
 
     class Files(torch.utils.data.Dataset[torch.Tensor]):
