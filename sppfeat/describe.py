@@ -346,20 +346,25 @@ class Describer:
             return DescribedWindows(index, None, size, fingerprint, row.error, {})
         assert row.windows is not None
         dim = self.dim if row.scale_of is None else self.recipe.bins * self._backbone.channels
-        stored = np.zeros((len(row.windows), dim), self.recipe.dtype)
+        parts = [part for part in row.parts if part is not None]
         with np.errstate(over="ignore"):
-            if row.scale_of is not None:
+            if not parts:
+                stored = np.zeros((len(row.windows), dim), self.recipe.dtype)
+            elif row.scale_of is None or len(parts) == 1:
+                stored = fuse(parts, self.recipe.fuse).astype(self.recipe.dtype, copy=False)
+            else:
+                stored = np.empty((len(row.windows), dim), self.recipe.dtype)
                 for scale, part in enumerate(row.parts):
                     if part is not None:
                         stored[row.scale_of == scale] = part
-            elif len(row.windows):
-                stored[:] = fuse([part for part in row.parts if part is not None], self.recipe.fuse)
         errors = {
             int(at): f"reaches outside the picture of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
         }
-        for at in np.flatnonzero(~np.isfinite(stored).all(1)):
-            errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
+        # A sum is not finite where a value is not, and takes a tenth of the time of looking at each.
+        if not np.isfinite(stored.sum(dtype=np.float32)):
+            for at in np.flatnonzero(~np.isfinite(stored).all(1)):
+                errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
         return DescribedWindows(index, stored, size, fingerprint, None, errors)
 
     def _fused(self, index: int, row: _Row) -> Described:
