@@ -61,8 +61,6 @@ def detect(
         done = detect_images(model, sources, boxes, options, run, observer=results, stop=progress.stop.is_set)
         for note in done.notes:
             progress.note(note)
-    if page is not None and page_path is not None:
-        page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
     if as_json:
         print_json(
             {
@@ -80,6 +78,8 @@ def detect(
             f"{done.found} detections on {done.searched} images, {done.seconds:.1f} s on {done.device}; busy: {stages}",
             file=sys.stderr,
         )
+    if page is not None and page_path is not None:
+        page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
     if done.searched + len(done.failed) < done.images:
         print(f"sppfeat: interrupted, {done.images - done.searched - len(done.failed)} images left", file=sys.stderr)
         raise typer.Exit(130)

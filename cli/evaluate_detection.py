@@ -62,7 +62,7 @@ def detection(
         voc, split=split or ("test" if voc is not None else None), images=images, annotations=annotations
     )
     boxes = windows_from(windows) if windows is not None else None
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet, can_finish_early=False) as progress:
         for name, reason in annotated.problems.items():
             progress.note(f"left out: {name}: {reason}")
         done = evaluate_detector(model, annotated, boxes, options, run, overlap=iou, observer=progress)

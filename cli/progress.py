@@ -17,12 +17,15 @@ SECOND_SIGNAL_SECONDS: Final = 0.5
 class Progress:
     """A line a failure, and a bar where standard error is a terminal.
 
-    Once work is under way, the first SIGINT or SIGTERM only sets `stop`, and images in flight are finished; a second
-    one ends the process at once.
+    Once work is under way that can finish early, the first SIGINT or SIGTERM only sets `stop`, and images in flight are
+    finished; a second one ends the process at once.
     """
 
-    def __init__(self, *, quiet: bool, verb: str = "to search", unit: str = "image") -> None:
+    def __init__(
+        self, *, quiet: bool, verb: str = "to search", unit: str = "image", can_finish_early: bool = True
+    ) -> None:
         self.stop = threading.Event()
+        self._can_finish_early = can_finish_early
         self._quiet = quiet
         self._verb = verb
         self._unit = unit
@@ -57,7 +60,7 @@ class Progress:
 
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
         """The work is known. gone: what was described before, and is not there any more."""
-        if not self._handlers:
+        if self._can_finish_early and not self._handlers:
             self._handlers = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if self._quiet:
             return

@@ -83,8 +83,8 @@ def detector(
 ) -> None:
     """Train an SPP-net detector: one linear SVM a class on windows of shared feature maps, and box regression.
 
-    Without --windows they are found first and kept beside the detector (OUTPUT.windows.h5). Stopped, the same command
-    goes on. What is odd in the annotations is named and left out; exit code 3 then.
+    Without --windows they are found first and kept beside the detector (det.windows.h5 for det.h5). Stopped, the same
+    command goes on. What is odd in the annotations is named and left out; exit code 3 then.
     """
     from sppfeat.annotations import read_annotations, select_classes
     from sppfeat.detect import detection_recipe
@@ -133,7 +133,7 @@ def detector(
     elif not quiet:
         typer.echo(_summary(done))
     if done.interrupted:
-        how = "without --overwrite, " if overwrite else ""
+        how = "without --overwrite, " if overwrite and done.stages else ""
         print(
             f"sppfeat: interrupted, {done.pending} images left of this pass; {how}the same command resumes",
             file=sys.stderr,

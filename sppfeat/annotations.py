@@ -164,8 +164,10 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
             try:
                 label = classes.get(entry["category_id"])
                 x, y, width, height = (float(value) for value in entry["bbox"])
+                if not np.isfinite([x, y, width, height]).all():
+                    raise ValueError(f"found {entry['bbox']}")
                 crowd = bool(entry.get("iscrowd", 0))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 result.notes.append(f"{name}: annotation {at}: expected bbox and category_id: {one_line(error)}")
                 continue
             if label is None:
@@ -195,7 +197,10 @@ def read_annotations(
 
 
 def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> AnnotatedImages:
-    """The same images with boxes of some classes only, in that order; a note names each other class."""
+    """The same images with boxes of some classes only, in that order; a note names each other class. Raises UsageError
+    for a class that is named twice, or empty."""
+    if len(set(classes)) != len(classes) or "" in classes:
+        raise UsageError(f"expected names of different classes, found {','.join(classes)!r}")
     others: dict[str, int] = {}
     images: dict[str, Annotation] = {}
     for name, one in annotated.images.items():

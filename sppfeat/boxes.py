@@ -39,7 +39,8 @@ def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.n
     rows: [N, D], targets: [N, T]. Solved in double precision in the smaller of N and D.
     """
     mean, target_mean = rows.mean(0, dtype=np.float64), targets.mean(0, dtype=np.float64)
-    centred = rows.astype(np.float64) - mean
+    centred = rows.astype(np.float64)
+    centred -= mean
     wanted = targets - target_mean
     if len(rows) <= rows.shape[1]:
         gram = centred @ centred.T

@@ -139,7 +139,7 @@ class Describer:
         Once `stop()` is true no further picture is begun, and those begun are still given. Memory does not depend on
         how many paths there are. How pictures are batched depends on their order alone.
         """
-        for index, row in self._run(((path, None) for path in paths), "all", stop):
+        for index, row in self._run(((path, None) for path in paths), "all", stop, together=True):
             if isinstance(row, _Unreadable):
                 yield Described(index, None, (0, 0), row.fingerprint, row.reason)
             else:
@@ -157,22 +157,24 @@ class Describer:
         Windows are pixels x1, y1, x2, y2 of the upright original, inclusive; K may be 0. scales: `all` pools each
         window at every scale, normalises and fuses as `describe` does, so that a window of the whole picture has the
         picture's descriptor; `nearest` pools each at the one scale that brings its area closest to 224 x 224.
-        A window that reaches outside its picture comes with a reason. Otherwise as `describe`.
+        A window that reaches outside its picture comes with a reason. Otherwise as `describe`, but pictures go through
+        the network one by one: so those that can be read come in order, and rows of few pictures are held at a time.
         Raises UsageError for a recipe that crops.
         """
         if scales not in WINDOW_SCALES:
             raise UsageError(unknown_name("scales", scales, WINDOW_SCALES))
         if self.recipe.crop != "none":
             raise UsageError(f"windows need crop 'none', found {self.recipe.crop!r}")
-        for index, row in self._run(pictures, scales, stop):
+        for index, row in self._run(pictures, scales, stop, together=False):
             if isinstance(row, _Unreadable):
                 yield DescribedWindows(index, None, (0, 0), row.fingerprint, row.reason, {})
             else:
                 yield self._fused_windows(index, row)
 
     def _run(
-        self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool]
+        self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool], *, together: bool
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
+        """together: whether pictures of one shape wait for each other."""
         threads_before = torch.get_num_threads()
         decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         forwarders = ThreadPoolExecutor(
@@ -186,7 +188,7 @@ class Describer:
             with warnings.catch_warnings(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 # Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-                yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop)
+                yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop, together)
         finally:
             decoders.shutdown(cancel_futures=True)
             forwarders.shutdown(cancel_futures=True)
@@ -199,6 +201,7 @@ class Describer:
         decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
+        together: bool,
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
         ahead = 4 * self.workers + self.streams * self._batch_size
@@ -206,7 +209,8 @@ class Describer:
         decoding: deque[tuple[int, np.ndarray | None, Future[PreparedImage | _Unreadable]]] = deque()
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
-            self._batch_size, patience=self._engine.patience * self._batch_size * len(self.recipe.scales)
+            self._batch_size if together else 1,
+            patience=self._engine.patience * self._batch_size * len(self.recipe.scales),
         )
         rows: dict[int, _Row] = {}
 

@@ -279,9 +279,16 @@ def detected(
         yield from runner.detect(given, options, stop=stop)
         return
     with Proposer(runner.detector.proposals, workers=available_cores()) as proposer:
-        # A picture that cannot be read has no windows here, and its reason from the reading that follows.
-        proposed = proposer.stream((path for _, path in pictures), stop=stop)
-        yield from runner.detect(((path, np.asarray(one.windows, np.float64)) for path, one in proposed), options)
+        reasons: dict[int, str] = {}
+
+        def proposed() -> Iterator[tuple[str, np.ndarray]]:
+            for position, (path, one) in enumerate(proposer.stream((path for _, path in pictures), stop=stop)):
+                if one.error is not None:
+                    reasons[position] = one.error
+                yield path, np.asarray(one.windows, np.float64)
+
+        for done in runner.detect(proposed(), options):
+            yield done._replace(error=done.error or reasons.pop(done.position, None))
 
 
 @dataclass(frozen=True)

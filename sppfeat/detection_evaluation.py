@@ -20,7 +20,7 @@ from sppfeat.recipe import RunOptions
 
 
 def complete_options(detector: Detector, overlap: float = DetectOptions.overlap) -> DetectOptions:
-    """All that suppression leaves, up to COCO's 100 of each class in a picture: a curve ends where detections do."""
+    """All that suppression leaves, up to 100 a class in a picture (COCO's number), so that no curve ends early."""
     most = min(COCO_DETECTIONS * len(detector.classes), MAX_DETECTIONS)
     return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=most)
 
@@ -134,7 +134,10 @@ def evaluate_detector(
         if done.error is not None:
             failed[name] = done.error
         else:
-            notes += window_notes(name, done)
+            for note in window_notes(name, done):
+                notes.append(note)
+                if observer is not None:
+                    observer.note(note)
         count += done.windows
         order.append(done.position)
         for label, known in enumerate(detector.classes):

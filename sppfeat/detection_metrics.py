@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.metrics import ranked_average_precision
-from sppfeat.windows import areas, overlaps
+from sppfeat.windows import overlaps
 
 COCO_OVERLAPS: Final = tuple(np.linspace(0.5, 0.95, 10).tolist())
 COCO_DETECTIONS: Final = 100  # of a class in a picture, the best, as its `maxDets`
@@ -95,23 +95,19 @@ def coco_average_precision(pictures: Sequence[Objects], overlap: float) -> float
 def _coco_matches(one: Objects, overlap: float) -> list[tuple[float, int]]:
     """Score and target of each detection of a picture, the best first."""
     order = np.argsort(-one.scores, kind="stable")[:COCO_DETECTIONS]
-    found = one.found[order]
-    shared = overlaps(found, one.boxes)
-    for number in np.flatnonzero(one.crowd):
-        box = one.boxes[number : number + 1]
-        common = np.clip(np.minimum(found[:, 2:], box[:, 2:]) - np.maximum(found[:, :2], box[:, :2]) + 1, 0, None)
-        shared[:, number] = common.prod(1) / areas(found)
+    shared = overlaps(one.found[order], one.boxes, crowd=one.crowd)
     taken = np.zeros(len(one.boxes), bool)
     matches = []
-    for row, score in enumerate(one.scores[order]):
+    least = min(overlap, 1 - 1e-10)
+    for score, near, best in zip(one.scores[order], shared, shared.max(1, initial=0), strict=True):
         target = -1
-        for difficult in (False, True):
-            free = (one.difficult == difficult) & (~taken | one.crowd) & (shared[row] >= min(overlap, 1 - 1e-10))
+        for difficult in (False, True) if best >= least else ():
+            free = (one.difficult == difficult) & (~taken | one.crowd) & (near >= least)
             if free.any():
                 # Of equal overlaps the last one, as pycocotools takes them.
-                near = np.where(free, shared[row], -1)
-                best = len(near) - 1 - int(near[::-1].argmax())
-                taken[best] = True
+                of_free = np.where(free, near, -1)
+                found = len(of_free) - 1 - int(of_free[::-1].argmax())
+                taken[found] = True
                 target = 0 if difficult else 1
                 break
         matches.append((float(score), target))

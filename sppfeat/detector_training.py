@@ -77,18 +77,20 @@ def train_detector(
 ) -> Training:
     """Train a detector on annotated images with windows [K, 4] by image name, into the file `output`.
 
-    windows: None: they are proposed first, and kept in `OUTPUT.windows.h5` beside the output.
+    windows: None: they are proposed first, and kept beside the output, `det.windows.h5` for `det.h5`.
     Stopped by `stop`, or killed, the same call goes on from the file `.OUTPUT.training` beside the output: at the same
     image after a stop, at most half a minute earlier after a kill; and ends in the same detector. Classes without a
     positive are left out, with a note; so are windows outside their picture. Memory is bounded by the options.
-    proposals: how the windows were, or are to be, found; kept for detecting.
+    proposals: how the windows were, or are to be, found; kept for detecting. None: as the file of windows tells.
     describer: one that is at hand; its recipe counts then.
     Raises ModelError, UsageError, and what `Describer` raises.
     """
     began = time.perf_counter()
     options, observer = options or TrainingOptions(), observer or _Silent()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
-    check_new_file(path, overwrite=overwrite, error=ModelError, kind=DETECTOR)
+    state = path.with_name(f".{path.name}.training")
+    # What a stopped training is going to replace, it was told to.
+    check_new_file(path, overwrite=overwrite or state.exists(), error=ModelError, kind=DETECTOR)
     with lock_store(path):
         describer = describer or Describer(recipe or detection_recipe(), run)
         if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":
@@ -97,7 +99,9 @@ def train_detector(
             windows = _windows_beside(path, annotated, proposals, observer, stop)
             if windows is None:
                 return _stopped_before(path, annotated, describer, time.perf_counter() - began)
-        trainer = Trainer(annotated, windows, describer, options, observer, path.with_name(f".{path.name}.training"))
+        if isinstance(windows, WindowFile):
+            proposals = proposals or windows.options
+        trainer = Trainer(annotated, windows, describer, options, observer, state)
         if overwrite:
             trainer.forget()
         finished = trainer.train(stop)
@@ -131,7 +135,7 @@ def _windows_beside(
     observer: Observer,
     stop: Callable[[], bool],
 ) -> WindowFile | None:
-    """Windows of annotated images, proposed into `OUTPUT.windows.h5` or read from there; None when stopped before."""
+    """Windows of annotated images, proposed into a file beside the output or read from there; None when stopped."""
     path = output.with_suffix(".windows.h5")
     sources = [annotated.path(name) for name in annotated.images]
     observer.note(f"windows are found first, and kept in {path}")

@@ -68,10 +68,13 @@ def draw_detections(picture: Image.Image, found: Detections, classes: Sequence[s
 
 
 def draw_to_folder(path: str, name: str, found: Detections, detector: Detector, folder: Path) -> Path:
-    """Draw detections at full size into `folder`, under the picture's own name, as JPEG. Raises ReportError."""
-    target = (folder / name).with_suffix(".jpg")
-    if target.resolve() == Path(path).resolve():
-        raise ReportError(f"{target}: would replace the picture itself; draw into another folder")
+    """Draw detections at full size into `folder`, as JPEG under the picture's own name: `a.jpg`, and `b.png.jpg`.
+
+    Raises ReportError, also where the folder is the pictures' own.
+    """
+    target = folder / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+    if target.parent.resolve() == Path(path).resolve().parent:
+        raise ReportError(f"{target.parent}: would mix drawings with the pictures; draw into another folder")
     drawn = draw_detections(read_image(path).pixels, found, detector.classes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def propose_folder(
         else:
             before = open_windows(path) if path.exists() and path.stat().st_size else None
             _check_same(path, before, options, images.root)
-            journal = _Journal(path, options, images.root, fresh=False)
+            journal = _Journal(path, options, images.root, fresh=not resume)
         files = {name: fingerprint_of(name_to_path(images.root, name)) for name in images.names}
         done = {n for n in before or () if n not in files or (before is not None and before.fingerprint(n) == files[n])}
         done |= {n for n in journal.places if n not in files or journal.fingerprints[n] == files[n]}
@@ -220,13 +220,12 @@ def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions,
         return
     if before.options != options:
         raise WindowsError(
-            f"{path}: was made with {_show(before.options)}, now {_show(options)}; "
-            "choose another output, or --overwrite"
+            f"{path}: was made with {_show(before.options)}, now {_show(options)}; choose another output, or remove it"
         )
     if before.source_root != root and os.path.isdir(before.source_root):
         raise WindowsError(
             f"{path}: its names are relative to {before.source_root}, these images to {root}; "
-            "choose another output, give its root, or --overwrite"
+            "choose another output, or remove it"
         )
 
 
@@ -247,7 +246,12 @@ class _Journal:
         self.fingerprints: dict[str, Fingerprint] = {}
         try:
             self._file = open(self._path, "w+b" if fresh or not self._path.exists() else "r+b")  # noqa: SIM115
-            if self._file.readline() != header:
+            if (found := self._file.readline()) != header:
+                if found.endswith(b"\n"):
+                    raise WindowsError(
+                        f"{self._path}: a search with other options, or of images elsewhere, was stopped here; "
+                        "go on with it, or --overwrite to start anew"
+                    )
                 self._file.seek(0)
                 self._file.truncate()
                 self._file.write(header)

@@ -148,7 +148,7 @@ def _pool(tables: torch.Tensor, places: torch.Tensor, level: int, levels: Sequen
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Fresh memory in large pages, where NumPy asks the system for them: half the time of torch's to be written once."""
+    """Fresh memory, in large pages where NumPy gets them from the system: written in half the time of torch's."""
     try:
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
     except TypeError:  # bfloat16

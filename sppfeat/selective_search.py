@@ -151,21 +151,23 @@ class Proposer:
         waiting: deque[tuple[str, Future[Proposed]]] = deque()
         paths = iter(paths)
         while True:
-            while len(waiting) < 4 * self._workers and not stop():
-                path = next(paths, None)
-                if path is None:
-                    break
-                waiting.append((path, self._pool.submit(propose, path, self._options)))
-            if not waiting:
-                return
-            path, future = waiting.popleft()
+            path = waiting[0][0] if waiting else None
             try:
-                yield path, future.result()
+                while len(waiting) < 4 * self._workers and not stop():
+                    path = next(paths, None)
+                    if path is None:
+                        break
+                    waiting.append((path, self._pool.submit(propose, path, self._options)))
+                if not waiting:
+                    return
+                path, future = waiting.popleft()
+                proposed = future.result()
             except BrokenProcessPool:
                 raise WindowsError(
-                    f"{path}: a process that proposed windows died, on this picture or one of the next "
-                    f"{len(waiting)}; too little memory?"
+                    f"{path}: a process that proposed windows died, on this picture or one of the "
+                    f"{4 * self._workers} around it; too little memory?"
                 ) from None
+            yield path, proposed
 
 
 def _begin_worker() -> None:

@@ -49,7 +49,7 @@ STATE_SECONDS: Final = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a detector is trained; the defaults are those of R-CNN's code.
+    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge is not squared, as ours is.
 
     c, positive_weight: of the SVMs, see `train_linear_svm`; c counts for descriptors scaled to mean norm `mean_norm`.
     negative_overlap: windows that overlap every object of a class by less are its negatives.
@@ -133,7 +133,10 @@ class Trainer:
         capacity = min(options.cache_bytes // (2 * (dim + 1)), 1 << 22)
         if wanted > capacity // 2:
             needed = 4 * (dim + 1) * wanted
-            raise UsageError(f"cache_bytes must be at least {needed} for {wanted} objects, found {options.cache_bytes}")
+            raise UsageError(
+                f"memory for rows (cache_bytes) must be at least {needed} bytes for {wanted} objects, "
+                f"found {options.cache_bytes}"
+            )
         self.cache = RowCache(capacity, dim + 1, len(self.classes))
         per_class = max(16, options.cache_bytes // 2 // (2 * dim) // len(self.classes))
         self._boxes = (
@@ -261,9 +264,11 @@ class Trainer:
             self._note(f"{name}: {int((~good).sum())} windows are left out: the first {reason}")
         labels = np.array([self.classes.index(x) if x in self.classes else -1 for x in annotation.labels], int)
         overlap = overlaps(windows, annotation.boxes)
+        # A window on one object of a crowd is no negative, however little of the crowd it holds.
+        touched = overlaps(windows, annotation.boxes, crowd=annotation.crowd)
         targets = np.zeros((len(windows), len(self.classes)), np.int8)
         for label in range(len(self.classes)):
-            touching = overlap[:, labels == label].max(1, initial=0)
+            touching = touched[:, labels == label].max(1, initial=0)
             targets[touching < self._options.negative_overlap, label] = -1
         targets[~good[objects:]] = 0
         descriptors = done.descriptors[objects:]
@@ -283,7 +288,7 @@ class Trainer:
         targets[np.arange(len(chosen)), labels[chosen]] = 1
         for row, number in enumerate(chosen):
             # An object of one class is a negative of the others, as a window there would be.
-            apart = overlaps(annotation.boxes[number : number + 1], annotation.boxes)[0]
+            apart = overlaps(annotation.boxes[number : number + 1], annotation.boxes, crowd=annotation.crowd)[0]
             for label in range(len(self.classes)):
                 if apart[labels == label].max(initial=0) < self._options.negative_overlap:
                     targets[row, label] = -1

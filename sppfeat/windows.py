@@ -88,8 +88,8 @@ def _checked_box(where: str, name: str, box: Any) -> tuple[float, ...]:
         if not isinstance(box, list) or len(box) != 4 or any(isinstance(edge, bool) for edge in box):
             raise ValueError
         x1, y1, x2, y2 = (float(edge) for edge in box)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where}: {name!r}: expected four numbers x1,y1,x2,y2, found {box}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{where}: {name!r}: expected four numbers x1,y1,x2,y2, found {str(box)[:100]}") from None
     if not all(math.isfinite(edge) for edge in (x1, y1, x2, y2)):
         raise UsageError(f"{where}: {name!r}: expected finite numbers, found {window_text((x1, y1, x2, y2))}")
     if x2 < x1 or y2 < y1:
@@ -181,12 +181,17 @@ def nearest_scales(windows: np.ndarray, size: tuple[int, int], input_sizes: Sequ
     return result
 
 
-def overlaps(windows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[K, G] intersection over union of windows [K, 4] with others [G, 4]; pixels count whole, as in VOC's devkit."""
+def overlaps(windows: np.ndarray, others: np.ndarray, *, crowd: np.ndarray | None = None) -> np.ndarray:
+    """[K, G] intersection over union of windows [K, 4] with others [G, 4]; pixels count whole, as in VOC's devkit.
+
+    crowd: [G] bool, others that hold many objects: with these, the part of the window inside them, as COCO has it.
+    """
     low = np.maximum(windows[:, None, :2], others[None, :, :2])
     high = np.minimum(windows[:, None, 2:], others[None, :, 2:])
     common = np.clip(high - low + 1, 0, None).prod(2)
-    result: np.ndarray = common / (areas(windows)[:, None] + areas(others)[None] - common)
+    own = areas(windows)[:, None]
+    whole = own + areas(others)[None] - common
+    result: np.ndarray = common / (whole if crowd is None else np.where(crowd, own, whole))
     return result
 
 
