@@ -22,6 +22,8 @@ from sppfeat.detect import DetectOptions, DetectorRunner, detection_recipe, open
 from sppfeat.detection_evaluation import evaluate_detector
 from sppfeat.detector_training import TrainingOptions, train_detector
 from sppfeat.mining import Reservoir, RowCache
+from sppfeat.proposals import open_windows, propose_folder
+from sppfeat.selective_search import ProposalOptions
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
@@ -445,6 +447,40 @@ def test_command_line_finds_windows_itself(
     assert wrong.returncode == 2 and "the windows are of none of the 3 images" in wrong.stderr
     assert isinstance(call("detect", voc / "windows.json", tmp_path / "in").exception, ModelError)
     assert isinstance(call("train", "detector", "-o", tmp_path / "x.h5").exception, UsageError)
+
+
+def test_command_line_on_coco_without_windows(
+    voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Windows are found first and kept; a class that is not asked for is named; the search's options are kept."""
+    annotated = read_voc(voc, "trainval").subset([f"{n:03}.png" for n in range(8)])
+    document: dict[str, list[object]] = {"categories": [{"id": 3, "name": "red"}, {"id": 9, "name": "blue"}]}
+    document |= {"images": [], "annotations": []}
+    for number, (name, one) in enumerate(annotated.images.items()):
+        document["images"].append({"id": number, "file_name": name, "width": 160, "height": 120})
+        for label, (x1, y1, x2, y2) in zip(one.labels, one.boxes.tolist(), strict=True):
+            category = 3 if label == "red" else 9
+            box = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+            document["annotations"].append({"image_id": number, "category_id": category, "bbox": box})
+    document["annotations"].append({"image_id": 0, "category_id": 3, "bbox": [float("nan"), 0, 9, 9]})
+    (tmp_path / "coco.json").write_text(json.dumps(document))
+    det = tmp_path / "det.h5"
+    data = ["--images", voc / "JPEGImages", "--annotations", tmp_path / "coco.json"]
+    options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1", "--c", "0.1"]
+    done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "red", *options)
+    assert done.returncode == 3, done.stderr
+    assert "unknown class 'blue'" in done.stderr and "annotation 8" not in done.stderr
+    assert "000.png: annotation " in done.stderr and "nan" in done.stderr
+    assert "detector of 1 classes" in done.stdout and (tmp_path / "det.windows.h5").exists()
+    found = run_sppfeat("evaluate", "detection", det, *data, "--json")
+    assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"red"}, found.stderr
+    twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "red,red", *options)
+    assert isinstance(twice.exception, UsageError) and "expected names of different classes" in str(twice.exception)
+
+    propose_folder(voc / "JPEGImages", tmp_path / "few.h5", ProposalOptions(max_windows=9), workers=1)
+    path = tmp_path / "nine.h5"
+    train_detector(annotated, open_windows(tmp_path / "few.h5"), path, replace(SMALL, scales=(64,)), OPTIONS)
+    assert open_detector(path).proposals.max_windows == 9
 
 
 def test_defaults_of_the_command_line_are_those_of_the_library() -> None:
