@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Windows
 
@@ -75,7 +75,8 @@ def detect(
     elif not quiet:
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
         print(
-            f"{done.found} detections on {done.searched} images, {done.seconds:.1f} s on {done.device}; busy: {stages}",
+            f"{counted(done.found, 'detection')} on {counted(done.searched, 'image')}, "
+            f"{done.seconds:.1f} s on {done.device}; busy: {stages}",
             file=sys.stderr,
         )
     if page is not None and page_path is not None:

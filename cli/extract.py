@@ -18,7 +18,7 @@ from sppfeat.recipe import (
     Recipe,
     RunOptions,
 )
-from sppfeat_cli.output import integers, numbers, print_json, printable, scales
+from sppfeat_cli.output import counted, integers, numbers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _summary(done: "Extraction") -> str:
         if count:
             parts.append(f"{count} {word}")
     text = (
-        f"{printable(done.store)}: {done.images} {_unit(done)}s ({', '.join(parts)}), {done.dim} values each\n"
+        f"{printable(done.store)}: {counted(done.images, _unit(done))} ({', '.join(parts)}), {done.dim} values each\n"
         f"{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
         f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
     )

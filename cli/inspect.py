@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import human_bytes, print_json, printable
+from sppfeat_cli.output import counted, human_bytes, print_json, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -99,7 +99,8 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         return
     names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     lines = [
-        f"{printable(file)}: SVM of {len(model.classes)} classes ({names}), trained with {model.images} images",
+        f"{printable(file)}: SVM of {counted(len(model.classes), 'class')} ({names}), "
+        f"trained with {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         f"  weights: sha256 {model.weights_sha256[:16]}",
         *_recipe_lines(about["recipe"]),
@@ -129,7 +130,7 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     training = model.training
     lines = [
-        f"{printable(file)}: detector of {len(model.classes)} classes ({names}), {about['dim']} values",
+        f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({names}), {about['dim']} values",
         f"  trained with {training.get('images')} images, {sum(training.get('positives', {}).values())} objects and "
         f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
         f"{training.get('c'):g}, positive weight {training.get('positive_weight'):g}",
@@ -161,7 +162,8 @@ def _inspect_windows(file: str, as_json: bool) -> None:
         print_json(about)
         return
     lines = [
-        f"{printable(file)}: {found.count} windows of {len(found)} images, {human_bytes(found.path.stat().st_size)}",
+        f"{printable(file)}: {counted(found.count, 'window')} of {counted(len(found), 'image')}, "
+        f"{human_bytes(found.path.stat().st_size)}",
         f"  {found.options.method}, at most {found.options.max_windows} an image, seed {found.options.seed}",
         f"  failed {len(found.errors)}, without a window {empty}",
         f"  images below: {printable(found.source_root)}",
@@ -209,7 +211,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
     index, projection = about["index"], about["projection"]
     effort = "".join(f", {name} {value}" for name, value in index["effort"].items())
     lines = [
-        f"{printable(about['file'])}: gallery of {about['images']} images, {human_bytes(about['bytes'])}",
+        f"{printable(about['file'])}: gallery of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
         f"  index: {index['factory']}{effort} ({index['why']})",
     ]
     if index["recall@10"] is not None:
@@ -231,7 +233,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
 
 def _text(about: dict[str, Any]) -> str:
     lines = [
-        f"{printable(about['file'])}: store of {about['images']} images, {human_bytes(about['bytes'])}",
+        f"{printable(about['file'])}: store of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         f"  images below: {printable(about['source_root'])}",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, Self
 
-from sppfeat_cli.output import printable
+from sppfeat_cli.output import counted, printable
 
 SECOND_SIGNAL_SECONDS: Final = 0.5
 
@@ -69,7 +69,7 @@ class Progress:
         self.close()
         where = f" on {device}" if device else ""
         kept = f", {reused} done before" if reused else ""
-        print(f"{todo} {self._unit}s {self._verb}{where}{kept}", file=sys.stderr)
+        print(f"{counted(todo, self._unit)} {self._verb}{where}{kept}", file=sys.stderr)
         for name in gone:
             print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
         self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)

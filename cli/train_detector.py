@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import integers, print_json, printable, scales
+from sppfeat_cli.output import counted, integers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -164,10 +164,12 @@ def _summary(done: "Training") -> str:
     objects = sum(done.positives.values())
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
     text = (
-        f"{printable(done.file)}: detector of {len(done.classes)} classes, {objects} objects on {done.images} images, "
-        f"{sum(done.hard)} hard negatives in {len(done.hard)} passes\n"
+        f"{printable(done.file)}: detector of {counted(len(done.classes), 'class')}, {counted(objects, 'object')} on "
+        f"{counted(done.images, 'image')}, "
+        f"{counted(sum(done.hard), 'hard negative')} in {counted(len(done.hard), 'pass')}\n"
         f"{done.seconds:.1f} s on {done.device}; busy: {stages} (over all threads)"
     )
     if done.failed or done.notes:
-        text += f"\n{len(done.failed)} images left out, {len(done.notes)} notes on others: see above, or --json"
+        left_out, notes = counted(len(done.failed), "image"), counted(len(done.notes), "note")
+        text += f"\n{left_out} left out, {notes} on others: see above, or --json"
     return text

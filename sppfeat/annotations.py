@@ -124,7 +124,7 @@ def read_voc_files(images: str | os.PathLike[str], annotations: str | os.PathLik
         )
     annotated = _read_xml(found.root, dict(sorted(sources.items())))
     if bare := [name for name in found.names if name not in sources]:
-        annotated.notes.append(f"{len(bare)} images have no annotation and are left out, such as {bare[0]}")
+        annotated.notes.append(f"images without an annotation are left out: {len(bare)}, such as {bare[0]}")
     return annotated
 
 

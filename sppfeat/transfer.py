@@ -230,8 +230,8 @@ def _task(store: Store, failed: set[str], known: Labels, options: TransferOption
     if (few := counts < needed).any():
         shown = ", ".join(f"{name} {count}" for name, count in zip(classes[few][:5], counts[few][:5], strict=True))
         raise UsageError(
-            f"protocol {options.protocol}: expected at least {needed} images a class, found {few.sum()} classes with "
-            f"fewer ({shown}); a smaller per_class takes fewer"
+            f"protocol {options.protocol}: expected at least {needed} images a class, found fewer in {few.sum()} of "
+            f"{len(classes)} ({shown}); a smaller per_class takes fewer"
         )
     generator = np.random.default_rng(options.seed)
     splits = []

@@ -119,7 +119,7 @@ def test_an_image_that_is_missing_and_images_without_annotation(make_pair: Calla
     Image.new("RGB", (9, 9)).save(images / "extra.png")
     found = read_voc_files(images, texts)
     assert found.problems == {"gone.jpg": "no such file"}
-    assert found.notes == ["1 images have no annotation and are left out, such as extra.png"]
+    assert found.notes == ["images without an annotation are left out: 1, such as extra.png"]
 
 
 def test_a_turned_picture_whose_annotation_was_not(make_pair: Callable[..., tuple[Path, Path]]) -> None:

@@ -471,7 +471,7 @@ def test_command_line_on_coco_without_windows(
     assert done.returncode == 3, done.stderr
     assert "unknown class 'blue'" in done.stderr and "annotation 8" not in done.stderr
     assert "000.png: annotation " in done.stderr and "nan" in done.stderr
-    assert "detector of 1 classes" in done.stdout and (tmp_path / "det.windows.h5").exists()
+    assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
     found = run_sppfeat("evaluate", "detection", det, *data, "--json")
     assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"red"}, found.stderr
     twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "red,red", *options)

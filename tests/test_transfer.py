@@ -163,7 +163,7 @@ def test_pending_rows_are_refused(make_store: Callable[..., Store]) -> None:
 
 def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) -> None:
     with pytest.raises(
-        UsageError, match=r"expected at least 31 images a class, found 4 classes .*\(class0 12, class1 12"
+        UsageError, match=r"expected at least 31 images a class, found fewer in 4 of .*\(class0 12, class1 12"
     ):
         evaluate_transfer([make_store()], TransferOptions(protocol="caltech101"))
     with pytest.raises(UsageError, match="at least two classes, found 1: class0"):
