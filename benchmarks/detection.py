@@ -47,10 +47,20 @@ SIDE = 224
 RACCOON_WINDOWS = 500
 SCALE_SETS: dict[str, tuple[int | str, ...]] = {
     "1 scale (480)": (480,),
+    "1 scale (688)": (688,),
     "2 scales (480, 688)": (480, 688),
     "3 scales (480, 688, 1200)": (480, 688, 1200),
     "5 scales (480, 576, 688, 864, 1200)": (480, 576, 688, 864, 1200),
 }
+# All with levels 3,2,1 on the last block (stride 32), unless they say otherwise.
+FORMS: dict[str, dict[str, Any]] = {
+    **{name: {"scales": scales} for name, scales in list(SCALE_SETS.items())[:4]},
+    "1 scale (480), levels 1": {"scales": (480,), "levels": (1,)},
+    "1 scale (480), levels 6,3,2,1": {"scales": (480,), "levels": (6, 3, 2, 1)},
+    "1 scale (480), stride 16": {"scales": (480,), "layer": "blocks.4"},
+    "1 scale (480), stride 16, levels 6,3,2,1": {"scales": (480,), "layer": "blocks.4", "levels": (6, 3, 2, 1)},
+}
+VOC_FORMS = ("1 scale (480)", "1 scale (688)", "2 scales (480, 688)", "1 scale (480), levels 6,3,2,1")
 
 
 class WarpingDescriber(Describer):
@@ -246,14 +256,7 @@ def part_time(data: Data) -> dict[str, Any]:
 def part_raccoon(data: Data) -> dict[str, Any]:
     """Accuracy on raccoon, SPP-net in several forms and R-CNN."""
     train, test, windows = data.raccoon()
-    forms: dict[str, Callable[[], Describer]] = {
-        name: (lambda scales=scales: Describer(detection_recipe(scales=scales)))  # type: ignore[misc]
-        for name, scales in SCALE_SETS.items()
-    }
-    forms["levels 1"] = lambda: Describer(detection_recipe(levels=(1,)))
-    forms["levels 6,3,2,1"] = lambda: Describer(detection_recipe(levels=(6, 3, 2, 1)))
-    forms["stride 16, 2 scales"] = lambda: Describer(detection_recipe(layer="blocks.4"))
-    forms["stride 16, levels 6,3,2,1"] = lambda: Describer(detection_recipe(layer="blocks.4", levels=(6, 3, 2, 1)))
+    forms = {name: _describer(name) for name in FORMS}
     if len(list((data.work / "rcnn").glob("*.npz"))) >= len(train.images) + len(test.images):
         forms["R-CNN"] = lambda: WarpingDescriber(detection_recipe(scales=(SIDE,)), folder=data.work / "rcnn")
     return _accuracies(data, "raccoon", forms, train, test, windows)
@@ -262,12 +265,11 @@ def part_raccoon(data: Data) -> dict[str, Any]:
 def part_voc(data: Data) -> dict[str, Any]:
     """Accuracy on voc2007-subset."""
     train, test, windows = data.voc()
-    forms: dict[str, Callable[[], Describer]] = {
-        name: (lambda scales=scales: Describer(detection_recipe(scales=scales)))  # type: ignore[misc]
-        for name, scales in list(SCALE_SETS.items())[:3]
-    }
-    forms["levels 6,3,2,1"] = lambda: Describer(detection_recipe(levels=(6, 3, 2, 1)))
-    return _accuracies(data, "voc", forms, train, test, windows)
+    return _accuracies(data, "voc", {name: _describer(name) for name in VOC_FORMS}, train, test, windows)
+
+
+def _describer(form: str) -> Callable[[], Describer]:
+    return lambda: Describer(detection_recipe(**FORMS[form]))
 
 
 def _accuracies(
@@ -305,7 +307,7 @@ def part_stages(data: Data) -> dict[str, Any]:
     """Where the time of detecting goes, and the memory: 40 images of raccoon, in a process of their own."""
     if os.environ.get("SPPFEAT_BENCHMARK_CHILD"):
         _, test, windows = data.raccoon()
-        detector = open_detector(data.work / "raccoon 2 scales (480, 688).h5")
+        detector = open_detector(data.work / "raccoon 1 scale (480).h5")
         runner = DetectorRunner(detector)
         names = list(test.images)
         start = time.perf_counter()
@@ -407,6 +409,7 @@ def print_tables(work: Path) -> None:
             )
     if "stages" in found:
         one = found["stages"]
+        print(f"\nDetecting on {one['images']} images of raccoon, 1 scale (480):")
         print("\n| stage | ms an image |\n|---|---|")
         print(f"| selective search, one process | {1e3 * one['search']:.0f} |")
         for name, seconds in one["stages"].items():
