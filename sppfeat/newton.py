@@ -242,6 +242,10 @@ class PrimalSpace:
     def zeros(self, count: int) -> torch.Tensor:
         return torch.zeros((count, self._rows.dim + 1), device=self._rows.device)
 
+    def margins(self, vectors: torch.Tensor) -> torch.Tensor:
+        """[K, N] of vectors [K, D + 1]."""
+        return self._rows.margins(vectors)
+
     def inner(self, vectors: torch.Tensor, others: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         return _sum(vectors * others)
 

@@ -164,13 +164,14 @@ class SvmProblem:
         *,
         c: float | np.ndarray,
         positive_weight: float = 1.0,
-        start: SvmSolution | None = None,
+        start: SvmSolution | tuple[np.ndarray, np.ndarray] | None = None,
         tolerance: float = TOLERANCE,
     ) -> SvmSolution:
         """Train on rows [M] (None: all) with their targets [M, K] of +1, -1 and 0 (left out).
 
         c: of all classes, or [K] of each.
-        start: a solution for the same rows and classes, such as that of the next smaller cost, to begin from.
+        start: what to begin from: a solution for the same rows and classes, such as that of the next smaller cost; or
+        weights [K, D] and biases [K] that fit some of the rows, which the primal route makes use of.
         """
         for name, value in (("c", c), ("positive_weight", positive_weight), ("tolerance", tolerance)):
             if not (np.isfinite(value).all() and np.all(np.asarray(value) > 0)):
@@ -188,7 +189,17 @@ class SvmProblem:
         wanted = torch.from_numpy(np.ascontiguousarray(targets.T)).to(self._device, torch.float32)
         space = self._space(chosen)
         begin = None
-        if start is not None:
+        if isinstance(start, tuple):
+            weights, biases = start
+            expected = (targets.shape[1], self._all.dim)
+            if weights.shape != expected or biases.shape != expected[:1]:
+                raise UsageError(f"start must be weights {list(expected)} and biases, found {list(weights.shape)}")
+            if isinstance(space, PrimalSpace):
+                vectors = torch.from_numpy(np.concatenate([weights, biases[:, None]], 1)).to(
+                    self._device, torch.float32
+                )
+                begin = (vectors, space.margins(vectors))
+        elif start is not None:
             if not np.array_equal(start.rows, chosen) or len(start.solved) != targets.shape[1]:
                 raise UsageError("start must be a solution for the same rows and classes")
             begin = (start._vectors, start._margins)

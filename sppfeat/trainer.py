@@ -41,6 +41,9 @@ HARD_PER_PICTURE: Final = 100
 BOX_ROWS_PER_OBJECT: Final = 20
 # Of one class; they are solved in double precision, in four times their memory.
 MAX_BOX_ROWS: Final = 8000
+# How far the SVMs may be from the best objective at the end of a pass, and amid it, where they only find negatives.
+_TOLERANCE: Final = 1e-3
+_ROUGH_TOLERANCE: Final = 1e-2
 # A pass that adds fewer than this part of the rows is the last.
 FEW_NEW: Final = 0.02
 # The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
@@ -167,11 +170,11 @@ class Trainer:
             if self._step == 0:
                 self._drop_classes()
                 self._set_bias_feature()
-                self._solve()
+                self._solve(_TOLERANCE)
             else:
                 added = self.hard[-1]
                 if self._fresh:
-                    self._solve()
+                    self._solve(_TOLERANCE)
                 self._observer.note(
                     f"pass {self._step}: {added} hard negatives added, {self.cache.count} rows, "
                     f"solved in {self.solve_seconds:.1f} s so far"
@@ -335,14 +338,14 @@ class Trainer:
             return
         hard = hard[np.argsort(-hardness[hard], kind="stable")[:HARD_PER_PICTURE]]
         if len(hard) > self.cache.free:
-            self._solve()
+            self._solve(_ROUGH_TOLERANCE)
             self._make_room(len(hard))
             hard = hard[: self.cache.free]
         self._add(rows[hard], targets[hard], at, hard)
         self.hard[-1] += len(hard)
         # Later on, each training costs more and changes less.
         if self._fresh >= max(2000, self.cache.count // 3):
-            self._solve()
+            self._solve(_ROUGH_TOLERANCE)
 
     def _add(self, rows: np.ndarray, targets: np.ndarray, at: int, windows: np.ndarray) -> None:
         constant = 0.0 if self._step == 0 else BIAS_FEATURE / self._factor
@@ -373,14 +376,18 @@ class Trainer:
     def _set_bias_feature(self) -> None:
         self.cache.rows[:, -1] = BIAS_FEATURE / self._factor
 
-    def _solve(self) -> None:
-        """Train the SVMs on all rows, and drop negatives that have become easy."""
+    def _solve(self, tolerance: float) -> None:
+        """Train the SVMs on all rows, from the present ones on, and drop negatives that have become easy."""
         start = time.perf_counter()
         targets = self.cache.targets
         # To scale the rows by f is to scale the cost by f squared, which saves a copy of the rows.
         problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
         solution = problem.solve(
-            targets, c=self._options.c * self._factor**2, positive_weight=self._options.positive_weight
+            targets,
+            c=self._options.c * self._factor**2,
+            positive_weight=self._options.positive_weight,
+            start=(self._model, self._biases),
+            tolerance=tolerance,
         )
         svm = problem.svm(solution, np.arange(len(self.classes)))
         self._model, self._biases = svm.weights, svm.biases

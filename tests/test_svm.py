@@ -157,6 +157,21 @@ def test_folds_and_warm_starts_share_one_problem(route: str) -> None:
 
 
 @BOTH
+def test_weights_of_fewer_rows_are_a_start(route: str) -> None:
+    """To the same minimum; by the primal route with fewer readings of the rows."""
+    rows, labels = make_rows(300, 30, 4)
+    targets, _ = class_targets(labels)
+    few = train_linear_svm(rows[:250], labels[:250], c=1.0, route=route)
+    problem = SvmProblem(rows, route=route)
+    alone = problem.solve(targets, c=1.0)
+    begun = problem.solve(targets, c=1.0, start=(few.weights, few.biases))
+    np.testing.assert_allclose(begun.objectives, alone.objectives, rtol=1e-4)
+    assert begun.products < alone.products if route == "primal" else begun.products == alone.products
+    with pytest.raises(UsageError, match=r"start must be weights \[4, 30\] and biases, found \[4, 29\]"):
+        problem.solve(targets, c=1.0, start=(few.weights[:, :29], few.biases))
+
+
+@BOTH
 def test_a_class_without_a_row_in_a_fold_never_wins(route: str) -> None:
     rows, labels = make_rows(30, 50, 3)
     targets, classes = class_targets(labels)
