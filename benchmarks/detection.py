@@ -60,7 +60,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "1 scale (480), stride 16": {"scales": (480,), "layer": "blocks.4"},
     "1 scale (480), stride 16, levels 6,3,2,1": {"scales": (480,), "layer": "blocks.4", "levels": (6, 3, 2, 1)},
 }
-VOC_FORMS = ("1 scale (480)", "1 scale (688)", "2 scales (480, 688)", "1 scale (480), levels 6,3,2,1")
+VOC_FORMS = ("1 scale (480)", "2 scales (480, 688)", "1 scale (688)")
 
 
 class WarpingDescriber(Describer):
