@@ -27,7 +27,7 @@ def detect(
         list[str], typer.Argument(metavar="IMAGES...", help="Folders, images, text lists, or -.", show_default=False)
     ],
     windows: Windows = None,
-    threshold: Annotated[float, typer.Option(help="Least score.")] = 0.0,
+    threshold: Annotated[float, typer.Option(help="Least score; higher gives fewer, surer ones.")] = -0.5,
     overlap: Annotated[
         float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
     ] = 0.3,

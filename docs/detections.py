@@ -1,6 +1,6 @@
 """Draws `detections.jpg`, the picture of README: what a detector finds on the photographs of the project.
 
-    python docs/detections.py DETECTOR.h5
+    python docs/detections.py DETECTOR.h5 [THRESHOLD]
 
 The detector is one of PASCAL VOC's classes: `sppfeat train detector VOC2007/ -o voc.h5 --split trainval`.
 """
@@ -17,14 +17,14 @@ from sppfeat.drawing import draw_detections
 from sppfeat.images import read_image
 
 PHOTOS = Path(__file__).parents[1] / "photos"
-SHOWN = ("animals/cat.jpg", "people/astronaut.jpg", "people/photographer.jpg")
+SHOWN = ("animals/cat.jpg", "people/photographer.jpg")
 HEIGHT, GAP = 420, 12
 
 
 def main() -> None:
     detector = open_detector(sys.argv[1])
     pictures = [(name, str(PHOTOS / name)) for name in SHOWN]
-    options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else DetectOptions.threshold)
     panels: dict[int, Image.Image] = {}
     for found in detected(DetectorRunner(detector), pictures, None, options):
         picture = read_image(pictures[found.position][1]).pixels

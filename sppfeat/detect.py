@@ -129,11 +129,12 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
 class DetectOptions:
     """Which detections are given.
 
-    threshold: least score. overlap: of two detections of a class that overlap by more, the better one stays.
+    threshold: least score; 0 is the border that the SVMs draw between objects and windows, of which there are far more,
+    so that most objects lie below it. overlap: of two detections of a class that overlap by more, the better one stays.
     max_detections: the most for a picture, over all classes; the best stay.
     """
 
-    threshold: float = 0.0
+    threshold: float = -0.5
     overlap: float = 0.3
     max_detections: int = 100
 
