@@ -87,13 +87,20 @@ def thingsvision(listing: str, network_name: str, size: int) -> None:
     from PIL import Image
     from thingsvision import get_extractor
     from thingsvision.utils.data import DataLoader
+    from torchvision import transforms
 
     extractor = get_extractor(
         model_name=NETWORKS[network_name].timm, source="timm", device="cpu", pretrained=False, model_parameters=None
     )
-    # `get_transformations` would take the network's own size, whatever size it is asked for.
-    half = [0.5, 0.5, 0.5]
-    transform = extractor.get_default_transformation(half, half, round(size / 0.875), size, True)
+    # The extractor's own transforms take the network's size, whatever size they are asked for.
+    transform = transforms.Compose(
+        [
+            transforms.Resize(round(size / 0.875), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        ]
+    )
     paths = Path(listing).read_text().splitlines()
 
     class Files(torch.utils.data.Dataset[torch.Tensor]):

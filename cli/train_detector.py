@@ -62,7 +62,7 @@ def detector(
         str | None, typer.Option(help="Whose output is pooled.", show_default="the backbone's own")
     ] = None,
     scale_list: Annotated[
-        str | None, typer.Option("--scales", metavar="PIXELS,...", help="Short sides.", show_default="480,688")
+        str | None, typer.Option("--scales", metavar="PIXELS,...", help="Short sides.", show_default="480")
     ] = None,
     level_list: Annotated[
         str | None, typer.Option("--levels", metavar="N,...", help="Pyramid levels.", show_default="3,2,1")

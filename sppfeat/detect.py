@@ -41,7 +41,7 @@ def detection_recipe(**changes: Any) -> Recipe:
     """
     return Recipe(
         **{
-            "scales": (480, 688),
+            "scales": (480,),
             "levels": (3, 2, 1),
             "normalize": "none",
             "dtype": "float32",
