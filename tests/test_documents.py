@@ -1,0 +1,27 @@
+"""Documents are checked once, and named when they are wrong."""
+
+import msgspec
+import pytest
+
+from sppfeat.documents import decode_document
+from sppfeat.errors import GalleryError
+
+
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rows: int
+    names: list[str] = []
+
+
+def test_a_sound_document_becomes_the_shape() -> None:
+    assert decode_document(b'{"rows": 3}', Shape, what="f", error=GalleryError) == Shape(3, [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[]", b'{"rows": "3"}', b'{"rows": 1.5}', b'{"rows": NaN}', b'{"rows": 1, "odd": 2}', b"{}"]
+    + [b"[" * 100_000, b'{"rows": 1, "names": [1]}', b'{"rows": 1, "names": ["\xff"]}'],
+)
+def test_a_wrong_one_is_named_on_one_line(content: bytes) -> None:
+    with pytest.raises(GalleryError, match=r"^f: expected a thing, found: \S") as caught:
+        decode_document(content, Shape, what="f: expected a thing", error=GalleryError)
+    assert "\n" not in str(caught.value)
