@@ -10,7 +10,7 @@ import numpy as np
 from sppfeat.errors import UsageError
 from sppfeat.metrics import accuracy_per_class, average_precisions, mean_over_classes
 from sppfeat.recipe import RunOptions
-from sppfeat.svm import SvmProblem, class_targets
+from sppfeat.svm import SvmProblem, SvmSolution, class_targets
 
 # vissl: the costs of VISSL's VOC 2007 benchmark (facebookresearch/vissl, eval_resnet_8gpu_transfer_voc07_svm.yaml).
 # decades: of these, one a decade: on L2-normalised descriptors the value changes little within one, at half the time.
@@ -51,11 +51,14 @@ class SvmOptions:
 class Choice:
     """The C of each class [K], and the curve it was chosen from: every C and the mean value it gave, parts of 1.
 
-    The curve is empty where C was given.
+    The curve is empty where C was given. start: a solution at these C, of some of the rows, to begin the last fit with.
+    gap: the largest relative duality gap of all SVMs that the curve was measured with.
     """
 
     costs: np.ndarray
     curve: list[tuple[float, float]]
+    start: SvmSolution | None = None
+    gap: float = 0.0
 
 
 def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
@@ -67,8 +70,15 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
     if len(options.costs) == 1:
         return Choice(np.full(len(classes), options.costs[0]), [])
     fold = _folds((labels[:, None] == classes).argmax(1), options.seed)
+    if not (fold > 0).any():
+        raise UsageError(
+            f"C cannot be chosen by cross-validation: expected a class of at least 2 training images, found 1 in each "
+            f"of {len(classes)}; give one C"
+        )
     costs = sorted(options.costs)
     values = np.full((FOLDS, len(costs)), np.nan)
+    best: tuple[float, SvmSolution] | None = None
+    gap = 0.0
     for number in range(FOLDS):
         fit, held = fold != number, fold == number
         if not fit.any() or not held.any():
@@ -79,10 +89,14 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
             solution = problem.solve(
                 targets, rows[fit], c=cost, positive_weight=options.positive_weight, start=solution
             )
+            gap = max(gap, float(solution.gaps.max()))
             predicted = classes[problem.scores(solution, rows[held]).argmax(1)]
             values[number, at] = mean_over_classes(accuracy_per_class(labels[held], predicted, classes))
+            if number == FOLDS - 1 and (best is None or _mean(values[:, at]) > best[0]):
+                best = float(_mean(values[:, at])), solution
     mean = _mean(values)
-    return Choice(np.full(len(classes), costs[int(mean.argmax())]), list(zip(costs, mean.tolist(), strict=True)))
+    chosen = np.full(len(classes), costs[int(mean.argmax())])
+    return Choice(chosen, list(zip(costs, mean.tolist(), strict=True)), best and best[1], gap)
 
 
 def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
@@ -98,18 +112,30 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
     fold = np.stack([_folds(column, options.seed) for column in targets.T], 1)
     costs = sorted(options.costs)
     values = np.full((FOLDS, len(costs), count), np.nan)
+    start: SvmSolution | None = None
+    reached, gap = np.full(count, -np.inf), 0.0
     for number in range(FOLDS):
         # Every class leaves out rows of its own: a target of 0.
         fit, held = (np.where(of, targets, 0).astype(np.int8) for of in (fold != number, fold == number))
         solution = None
         for at, cost in enumerate(costs):
             solution = problem.solve(fit, rows, c=cost, positive_weight=options.positive_weight, start=solution)
+            gap = max(gap, float(solution.gaps.max()))
             found = average_precisions(held, problem.scores(solution, rows))
             values[number, at] = np.where(solution.solved, found, np.nan)
+            if number == FOLDS - 1:
+                mean = np.nan_to_num(_mean(values[:, at]), nan=-1.0)
+                start = solution if start is None else start.with_classes(mean > reached, solution)
+                reached = np.maximum(reached, mean)
     mean = _mean(values)
     overall = _mean(mean.T)
-    best = np.where(np.isnan(mean).all(0), overall.argmax(), np.nan_to_num(mean, nan=-1.0).argmax(0))
-    return Choice(np.array(costs)[best], list(zip(costs, overall.tolist(), strict=True)))
+    if np.isnan(overall).all():
+        raise UsageError(
+            f"C cannot be chosen by cross-validation: expected a class of at least 2 positive training images, found "
+            f"none among {count}; give one C"
+        )
+    best = np.where(np.isnan(mean).all(0), np.nanargmax(overall), np.nan_to_num(mean, nan=-1.0).argmax(0))
+    return Choice(np.array(costs)[best], list(zip(costs, overall.tolist(), strict=True)), start, gap)
 
 
 def _folds(kinds: np.ndarray, seed: int) -> np.ndarray:

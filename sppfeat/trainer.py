@@ -390,7 +390,7 @@ class Trainer:
             tolerance=tolerance,
         )
         svm = problem.svm(solution, np.arange(len(self.classes)))
-        self._model, self._biases = svm.weights, svm.biases
+        self._model, self._biases = svm.weights.astype(np.float32), svm.biases.astype(np.float32)
         scores = problem.scores(solution)
         self._fresh = 0
         hardness = np.where(targets == -1, scores, -np.inf).max(1)

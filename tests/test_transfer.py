@@ -384,13 +384,13 @@ def test_levels_that_cannot_be_cut_out(make_images: Callable[..., Path], tmp_pat
 
 def test_rows_left_out_are_never_copied(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a row failed, the largest block that is read stays a block, not the matrix."""
-    from sppfeat import newton
+    from sppfeat import svm_rows
     from sppfeat.views import DescriptorView
 
     store = make_store()
     with StoreWriter(store) as writer:
         writer.fail(3, "broken")
-    monkeypatch.setattr(newton, "_BLOCK_BYTES", 4 * DIM * 5)
+    monkeypatch.setattr(svm_rows, "_BLOCK_BYTES", 8 * DIM * 5)
     read: list[int] = []
     plain = DescriptorView.__getitem__
 
