@@ -204,7 +204,7 @@ def test_command_line(make_store: Callable[..., Store], run_sppfeat: Callable[..
     assert {"protocol", "metric", "value", "std", "trials", "C", "per_class"} <= document.keys()
     assert document["metric"] == "mean_per_class_accuracy" and len(document["trials"]) == 2
     table = run_sppfeat("evaluate", "transfer", *stores, "--trials", "2", "--c", "1").stdout  # type: ignore[attr-defined]
-    assert "against the first" in table and "C = 1, " in table and "solver: primal" in table
+    assert "against the first" in table and "C = 1, " in table and "solver: gram" in table
 
 
 def test_real_data_equals_scikit_learn(shared: Path, tmp_path: Path) -> None:
