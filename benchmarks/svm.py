@@ -2,10 +2,11 @@
 
     python benchmarks/svm.py [STORE] [--averages STORE]
 
-Descriptors are synthetic, with a Gram matrix whose eigenvalues fall as those of real ones do (or the rows of a store,
-labelled by their folders; of global averages that are not normalised for the smaller shapes). LinearSVC gets ready rows in double precision, and the loosest tolerance at which every
-class looked at comes within 1e-4 of the best objective; sppfeat gets half-precision rows on disk, and its default
-tolerance. Every side is a process of its own; memory is the operating system's count.
+Descriptors are synthetic, with a Gram matrix whose eigenvalues fall as those of real ones do; or the rows of a store,
+labelled by their folders, and for the smaller shapes of a store of global averages that are not normalised. LinearSVC
+gets ready rows in double precision, and the loosest tolerance at which every class looked at comes within 1e-4 of the
+best objective; sppfeat gets half-precision rows on disk, and its default tolerance. Every side is a process of its own;
+memory is the operating system's count.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from extract import processor
 
 GAP = 1e-4
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)  # those of VISSL
@@ -282,7 +284,7 @@ def compare_shapes(folder: Path, averages: Path | None, scale: float) -> None:
     table(
         "one fit on all rows, by shape, mean length of a row and C; every class within "
         f"{GAP:.0e} of the best objective on both sides",
-        "rows x values, classes | length | C | LinearSVC, s | tol | its gap | sppfeat, s | route | its gap | times faster",
+        "rows x values, classes | length | C | LinearSVC, s | tol | gap | sppfeat, s | route | gap | times faster",
     )
     for count, dim, classes, norm, c in SHAPES:
         count, dim = max(40, int(count * scale)), max(8, int(dim * scale))
