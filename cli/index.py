@@ -46,7 +46,7 @@ def index(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Most memory for the index, such as 4GB.", show_default="half of the machine's"
+            metavar="SIZE", help="Most memory for the index, such as 4GB.", show_default="half of what is available"
         ),
     ] = None,
     recall: Annotated[
