@@ -51,7 +51,7 @@ _TRAIN_SEED: Final = 1234
 class IndexOptions:
     """How an index is built.
 
-    factory: a FAISS factory string; None: chosen. memory: bytes that the index may take; None: half of the memory available.
+    factory: a FAISS factory string; None: chosen. memory: bytes that the index may take; None: half of what is there.
     recall: part of the 10 true neighbours that an approximate index is set to find, 0 to 1.
     measure: compare this many rows' neighbours with the exact ones. device: `cpu`, `cuda` or `cuda:N`.
     Raises UsageError, naming the field, when a value cannot be.
@@ -108,9 +108,15 @@ class BuiltIndex:
 def load_faiss() -> ModuleType:
     """The module faiss. Raises MissingExtraError."""
     try:
-        return require_extra("faiss", "cpu", "similarity search")
+        faiss = require_extra("faiss", "cpu", "similarity search")
     except RuntimeError as error:  # faiss-gpu without NVIDIA's libraries
         raise MissingExtraError(f"similarity search needs faiss, which fails: {one_line(error)}") from None
+    # What checks an index from a file, graphs and sizes included, came with it.
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        raise MissingExtraError(
+            f"similarity search needs faiss 1.15 or newer, found {faiss.__version__}: pip install -U 'sppfeat[cpu]'"
+        )
+    return faiss
 
 
 def default_memory() -> int:

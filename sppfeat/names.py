@@ -16,7 +16,7 @@ def unsafe_name(name: str) -> str | None:
         return "contains '..'"
     if "\0" in name:
         return "contains a NUL"
-    # Only a backslash and a byte that is not UTF-8 are ever escaped: anything else could spell `..` past the check above.
+    # Only a backslash and a byte that is not UTF-8 are ever escaped; others could spell `..` past the check above.
     if "\\" in re.sub(r"\\\\|\\x[89a-f][0-9a-f]", "", name):
         return "contains an escape that stands for no byte of a file name"
     return None

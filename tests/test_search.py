@@ -89,7 +89,7 @@ def test_names_are_those_of_their_rows(make_images: Callable[..., Path], tmp_pat
 
 def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: Path) -> None:
     gallery = gallery_of(few_values(5))
-    store = open_store(gallery.about["sources"][0]["store"])
+    store = open_store(gallery.about.sources[0].store)
     result = search_store(gallery, store, SearchOptions(k=9))
     assert result.notes == ["k is 9, the gallery has 5 images: all are given"]
     assert [len(answer.neighbors) for answer in result.answers] == [5] * 5
