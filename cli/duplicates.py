@@ -36,12 +36,13 @@ def duplicates(
     page = check_page(html, overwrite=overwrite) if html is not None else None
     with _Bar(quiet) as bar:
         found = find_duplicates(open_store(store), threshold, progress=bar.show)
-    if page is not None:
-        write_duplicates_page(page, found)
     if as_json:
         print_json(_document(found))
     else:
         typer.echo(_text(found))
+    # After the groups, which a page that cannot be written does not cost.
+    if page is not None:
+        write_duplicates_page(page, found)
 
 
 class _Bar:
@@ -81,7 +82,7 @@ def _document(found: "Duplicates") -> dict[str, Any]:
 def _text(found: "Duplicates") -> str:
     lines = []
     for number, group in enumerate(found.groups, 1):
-        lines.append(f"group {number}: {len(group)} pictures")
+        lines.append(f"group {number}: {len(group)} images")
         for one in group:
             width, height = one.size
             lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(one.path or one.name)}")

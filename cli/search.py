@@ -86,8 +86,6 @@ def search(
         done = search_store(opened, open_store(queries[0]), options)
     else:
         done = search_images(opened, queries, options, run_options, weights=weights, box=part)
-    if page is not None:
-        write_hits_page(page, opened, done)
     if as_json:
         print_json(_document(done))
     elif done.failed < len(done.answers):
@@ -98,6 +96,9 @@ def search(
     if not quiet:
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
+    # After the results, which a page that cannot be written does not cost.
+    if page is not None:
+        write_hits_page(page, opened, done)
     if done.failed:
         raise typer.Exit(3)
 
