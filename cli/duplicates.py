@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def duplicates(
     store: Annotated[str, typer.Argument(metavar="STORE", help="As `sppfeat extract` made it.", show_default=False)],
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which pictures belong together.")] = 0.95,
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which images belong together.")] = 0.95,
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
     ] = None,
@@ -27,7 +27,7 @@ def duplicates(
 ) -> None:
     """Find groups of near-duplicates, the largest first, by comparing every pair of images.
 
-    The first of a group is the picture with the most pixels; scores are cosine similarities with it.
+    The first of a group is the image with the most pixels; scores are cosine similarities with it.
     """
     from sppfeat.duplicates import find_duplicates, write_duplicates_page
     from sppfeat.report import check_page
