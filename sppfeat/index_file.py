@@ -61,6 +61,9 @@ def _check(file: Path, index: Any, rows: int, dim: int) -> None:
             _check_lists(file, part)
             # A map of rows to lists is made anew where it is needed; one that is read could point anywhere.
             part.set_direct_map_type(faiss.DirectMap.NoMap)
+        if isinstance(part, faiss.IndexIVFPQFastScan) and part.fine_quantizer is None:
+            # FAISS 1.15 does not set this pointer when it reads, and reconstructing rows follows it.
+            part.fine_quantizer = part.pq
 
 
 def _parts(index: Any) -> Iterator[Any]:

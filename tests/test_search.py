@@ -116,6 +116,14 @@ def test_query_expansion_equals_the_formula(gallery_of: Callable[..., Gallery], 
         assert one[0] == expected.argmax() or factory == "SQ8"
 
 
+def test_expansion_with_an_index_that_faiss_reads_without_its_quantizer(gallery_of: Callable[..., Gallery]) -> None:
+    """FAISS 1.15 alone would end the process here."""
+    rows = np.random.default_rng(3).normal(size=(90, 16))
+    gallery = gallery_of(rows, "IVF4,PQ4x4fs")
+    found, scores = search_descriptors(gallery, rows[:5], SearchOptions(k=3, expand=2))
+    assert (found >= 0).all() and (scores > 0.3).all()
+
+
 def test_another_recipe_is_refused(make_store: MakeStore, gallery_of: Callable[..., Gallery]) -> None:
     gallery = gallery_of(few_values(5))
     other = make_store(few_values(5), "other.h5", recipe=Recipe(levels=(3, 1)))
