@@ -396,6 +396,18 @@ def test_numbers_beyond_the_rows_are_refused(make_store: MakeStore, tmp_path: Pa
         open_gallery(path)
 
 
+def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(20)), path)
+    content = (path / "index-1.faiss").read_bytes()
+    count = (20 * 16).to_bytes(8, "little")
+    assert content.count(count) == 1
+    (path / "index-1.faiss").write_bytes(content.replace(count, (1 << 33).to_bytes(8, "little")))
+    resign(path)
+    with pytest.raises(GalleryError, match=r"FAISS index that is whole, found: .*deserialization_vector_byte_limit"):
+        open_gallery(path)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
