@@ -28,6 +28,7 @@ from sppfeat.gallery_files import (
     ProjectionEntry,
     SourceEntry,
     changing,
+    check_names,
     check_new_gallery,
     checked_file,
     made_folder,
@@ -300,6 +301,7 @@ def _comparable(store: Store, other: Store) -> UnitRows:
 def _check_names(store: Store, names: list[str]) -> None:
     if len(set(names)) != len(names):
         raise GalleryError(f"{store.path}: expected every name once, found {len(names) - len(set(names))} repeated")
+    check_names(store.path, names)
 
 
 def _describe(store: Store, built: BuiltIndex, projection: Projection | None) -> About:

@@ -18,7 +18,7 @@ import re
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -225,12 +225,17 @@ def read_rows(file: Path, count: int) -> GalleryRows:
     for root in rows.roots:
         if not os.path.isabs(root) or "\0" in root:
             raise GalleryError(f"{file}: expected the absolute path of a folder, found {root!r}")
-    for row, name in enumerate(rows.names):
+    check_names(file, rows.names)
+    return rows
+
+
+def check_names(file: Path, names: Sequence[str]) -> None:
+    """Raise GalleryError for a name that leads out of the folder that it is relative to."""
+    for row, name in enumerate(names):
         if (reason := unsafe_name(name)) is not None:
             raise GalleryError(
                 f"{file}: row {row} ({name!r}): expected a name below its folder, found one that {reason}"
             )
-    return rows
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""Reading a FAISS index of unknown origin: it opens no other file, and names no row that is not there."""
+"""Reading a FAISS index of unknown origin: it writes to no other file, and names no row that is not there."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ _PARTS: Final = ("index", "base_index", "refine_index", "quantizer", "storage", 
 _SLACK_BYTES: Final = 1 << 26
 # What a search takes memory for, a query; `index.tune` sets at most 1024.
 MAX_EFFORT: Final = 1 << 20
-_LIMITS: Final = threading.Lock()  # FAISS's limits are the process's
+_LIMITS: Final = threading.Lock()
 
 
 def read_index_file(file: Path, rows: int, dim: int) -> Any:
@@ -30,10 +31,7 @@ def read_index_file(file: Path, rows: int, dim: int) -> Any:
     """
     faiss = load_faiss()
     try:
-        with _LIMITS:
-            limit = file.stat().st_size + _SLACK_BYTES
-            faiss.set_deserialization_vector_byte_limit(limit)
-            faiss.set_deserialization_loop_limit(limit)
+        with _limits(file.stat().st_size + _SLACK_BYTES):
             # Read only: lists in another file, which only the checks below see, are not opened for writing.
             index = typed(faiss.read_index(str(file), faiss.IO_FLAG_READ_ONLY))
         _check(file, index, rows, dim)
@@ -42,6 +40,21 @@ def read_index_file(file: Path, rows: int, dim: int) -> Any:
         raise GalleryError(f"{file}: cannot be read: {os_reason(error)}") from None
     except (RuntimeError, MemoryError, TypeError) as error:
         raise GalleryError(f"{file}: expected a FAISS index that is whole, found: {faiss_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _limits(size: int) -> Iterator[None]:
+    """No part of what FAISS reads within the block is longer than so many bytes. Its limits are the whole process's."""
+    faiss = load_faiss()
+    with _LIMITS:
+        before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(size)
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before[0])
+            faiss.set_deserialization_loop_limit(before[1])
 
 
 def _check(file: Path, index: Any, rows: int, dim: int) -> None:

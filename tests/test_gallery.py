@@ -404,8 +404,10 @@ def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(make_store: Ma
     assert content.count(count) == 1
     (path / "index-1.faiss").write_bytes(content.replace(count, (1 << 33).to_bytes(8, "little")))
     resign(path)
+    before = load_faiss().get_deserialization_vector_byte_limit()
     with pytest.raises(GalleryError, match=r"FAISS index that is whole, found: .*deserialization_vector_byte_limit"):
         open_gallery(path)
+    assert load_faiss().get_deserialization_vector_byte_limit() == before
 
 
 @pytest.mark.parametrize(
@@ -427,6 +429,17 @@ def test_names_that_lead_elsewhere_are_refused(make_store: MakeStore, tmp_path: 
         GalleryError, match=rf"row 4 .*: expected a name below its folder, found one that .*{re.escape(reason)}"
     ):
         open_gallery(path)
+
+
+def test_names_that_lead_elsewhere_come_into_no_gallery(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(2)), path)
+    store = make_store(descriptors(2), "b.h5")
+    outside = dataclasses.replace(store, names=["b.jpg", "../c.jpg"])
+    for change in (lambda: create_gallery(outside, tmp_path / "new"), lambda: add_to_gallery(outside, path)):
+        with pytest.raises(GalleryError, match=r"b\.h5: row 1 \('\.\./c\.jpg'\): expected a name below its folder"):
+            change()
+    assert len(open_gallery(path)) == 2 and not (tmp_path / "new").exists()
 
 
 def test_roots_are_folders(make_store: MakeStore, tmp_path: Path) -> None:
