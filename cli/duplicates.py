@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def duplicates(
     store: Annotated[str, typer.Argument(metavar="STORE", help="As `sppfeat extract` made it.", show_default=False)],
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which pictures belong together.")] = 0.95,
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which images belong together.")] = 0.95,
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
     ] = None,
@@ -27,7 +27,7 @@ def duplicates(
 ) -> None:
     """Find groups of near-duplicates, the largest first, by comparing every pair of images.
 
-    The first of a group is the picture with the most pixels; scores are cosine similarities with it.
+    The first of a group is the image with the most pixels; scores are cosine similarities with it.
     """
     from sppfeat.duplicates import find_duplicates, write_duplicates_page
     from sppfeat.report import check_page
@@ -36,12 +36,13 @@ def duplicates(
     page = check_page(html, overwrite=overwrite) if html is not None else None
     with _Bar(quiet) as bar:
         found = find_duplicates(open_store(store), threshold, progress=bar.show)
-    if page is not None:
-        write_duplicates_page(page, found)
     if as_json:
         print_json(_document(found))
     else:
         typer.echo(_text(found))
+    # After the groups, which a page that cannot be written does not cost.
+    if page is not None:
+        write_duplicates_page(page, found)
 
 
 class _Bar:
@@ -81,7 +82,7 @@ def _document(found: "Duplicates") -> dict[str, Any]:
 def _text(found: "Duplicates") -> str:
     lines = []
     for number, group in enumerate(found.groups, 1):
-        lines.append(f"group {number}: {len(group)} pictures")
+        lines.append(f"group {number}: {len(group)} images")
         for one in group:
             width, height = one.size
             lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(one.path or one.name)}")

@@ -46,7 +46,7 @@ def index(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Most memory for the index, such as 4GB.", show_default="half of the machine's"
+            metavar="SIZE", help="Most memory for the index, such as 4GB.", show_default="half of what is available"
         ),
     ] = None,
     recall: Annotated[
@@ -164,6 +164,8 @@ def projection_options(
 
 
 def _document(done: "Change") -> dict[str, Any]:
+    from msgspec import to_builtins
+
     about = done.about
     built = done.built
     return {
@@ -172,9 +174,9 @@ def _document(done: "Change") -> dict[str, Any]:
         "added": done.added,
         "skipped": done.skipped,
         "removed": done.removed,
-        "dim": about["dim"],
-        "index": about["index"] | {"bytes": about["files"]["index"]["bytes"]},
-        "projection": about["projection"],
+        "dim": about.dim,
+        "index": to_builtins(about.index) | {"bytes": about.files.index.bytes},
+        "projection": to_builtins(about.projection),
         "seconds": None if built is None else round(built.seconds, 3),
         "queries_per_second": None if built is None else built.queries_per_second,
     }
@@ -182,8 +184,8 @@ def _document(done: "Change") -> dict[str, Any]:
 
 def _summary(done: "Change") -> str:
     about, built = done.about, done.built
-    index = about["index"]
-    size = human_bytes(about["files"]["index"]["bytes"])
+    index = about.index
+    size = human_bytes(about.files.index.bytes)
     if built is None:
         parts = [
             f"{count} {word}"
@@ -194,16 +196,16 @@ def _summary(done: "Change") -> str:
             )
             if count or word == "added" and not done.removed
         ]
-        return f"{printable(done.path)}: {done.rows} images now ({', '.join(parts)}); index {index['factory']}, {size}"
+        return printable(f"{done.path}: {done.rows} images now ({', '.join(parts)}); index {index.factory}, {size}")
     lines = [
-        f"{printable(done.path)}: {done.rows} images of {about['dim']} values",
-        f"  index    {index['factory']}, {size}: {index['why']}",
+        f"{done.path}: {done.rows} images of {about.dim} values",
+        f"  index    {index.factory}, {size}: {index.why}",
     ]
-    if (projection := about["projection"]) is not None:
-        how = f"whitened (power {projection['power']:g}, shrinkage {projection['shrinkage']:g})"
+    if (projection := about.projection) is not None:
+        how = f"whitened (power {projection.power:g}, shrinkage {projection.shrinkage:g})"
         lines.append(
-            f"  project  onto {projection['dim']} values{', ' + how if projection['power'] else ''}, which keep "
-            f"{100 * projection['kept']:.1f} % of the variance of {projection['rows']} images ({projection['route']})"
+            f"  project  onto {projection.dim} values{', ' + how if projection.power else ''}, which keep "
+            f"{100 * projection.kept:.1f} % of the variance of {projection.rows} images ({projection.route})"
         )
     if built.effort:
         name, value = next(iter(built.effort.items()))
@@ -214,4 +216,4 @@ def _summary(done: "Change") -> str:
     if built.queries_per_second is not None:
         lines.append(f"  speed    {built.queries_per_second:.0f} queries/s")
     lines.append(f"  time     {built.seconds:.1f} s")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -182,25 +182,28 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
 
 
 def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
+    from msgspec import to_builtins
+
     from sppfeat.gallery import open_gallery, verify_gallery
 
     gallery = open_gallery(path)
     problems = verify_gallery(gallery) if verify else []
+    said = gallery.about
     about = {
         "file": path,
         "format": "gallery",
         "images": len(gallery),
-        "bytes": sum(entry["bytes"] for entry in gallery.about["files"].values()),
-        **{key: gallery.about[key] for key in ("dim", "index", "projection", "sources", "weights_sha256")},
+        "bytes": sum(entry.bytes for entry in said.entries.values()),
+        **{key: to_builtins(getattr(said, key)) for key in ("dim", "index", "projection", "sources", "weights_sha256")},
         "recipe": dataclasses.asdict(gallery.recipe),
-        "versions": gallery.about["versions"],
+        "versions": said.versions,
     }
     if as_json:
         print_json(about | ({"verified": not problems, "problems": problems} if verify else {}))
     else:
         typer.echo(_gallery_text(about))
         for problem in problems:
-            print(f"sppfeat: {path}: {printable(problem)}", file=sys.stderr)
+            print(f"sppfeat: {printable(path)}: {printable(problem)}", file=sys.stderr)
         if verify and not problems:
             typer.echo("verified: all files match their checksums, and rows those of the stores that are still there")
     if problems:
@@ -211,7 +214,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
     index, projection = about["index"], about["projection"]
     effort = "".join(f", {name} {value}" for name, value in index["effort"].items())
     lines = [
-        f"{printable(about['file'])}: gallery of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
+        f"{about['file']}: gallery of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
         f"  index: {index['factory']}{effort} ({index['why']})",
     ]
     if index["recall@10"] is not None:
@@ -220,15 +223,14 @@ def _gallery_text(about: dict[str, Any]) -> str:
         how = f", whitened (power {projection['power']:g})" if projection["power"] else ""
         lines.append(
             f"  projection: {about['dim']} onto {projection['dim']} values{how}, {100 * projection['kept']:.1f} % of "
-            f"the variance of {projection['rows']} images of {printable(projection['learned_from'])}"
+            f"the variance of {projection['rows']} images of {projection['learned_from']}"
         )
     for source in about["sources"]:
-        lines.append(
-            f"  from {printable(source['store'])}: {source['rows']} images below {printable(source['source_root'])}"
-        )
+        lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
     lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]
     lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
-    return "\n".join(lines)
+    # Every text of a gallery of unknown origin may hold anything, a terminal's commands included.
+    return "\n".join(map(printable, lines))
 
 
 def _text(about: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`sppfeat search`: a gallery by pictures, or by a store."""
+"""`sppfeat search`: a gallery by images, or by a store."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,7 @@ def search(
     box: Annotated[
         str | None,
         typer.Option(
-            metavar="X1,Y1,X2,Y2", help="Search by this part of the query picture, in pixels.", show_default="all of it"
+            metavar="X1,Y1,X2,Y2", help="Search by this part of the query image, in pixels.", show_default="all of it"
         ),
     ] = None,
     expand: Annotated[
@@ -48,7 +48,7 @@ def search(
         str, typer.Option(metavar="NAME", help="What runs the network: auto | torch | openvino")
     ] = RunOptions.engine,
     batch_size: Annotated[
-        int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
+        int | None, typer.Option("-b", "--batch-size", help="Most images in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
     num_workers: Annotated[
         int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
@@ -86,8 +86,6 @@ def search(
         done = search_store(opened, open_store(queries[0]), options)
     else:
         done = search_images(opened, queries, options, run_options, weights=weights, box=part)
-    if page is not None:
-        write_hits_page(page, opened, done)
     if as_json:
         print_json(_document(done))
     elif done.failed < len(done.answers):
@@ -98,6 +96,9 @@ def search(
     if not quiet:
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
+    # After the results, which a page that cannot be written does not cost.
+    if page is not None:
+        write_hits_page(page, opened, done)
     if done.failed:
         raise typer.Exit(3)
 
@@ -137,7 +138,7 @@ def _table(done: "SearchResult") -> str:
         if answer.error is not None:
             continue
         lines += [""] * bool(lines) + [printable(answer.query)]
-        # Rows of windows are told apart by their names; their paths are those of the pictures.
+        # Rows of windows are told apart by their names; their paths are those of the images.
         lines += [
             f"{one.rank:>5}  {one.score:7.4f}  {printable(one.name if one.box or not one.path else one.path)}"
             for one in answer.neighbors

@@ -22,8 +22,13 @@ from sppfeat.store import Store
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.
 ROUNDING: Final = 1e-6
-# Blocks of rows that stay while all others pass by: converting those from float16 is then an eighth of the work.
+# Blocks of rows that stay while all others pass by: those are then seldom read and converted from float16.
 KEPT_BLOCKS: Final = 8
+# Rows on both sides of a block of scores: matrix products run at full speed from there on, and the pairs, should all of
+# them match, take some tens of MB.
+TILE: Final = 1024
+# Pairs that are linked at once: linking passes over all rows, however few the pairs.
+WAITING_PAIRS: Final = 1 << 18
 # Thumbnails of more would make a page that a phone cannot open.
 PAGE_GROUPS: Final = 200
 PAGE_MEMBERS: Final = 48
@@ -73,22 +78,24 @@ def find_duplicates(
     rows = unit_rows(store)
     links = _Links(len(rows))
     pairs = 0
-    size = block_rows(rows.dim)
-    outer = KEPT_BLOCKS * size
+    outer = KEPT_BLOCKS * block_rows(rows.dim)
+    size = min(TILE, block_rows(rows.dim))
     total = len(rows) * (len(rows) + 1) / 2
     done = 0
     for top in range(0, len(rows), outer):
         kept = rows.take(slice(top, top + outer))
         for start in range(top, len(rows), size):
-            inside = start < top + outer
-            passing = kept[start - top : start - top + size] if inside else rows.take(slice(start, start + size))
-            scores = kept[: start - top + size] @ passing.T if inside else kept @ passing.T
-            one, other = np.nonzero(scores >= threshold - ROUNDING)
-            one, other = one + top, other + start
-            before = one < other
-            links.join(one[before], other[before])
-            pairs += int(before.sum())
-            done += scores.size
+            inside = start + size <= top + len(kept)
+            passing = kept[start - top :][:size] if inside else rows.take(slice(start, start + size))
+            # Not those of which every pair was met the other way round.
+            for at in range(0, min(len(kept), start - top + size), size):
+                scores = kept[at : at + size] @ passing.T
+                one, other = np.nonzero(scores >= threshold - ROUNDING)
+                one, other = one + (top + at), other + start
+                before = one < other
+                links.join(one[before], other[before])
+                pairs += int(before.sum())
+                done += scores.size
             progress(min(1.0, done / total))
     groups = [_members(rows, members) for members in links.groups()]
     groups.sort(key=lambda group: (-len(group), group[0].name))
@@ -100,10 +107,23 @@ class _Links:
 
     def __init__(self, count: int) -> None:
         self._lowest = np.arange(count)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def join(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Link pairs of rows. Lowest numbers spread along the links until nothing changes."""
+        """Link pairs of rows. Those that are linked already, nearly all where everything is alike, cost nothing."""
+        new = self._lowest[one] != self._lowest[other]
+        if new.any():
+            self._waiting.append((one[new], other[new]))
+            if sum(len(pairs) for pairs, _ in self._waiting) >= WAITING_PAIRS:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Lowest numbers spread along the links that wait until nothing changes."""
+        if not self._waiting:
+            return
         lowest = self._lowest
+        one, other = (np.concatenate(ends) for ends in zip(*self._waiting, strict=True))
+        self._waiting = []
         while True:
             a, b = lowest[one], lowest[other]
             differ = a != b
@@ -116,6 +136,7 @@ class _Links:
 
     def groups(self) -> list[np.ndarray]:
         """Rows of each group of two or more, rising."""
+        self._settle()
         order = np.argsort(self._lowest, kind="stable")
         starts = np.flatnonzero(np.diff(self._lowest[order], prepend=-1))
         return [part for part in np.split(order, starts[1:]) if len(part) > 1]

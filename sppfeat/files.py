@@ -35,20 +35,26 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
         else:
             with h5py.File(path, "r", locking=False) as file:
                 found = file.attrs.get("format")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return found if found in NOUNS else None
+    return found if isinstance(found, str) and found in NOUNS else None
 
 
 @contextlib.contextmanager
-def open_hdf5(path: str | os.PathLike[str], kind: str, version: int, error: type[SppFeatError]) -> Iterator[h5py.File]:
+def open_hdf5(
+    path: str | os.PathLike[str], kind: str | None, version: int, error: type[SppFeatError]
+) -> Iterator[h5py.File]:
     """Open one of our HDF5 files for reading; whatever is wrong with it, also within the block, is raised as `error`.
 
-    kind: its format, one of NOUNS. version: the newest format version that is understood.
+    kind: its format, one of NOUNS; None: a part of a gallery, which does not say. version: the newest format version
+    that is understood.
     """
-    path, noun = Path(path), NOUNS[kind]
+    path, noun = Path(path), "an HDF5 file" if kind is None else NOUNS[kind]
     try:
         with h5py.File(path, "r", locking=False) as file:
+            if kind is None:
+                yield file
+                return
             found = file.attrs.get("format")
             if found != kind:
                 what = NOUNS.get(str(found), f"an HDF5 file with format {found!r}")

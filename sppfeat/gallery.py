@@ -6,27 +6,34 @@ Its files, and how they change, are described in `sppfeat.gallery_files`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.gallery_files import (
     FORMAT_VERSION,
+    About,
+    FileEntries,
+    FileEntry,
     GalleryRows,
+    IndexEntry,
+    ProjectionEntry,
+    SourceEntry,
+    changing,
+    check_names,
     check_new_gallery,
     checked_file,
-    crc32_of,
     made_folder,
+    path_text,
     read_about,
-    read_index_file,
     read_rows,
     require_gallery,
     write_generation,
@@ -44,13 +51,11 @@ from sppfeat.index import (
     on_device,
     reconstruct,
 )
+from sppfeat.index_file import read_index_file
 from sppfeat.recipe import Recipe
 from sppfeat.rows import UnitRows, check_same_recipe, unit_rows
-from sppfeat.store import Store, lock_store, open_store
+from sppfeat.store import Store, open_store
 from sppfeat.whitening import Projection, ProjectionOptions, learn_projection, read_arrays
-
-# What the JSON tells of a projection, besides its size; its arrays have a file of their own.
-_TOLD: Final = ("kept", "power", "shrinkage", "learned_from", "rows", "route")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Gallery:
     """An open gallery, in memory.
 
     index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
-    about: the JSON as it stands in the folder. dim: length of a descriptor before projection.
+    about: what the JSON in the folder says. dim: length of a descriptor before projection.
     """
 
     path: Path
@@ -70,7 +75,7 @@ class Gallery:
     exact: bool
     rows: GalleryRows
     projection: Projection | None
-    about: dict[str, Any]
+    about: About
 
     def __len__(self) -> int:
         return len(self.rows.names)
@@ -78,7 +83,7 @@ class Gallery:
     @property
     def factory(self) -> str:
         """The factory string of the index."""
-        return str(self.about["index"]["factory"])
+        return self.about.index.factory
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Change:
     removed: int
     built: BuiltIndex | None
     notes: list[str]
-    about: dict[str, Any]
+    about: About
 
 
 def create_gallery(
@@ -111,26 +116,26 @@ def create_gallery(
     instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the new one is whole.
     """
     load_faiss()
-    path = Path(output)
+    path = _folder(output)
     check_new_gallery(path, overwrite=overwrite)
-    rows = unit_rows(store)
-    _check_names(store, rows.names)
-    notes = []
-    learned = None
-    if projection is not None:
-        source = rows if whitening_from is None else _comparable(store, whitening_from)
-        learned = learn_projection(source, projection)
-        if learned.dim < projection.dims:
-            notes.append(f"{learned.dim} dimensions are kept: {len(source)} rows have no more")
-        rows = dataclasses.replace(rows, projection=learned)
-    built = build_index(rows, options)
-    with made_folder(path), lock_store(path):
+    # The folder is made, locked and found writable before the work, which may take hours.
+    with made_folder(path), changing(path):
         check_new_gallery(path, overwrite=overwrite)
-        about = _describe(store, built, learned)
+        rows = unit_rows(store)
+        _check_names(store, rows.names)
+        notes = []
+        learned = None
+        if projection is not None:
+            source = rows if whitening_from is None else _comparable(store, whitening_from)
+            learned = learn_projection(source, projection)
+            if learned.dim < projection.dims:
+                notes.append(f"{learned.dim} dimensions are kept: {len(source)} rows have no more")
+            rows = dataclasses.replace(rows, projection=learned)
+        built = build_index(rows, options)
         table = GalleryRows(
             rows.names, [store.source_root], np.zeros(len(rows), np.int64), np.asarray(store.checksum[rows.rows])
         )
-        write_generation(path, about, built.index, table, learned, previous=None)
+        about = write_generation(path, _describe(store, built, learned), built.index, table, learned, previous=None)
     return Change(str(path), len(rows), len(rows), 0, 0, built, notes + built.notes, about)
 
 
@@ -139,9 +144,9 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
 
     Raises GalleryError for another recipe, weights or dimension, and for a name whose row differs.
     """
-    path = Path(gallery)
+    path = _folder(gallery)
     require_gallery(path)
-    with lock_store(path):
+    with changing(path):
         old = open_gallery(path)
         check_recipe(old, store.recipe, store.weights_sha256, store.dim, str(store.path))
         rows = unit_rows(store, old.projection)
@@ -173,16 +178,17 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
             np.append(old.rows.root, np.full(len(rows), roots.index(store.source_root))),
             np.append(old.rows.checksum, store.checksum[rows.rows]),
         )
-        about = old.about | {"rows": len(table.names), "sources": [*old.about["sources"], _source(store, len(rows))]}
-        write_generation(path, about, from_device(place_on, device), table, old.projection, previous=old.about)
+        about = msgspec.structs.replace(old.about, sources=[*old.about.sources, _source(store, len(rows))])
+        index = from_device(place_on, device)
+        about = write_generation(path, about, index, table, old.projection, previous=old.about)
         return Change(str(path), len(table.names), len(rows), skipped, 0, None, [], about)
 
 
 def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -> Change:
     """Remove rows by name. Raises GalleryError for names that are not there, before anything is changed."""
-    path = Path(gallery)
+    path = _folder(gallery)
     require_gallery(path)
-    with lock_store(path):
+    with changing(path):
         old = open_gallery(path)
         place = {name: row for row, name in enumerate(old.rows.names)}
         unique = list(dict.fromkeys(names))
@@ -201,8 +207,7 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
         table = GalleryRows(
             [old.rows.names[row] for row in keep], old.rows.roots, old.rows.root[keep], old.rows.checksum[keep]
         )
-        about = old.about | {"rows": len(keep)}
-        write_generation(path, about, index, table, old.projection, previous=old.about)
+        about = write_generation(path, old.about, index, table, old.projection, previous=old.about)
         return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
 
 
@@ -228,45 +233,53 @@ def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Galler
             return _open(path, about, device)
         except GalleryError:
             # Its files may have been replaced between our two looks: then there is a newer description.
-            if read_about(path).get("generation") == about["generation"]:
+            if read_about(path).generation == about.generation:
                 raise
 
 
-def _open(path: Path, about: dict[str, Any], device: str) -> Gallery:
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """A path that ends in a name, which its lock is called after."""
+    return Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
+
+
+def _open(path: Path, about: About, device: str) -> Gallery:
+    what = f"{path}: expected a gallery that is whole"
     try:
-        recipe = Recipe.from_json(json.dumps(about["recipe"]))
-        files = {kind: checked_file(path, entry) for kind, entry in about["files"].items()}
-        rows = read_rows(files["rows"], int(about["rows"]))
-        index = read_index_file(files["index"])
-        projection = None
-        width = dim = int(about["dim"])
-        if about["projection"] is not None:
-            known = about["projection"]
-            width = int(known["dim"])
-            arrays: Mapping[str, Any] = read_arrays(files["projection"], dim, width)
-            told = {key: known[key] for key in _TOLD}
-            projection = Projection(**{**told, **arrays})
-        if (index.ntotal, index.d) != (len(rows.names), width):
-            raise GalleryError(
-                f"{files['index']}: expected {len(rows.names)} rows of {width} values, "
-                f"found {index.ntotal} of {index.d}"
-            )
-        if index.metric_type != load_faiss().METRIC_INNER_PRODUCT:
-            raise GalleryError(f"{files['index']}: expected an index of inner products, found another")
-        return Gallery(
-            path,
-            recipe,
-            str(about["recipe_hash"]),
-            str(about["weights_sha256"]),
-            dim,
-            index if device == "cpu" else on_device(index, device),
-            is_exact(index),
-            rows,
-            projection,
-            about,
+        recipe = Recipe.from_json(bytes(about.recipe).decode("utf-8"))
+    except (UsageError, UnicodeDecodeError) as error:
+        raise GalleryError(f"{what}, found: {one_line(error)}") from None
+    if recipe.identity(about.weights_sha256) != about.recipe_hash:
+        raise GalleryError(f"{what}, found a recipe that does not match its recipe_hash")
+    files = {kind: checked_file(path, kind, entry) for kind, entry in about.entries.items()}
+    projection = None
+    if (told := about.projection) is not None:
+        arrays = read_arrays(files["projection"], about.dim, told.dim)
+        projection = Projection(
+            mean=arrays["mean"],
+            matrix=arrays["matrix"],
+            eigenvalues=arrays["eigenvalues"],
+            kept=told.kept,
+            power=told.power,
+            shrinkage=told.shrinkage,
+            learned_from=told.learned_from,
+            rows=told.rows,
+            route=told.route,
         )
-    except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
-        raise GalleryError(f"{path}: expected a gallery that is whole, found: {one_line(error)}") from None
+    # First, since its length bounds the number of rows.
+    index = read_index_file(files["index"], about.rows, about.dim if told is None else told.dim)
+    rows = read_rows(files["rows"], about.rows)
+    return Gallery(
+        path,
+        recipe,
+        about.recipe_hash,
+        about.weights_sha256,
+        about.dim,
+        index if device == "cpu" else on_device(index, device),
+        is_exact(index),
+        rows,
+        projection,
+        about,
+    )
 
 
 def check_recipe(gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str) -> None:
@@ -288,60 +301,63 @@ def _comparable(store: Store, other: Store) -> UnitRows:
 def _check_names(store: Store, names: list[str]) -> None:
     if len(set(names)) != len(names):
         raise GalleryError(f"{store.path}: expected every name once, found {len(names) - len(set(names))} repeated")
+    check_names(store.path, names)
 
 
-def _describe(store: Store, built: BuiltIndex, projection: Projection | None) -> dict[str, Any]:
-    return {
-        "format": GALLERY,
-        "format_version": FORMAT_VERSION,
-        "rows": built.index.ntotal,
-        "dim": store.dim,
-        "recipe": json.loads(store.recipe.to_json()),
-        "recipe_hash": store.recipe_hash,
-        "weights_sha256": store.weights_sha256,
-        "index": {
-            "factory": built.choice.factory,
-            "why": built.choice.why,
-            "effort": built.effort,
-            "recall@10": built.recall,
-        },
-        "projection": None
+def _describe(store: Store, built: BuiltIndex, projection: Projection | None) -> About:
+    """All but what `write_generation` fills in."""
+    unwritten = FileEntry(file="", bytes=0, crc32=0)
+    return About(
+        format=GALLERY,
+        format_version=FORMAT_VERSION,
+        rows=built.index.ntotal,
+        dim=store.dim,
+        recipe=msgspec.Raw(store.recipe.to_json()),
+        recipe_hash=store.recipe_hash,
+        weights_sha256=store.weights_sha256,
+        index=IndexEntry(factory=built.choice.factory, why=built.choice.why, effort=built.effort, recall=built.recall),
+        projection=None
         if projection is None
-        else {
-            "dim": projection.dim,
-            **{
-                key: getattr(projection, key) for key in ("kept", "power", "shrinkage", "learned_from", "rows", "route")
-            },
-        },
-        "sources": [_source(store, built.index.ntotal)],
-    }
+        else ProjectionEntry(
+            dim=projection.dim,
+            kept=projection.kept,
+            power=projection.power,
+            shrinkage=projection.shrinkage,
+            learned_from=path_text(projection.learned_from),
+            rows=projection.rows,
+            route=projection.route,
+        ),
+        sources=[_source(store, built.index.ntotal)],
+        generation=0,
+        files=FileEntries(index=unwritten, rows=unwritten),
+        versions={},
+    )
 
 
-def _source(store: Store, rows: int) -> dict[str, Any]:
+def _source(store: Store, rows: int) -> SourceEntry:
     """What tells the store that rows came from."""
-    return {
-        "store": os.path.abspath(store.path),
-        "source_root": store.source_root,
-        "rows": rows,
-        "fingerprint": zlib.crc32(np.ascontiguousarray(store.checksum).data),
-    }
+    return SourceEntry(
+        store=path_text(store.path),
+        source_root=path_text(store.source_root),
+        rows=rows,
+        fingerprint=zlib.crc32(np.ascontiguousarray(store.checksum).data),
+    )
 
 
 def verify_gallery(gallery: Gallery) -> list[str]:
-    """Check every file, and rows against the stores that are still there; one line for each fault.
+    """Check rows against the stores that are still there; one line for each fault. Opening has checked the files.
 
     Rows that the index holds as they are must equal those of the store, by name; of coded rows the names must.
     """
     problems = []
-    for entry in gallery.about["files"].values():
-        if crc32_of(gallery.path / entry["file"]) != entry["crc32"]:
-            problems.append(f"{entry['file']}: its bytes do not match their checksum")
     if len(set(gallery.rows.names)) != len(gallery):
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} names stand more than once")
     place = {name: row for row, name in enumerate(gallery.rows.names)}
-    for source in gallery.about["sources"]:
+    for source in gallery.about.sources:
+        if not os.path.isfile(source.store):
+            continue
         try:
-            rows = unit_rows(open_store(source["store"]), gallery.projection)
+            rows = unit_rows(open_store(source.store), gallery.projection)
         except Exception:  # gone, moved or being written: nothing to compare with
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:

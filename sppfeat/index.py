@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageError, one_line, require_extra
+from sppfeat.machine import available_memory
 from sppfeat.rows import UnitRows
 
 # At the 10 to 20 GB/s that two cores read, an exact search of one query through this much takes 0.05 to 0.1 s: no more
@@ -51,7 +51,7 @@ _TRAIN_SEED: Final = 1234
 class IndexOptions:
     """How an index is built.
 
-    factory: a FAISS factory string; None: chosen. memory: bytes that the index may take; None: half of the machine's.
+    factory: a FAISS factory string; None: chosen. memory: bytes that the index may take; None: half of what is there.
     recall: part of the 10 true neighbours that an approximate index is set to find, 0 to 1.
     measure: compare this many rows' neighbours with the exact ones. device: `cpu`, `cuda` or `cuda:N`.
     Raises UsageError, naming the field, when a value cannot be.
@@ -108,20 +108,28 @@ class BuiltIndex:
 def load_faiss() -> ModuleType:
     """The module faiss. Raises MissingExtraError."""
     try:
-        return require_extra("faiss", "cpu", "similarity search")
+        faiss = require_extra("faiss", "cpu", "similarity search")
     except RuntimeError as error:  # faiss-gpu without NVIDIA's libraries
         raise MissingExtraError(f"similarity search needs faiss, which fails: {one_line(error)}") from None
+    # What checks an index from a file, graphs and sizes included, came with it.
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        raise MissingExtraError(
+            f"similarity search needs faiss 1.15 or newer, found {faiss.__version__}: pip install -U 'sppfeat[cpu]'"
+        )
+    return faiss
 
 
 def default_memory() -> int:
-    """Half of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Half of the memory that this process may use."""
+    return available_memory() // 2
 
 
 def choose_index(rows: int, dim: int, memory: int | None = None) -> Choice:
     """The index for so many rows of that length; see the module. Raises UsageError when none fits into `memory`."""
     budget = default_memory() if memory is None else memory
-    budget_text = f"{_show_bytes(budget)} (--memory)" if memory else f"{_show_bytes(budget)} (half of this machine's)"
+    budget_text = (
+        f"{_show_bytes(budget)} (--memory)" if memory else f"{_show_bytes(budget)} (half of the memory available)"
+    )
     lists = list_count(rows)
     centres = 4 * dim * lists
     flat = 4 * rows * dim
@@ -175,7 +183,7 @@ def build_index(rows: UnitRows, options: IndexOptions | None = None) -> BuiltInd
     place = on_device(index, options.device)
     with faiss_errors(choice.factory):
         if not place.is_trained:
-            place.train(rows.take(rows.sample(_training_rows(index, rows, options.memory), _TRAIN_SEED)))
+            place.train(rows.gather(rows.sample(_training_rows(index, rows, options.memory), _TRAIN_SEED)))
         fill(place, rows)
     index = from_device(place, options.device)
     effort: dict[str, int] = {}
@@ -316,7 +324,7 @@ def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[
 
     Where no effort does, the least that comes within half a point of the best.
     """
-    queries = rows.take(which)
+    queries = rows.gather(which)
     truth = true_neighbors(rows, which, queries)
     name = effort_name(index)
     limit = core(index).nlist if name == "nprobe" else 1024
@@ -337,7 +345,7 @@ def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[
 
 def measure(index: Any, rows: UnitRows, which: np.ndarray) -> tuple[float, float]:
     """Recall of the rows `which` against exact search, 0 to 1, and queries a second, all at once."""
-    queries = rows.take(which)
+    queries = rows.gather(which)
     started = time.perf_counter()
     found = neighbors_of(index, which, queries)
     seconds = time.perf_counter() - started

@@ -146,6 +146,7 @@ def rankings(
     own: by name, each query's own row, which a query expansion must not take for a neighbour.
     """
     options = options or RetrievalOptions()
+    rows = rows.in_memory()  # every block of queries passes over all of them
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
     for start in range(0, len(queries), size):
         units = queries.take(slice(start, start + size))

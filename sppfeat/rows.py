@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images import name_to_path
+from sppfeat.machine import available_memory
 from sppfeat.store import Status, Store
 from sppfeat.windows import split_row_name
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 
 # Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
 BLOCK_BYTES: Final = 1 << 25
-
+# Of the memory of this process, that rows may take which are asked for again and again: scores and sorting need some.
+KEPT_PART: Final = 0.4
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
 
@@ -29,13 +33,15 @@ class UnitRows:
     """The described rows of a store, in its order: normalised, projected where there is a projection, normalised again.
 
     Nothing is kept in memory but names and row numbers; values are read from the file when they are asked for.
-    rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection.
+    rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32, by
+    `in_memory` alone.
     """
 
     store: Store
     rows: np.ndarray
     names: list[str]
     projection: Projection | None = None
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,7 +52,11 @@ class UnitRows:
         return self.store.dim if self.projection is None else self.projection.dim
 
     def take(self, which: slice | np.ndarray) -> np.ndarray:
-        """[n, dim] float32, for positions among these rows. Raises StoreError for values that are not finite."""
+        """[n, dim] float32, for positions among these rows; what is read for it is as long as the store's descriptors:
+        for many rows that are projected take `gather`. Raises StoreError for values that are not finite.
+        """
+        if self.kept is not None:
+            return np.array(self.kept[which])
         rows = self.rows[which]
         # A slice of the file is read in one go; a list of rows is gathered, in twice the time.
         contiguous = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
@@ -65,6 +75,19 @@ class UnitRows:
             part = slice(start, min(start + size, count))
             yield start, self.take(part if which is None else which[part])
 
+    def gather(self, which: np.ndarray) -> np.ndarray:
+        """[n, dim] float32, for rising positions; read and projected block by block."""
+        values = np.empty((len(which), self.dim), np.float32)
+        for start, block in self.blocks(which):
+            values[start : start + len(block)] = block
+        return values
+
+    def in_memory(self) -> UnitRows:
+        """These rows, read and projected once for all; or themselves, where they take over KEPT_PART of the memory."""
+        if self.kept is not None or 4 * len(self) * self.dim > KEPT_PART * available_memory():
+            return self
+        return dataclasses.replace(self, kept=self.gather(np.arange(len(self))))
+
     def sample(self, count: int, seed: int) -> np.ndarray:
         """Rising positions of `count` rows, or of all when there are no more."""
         if count >= len(self):
@@ -73,7 +96,9 @@ class UnitRows:
 
     def only(self, keep: np.ndarray) -> UnitRows:
         """The rows at these positions."""
-        return UnitRows(self.store, self.rows[keep], [self.names[at] for at in keep], self.projection)
+        names = [self.names[at] for at in keep]
+        kept = None if self.kept is None else self.kept[keep]
+        return UnitRows(self.store, self.rows[keep], names, self.projection, kept)
 
 
 def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
@@ -126,12 +151,17 @@ def block_rows(dim: int) -> int:
 
 
 def picture_of(root: str, name: str) -> tuple[str, Box | None]:
-    """The file that a row was made from, and its window where the row is one's."""
+    """The file that a row was made from, and its window where the row is one's.
+
+    A window that no image can have, which a name of unknown origin may tell, is none.
+    """
     path = name_to_path(root, name)
-    picture, window = split_row_name(name)
-    if window is None or os.path.lexists(path):  # a picture may be called like a window
+    image, window = split_row_name(name)
+    if window is None or os.path.lexists(path):  # an image may be called like a window
         return path, None
-    return name_to_path(root, picture), window
+    x1, y1, x2, y2 = window
+    possible = all(map(math.isfinite, window)) and x1 <= x2 and y1 <= y2
+    return name_to_path(root, image), window if possible else None
 
 
 def check_same_recipe(first: Store, second: Store) -> None:

@@ -169,7 +169,10 @@ def _ask(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
         scores, rows = gallery.index.search(units, k)
     except (RuntimeError, MemoryError) as error:
         raise GalleryError(f"{gallery.path}: FAISS cannot search ({faiss_reason(error)})") from None
-    scores[rows < 0] = -np.inf
+    missing = rows < 0
+    if rows.max(initial=-1) >= len(gallery) or not (np.isfinite(scores) | missing).all():
+        raise GalleryError(f"{gallery.path}: its index finds rows that are not there; build the gallery again")
+    scores[missing] = -np.inf
     return scores, rows
 
 

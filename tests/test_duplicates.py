@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def test_groups_equal_a_naive_search(
 ) -> None:
     """Chains of pairs across blocks, too: at 0.55 rows hang together over others."""
     monkeypatch.setattr("sppfeat.rows.BLOCK_BYTES", 4 * 6 * block)
+    monkeypatch.setattr("sppfeat.duplicates.TILE", 7)
+    monkeypatch.setattr("sppfeat.duplicates.WAITING_PAIRS", block)
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(120, 6))
     rows[40:60] = rows[:20] + 0.2 * generator.normal(size=(20, 6))
@@ -58,6 +61,21 @@ def test_groups_equal_a_naive_search(
         for one in group:
             assert one.score == pytest.approx(units[store.names.index(one.name)] @ first, abs=1e-5)
     assert parts == sorted(parts) and parts[-1] <= 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_memory_does_not_grow_with_the_square_of_the_rows(make_store: MakeStore, alike: bool) -> None:
+    """Scores of all pairs at once take 144 MB, and pairs that all match over 1 GB more."""
+    rows = np.random.default_rng(0).normal(size=(6000, 4))
+    store = make_store(np.ones((6000, 4)) if alike else rows)
+    tracemalloc.start()
+    try:
+        found = find_duplicates(store, 0.999)
+        assert tracemalloc.get_traced_memory()[1] < 130e6
+    finally:
+        tracemalloc.stop()
+    assert found.images == 6000 and (not alike or found.pairs == 6000 * 5999 // 2)
+    assert not alike or [len(group) for group in found.groups] == [6000]
 
 
 def test_equal_rows_belong_together_at_1(make_store: MakeStore) -> None:

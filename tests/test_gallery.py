@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -17,7 +19,8 @@ import numpy as np
 import pytest
 from conftest import MakeStore
 
-from sppfeat import GalleryError, StoreError, UsageError, gallery_files
+from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError, gallery_files
+from sppfeat import gallery as gallery_module
 from sppfeat.gallery import (
     add_to_gallery,
     create_gallery,
@@ -26,7 +29,7 @@ from sppfeat.gallery import (
     remove_from_gallery,
     verify_gallery,
 )
-from sppfeat.index import IndexOptions
+from sppfeat.index import IndexOptions, core, load_faiss
 from sppfeat.search import SearchOptions, search_store
 from sppfeat.store import Store, StoreWriter, open_store
 from sppfeat.whitening import ProjectionOptions
@@ -84,7 +87,11 @@ def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Pat
     done = create_gallery(
         first, path, projection=ProjectionOptions(dims=9, whiten=True), whitening_from=other, overwrite=True
     )
-    assert done.about["projection"]["learned_from"] == str(other.path) and done.about["projection"]["dim"] == 9
+    assert (
+        done.about.projection is not None
+        and done.about.projection.learned_from == str(other.path)
+        and done.about.projection.dim == 9
+    )
     before = open_gallery(path).projection
     add_to_gallery(second, path)
     remove_from_gallery(path, ["b3.jpg"])
@@ -137,7 +144,9 @@ def test_a_failure_at_any_step_leaves_the_old_gallery(
         elif at == "description":
             patch.setattr(gallery_files, "_versions", stop)
         else:
-            patch.setattr(gallery_files, "_remove_others", stop)
+            # The first time is before the work.
+            remove, calls = gallery_files._remove_others, iter(range(2))
+            patch.setattr(gallery_files, "_remove_others", lambda *given: (stop if next(calls) else remove)(*given))
         with pytest.raises(Killed):
             add_to_gallery(more, path)
     (path / ".index-7.faiss.partial").write_bytes(b"half")
@@ -203,19 +212,27 @@ def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
         (lambda path: (path / "gallery.json").write_text("{"), "a folder whose gallery.json is not that of a gallery"),
         (lambda path: (path / "index-1.faiss").unlink(), "index-1.faiss: belongs to the gallery, and cannot be read"),
         (lambda path: (path / "index-1.faiss").write_bytes(b"x"), r"index-1.faiss: expected \d+ bytes, found 1"),
-        (lambda path: flip(path / "index-1.faiss", 0, 4), "index-1.faiss: expected a FAISS index that is whole"),
-        (lambda path: flip(path / "index-1.faiss", 4, 4), "index-1.faiss: expected"),
-        (lambda path: flip(path / "index-1.faiss", 8, 8), "index-1.faiss: expected"),
-        (lambda path: flip(path / "rows-1.h5", 0, 8), "rows-1.h5: expected the names of a gallery"),
+        (lambda path: flip(path / "index-1.faiss", 900, 1), "index-1.faiss: is damaged: its bytes do not match"),
+        (lambda path: flip(path / "rows-1.h5", 900, 1), "rows-1.h5: is damaged: its bytes do not match"),
+        (lambda path: flip(path / "index-1.faiss", 0, 4, sign=True), "index-1.faiss: expected a FAISS index"),
+        (lambda path: flip(path / "index-1.faiss", 4, 4, sign=True), "index-1.faiss: expected"),
+        (lambda path: flip(path / "index-1.faiss", 8, 8, sign=True), "index-1.faiss: expected"),
+        (lambda path: flip(path / "rows-1.h5", 0, 8, sign=True), "rows-1.h5: expected an HDF5 file, found a file that"),
         (lambda path: change(path, format_version=9), r"its format 9 is newer than this sppfeat reads \(1\)"),
-        (lambda path: change(path, rows=7), "rows-1.h5: expected 7 names, one a row, found 20"),
+        (lambda path: change(path, rows=7), "index-1.faiss: expected 7 rows of 16 values, found 20 of 16"),
         (lambda path: change(path, dim=7), "index-1.faiss: expected 20 rows of 7 values, found 20 of 16"),
         (lambda path: change(path, recipe={"recipe_version": 99}), "version 99 is newer"),
-        (lambda path: change(path, files={}), "expected a gallery that is whole, found: KeyError"),
+        (lambda path: change(path, rows="20"), r"expected a gallery that is whole, found: Expected `int`.*\$.rows"),
         (
-            lambda path: change(path, files={"index": {"file": "../f.h5", "bytes": 1}}),
-            "expected a file of a gallery, found '../f.h5'",
+            lambda path: change(path, files={}),
+            r"whole, found: .*missing required field `index` - at `\$.files`",
         ),
+        (lambda path: change(path, odd=1), "that is whole, found: .*unknown field `odd`"),
+        (lambda path: change(path, recipe_hash="0" * 64), "found a recipe that does not match its recipe_hash"),
+        (lambda path: change(path, projection=PROJECTION), "found a projection without its file"),
+        (lambda path: name_index(path, "../index-1.faiss"), "expected a file of a gallery, found '../index-1.faiss'"),
+        (lambda path: name_index(path, "rows-1.h5"), "expected a file of a gallery, found 'rows-1.h5'"),
+        (lambda path: fifo(path / "index-1.faiss"), "index-1.faiss: expected a file, found something else"),
     ],
 )
 def test_damaged_galleries_are_refused(
@@ -228,11 +245,37 @@ def test_damaged_galleries_are_refused(
         open_gallery(path)
 
 
-def flip(file: Path, start: int, count: int) -> None:
-    """Other bytes in the middle of a file, which keeps its size."""
+PROJECTION = {"dim": 3, "kept": 1, "power": 0, "shrinkage": 0, "learned_from": "", "rows": 9, "route": "gram"}
+
+
+def flip(file: Path, start: int, count: int, *, sign: bool = False) -> None:
+    """Other bytes in the middle of a file, which keeps its size; sign: with a checksum that says they are right."""
     content = bytearray(file.read_bytes())
     content[start : start + count] = bytes(255 - byte for byte in content[start : start + count])
     file.write_bytes(content)
+    if sign:
+        resign(file.parent)
+
+
+def resign(path: Path) -> None:
+    """Sizes and checksums of the files as they are now, as whoever means harm would write them."""
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    for entry in files.values():
+        content = (path / entry["file"]).read_bytes()
+        entry |= {"bytes": len(content), "crc32": zlib.crc32(content)}
+    change(path, files=files)
+
+
+def name_index(path: Path, name: str) -> None:
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    files["index"]["file"] = name
+    change(path, files=files)
+
+
+def fifo(file: Path) -> None:
+    """Whoever opens it waits for a writer."""
+    file.unlink()
+    os.mkfifo(file)
 
 
 def change(path: Path, **values: object) -> None:
@@ -250,12 +293,13 @@ def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> 
         path / "rows-1.h5",
         gallery_files.GalleryRows(rows.names[1:] + rows.names[:1], rows.roots, rows.root, rows.checksum),
     )
-    problems = verify_gallery(open_gallery(path))
-    assert problems[0] == "rows-1.h5: its bytes do not match their checksum"
+    with pytest.raises(GalleryError, match=r"rows-1\.h5: is damaged"):
+        open_gallery(path)
     slipped = gallery_files.GalleryRows(
         rows.names[1:] + rows.names[:1], rows.roots, rows.root, np.roll(rows.checksum, -1)
     )
     gallery_files._write_rows(path / "rows-1.h5", slipped)
+    resign(path)
     assert sum("is not that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
 
 
@@ -295,3 +339,168 @@ def test_unfinished_and_empty_stores_are_refused(make_store: MakeStore, tmp_path
     with pytest.raises(StoreError, match="expected described images, found 4, all of them failed"):
         create_gallery(open_store(store.path), tmp_path / "g")
     assert not (tmp_path / "g").exists()
+
+
+def replace_index(path: Path, index: object) -> None:
+    load_faiss().write_index(index, str(path / "index-1.faiss"))
+    resign(path)
+
+
+def test_lists_in_another_file_are_refused(
+    make_store: MakeStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Adding rows to such an index would write into that file, whichever it is."""
+    faiss = load_faiss()
+    store, path, other = make_store(descriptors(200)), tmp_path / "g", tmp_path / "other"
+    for factory in ("IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8,RFlat"):
+        create_gallery(store, path, IndexOptions(factory=factory), overwrite=True)
+        index = faiss.read_index(str(path / "index-1.faiss"))
+        lists = core(index)
+        elsewhere = faiss.OnDiskInvertedLists(lists.nlist, lists.code_size, str(other))
+        elsewhere.merge_from_1(lists.invlists)
+        lists.replace_invlists(elsewhere, False)
+        replace_index(path, index)
+        before = other.read_bytes()
+        more = make_store(descriptors(9, 1), "b.h5", names=[f"b{n}.jpg" for n in range(9)])
+        with pytest.raises(GalleryError, match="lists that are kept in the index itself, found OnDiskInvertedLists"):
+            add_to_gallery(more, path)
+        assert other.read_bytes() == before
+        other.unlink()
+        with pytest.raises(GalleryError, match="expected a FAISS index that is whole, found: could not"):
+            open_gallery(path)
+        for file in path.iterdir():
+            file.unlink()
+    assert "IO_FLAG" not in capfd.readouterr().out
+
+
+def test_numbers_beyond_the_rows_are_refused(make_store: MakeStore, tmp_path: Path) -> None:
+    faiss = load_faiss()
+    store, path = make_store(descriptors(200)), tmp_path / "g"
+    create_gallery(store, path, IndexOptions(factory="IVF4,Flat"))
+    index = faiss.read_index(str(path / "index-1.faiss"))
+    ids = faiss.rev_swig_ptr(index.invlists.get_ids(2), index.invlists.list_size(2))
+    for wrong in (200, -1):
+        ids[3] = wrong
+        replace_index(path, index)
+        with pytest.raises(GalleryError, match="list 2 holds numbers of rows beyond 200"):
+            open_gallery(path)
+    flat = faiss.IndexFlatIP(16)
+    mapped = faiss.IndexIDMap(flat)
+    mapped.add_with_ids(np.float32(descriptors(200)), np.arange(200) + 7)
+    replace_index(path, mapped)
+    with pytest.raises(GalleryError, match="rows are numbered from 0"):
+        open_gallery(path)
+    index.invlists.reset()
+    replace_index(path, index)
+    with pytest.raises(GalleryError, match="expected 200 rows in its lists, found 0"):
+        open_gallery(path)
+
+
+def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(20)), path)
+    content = (path / "index-1.faiss").read_bytes()
+    count = (20 * 16).to_bytes(8, "little")
+    assert content.count(count) == 1
+    (path / "index-1.faiss").write_bytes(content.replace(count, (1 << 33).to_bytes(8, "little")))
+    resign(path)
+    before = load_faiss().get_deserialization_vector_byte_limit()
+    with pytest.raises(GalleryError, match=r"FAISS index that is whole, found: .*deserialization_vector_byte_limit"):
+        open_gallery(path)
+    assert load_faiss().get_deserialization_vector_byte_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/etc/a.jpg", "is absolute"),
+        ("a/../../b.jpg", "contains '..'"),
+        ("../b.jpg#0,0,1,1", "contains '..'"),
+        (r"\x2e\x2e/b.jpg", "an escape"),
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused(make_store: MakeStore, tmp_path: Path, name: str, reason: str) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(5)), path)
+    rows = open_gallery(path).rows
+    gallery_files._write_rows(path / "rows-1.h5", dataclasses.replace(rows, names=[*rows.names[:4], name]))
+    resign(path)
+    with pytest.raises(
+        GalleryError, match=rf"row 4 .*: expected a name below its folder, found one that .*{re.escape(reason)}"
+    ):
+        open_gallery(path)
+
+
+def test_names_that_lead_elsewhere_come_into_no_gallery(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(2)), path)
+    store = make_store(descriptors(2), "b.h5")
+    outside = dataclasses.replace(store, names=["b.jpg", "../c.jpg"])
+    for change in (lambda: create_gallery(outside, tmp_path / "new"), lambda: add_to_gallery(outside, path)):
+        with pytest.raises(GalleryError, match=r"b\.h5: row 1 \('\.\./c\.jpg'\): expected a name below its folder"):
+            change()
+    assert len(open_gallery(path)) == 2 and not (tmp_path / "new").exists()
+
+
+def test_roots_are_folders(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(5)), path)
+    rows = open_gallery(path).rows
+    for root in ("images", "/a\0b"):
+        gallery_files._write_rows(path / "rows-1.h5", dataclasses.replace(rows, roots=[root]))
+        resign(path)
+        with pytest.raises(GalleryError, match="expected the absolute path of a folder"):
+            open_gallery(path)
+
+
+def test_a_folder_is_taken_and_cleared_before_the_work(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, path = make_store(descriptors(20)), tmp_path / "g"
+    create_gallery(store, path)
+    left = ["index-9.faiss", ".index-9.faiss.partial", ".rows-9.h5.partial", ".gallery.json.partial"]
+    for name in left:
+        (path / name).write_bytes(b"x")
+    seen = []
+
+    def build(*given: object) -> None:
+        seen.extend(sorted(os.listdir(path)))
+        with pytest.raises(StoreBusyError):
+            add_to_gallery(store, path)
+        raise GalleryError("stopped")
+
+    monkeypatch.setattr(gallery_module, "build_index", build)
+    with pytest.raises(GalleryError, match="stopped"):
+        create_gallery(store, path, overwrite=True)
+    assert seen == ["gallery.json", "index-1.faiss", "rows-1.h5"]
+    assert_every_row_finds_itself(path, store)
+    monkeypatch.setattr(gallery_module, "build_index", lambda *given: pytest.fail("began to work"))
+
+    def refused(**given: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(gallery_files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(GalleryError, match="g: is not writable: Read-only file system"):
+        create_gallery(store, path, overwrite=True)
+    with pytest.raises(GalleryError, match="new: is not writable"):
+        create_gallery(store, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gallery_in_the_current_folder(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(descriptors(20))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    create_gallery(store, ".")
+    assert_every_row_finds_itself(Path("."), store)
+    assert not list(tmp_path.glob("here/.*"))
+
+
+def test_folders_that_are_not_utf_8(make_store: MakeStore, tmp_path: Path) -> None:
+    root = os.fsdecode(b"/pictures/\xff")
+    create_gallery(make_store(descriptors(5), root=root), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    assert gallery.rows.picture(0) == (f"{root}/0000.jpg", None)
+    assert gallery.about.sources[0].source_root == r"/pictures/\xff"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import MakeStore
 from PIL import Image
 
-from sppfeat import MissingExtraError, Recipe, extract_folder
-from sppfeat.gallery import create_gallery
+from sppfeat import GalleryError, MissingExtraError, Recipe, ReportError, extract_folder, open_store
+from sppfeat.gallery import create_gallery, open_gallery
+from sppfeat.gallery_files import _write_rows
+from sppfeat.index import load_faiss
+from sppfeat.search import search_store
 from sppfeat_cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -151,6 +157,12 @@ def test_without_faiss(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, t
         create_gallery(make_store(np.eye(4)), tmp_path / "g")
 
 
+def test_an_old_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(__version__="1.10.0"))
+    with pytest.raises(MissingExtraError, match=r"needs faiss 1.15 or newer, found 1.10.0: pip install -U"):
+        load_faiss()
+
+
 def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
     """Rows of windows are found by a part of their picture, by name, with the picture's path and the box."""
     boxes = {"0003.png": np.array([[0, 0, 20, 20], [10, 10, 40, 40]]), "0004.png": np.array([[0, 0, 20, 20]])}
@@ -166,3 +178,65 @@ def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
         [10, 10, 40, 40],
     )
     assert Path("w.html").read_text().count("data:image/jpeg;base64,") == 4
+
+
+def test_a_page_that_cannot_be_written_costs_the_page_alone(
+    folder: Path, call: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise ReportError("p.html: cannot be written: the disk is full")
+
+    monkeypatch.setattr("sppfeat.search.write_hits_page", refused)
+    monkeypatch.setattr("sppfeat.duplicates.write_duplicates_page", refused)
+    call("index", "f.h5", "-o", "g")
+    for arguments, key in ((("search", "g", "f.h5"), "results"), (("duplicates", "f.h5"), "groups")):
+        code, out, errors = call(*arguments, "--html", "p.html", "--json")
+        assert (code, errors) == (1, "sppfeat: p.html: cannot be written: the disk is full\n")
+        assert key in json.loads(out)
+
+
+def change_gallery(rows: Callable[[list[str]], list[str]] = list, **index: object) -> None:
+    """Other names, and another index entry, in the gallery g, as whoever means harm would write them."""
+    about = json.loads(Path("g/gallery.json").read_text())
+    held = open_gallery("g").rows
+    _write_rows(Path("g/rows-1.h5"), dataclasses.replace(held, names=rows(held.names)))
+    content = Path("g/rows-1.h5").read_bytes()
+    about["files"]["rows"] |= {"bytes": len(content), "crc32": zlib.crc32(content)}
+    about["index"] |= index
+    Path("g/gallery.json").write_text(json.dumps(about))
+
+
+def test_windows_that_no_image_has(folder: Path, call: Run) -> None:
+    call("index", "f.h5", "-o", "g")
+    change_gallery(lambda names: [*names[:7], "0007.png#nan,0,1,1", "0008.png#9,9,1,1", "0009.png#0,0,inf,1"])
+    code, out, _ = call("search", "g", folder / "0007.png", "--json", "--html", "hits.html")
+    found = json.loads(out)["results"][0]["neighbors"]
+    assert (code, len(found), found[0]["name"]) == (0, 10, "0007.png#nan,0,1,1")
+    assert (found[0]["path"], found[0]["box"]) == (str(folder / "0007.png"), None)
+    assert Path("hits.html").read_text().count("data:image/jpeg;base64,") == 11
+
+
+def test_no_text_of_a_gallery_commands_the_terminal(folder: Path, call: Run) -> None:
+    call("index", "f.h5", "-o", "g")
+    change_gallery(lambda names: ["\x1b[2J", *names[1:]], why="\x1b]0;x\x07", effort={"\x1b[1m": 3}, factory="F\nlat")
+    code, shown, _ = call("inspect", "g")
+    assert code == 0 and r"index: F\nlat, \x1b[1m 3 (\x1b]0;x\x07)" in shown
+    shown += call("search", "g", "f.h5")[1] + "".join(call("inspect", "g", "--verify")[1:])
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
+def test_rows_that_are_not_there_are_never_looked_up(folder: Path, call: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """An index that FAISS cannot be held to."""
+
+        def __init__(self, row: int, score: float) -> None:
+            self.row, self.score = row, score
+
+        def search(self, units: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.full((len(units), k), self.score, np.float32), np.full((len(units), k), self.row)
+
+    call("index", "f.h5", "-o", "g")
+    gallery = open_gallery("g")
+    for wrong in (Wrong(10, 0.5), Wrong(3, float("nan"))):
+        with pytest.raises(GalleryError, match="its index finds rows that are not there"):
+            search_store(dataclasses.replace(gallery, index=wrong), open_store("f.h5"))

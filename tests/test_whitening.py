@@ -100,16 +100,25 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     )
     write_projection(path, good)
     assert read_arrays(path, 3, 2)["matrix"].shape == (3, 2)
-    with pytest.raises(GalleryError, match=r"expected matrix of \[3, 1\], found \[3, 2\]"):
+    with pytest.raises(GalleryError, match=r"expected matrix of \[3, 1\] float32, found \[3, 2\] float32"):
         read_arrays(path, 3, 1)
     whole = path.read_bytes()
     for damaged in (b"", b"PK\x03\x04", whole[:-30], whole[:100] + b"\xff" + whole[101:]):
         path.write_bytes(damaged)
         with pytest.raises(GalleryError, match=r"projection-1\.npz: expected a projection that is whole"):
             read_arrays(path, 3, 2)
-    np.savez(path, mean=np.array([object()] * 3), matrix=np.ones((3, 2)), eigenvalues=np.ones(2))  # pickled inside
-    with pytest.raises(GalleryError, match="expected a projection that is whole"):
+    arrays = {"mean": good.mean, "matrix": good.matrix, "eigenvalues": good.eigenvalues}
+    np.savez(path, **(arrays | {"mean": np.array([object()] * 3)}))  # pickled inside
+    with pytest.raises(GalleryError, match=r"expected mean of \[3\] float32, found \[3\] object"):
         read_arrays(path, 3, 2)
+    np.savez_compressed(path, **arrays)  # a bomb would be
+    with pytest.raises(GalleryError, match="found it compressed"):
+        read_arrays(path, 3, 2)
+    np.savez(path, **(arrays | {"matrix": np.full((3, 2), np.inf, np.float32)}))
+    with pytest.raises(GalleryError, match="matrix holds values that are not finite"):
+        read_arrays(path, 3, 2)
+    with pytest.raises(GalleryError, match="expected mean of"):
+        read_arrays(path, 1 << 31, 1 << 31)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1, 1e4, 1e30])

@@ -1,0 +1,55 @@
+"""What this process may use of the machine, where control groups (containers, cluster jobs) allow it only a part."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or the least that its control groups allow."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # "max" is version 2's word for no limit; version 1 has a number beyond any memory.
+    limits = [
+        int(text) for text in control_group_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()
+    ]
+    return min([whole, *(limit for limit in limits if limit > 0)])
+
+
+def control_group_values(controller: str, file: str, file_v1: str, proc: Path = Path("/proc/self")) -> Iterator[str]:
+    """The contents of one setting in this process's control group and in all that it lies in, without the line's end.
+
+    controller: such as `memory` or `cpu`. file: the setting's name in version 2. file_v1: in version 1. A group without
+    the setting, such as the root, gives nothing; nor does a system without control groups.
+    """
+    try:
+        groups = (proc / "cgroup").read_text("utf-8", "surrogateescape").splitlines()
+        mounts = (proc / "mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return
+    # hierarchy:controllers:path; version 2 has no controllers there.
+    paths = {name: path for _, names, path in (line.split(":", 2) for line in groups) for name in names.split(",")}
+    for mount in mounts:
+        # id parent device root mount-point options [optional ...] - type source super-options
+        before, _, after = mount.partition(" - ")
+        root, point = (
+            re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field) for field in before.split(" ")[3:5]
+        )
+        kind, _, options = after.split(" ", 2)
+        if kind == "cgroup2":
+            path, name = paths.get("", "/"), file
+        elif kind == "cgroup" and controller in options.split(","):
+            path, name = paths.get(controller, "/"), file_v1
+        else:
+            continue
+        # Within a container, what is mounted may be its own group, whose path is told as the machine's.
+        below = os.path.relpath(path, root)
+        group = Path(point) if below.startswith("..") else Path(point, below)
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(point):
+                try:
+                    yield (folder / name).read_text("utf-8").strip()
+                except (OSError, UnicodeDecodeError):
+                    continue

@@ -1,0 +1,66 @@
+"""What a process may use of the machine: the least of its control groups, of either version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sppfeat import machine
+from sppfeat.machine import available_memory, control_group_values
+
+V1 = "31 23 0:35 {root} {point} rw,relatime shared:9 - cgroup cgroup rw,memory\n"
+V2 = "41 31 0:38 {root} {point} rw,relatime - cgroup2 cgroup2 rw\n"
+
+
+def values(proc: Path) -> list[str]:
+    return list(control_group_values("memory", "memory.max", "memory.limit_in_bytes", proc))
+
+
+def limit(folder: Path, file: str, value: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(value + "\n")
+
+
+@pytest.mark.parametrize(
+    ("mount", "group", "file"),
+    [(V1, "4:cpuacct,memory:/job/step", "memory.limit_in_bytes"), (V2, "0::/job/step", "memory.max")],
+)
+def test_a_group_and_all_that_it_lies_in(tmp_path: Path, mount: str, group: str, file: str) -> None:
+    point = tmp_path / "groups"
+    (tmp_path / "cgroup").write_text(f"9:name=systemd:/else\n{group}\n")
+    (tmp_path / "mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + mount.format(root="/", point=point))
+    limit(point, file, "9000")
+    limit(point / "job", file, "500")
+    limit(point / "job" / "step", file, "max")
+    limit(point / "job" / "other", file, "3")
+    limit(tmp_path, file, "1")  # above the mount: no group
+    assert values(tmp_path) == ["max", "500", "9000"]
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    point = tmp_path / "a group"
+    limit(point, "memory.limit_in_bytes", "700")
+    (tmp_path / "cgroup").write_text("4:memory:/docker/abc\n0::/\n")
+    for root in ("/docker/abc", "/another"):
+        escaped = str(point).replace(" ", "\\040")
+        (tmp_path / "mountinfo").write_text(V1.format(root=root, point=escaped))
+        assert values(tmp_path) == ["700"]
+
+
+def test_without_control_groups(tmp_path: Path) -> None:
+    assert values(tmp_path) == []
+    (tmp_path / "cgroup").write_text("")
+    (tmp_path / "mountinfo").write_text("")
+    assert values(tmp_path) == []
+
+
+def test_memory_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_limits(*texts: str) -> int:
+        monkeypatch.setattr(machine, "control_group_values", lambda *names: iter(texts))
+        return available_memory()
+
+    whole = with_limits()
+    assert whole > 1 << 26
+    assert with_limits("max", "9223372036854771712") == whole
+    assert with_limits("max", "50000000", "60000000") == 50_000_000
