@@ -13,6 +13,7 @@ is a line of a journal beside it, from which a killed run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -274,7 +275,8 @@ class _Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk: what is left in the buffer has been reported
+                self._file.close()
 
     def add(self, name: str, result: Proposed) -> None:
         entry = {
