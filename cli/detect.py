@@ -97,7 +97,8 @@ def detect(
     if unwritten:
         raise typer.Exit(1)
     if done.searched + len(done.failed) < done.images:
-        print(f"sppfeat: interrupted, {done.images - done.searched - len(done.failed)} images left", file=sys.stderr)
+        left = counted(done.images - done.searched - len(done.failed), "image")
+        print(f"sppfeat: interrupted, {left} left", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed or done.notes or results.not_drawn:
         raise typer.Exit(3)

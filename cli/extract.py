@@ -200,7 +200,7 @@ def extract(
         typer.echo(_summary(done))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
-        left = f"{done.pending} {_unit(done)}s left"
+        left = f"{counted(done.pending, _unit(done))} left"
         print(f"sppfeat: interrupted, {left}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:

@@ -136,7 +136,7 @@ def detector(
     if done.interrupted:
         how = "without --overwrite, " if overwrite and done.stages else ""
         print(
-            f"sppfeat: interrupted, {done.pending} images left of this pass; {how}the same command resumes",
+            f"sppfeat: interrupted, {counted(done.pending, 'image')} left of this pass; {how}the same command resumes",
             file=sys.stderr,
         )
         raise typer.Exit(130)

@@ -22,7 +22,7 @@ from sppfeat.boxes import moved_boxes, suppress
 from sppfeat.describe import Describer
 from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.files import DETECTOR, appearing, open_hdf5
+from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5
 from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.selective_search import ProposalOptions, Proposer
@@ -74,7 +74,7 @@ class Detector:
 
 def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
     """Write a detector to one HDF5 file, which appears whole. Raises ModelError."""
-    with appearing(Path(path), ModelError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(Path(path), ModelError) as file:
         file.attrs["format"] = DETECTOR
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["recipe"] = detector.recipe.to_json()

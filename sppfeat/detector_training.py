@@ -94,7 +94,7 @@ def train_detector(
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     state = path.with_name(f".{path.name}.training")
     # What a stopped training is going to replace, it was told to.
-    check_new_file(path, overwrite=overwrite or state.exists(), error=ModelError, kind=DETECTOR)
+    check_new_file(path, overwrite=overwrite or os.path.exists(state), error=ModelError, kind=DETECTOR)
     with lock_store(path):
         describer = describer or Describer(recipe or detection_recipe(), run)
         if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -84,6 +86,43 @@ def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def appearing_hdf5(path: Path, error: type[SppFeatError]) -> Iterator[h5py.File]:
+    """An HDF5 file to write that appears whole at the end, or not at all: see `appearing`."""
+    with appearing(path, error) as partial, _HeldBack(partial, "w+") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file
+        finally:
+            if disk.failure is not None:
+                raise disk.failure
+
+
+class _HeldBack(io.FileIO):
+    """A file whose first failed write is kept in `failure`, and that takes the others as if all were well.
+
+    HDF5 cannot close a file that it cannot write to: a full disk would end the process with a crash.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while len(left) and self.failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
 
 
 def sync_folder(folder: Path) -> None:

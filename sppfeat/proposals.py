@@ -28,7 +28,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
-from sppfeat.files import WINDOWS, appearing, check_new_file, open_hdf5, os_reason
+from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason
 from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
 from sppfeat.selective_search import ProposalOptions, Proposed, Proposer
 from sppfeat.store import lock_store
@@ -308,7 +308,7 @@ class _Journal:
 def _write(path: Path, before: WindowFile | None, journal: _Journal, options: ProposalOptions, root: str) -> WindowFile:
     names = list(dict.fromkeys([*(before or ()), *journal.places]))
     text = h5py.string_dtype()
-    with appearing(path, WindowsError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(path, WindowsError) as file:
         columns: dict[str, list[Any]] = {"error": [], "image_size": [], "file_size": [], "file_mtime_ns": []}
         start = [0]
         for name in names:
