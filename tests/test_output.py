@@ -188,3 +188,20 @@ def test_windows_on_a_full_disk_end_in_one_line_and_go_on(scene: Path, tmp_path:
     done = limited(resource.RLIM_INFINITY)
     assert done.returncode == 0 and "reused" in done.stdout, done.stderr
     assert {name: windows.tolist() for name, windows in open_windows(output).items()} == expected
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--version"], ["models", "--json"], ["extract", "--help"]], ids=" ".join)
+def test_standard_output_on_a_full_disk(words: list[str], unbuffered: str, tmp_path: Path) -> None:
+    """One line and exit code 1, also where what is printed is longer than a buffer, or goes through none."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from sppfeat_cli import main; main()", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr == "sppfeat: standard output: cannot be written: No space left on device\n"
