@@ -50,7 +50,7 @@ def windows(
     from sppfeat.selective_search import ProposalOptions
 
     options = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet, all_listed_by=f"`sppfeat inspect {output} --failures`") as progress:
         done = propose_folder(
             sources,
             output,

@@ -53,17 +53,19 @@ def test_failures_and_notes_are_bounded_each(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-def test_failures_of_extract_are_listed_where_it_says(
-    make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run
+@pytest.mark.parametrize("command", ["extract", "windows"])
+def test_failures_are_listed_where_it_says(
+    command: str, make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run
 ) -> None:
-    folder, store = make_images(1), tmp_path / "f.h5"
+    folder, file = make_images(1), tmp_path / "f.h5"
     for number in range(LISTED + 5):
         (folder / f"bad{number:02}.jpg").write_bytes(b"")
-    done = run_sppfeat("extract", folder, "-o", store, *TINY)
+    done = run_sppfeat(command, folder, "-o", file, *(TINY if command == "extract" else ["-j", "1"]))
     assert done.returncode == 3 and done.stderr.count("failed: bad") == LISTED
     said = re.search(r"\.\.\. and 5 more failed; `sppfeat (.*)` lists them all", done.stderr)
     assert said is not None, done.stderr
     assert run_sppfeat(*said[1].split()).stdout.count("empty file (0 bytes)") == LISTED + 5
+    assert len(json.loads(run_sppfeat(*said[1].split(), "--json").stdout)["failures"]) == LISTED + 5
 
 
 @pytest.fixture
