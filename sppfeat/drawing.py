@@ -193,28 +193,38 @@ class DrawingFolder:
 
         Raises ReportError for a folder of images, one that is not writable, and for files that are in the way.
         """
-        for source in filter(os.path.isdir, self._sources):
-            if self._root.is_relative_to(os.path.realpath(source)):
-                raise ReportError(f"{self._root}: would mix drawings with the images of {source}; draw elsewhere")
+        self._files = drawing_files([name for name in images.names if name not in images.problems])
+        targets = {self._root / os.path.dirname(file) for file in self._files.values()}
+        self._check_apart(images, targets)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ReportError(f"{self._root}: expected a folder to draw into: {os_reason(error)}") from None
         check_can_write(self._root / "drawing", ReportError)
-        self._files = drawing_files([name for name in images.names if name not in images.problems])
-        for folder in {os.path.dirname(file) for file in self._files.values()}:
-            path = self._root / folder
-            if Path(os.path.realpath(path)) != path:
-                raise ReportError(f"{path}: expected a folder to draw into, found a link; nothing is drawn through it")
+        for folder in targets:
+            if Path(os.path.realpath(folder)) != folder:
+                raise ReportError(f"{folder}: expected a folder to draw into, found a link; it is not followed")
         present = [path for file in self._files.values() if os.path.lexists(path := self._root / file)]
         if present and not self._overwrite:
             more = f", and {len(present) - 1:,} more" * (len(present) > 1)
-            raise ReportError(f"{present[0]}: exists already{more}; draw into another folder, or --overwrite")
-        shown = {os.path.realpath(name_to_path(images.root, name)) for name in self._files} if present else set()
+            raise ReportError(f"{present[0]}: exists already{more}; choose another folder, or --overwrite")
         for path in present:
-            if str(path) in shown or not _is_drawing(path):
+            if not _is_drawing(path):
                 raise ReportError(f"{path}: expected a drawing or no file, found another file; it is left as it is")
         self._replaced = set(present)
+
+    def _check_apart(self, images: ImageList, targets: set[Path]) -> None:
+        """Raise ReportError where drawings would lie among the images, and be images of the next run."""
+        folders = {os.path.dirname(name_to_path(images.root, name)) for name in self._files}
+        own = {os.path.realpath(folder) for folder in folders}
+        mixed = [str(folder) for folder in sorted(targets) if str(folder) in own]
+        mixed += [
+            source
+            for source in self._sources
+            if os.path.isdir(source) and self._root.is_relative_to(os.path.realpath(source))
+        ]
+        if mixed:
+            raise ReportError(f"{self._root}: would mix drawings with the images in {mixed[0]}; choose another folder")
 
     def draw(self, path: str, name: str, found: Detections, classes: Sequence[str]) -> None:
         """Draw what was found on an image, at its full size.
