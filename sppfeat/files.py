@@ -91,7 +91,14 @@ def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
 @contextlib.contextmanager
 def appearing_hdf5(path: Path, error: type[SppFeatError]) -> Iterator[h5py.File]:
     """An HDF5 file to write that appears whole at the end, or not at all: see `appearing`."""
-    with appearing(path, error) as partial, _HeldBack(partial, "w+") as disk:
+    with appearing(path, error) as partial, new_hdf5(partial) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to write. Raises OSError at the end of the block where the disk did not take it all."""
+    with _HeldBack(path, "w+") as disk:
         try:
             with h5py.File(disk, "w") as file:
                 yield file

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from test_annotations import xml
 
+from sppfeat import Store
 from sppfeat.proposals import open_windows
 from sppfeat_cli.progress import LISTED, Progress
 
@@ -152,44 +153,50 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work(
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def limited(size: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line where no file may be larger than `size` bytes: every write meets the limit as a full disk."""
+    return subprocess.run(
+        [sys.executable, "-c", "from sppfeat_cli import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+def ends_in_one_line(done: subprocess.CompletedProcess[str]) -> bool:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sppfeat: ")]
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
+    return len(lines) == 1 and lines[0].endswith("cannot be written: File too large")
+
+
 def test_windows_on_a_full_disk_end_in_one_line_and_go_on(scene: Path, tmp_path: Path) -> None:
-    """The disk is a limit on the size of files, which every write meets as a full disk is met."""
-    output = tmp_path / "w.h5"
-    words = [
-        sys.executable,
-        "-c",
-        "from sppfeat_cli import main; main()",
-        "windows",
-        scene / "JPEGImages",
-        "-o",
-        output,
-    ]
-
-    def limited(size: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*map(str, words), "-j", "1"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        )
-
-    whole = limited(resource.RLIM_INFINITY)
-    assert whole.returncode == 0, whole.stderr
-    expected = {name: windows.tolist() for name, windows in open_windows(output).items()}
-    size = output.stat().st_size
-    output.unlink()
+    """Four starts of a process, since HDF5 crashed one that could not write, and Python's own buffers failed later."""
+    output, words = tmp_path / "w.h5", ["windows", scene / "JPEGImages", "-j", "1", "-o"]
+    assert limited(resource.RLIM_INFINITY, *words, tmp_path / "whole.h5").returncode == 0
+    expected = {name: windows.tolist() for name, windows in open_windows(tmp_path / "whole.h5").items()}
     # Amid the journal; and amid the file, after a journal that is smaller.
-    for limit in (700, min(size - 1, 3000)):
-        stopped = limited(limit)
-        assert stopped.returncode == 1 and stopped.stdout == "" and "Traceback" not in stopped.stderr, stopped.stderr
-        lines = [line for line in stopped.stderr.splitlines() if line.startswith("sppfeat: ")]
-        assert len(lines) == 1 and "cannot be written: File too large" in lines[0], stopped.stderr
+    for limit in (700, min((tmp_path / "whole.h5").stat().st_size - 1, 3000)):
+        assert ends_in_one_line(limited(limit, *words, output))
         assert not output.exists() and (tmp_path / ".w.h5.journal").exists()
-    done = limited(resource.RLIM_INFINITY)
+    done = limited(resource.RLIM_INFINITY, *words, output)
     assert done.returncode == 0 and "reused" in done.stdout, done.stderr
     assert {name: windows.tolist() for name, windows in open_windows(output).items()} == expected
+
+
+@pytest.mark.parametrize("limit", [2_000, 6_000, 9_000])
+def test_a_store_on_a_full_disk_ends_in_one_line(make_images: Callable[..., Path], tmp_path: Path, limit: int) -> None:
+    folder = make_images(30)
+    assert ends_in_one_line(limited(limit, "extract", folder, "-o", tmp_path / "f.h5", *TINY))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_model_on_a_full_disk_ends_in_one_line(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(12, 400))
+    store = make_store(rows, names=[f"{'ab'[number % 2]}/{number}.jpg" for number in range(12)])
+    assert ends_in_one_line(limited(3_000, "train", "svm", store.path, "-o", tmp_path / "svm.h5", "--c", "1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["f.h5"]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
