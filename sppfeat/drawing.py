@@ -31,6 +31,8 @@ from sppfeat.report import image_address, write_page
 PAGE_SIDE: Final = 640
 # A page with more images is slow to open; the ones with the best scores are shown.
 MAX_IMAGES: Final = 200
+# As many labels as no image has room for: those of the best scores are kept clear of each other.
+_LABELS_APART: Final = 500
 # Of a class name: more is on no image wide enough.
 _NAME_CHARACTERS: Final = 80
 # Of a file's name, on the file systems of Linux (NAME_MAX).
@@ -145,9 +147,9 @@ def place_labels(sizes: Sequence[tuple[int, int]], boxes: np.ndarray, canvas: tu
         tops = [above, y1, y2 + 2, y2 - height, *(y1 + step * n for n in range(1, 7)), above - step, above - 2 * step]
         corners = np.array([(x, y) for y in tops for x in (x1, x2 - width + 1)])
         corners = np.clip(corners, 0, np.maximum([canvas[0] - width - 1, canvas[1] - height - 1], 0))
-        common = np.minimum(corners[:, None] + [width, height], ends[None, :at]) - np.maximum(
-            corners[:, None], places[None, :at]
-        )
+        best = slice(min(at, _LABELS_APART))
+        low = np.maximum(corners[:, None], places[None, best])
+        common = np.minimum(corners[:, None] + [width, height], ends[None, best]) - low
         covered = np.clip(common + 1, 0, None).prod(2).sum(1)
         places[at] = corners[covered.argmin()]
         ends[at] = places[at] + [width, height]
