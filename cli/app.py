@@ -1,5 +1,6 @@
 """The Typer app: commands parse, make one library call, and print."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from sppfeat_cli import (
     train,
     windows,
 )
-from sppfeat_cli.output import printable
+from sppfeat_cli.output import guarded, printable
 
 app = typer.Typer(
     name="sppfeat",
@@ -81,7 +82,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning
     try:
-        app()
+        with contextlib.redirect_stdout(guarded(sys.stdout)):
+            app()
     except SppFeatError as error:
         print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

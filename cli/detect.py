@@ -1,7 +1,6 @@
 """`sppfeat detect`: find objects on images."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,9 @@ from sppfeat_cli.train_detector import Windows
 
 if TYPE_CHECKING:
     from sppfeat.detect import Detections, Detector
-    from sppfeat.drawing import DetectionPage
+    from sppfeat.drawing import DetectionPage, DrawingFolder
+    from sppfeat.errors import ReportError
+    from sppfeat.images import ImageList
 
 
 def register(app: typer.Typer) -> None:
@@ -32,9 +33,11 @@ def detect(
         float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
     ] = 0.3,
     max_detections: Annotated[int, typer.Option(help="Most detections of an image.")] = 100,
-    draw: Annotated[str | None, typer.Option(metavar="DIR", help="Draw what is found on copies of the images.")] = None,
+    draw: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Draw what is found on copies of the images, in this folder.")
+    ] = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page of what is found.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier drawings and the page.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -45,7 +48,8 @@ def detect(
     Without --windows, they are found on the way, as those were that the detector was trained with.
     """
     from sppfeat.detect import DetectOptions, detect_images, open_detector
-    from sppfeat.drawing import DetectionPage
+    from sppfeat.drawing import DetectionPage, DrawingFolder
+    from sppfeat.errors import ReportError
     from sppfeat.proposals import windows_from
     from sppfeat.recipe import RunOptions
     from sppfeat.report import check_page
@@ -56,8 +60,9 @@ def detect(
     model = open_detector(detector)
     boxes = windows_from(windows) if windows is not None else None
     page = DetectionPage(model) if page_path is not None else None
+    drawings = DrawingFolder(draw, sources, overwrite=overwrite) if draw is not None else None
     with Progress(quiet=quiet) as progress:
-        results = _Results(progress, model, Path(draw) if draw is not None else None, page, as_json)
+        results = _Results(progress, model, drawings, page, as_json)
         done = detect_images(model, sources, boxes, options, run, observer=results, stop=progress.stop.is_set)
         for note in done.notes:
             progress.note(note)
@@ -67,6 +72,7 @@ def detect(
                 "results": [results.found_on[name] for name in sorted(results.found_on)],
                 "failed": done.failed,
                 "notes": done.notes,
+                "not_drawn": results.not_drawn,
                 "seconds": round(done.seconds, 3),
                 "device": done.device,
                 "stages": {name: round(seconds, 3) for name, seconds in done.stages.items()},
@@ -79,23 +85,48 @@ def detect(
             f"{done.seconds:.1f} s on {done.device}; busy: {stages}",
             file=sys.stderr,
         )
+    # What is written beside the results comes after them, and fails alone.
+    unwritten = results.unwritten
     if page is not None and page_path is not None:
-        page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
+        try:
+            page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
+        except ReportError as error:
+            unwritten.append(error)
+    for reason in unwritten:
+        print(f"sppfeat: {printable(str(reason))}", file=sys.stderr)
+    if unwritten:
+        raise typer.Exit(1)
     if done.searched + len(done.failed) < done.images:
-        print(f"sppfeat: interrupted, {done.images - done.searched - len(done.failed)} images left", file=sys.stderr)
+        left = counted(done.images - done.searched - len(done.failed), "image")
+        print(f"sppfeat: interrupted, {left} left", file=sys.stderr)
         raise typer.Exit(130)
-    if done.failed or done.notes:
+    if done.failed or done.notes or results.not_drawn:
         raise typer.Exit(3)
 
 
 class _Results:
-    """Prints or keeps what is found, and draws it."""
+    """Prints or keeps what is found, and draws it.
+
+    not_drawn: images that could not be drawn, and why. unwritten: why the drawings ended early.
+    """
 
     def __init__(
-        self, progress: Progress, model: "Detector", folder: Path | None, page: "DetectionPage | None", as_json: bool
+        self,
+        progress: Progress,
+        model: "Detector",
+        drawings: "DrawingFolder | None",
+        page: "DetectionPage | None",
+        as_json: bool,
     ) -> None:
-        self._progress, self._model, self._folder, self._page, self._as_json = progress, model, folder, page, as_json
+        self._progress, self._model, self._as_json = progress, model, as_json
+        self._drawings, self._page = drawings, page
         self.found_on: dict[str, dict[str, Any]] = {}
+        self.not_drawn: dict[str, str] = {}
+        self.unwritten: list[ReportError] = []
+
+    def listed(self, images: "ImageList") -> None:
+        if self._drawings is not None:
+            self._drawings.plan(images)
 
     def started(self, *, todo: int, reused: int) -> None:
         self._progress.started(todo=todo, reused=reused)
@@ -104,7 +135,7 @@ class _Results:
         self._progress.row(name, error)
 
     def found(self, path: str, name: str, found: "Detections") -> None:
-        from sppfeat.drawing import draw_to_folder
+        from sppfeat.errors import ImageError, ReportError
 
         entries: list[dict[str, Any]] = [
             {
@@ -120,7 +151,14 @@ class _Results:
             for entry in entries:
                 box = ",".join(f"{edge:.0f}" for edge in entry["box"])
                 typer.echo(f"{printable(name)}\t{printable(entry['label'])}\t{entry['score']:.3f}\t{box}")
-        if self._folder is not None:
-            draw_to_folder(path, name, found, self._model, self._folder)
+        if self._drawings is not None:
+            try:
+                self._drawings.draw(path, name, found, self._model.classes)
+            except ImageError as error:
+                self.not_drawn[name] = str(error)
+                self._progress.note(f"not drawn: {name}: {error}")
+            except ReportError as error:
+                self.unwritten.append(error)
+                self._drawings = None
         if self._page is not None:
             self._page.add(path, name, found)

@@ -179,7 +179,8 @@ def extract(
     from sppfeat.proposals import windows_from
 
     boxes = windows_from(windows) if windows is not None else None
-    with Progress(quiet=quiet, verb="to describe", unit="image" if boxes is None else "window") as progress:
+    unit, failures = "image" if boxes is None else "window", f"`sppfeat inspect {output} --failures`"
+    with Progress(quiet=quiet, verb="to describe", unit=unit, all_listed_by=failures) as progress:
         done = extract_folder(
             sources,
             output,
@@ -199,7 +200,7 @@ def extract(
         typer.echo(_summary(done))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
-        left = f"{done.pending} {_unit(done)}s left"
+        left = f"{counted(done.pending, _unit(done))} left"
         print(f"sppfeat: interrupted, {left}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:

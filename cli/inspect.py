@@ -30,7 +30,7 @@ def inspect(
     if kind == GALLERY and not failures:
         _inspect_gallery(file, verify, as_json)
         return
-    if kind not in (None, STORE) and (failures or verify):
+    if kind not in (None, STORE) and (verify or (failures and kind != WINDOWS)):
         raise UsageError(f"{file}: --failures and --verify are for stores, found {NOUNS[str(kind)]}")
     if kind == SVM:
         _inspect_svm(file, as_json)
@@ -39,7 +39,7 @@ def inspect(
         _inspect_detector(file, as_json)
         return
     if kind == WINDOWS:
-        _inspect_windows(file, as_json)
+        _inspect_windows(file, failures, as_json)
         return
 
     store = open_store(file)
@@ -142,7 +142,7 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     typer.echo("\n".join(lines))
 
 
-def _inspect_windows(file: str, as_json: bool) -> None:
+def _inspect_windows(file: str, failures: bool, as_json: bool) -> None:
     from sppfeat.proposals import open_windows
 
     found = open_windows(file)
@@ -159,7 +159,11 @@ def _inspect_windows(file: str, as_json: bool) -> None:
         "versions": found.versions,
     }
     if as_json:
-        print_json(about)
+        print_json(about | ({"failures": found.errors} if failures else {}))
+        return
+    if failures:
+        for name, reason in found.errors.items():
+            typer.echo(f"{printable(name)}: {printable(reason)}")
         return
     lines = [
         f"{printable(file)}: {counted(found.count, 'window')} of {counted(len(found), 'image')}, "

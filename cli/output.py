@@ -1,13 +1,16 @@
 """What the commands share in printing and in reading options."""
 
+import contextlib
+import errno
 import json
+import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO, cast
 
 import typer
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import SppFeatError, UsageError
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -18,6 +21,46 @@ def print_json(document: Mapping[str, Any]) -> None:
 def printable(text: str) -> str:
     """The text on one line: control characters and stray bytes as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def guarded(stdout: TextIO | None) -> TextIO | None:
+    """Standard output whose failures, of a full disk say, are told from those of other files: as SppFeatError.
+
+    A pipe whose reader has left is no failure, and typer's to end.
+    """
+    return None if stdout is None else cast(TextIO, _Guarded(stdout))
+
+
+class _Guarded:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._failure: SppFeatError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._guard():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._guard():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        # Also after a first failure that someone caught: typer only tries what it may write.
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            # What is left in the buffer is written when Python ends, and would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._failure = SppFeatError(f"standard output: cannot be written: {error.strerror}")
+            raise self._failure from None
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, Self
@@ -12,24 +13,34 @@ from typing import Any, Final, Self
 from sppfeat_cli.output import counted, printable
 
 SECOND_SIGNAL_SECONDS: Final = 0.5
+# Lines of one kind: a disk that is not mounted makes a million failures, and buries what else there is to read.
+LISTED: Final = 10
 
 
 class Progress:
-    """A line a failure, and a bar where standard error is a terminal.
+    """A line for each of the first failures and notes, the number of the others, and a bar on a terminal.
 
+    all_listed_by: the command or option that names all failures and notes.
     Once work is under way that can finish early, the first SIGINT or SIGTERM only sets `stop`, and images in flight are
     finished; a second one ends the process at once.
     """
 
     def __init__(
-        self, *, quiet: bool, verb: str = "to search", unit: str = "image", can_finish_early: bool = True
+        self,
+        *,
+        quiet: bool,
+        verb: str = "to search",
+        unit: str = "image",
+        can_finish_early: bool = True,
+        all_listed_by: str = "--json",
     ) -> None:
         self.stop = threading.Event()
         self._can_finish_early = can_finish_early
         self._quiet = quiet
         self._verb = verb
         self._unit = unit
-        self._failed = 0
+        self._all_listed_by = all_listed_by
+        self._counts: Counter[str] = Counter()
         self._bar: Any = None
         self._signalled = 0.0
         self._handlers: dict[int, Any] = {}
@@ -41,6 +52,9 @@ class Progress:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.close()
+        for kind, count in self._counts.items():
+            if count > LISTED:
+                self.say(f"... and {count - LISTED:,} more {kind}; {self._all_listed_by} lists them all")
 
     def close(self) -> None:
         """End the bar."""
@@ -70,8 +84,10 @@ class Progress:
         where = f" on {device}" if device else ""
         kept = f", {reused} done before" if reused else ""
         print(f"{counted(todo, self._unit)} {self._verb}{where}{kept}", file=sys.stderr)
-        for name in gone:
-            print(f"gone: {printable(name)} (its row is kept)", file=sys.stderr)
+        for name in gone[:LISTED]:
+            self.say(f"gone: {name} (its row is kept)")
+        if len(gone) > LISTED:
+            self.say(f"... and {len(gone) - LISTED:,} more gone")
         self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)
 
     def row(self, name: str, error: str | None) -> None:
@@ -79,14 +95,24 @@ class Progress:
         if self._quiet:
             return
         if error is not None:
-            self.note(f"failed: {name}: {error}")
-            self._failed += 1
+            self._list("failed", f"failed: {name}: {error}")
         if self._bar is not None:
-            if self._failed:
-                self._bar.set_postfix(failed=self._failed, refresh=False)
+            if failed := self._counts["failed"]:
+                self._bar.set_postfix(failed=failed, refresh=False)
             self._bar.update()
 
     def note(self, text: str) -> None:
+        """Something odd about an image, or another part of the input; after the first ones they are only counted."""
+        self._list("notes", text)
+
+    def _list(self, kind: str, text: str) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] <= LISTED:
+            self.say(text)
+        elif self._counts[kind] == LISTED + 1:
+            self.say(f"... more {kind}, counted at the end")
+
+    def say(self, text: str) -> None:
         """A line beside the bar."""
         if self._quiet:
             return

@@ -84,7 +84,8 @@ def detector(
     """Train an SPP-net detector: one linear SVM a class on windows of shared feature maps, and box regression.
 
     Without --windows they are found first and kept beside the detector (det.windows.h5 for det.h5). Stopped, the same
-    command goes on. What is odd in the annotations is named and left out; exit code 3 then.
+    command goes on; until it ends, there is no detector (null in the JSON). What is odd in the annotations is named and
+    left out; exit code 3 then.
     """
     from sppfeat.annotations import read_annotations, select_classes
     from sppfeat.detect import detection_recipe
@@ -135,7 +136,7 @@ def detector(
     if done.interrupted:
         how = "without --overwrite, " if overwrite and done.stages else ""
         print(
-            f"sppfeat: interrupted, {done.pending} images left of this pass; {how}the same command resumes",
+            f"sppfeat: interrupted, {counted(done.pending, 'image')} left of this pass; {how}the same command resumes",
             file=sys.stderr,
         )
         raise typer.Exit(130)
@@ -163,13 +164,14 @@ def _document(done: "Training") -> dict[str, Any]:
 def _summary(done: "Training") -> str:
     objects = sum(done.positives.values())
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
+    what = "no detector yet: " if done.file is None else f"{printable(done.file)}: detector of "
     text = (
-        f"{printable(done.file)}: detector of {counted(len(done.classes), 'class')}, {counted(objects, 'object')} on "
+        f"{what}{counted(len(done.classes), 'class')}, {counted(objects, 'object')} on "
         f"{counted(done.images, 'image')}, "
         f"{counted(sum(done.hard), 'hard negative')} in {counted(len(done.hard), 'pass')}\n"
-        f"{done.seconds:.1f} s on {done.device}; busy: {stages} (over all threads)"
+        f"{done.seconds:.1f} s on {done.device}{f'; busy: {stages} (over all threads)' * bool(stages)}"
     )
     if done.failed or done.notes:
         left_out, notes = counted(len(done.failed), "image"), counted(len(done.notes), "note")
-        text += f"\n{left_out} left out, {notes} on others: see above, or --json"
+        text += f"\n{left_out} left out, {notes} on others: --json lists them all"
     return text

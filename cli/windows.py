@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def windows(
     from sppfeat.selective_search import ProposalOptions
 
     options = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet, all_listed_by=f"`sppfeat inspect {output} --failures`") as progress:
         done = propose_folder(
             sources,
             output,
@@ -67,7 +67,8 @@ def windows(
     elif not quiet:
         typer.echo(_summary(done))
     if done.pending:
-        print(f"sppfeat: interrupted, {done.pending} images left; the same command resumes", file=sys.stderr)
+        left = counted(done.pending, "image")
+        print(f"sppfeat: interrupted, {left} left; the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:
         raise typer.Exit(3)
@@ -83,5 +84,5 @@ def _summary(done: "Proposals") -> str:
     ):
         if count:
             parts.append(f"{count} {word}")
-    images = f"{done.images} images ({', '.join(parts)})"
-    return f"{printable(done.file)}: {images}, {done.windows} windows; {done.seconds:.1f} s"
+    images = f"{counted(done.images, 'image')} ({', '.join(parts)})"
+    return f"{printable(done.file)}: {images}, {counted(done.windows, 'window')}; {done.seconds:.1f} s"

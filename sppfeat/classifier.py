@@ -19,7 +19,7 @@ import numpy as np
 
 from sppfeat.describe import Describer
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.files import STORE, SVM, appearing, check_new_file, format_of, open_hdf5
+from sppfeat.files import STORE, SVM, appearing_hdf5, check_new_file, format_of, open_hdf5
 from sppfeat.images import find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
 from sppfeat.recipe import Recipe, RunOptions
@@ -96,7 +96,7 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
 def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the file; it appears whole. Raises ModelError."""
     path = check_new_file(path, overwrite=overwrite, error=ModelError, kind=SVM)
-    with appearing(path, ModelError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(path, ModelError) as file:
         file.attrs["format"] = SVM
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["recipe"] = classifier.recipe.to_json()

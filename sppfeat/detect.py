@@ -22,8 +22,8 @@ from sppfeat.boxes import moved_boxes, suppress
 from sppfeat.describe import Describer
 from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.files import DETECTOR, appearing, open_hdf5
-from sppfeat.images import find_images, name_to_path
+from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5
+from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.selective_search import ProposalOptions, Proposer
 
@@ -74,7 +74,7 @@ class Detector:
 
 def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
     """Write a detector to one HDF5 file, which appears whole. Raises ModelError."""
-    with appearing(Path(path), ModelError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(Path(path), ModelError) as file:
         file.attrs["format"] = DETECTOR
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["recipe"] = detector.recipe.to_json()
@@ -313,6 +313,9 @@ class Detecting:
 class Observer(Protocol):
     """Who wants the results; called from the thread that called `detect_images`."""
 
+    def listed(self, images: ImageList) -> None:
+        """The images are known, and nothing is done yet: who cannot take their results raises."""
+
     def started(self, *, todo: int, reused: int) -> None:
         """The work is known."""
 
@@ -348,6 +351,7 @@ def detect_images(
             f"the windows are of none of the {len(images.names)} images below {images.root}: expected names such as "
             f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
         )
+    observer.listed(images)
     runner = DetectorRunner(detector, run)
     names = [name for name in images.names if name not in images.problems]
     pictures = [(name, name_to_path(images.root, name)) for name in names]

@@ -28,11 +28,12 @@ __all__ = ["Training", "TrainingOptions", "train_detector"]
 class Training:
     """What a run of `train_detector` did.
 
-    positives: by class. rows: of the last training. hard: negatives that each pass added. failed: images that could not
-    be used, by name. notes: what else was left out or odd. pending: images of the present pass, after an interruption.
+    file: the detector; None after an interruption, when there is none yet. positives: by class. rows: of the last
+    training. hard: negatives that each pass added. failed: images that could not be used, by name. notes: what else was
+    left out or odd. pending: images of the present pass, after an interruption.
     """
 
-    file: str
+    file: str | None
     images: int
     classes: list[str]
     positives: dict[str, int]
@@ -58,6 +59,9 @@ class _Silent:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
 
@@ -90,7 +94,7 @@ def train_detector(
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     state = path.with_name(f".{path.name}.training")
     # What a stopped training is going to replace, it was told to.
-    check_new_file(path, overwrite=overwrite or state.exists(), error=ModelError, kind=DETECTOR)
+    check_new_file(path, overwrite=overwrite or os.path.exists(state), error=ModelError, kind=DETECTOR)
     with lock_store(path):
         describer = describer or Describer(recipe or detection_recipe(), run)
         if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":
@@ -98,7 +102,7 @@ def train_detector(
         if windows is None:
             windows = _windows_beside(path, annotated, proposals, observer, stop)
             if windows is None:
-                return _stopped_before(path, annotated, describer, time.perf_counter() - began)
+                return _stopped_before(annotated, describer, time.perf_counter() - began)
         if isinstance(windows, WindowFile):
             proposals = proposals or windows.options
         trainer = Trainer(annotated, windows, describer, options, observer, state)
@@ -110,7 +114,7 @@ def train_detector(
             save_detector(detector, path)
             trainer.forget()
     return Training(
-        file=str(path),
+        file=str(path) if finished else None,
         images=len(annotated.images),
         classes=trainer.classes,
         positives=trainer.positives,
@@ -138,14 +142,14 @@ def _windows_beside(
     """Windows of annotated images, proposed into a file beside the output or read from there; None when stopped."""
     path = output.with_suffix(".windows.h5")
     sources = [annotated.path(name) for name in annotated.images]
-    observer.note(f"windows are found first, and kept in {path}")
+    observer.say(f"windows are found first, and kept in {path}")
     done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
     return None if done.pending else open_windows(path)
 
 
-def _stopped_before(output: Path, annotated: AnnotatedImages, describer: Describer, seconds: float) -> Training:
+def _stopped_before(annotated: AnnotatedImages, describer: Describer, seconds: float) -> Training:
     return Training(
-        file=str(output),
+        file=None,
         images=len(annotated.images),
         classes=annotated.classes,
         positives=count_positives(annotated),

@@ -51,9 +51,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of two and more, the largest first. images: compared. pairs: that reach the threshold."""
+    """Groups of two and more, the largest first. images: compared. pairs: that reach the threshold.
+
+    root: the folder that names are relative to.
+    """
 
     store: str
+    root: str
     threshold: float
     images: int
     pairs: int
@@ -99,7 +103,7 @@ def find_duplicates(
             progress(min(1.0, done / total))
     groups = [_members(rows, members) for members in links.groups()]
     groups.sort(key=lambda group: (-len(group), group[0].name))
-    return Duplicates(str(store.path), threshold, len(rows), pairs, groups)
+    return Duplicates(str(store.path), store.source_root, threshold, len(rows), pairs, groups)
 
 
 class _Links:
@@ -167,7 +171,7 @@ def write_duplicates_page(path: Path, found: Duplicates) -> None:
             "members": [
                 {
                     "name": one.name,
-                    "thumbnail": None if one.path is None else thumbnail(one.path, box=one.box),
+                    "thumbnail": thumbnail(found.root, one.name),
                     "size": one.size,
                     "score": one.score,
                 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -92,6 +94,50 @@ def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def appearing_hdf5(path: Path, error: type[SppFeatError]) -> Iterator[h5py.File]:
+    """An HDF5 file to write that appears whole at the end, or not at all: see `appearing`."""
+    with appearing(path, error) as partial, new_hdf5(partial) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to write. Raises OSError at the end of the block where the disk did not take it all."""
+    with _HeldBack(path, "w+") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file
+        finally:
+            if disk.failure is not None:
+                raise disk.failure
+
+
+class _HeldBack(io.FileIO):
+    """A file whose first failed write is kept in `failure`, and that takes the others as if all were well.
+
+    HDF5 cannot close a file that it cannot write to: a full disk would end the process with a crash.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while len(left) and self.failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's new names on disk: without it, a power cut could take them, and with them their files, back."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -105,23 +151,40 @@ def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type
     """The path, if a file may be written there: over nothing, or, with `overwrite`, over a file of `kind`.
 
     kind: one of NOUNS. To be asked before the work is done. A mistyped output must not cost a photograph, or other
-    results. A link is followed, and stays.
+    results; nor a folder that may not be written to the work. A link is followed, and stays.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise error(f"{path}: expected its folder {path.parent} to exist, found none")
-    if not os.path.lexists(path):
-        return path
-    if not path.is_file():
-        raise error(f"{path}: expected a file to write to, found {'a folder' if path.is_dir() else 'a special file'}")
-    if path.stat().st_size:
-        found = format_of(path)
-        if found != kind:
-            what = NOUNS.get(str(found), "another file")
-            raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
-        if not overwrite:
-            raise error(f"{path}: exists already; choose another output, or --overwrite")
+    if os.path.lexists(path):
+        if not path.is_file():
+            kind_found = "a folder" if path.is_dir() else "a special file"
+            raise error(f"{path}: expected a file to write to, found {kind_found}")
+        if path.stat().st_size:
+            found = format_of(path)
+            if found != kind:
+                what = NOUNS.get(str(found), "another file")
+                raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
+            if not overwrite:
+                raise error(f"{path}: exists already; choose another output, or --overwrite")
+    check_can_write(path, error)
     return path
+
+
+def check_can_write(path: Path, error: type[SppFeatError]) -> None:
+    """Raise `error` unless a file can be made, or replaced, at a path whose folder exists; to be asked before work."""
+    if os.path.lexists(path) and not os.access(path, os.W_OK):
+        raise error(f"{path}: is not writable")
+    # Rights alone do not tell: a disk may be mounted to be read, a name too long. What is written beside an output on
+    # the way has no longer name than this one.
+    attempt = path.with_name(f".{path.name}.writable")
+    try:
+        os.close(os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        attempt.unlink(missing_ok=True)
+    except FileExistsError:
+        pass  # another process tries just now
+    except OSError as reason:
+        raise error(f"{path}: cannot be written: {os_reason(reason)}") from None
 
 
 def os_reason(error: OSError) -> str:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import ModelError, one_line
-from sppfeat.files import appearing
+from sppfeat.files import appearing_hdf5
 
 _COPY_ROWS: Final = 4096
 GROUND_TRUTH: Final = -1
@@ -154,7 +154,7 @@ class Reservoir:
 
 def save_state(path: Path, identity: str, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
     """Put a training's state on disk, whole."""
-    with appearing(path, ModelError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(path, ModelError) as file:
         file.attrs["format"] = "sppfeat-training"
         file.attrs["identity"] = identity
         file.attrs["values"] = json.dumps(values)

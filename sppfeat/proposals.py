@@ -13,6 +13,7 @@ is a line of a journal beside it, from which a killed run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -27,7 +28,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
-from sppfeat.files import WINDOWS, appearing, check_new_file, open_hdf5, os_reason
+from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason
 from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
 from sppfeat.selective_search import ProposalOptions, Proposed, Proposer
 from sppfeat.store import lock_store
@@ -274,7 +275,8 @@ class _Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk: what is left in the buffer has been reported
+                self._file.close()
 
     def add(self, name: str, result: Proposed) -> None:
         entry = {
@@ -306,7 +308,7 @@ class _Journal:
 def _write(path: Path, before: WindowFile | None, journal: _Journal, options: ProposalOptions, root: str) -> WindowFile:
     names = list(dict.fromkeys([*(before or ()), *journal.places]))
     text = h5py.string_dtype()
-    with appearing(path, WindowsError) as partial, h5py.File(partial, "w", locking=False) as file:
+    with appearing_hdf5(path, WindowsError) as file:
         columns: dict[str, list[Any]] = {"error": [], "image_size": [], "file_size": [], "file_mtime_ns": []}
         start = [0]
         for name in names:

@@ -18,8 +18,10 @@ from PIL import Image
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
-from sppfeat.files import appearing, os_reason
+from sppfeat.files import appearing, check_can_write, os_reason
 from sppfeat.images import decode, open_image, upright_size
+from sppfeat.names import unsafe_name
+from sppfeat.rows import picture_of
 
 _BEGINNING: Final = b"<!doctype html>"
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
@@ -28,24 +30,27 @@ THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dot
 def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The path, if a page may be written there; to be asked before the work that fills it.
 
-    Raises ReportError for a folder that is not there and for a file that is, unless it is a page and `overwrite`;
-    MissingExtraError without jinja2.
+    Raises ReportError for a folder that is not there or may not be written to, and for a file that is there, unless it
+    is a page and `overwrite`; MissingExtraError without jinja2.
     """
     require_extra("jinja2", "report", "an HTML page")
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ReportError(f"{path}: expected its folder {path.parent} to exist, found none")
-    if not os.path.lexists(path):
-        return path
-    try:
-        with open(path, "rb") as file:
-            beginning = file.read(len(_BEGINNING))
-    except OSError as error:
-        raise ReportError(f"{path}: expected a file to write a page to: {os_reason(error)}") from None
-    if beginning and beginning.lower() != _BEGINNING:
-        raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
-    if beginning and not overwrite:
-        raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+    if os.path.lexists(path):
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "a special file"
+            raise ReportError(f"{path}: expected a file to write a page to, found {kind}")
+        try:
+            with open(path, "rb") as file:
+                beginning = file.read(len(_BEGINNING))
+        except OSError as error:
+            raise ReportError(f"{path}: expected a file to write a page to: {os_reason(error)}") from None
+        if beginning and beginning.lower() != _BEGINNING:
+            raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
+        if beginning and not overwrite:
+            raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+    check_can_write(path, ReportError)
     return path
 
 
@@ -69,38 +74,55 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
 
 
 def thumbnail(
-    path: str, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
+    root: str, name: str, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
 ) -> str | None:
-    """A picture as a small JPEG in a `data:` address, for the `src` of an image; None where it cannot be read.
+    """An image as a small JPEG in a `data:` address, for the `src` of an image; None where it is not at hand.
 
-    side: of the square that it fits into. box: x1, y1, x2, y2 in pixels of the upright original; it alone is shown.
+    root, name: of a row, as a store or a gallery has them; its file, never one elsewhere, whatever the name says. Links
+    that lie below the root are the user's own, and followed. side: of the square that it fits into. box: x1, y1, x2, y2
+    in pixels of the upright original, inclusive; the window of the row unless given. The part of it on the image is
+    shown, or the whole image where there is none.
     """
+    if unsafe_name(name) is not None:
+        return None
     try:
+        path, window = picture_of(root, name)
+        box = box or window
         image, _ = open_image(path)
         with image:
             size, turn = upright_size(image, orientation="exif")
-            if box is None:
+            part = None if box is None else _part(box, size)
+            if part is None:
                 # Decoding at an eighth of the size is several times faster, and no one sees it here.
                 image.draft("RGB", (2 * side, 2 * side))
             shown = decode(image, turn, orientation="exif")
-    except ImageError:
+    except (ImageError, OSError, ValueError):  # ValueError: a path that the system cannot have
         return None
-    if box is not None:
-        shown = shown.crop((round(box[0]), round(box[1]), round(box[2]) + 1, round(box[3]) + 1))
+    if part is not None:
+        shown = shown.crop(part)
     shown.thumbnail((side, side), Image.Resampling.BICUBIC)
-    return picture_address(shown, "JPEG")
+    return image_address(shown, "JPEG")
 
 
-def picture_address(picture: Image.Image, kind: str) -> str:
-    """A picture in a `data:` address; kind: `JPEG` or `PNG`."""
+def _part(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """The pixels of a window that lie on an image, for `crop`; None where there are none: a name may say anything."""
+    if not all(map(math.isfinite, box)):
+        return None
+    left, top = max(0, round(box[0])), max(0, round(box[1]))
+    right, bottom = min(size[0], round(box[2]) + 1), min(size[1], round(box[3]) + 1)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def image_address(image: Image.Image, kind: str) -> str:
+    """An image in a `data:` address; kind: `JPEG` or `PNG`."""
     content = io.BytesIO()
-    picture.save(content, kind, quality=82)
+    image.save(content, kind, quality=82)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A curve in the units of an SVG picture of PLOT_WIDTH x PLOT_HEIGHT; `macros.html` draws it.
+    """A curve in the units of an SVG image of PLOT_WIDTH x PLOT_HEIGHT; `macros.html` draws it.
 
     points: x, y and text of each. path: of the line. ticks, levels: place and text along x and along y.
     """

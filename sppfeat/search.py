@@ -15,7 +15,7 @@ import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
 from sppfeat.gallery import Gallery, check_recipe
-from sppfeat.images import find_images, name_to_path
+from sppfeat.images import find_images, name_to_path, path_to_name
 from sppfeat.index import faiss_reason, reconstruct
 from sppfeat.recipe import RunOptions
 from sppfeat.report import thumbnail, write_page
@@ -60,8 +60,8 @@ class SearchOptions:
 class Neighbor:
     """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
 
-    path: of the picture, where the folder that names are relative to still exists; else None. box: the window on it,
-    where the row is one's.
+    path: of the image, where the folder that names are relative to, `root`, still exists; else None. box: the window on
+    it, where the row is one's.
     """
 
     name: str
@@ -69,17 +69,22 @@ class Neighbor:
     rank: int
     path: str | None
     box: Box | None = None
+    root: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and its neighbours, or why it could not be described. path: of its picture. box: the part asked for."""
+    """A query and its neighbours, or why it could not be described. path: of its image. box: the part asked for.
+
+    root: the folder that `query` is relative to, where it is the name of a store's row; "" for an image given by path.
+    """
 
     query: str
     path: str
     neighbors: list[Neighbor] = field(default_factory=list)
     error: str | None = None
     box: Box | None = None
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
         done = _answer(
             gallery, rows.take(part), rows.names[part], files[part], options, own if own is None else own[part]
         )
-        answers += done.answers
+        answers += [replace(answer, root=store.source_root) for answer in done.answers]
         notes = done.notes
         seconds += done.searching
     return SearchResult(answers, notes, 0.0, seconds)
@@ -310,19 +315,24 @@ def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, we
 
 def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
     """Write queries and their neighbours with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
-    small = functools.cache(thumbnail)  # a picture is often found by several queries
+    small = functools.cache(thumbnail)  # an image is often found by several queries
 
-    def picture(file: str | None, box: Box | None) -> str | None:
-        return None if file is None else small(file, box=box)
+    def of_query(answer: Answer) -> str | None:
+        if answer.error:
+            return None
+        if answer.root:
+            return small(answer.root, answer.query)
+        folder, file = os.path.split(answer.path)
+        return small(folder, path_to_name(file), box=answer.box)
 
     shown = [
         {
             "query": answer.query,
             "error": answer.error,
             "note": "" if answer.box is None else f"part {window_text(answer.box)}",
-            "thumbnail": None if answer.error else picture(answer.path, answer.box),
+            "thumbnail": of_query(answer),
             "neighbors": [
-                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": picture(one.path, one.box)}
+                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": small(one.root, one.name)}
                 for one in answer.neighbors
             ],
         }
@@ -374,7 +384,8 @@ def _answer(
 
 def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
     path, box = gallery.rows.picture(row)
-    return Neighbor(gallery.rows.names[row], score, rank, path if there[int(gallery.rows.root[row])] else None, box)
+    root = int(gallery.rows.root[row])
+    return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:

@@ -35,7 +35,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError, UsageError, one_line
-from sppfeat.files import STORE, appearing, hdf5_reason, os_reason
+from sppfeat.files import STORE, appearing, hdf5_reason, new_hdf5, os_reason
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 
@@ -310,7 +310,7 @@ def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> Non
 
 def _write_structure(path: Path, names: Sequence[str], dim: int, dtype: str, attributes: dict[str, Any]) -> None:
     count = len(names)
-    with h5py.File(path, "w", locking=False) as file:
+    with new_hdf5(path) as file:
         file.attrs["format"] = STORE
         file.attrs["format_version"] = FORMAT_VERSION
         for key, value in attributes.items():

@@ -97,7 +97,10 @@ class Observer(Protocol):
         """One image is done, or failed."""
 
     def note(self, text: str) -> None:
-        """Something to tell."""
+        """Something is odd about an image or a class; there may be one for every image."""
+
+    def say(self, text: str) -> None:
+        """How far the training is."""
 
 
 class Trainer:
@@ -175,7 +178,7 @@ class Trainer:
                 added = self.hard[-1]
                 if self._fresh:
                     self._solve(_TOLERANCE)
-                self._observer.note(
+                self._observer.say(
                     f"pass {self._step}: {added} hard negatives added, {self.cache.count} rows, "
                     f"solved in {self.solve_seconds:.1f} s so far"
                 )

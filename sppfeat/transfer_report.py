@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from sppfeat.images import name_to_path
 from sppfeat.report import plot_line, thumbnail, write_page
 from sppfeat.transfer import Transfer
 
@@ -58,7 +57,7 @@ def _about(done: Transfer, first: Transfer) -> dict[str, Any]:
         "confusions": _confusions(done),
         "mistakes": [
             {
-                "picture": thumbnail(name_to_path(done.source_root, one.name)),
+                "picture": thumbnail(done.source_root, one.name),
                 "name": one.name,
                 "label": one.label,
                 "predicted": one.predicted,

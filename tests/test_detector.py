@@ -149,6 +149,9 @@ class Counting:
     def note(self, text: str) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
 
 def same(a: Path, b: Path) -> bool:
     with h5py.File(a) as one, h5py.File(b) as other:
@@ -163,12 +166,12 @@ def test_a_stopped_training_ends_in_the_same_detector(
     done = train_detector(
         annotated, windows, path, SMALL, OPTIONS, observer=counting, stop=lambda: counting.seen >= stop_after
     )
-    assert done.interrupted and not path.exists() and (tmp_path / ".det.h5.training").exists()
+    assert done.interrupted and not path.exists() and (tmp_path / ".det.h5.training").exists() and done.file is None
     with pytest.raises(ModelError, match="a training with other images, windows, recipe or options was stopped here"):
         train_detector(annotated, windows, path, SMALL, replace(OPTIONS, c=7.0))
     before = counting.seen
     done = train_detector(annotated, windows, path, SMALL, OPTIONS, observer=counting)
-    assert not done.interrupted and same(path, trained)
+    assert not done.interrupted and same(path, trained) and done.file == str(path)
     whole = sum(len(open_detector(trained).training["hard"]) * [24]) + 24
     assert counting.seen == whole and before >= stop_after
     assert not (tmp_path / ".det.h5.training").exists()
@@ -227,7 +230,7 @@ def test_an_overwritten_detector_that_was_stopped_goes_on(
     stopped = train_detector(
         *mixed, path, SMALL, OPTIONS, overwrite=True, observer=counting, stop=lambda: counting.seen >= 5
     )
-    assert stopped.interrupted and same(path, trained)
+    assert stopped.interrupted and stopped.file is None and same(path, trained)
     assert not train_detector(*mixed, path, SMALL, OPTIONS).interrupted and not same(path, trained)
 
 

@@ -105,7 +105,7 @@ def test_the_largest_picture_comes_first(
     document = json.loads(done.stdout)
     assert [one["name"] for one in document["groups"][0]][0] == "twice.png" and document["images"] == 6
     text = page.read_text()
-    assert text.count("data:image/jpeg;base64,") == 2 and "picture not at hand" in text
+    assert text.count("data:image/jpeg;base64,") == 2 and "image not at hand" in text
     assert "same &lt;b&gt;.png" in text and "<b>.png" not in text
     assert "http" not in text.replace("http-equiv", "")  # nothing from elsewhere
     again = run_sppfeat("duplicates", tmp_path / "f.h5", "--html", page)

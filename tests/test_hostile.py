@@ -39,6 +39,7 @@ from sppfeat import (
 )
 from sppfeat.backbone import load_backbone
 from sppfeat.images import name_to_path, path_to_name
+from sppfeat_cli.progress import LISTED
 
 PHOTOS = Path(__file__).parent.parent / "photos"
 RECIPE = Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(2, 1))
@@ -343,13 +344,16 @@ def test_the_command_line_over_bad_images(hostile, alone, tmp_path):
     lines = stderr.removesuffix("\n").split("\n")
     assert all(line.isprintable() for line in lines)
     assert lines.pop(0) == f"{len(hostile.good) + len(hostile.reasons)} images to describe on cpu"
-    # One line a bad image, and nothing else: no warning, no traceback.
+    # A line for each of the first bad images, how many more there are, and nothing else: no warning, no traceback.
     errors = open_store(tmp_path / "x.h5").errors()
     escaped = {
         "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name): reason
         for name, reason in errors.items()
     }
-    assert sorted(lines) == sorted(f"failed: {name}: {reason}" for name, reason in escaped.items())
+    listed_by = f"`sppfeat inspect {tmp_path / 'x.h5'} --failures` lists them all"
+    assert lines.pop() == f"... and {len(errors) - LISTED} more failed; {listed_by}"
+    lines.remove("... more failed, counted at the end")
+    assert len(lines) == LISTED and set(lines) < {f"failed: {name}: {reason}" for name, reason in escaped.items()}
     assert int((tmp_path / "peak").read_text()) < MOST_MEMORY_KB
 
 

@@ -432,7 +432,7 @@ def test_page_by_command_line(
     """Without the pictures at hand, and with the C given."""
     store, page = make_store(noise=2.5).path, tmp_path / "r.html"
     done = run_sppfeat("evaluate", "transfer", store, "--c", "1", "--trials", "2", "--report", page)
-    assert done.returncode == 0 and "picture not at hand" in page.read_text()  # type: ignore[attr-defined]
+    assert done.returncode == 0 and "image not at hand" in page.read_text()  # type: ignore[attr-defined]
 
 
 def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
