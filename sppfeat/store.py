@@ -228,7 +228,7 @@ def lock_store(path: Path) -> Iterator[None]:
     beside = path.with_name(f".{path.name}.lock")
     while True:
         try:
-            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _above_standard(os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         except OSError as error:
             raise StoreError(f"{path}: cannot write in {path.parent}: {error.strerror}") from None
         try:
@@ -340,10 +340,11 @@ class StoreWriter:
         self._path = store.path
         self._columns = store.columns
         try:
-            self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = _above_standard(os.open(store.path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
         self._waiting: dict[int, Status] = {}
+        self._unsynced = False
 
     def __enter__(self) -> Self:
         return self
@@ -354,6 +355,8 @@ class StoreWriter:
         try:
             if not isinstance(error, StoreError):
                 self.flush()
+                if self._unsynced:
+                    self._sync()
         finally:
             os.close(self._descriptor)
 
@@ -383,6 +386,7 @@ class StoreWriter:
         for row, status in self._waiting.items():
             self._write("status", row, status)
         self._waiting.clear()
+        self._unsynced = True  # by the next flush, or at the end
 
     def _write_row(
         self, row: int, descriptor: np.ndarray, image_size: tuple[int, int], error: bytes, fingerprint: Fingerprint
@@ -414,6 +418,17 @@ class StoreWriter:
             getattr(os, "fdatasync", os.fsync)(self._descriptor)
         except OSError as error:
             raise StoreError(f"{self._path}: cannot be written: {os_reason(error)}") from None
+        self._unsynced = False
+
+
+def _above_standard(descriptor: int) -> int:
+    """The same file, never under the number of a standard stream: a library that prints would write into it."""
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def verify_store(store: Store) -> list[str]:
