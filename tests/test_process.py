@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sppfeat import Status, open_store, verify_store
-from sppfeat.store import StoreWriter, lock_store
+from sppfeat.store import lock_store
 
 TINY = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1", "--device", "cpu"]
 RUN = "from sppfeat_cli import main; main()"
@@ -94,22 +94,6 @@ def test_a_store_is_never_a_standard_descriptor(tmp_path: Path, make_store: Call
         pytest.skip("needs /proc")
     done = subprocess.run([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True, check=True)
     assert str(path.name) not in done.stdout
-
-
-def test_the_last_statuses_are_synced(make_store: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
-    store = make_store(np.ones((2, 4), np.float32))
-    calls: list[str] = []
-    for name in ("pwrite", "fdatasync", "close"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    from sppfeat.images import Fingerprint
-
-    with StoreWriter(store) as writer:  # type: ignore[arg-type]
-        writer.write(0, np.ones(4, np.float16), (1, 1), Fingerprint(1, 1))
-        calls.clear()
-    assert calls == ["fdatasync", "pwrite", "fdatasync", "close"]
 
 
 @pytest.mark.parametrize("as_json", [True, False])
