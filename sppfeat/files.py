@@ -12,16 +12,22 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import h5py
 
+from sppfeat.documents import decode_document
 from sppfeat.errors import SppFeatError, UsageError, one_line
+from sppfeat.untrusted import check_hdf5, hdf5_reason
 
+T = TypeVar("T")
 STORE = "sppfeat-store"
 SVM = "sppfeat-svm"
 DETECTOR = "sppfeat-detector"
 WINDOWS = "sppfeat-windows"
 GALLERY = "sppfeat-gallery"
+# What h5py, NumPy and conversions raise where a file does not hold what it should.
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 # How messages call them.
 NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
 
@@ -33,11 +39,12 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
         if path.is_dir():
             found = json.loads((path / "gallery.json").read_text("utf-8")).get("format")
         else:
+            check_hdf5(path)
             with h5py.File(path, "r", locking=False) as file:
                 found = file.attrs.get("format")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return found if found in NOUNS else None
+    return found if isinstance(found, str) and found in NOUNS else None
 
 
 @contextlib.contextmanager
@@ -48,6 +55,7 @@ def open_hdf5(path: str | os.PathLike[str], kind: str, version: int, error: type
     """
     path, noun = Path(path), NOUNS[kind]
     try:
+        check_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
             found = file.attrs.get("format")
             if found != kind:
@@ -63,8 +71,14 @@ def open_hdf5(path: str | os.PathLike[str], kind: str, version: int, error: type
         raise error(f"{path}: expected {noun}, found a folder") from None
     except OSError as reason:
         raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
-    except (KeyError, ValueError, TypeError, UsageError) as reason:
+    except (*DAMAGE, UsageError) as reason:
         raise error(f"{path}: expected {noun} that is whole, found: {one_line(reason)}") from None
+
+
+def read_document(file: h5py.File, name: str, shape: type[T], error: type[SppFeatError]) -> T:
+    """The JSON document in a root attribute of an open HDF5 file, as an instance of `shape`. Raises `error`."""
+    what = f"{file.filename}: expected a JSON document {name!r}"
+    return decode_document(str(file.attrs[name]), shape, what=what, error=error)
 
 
 @contextlib.contextmanager
@@ -123,10 +137,3 @@ def os_reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room, then resume"
     return error.strerror or one_line(error)
-
-
-def hdf5_reason(error: OSError) -> str:
-    """Why HDF5 refused: it wraps its reason in parentheses, after a sentence that says nothing."""
-    text = one_line(error)
-    inner = text[text.find("(") + 1 : -1] if text.endswith(")") else text
-    return f"cut short ({inner})" if "truncated file" in inner else inner

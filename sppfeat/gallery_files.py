@@ -31,6 +31,7 @@ from sppfeat.errors import GalleryError, one_line
 from sppfeat.files import GALLERY, NOUNS, appearing, format_of, os_reason, sync_folder
 from sppfeat.index import faiss_reason, load_faiss, typed
 from sppfeat.rows import Box, picture_of
+from sppfeat.untrusted import check_hdf5
 from sppfeat.whitening import Projection, write_projection
 
 FORMAT_VERSION: Final = 1
@@ -110,6 +111,7 @@ def read_index_file(file: Path) -> Any:
 
 def read_rows(file: Path, count: int) -> GalleryRows:
     try:
+        check_hdf5(file)
         with h5py.File(file, "r", locking=False) as content:
             rows = GalleryRows(
                 content["names"].asstr()[:].tolist(),

@@ -11,6 +11,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images import name_to_path
+from sppfeat.names import unsafe_name
 from sppfeat.store import Status, Store
 from sppfeat.windows import split_row_name
 
@@ -126,7 +127,12 @@ def block_rows(dim: int) -> int:
 
 
 def picture_of(root: str, name: str) -> tuple[str, Box | None]:
-    """The file that a row was made from, and its window where the row is one's."""
+    """The file that a row was made from, and its window where the row is one's.
+
+    Raises StoreError for a name that leads elsewhere: it may come from a file of unknown origin.
+    """
+    if (fault := unsafe_name(name)) is not None:
+        raise StoreError(f"{name!r}: expected the name of an image below {root}, found one that {fault}")
     path = name_to_path(root, name)
     picture, window = split_row_name(name)
     if window is None or os.path.lexists(path):  # a picture may be called like a window

@@ -16,6 +16,7 @@ import pytest
 
 from sppfeat import Recipe, Status, StoreBusyError, StoreError, open_store, verify_store
 from sppfeat.images import Fingerprint
+from sppfeat.rows import picture_of
 from sppfeat.store import ERROR_BYTES, StoreWriter, create_store, extend_store, lock_store
 
 NAMES = ["a.jpg", "b/with space.png", "c/ünïcode\nnewline.gif", "d\\\\x.jpg"]
@@ -254,3 +255,20 @@ def test_disk_full_while_filling(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert open_store(path).counts() == {"pending": 3, "done": 1, "failed": 0}
     fill(path, [1, 2, 3])
     assert verify_store(open_store(path)) == []
+
+
+def test_a_recipe_that_was_changed_is_refused(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["recipe"] = Recipe(pooling="avg").to_json()
+    with pytest.raises(StoreError, match="recipe_hash is of another recipe"):
+        open_store(path)
+
+
+def test_verify_names_rows_that_lead_elsewhere(tmp_path: Path) -> None:
+    names = ["a.jpg", "../b.jpg", "/etc/passwd", r"\x2e\x2e/c.jpg"]
+    create_store(tmp_path / "f.h5", names, recipe=Recipe(), weights_sha256=SHA, dim=DIM, source_root="/r")
+    problems = verify_store(open_store(tmp_path / "f.h5"))
+    assert [problem.split(" ")[1] for problem in problems] == ["1", "2", "3"]
+    for name in names[1:]:
+        with pytest.raises(StoreError, match="expected the name of an image"):
+            picture_of("/r", name)
