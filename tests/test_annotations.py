@@ -199,7 +199,7 @@ def test_coco(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected a COCO JSON file"),
+        ("{", "expected a COCO file with images, annotations, categories"),
         ("[]", "expected a COCO file with images, annotations, categories"),
         ('{"images": []}', "expected a COCO file with images, annotations, categories"),
         (coco(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "categories of different names"),
