@@ -84,7 +84,7 @@ def read_document(file: h5py.File, name: str, shape: type[T], error: type[SppFea
 @contextlib.contextmanager
 def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
     """A path to write to that becomes the file `path` at the end, whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         partial.unlink(missing_ok=True)
         yield partial
@@ -98,6 +98,11 @@ def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path) -> Path:
+    """Where `appearing` keeps what is not yet the file `path`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError, UsageError, one_line
-from sppfeat.files import DAMAGE, STORE, appearing, os_reason, read_document
+from sppfeat.files import DAMAGE, STORE, appearing, os_reason, partial_path, read_document
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe
@@ -258,6 +258,9 @@ def lock_store(path: Path) -> Iterator[None]:
                 break
         os.close(descriptor)
     try:
+        # What a writer that was killed left behind: nobody else may be writing now.
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path(path))
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):

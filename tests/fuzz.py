@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from sppfeat import Recipe, SppFeatError, open_store, verify_store
@@ -107,19 +108,20 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "truth.json").write_text(json.dumps({"a.jpg": {"relevant": ["b.jpg", "c.jpg"], "junk": ["d.jpg"]}}))
     (folder / "xml").mkdir()
     corners = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>9</ymax></bndbox>"
-    (folder / "xml" / "a.xml").write_text(
+    annotation = (
         f"<annotation><size><width>40</width><height>40</height></size><object><name>a</name>{corners}</object>"
         "</annotation>"
     )
+    (folder / "xml" / "a.xml").write_text(annotation)
     (folder / "images").mkdir()
-    from PIL import Image
-
     Image.new("RGB", (40, 40)).save(folder / "images" / "a.jpg")
     for place in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / "voc" / place).mkdir(parents=True)
     main = folder / "voc" / "ImageSets" / "Main"
     for split in ("trainval", "test"):
         (main / f"a_{split}.txt").write_text(f"{split}1 1\n{split}2 -1\n")
+    (folder / "voc" / "Annotations" / "a.xml").write_text(annotation)
+    Image.new("RGB", (40, 40)).save(folder / "voc" / "JPEGImages" / "a.jpg")
     (main / "train.txt").write_text("a\nb\n")
     tensors = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3)}
     save_file(tensors, folder / "w.safetensors")

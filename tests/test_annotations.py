@@ -242,3 +242,13 @@ def test_real_annotations(shared: Path) -> None:
     assert len(test.images) == 200 and len(test.classes) == 20
     assert any(one.difficult.any() for one in test.images.values())
     assert np.isfinite(np.concatenate([one.boxes for one in test.images.values()])).all()
+
+
+@pytest.mark.parametrize(
+    ("inside", "what"),
+    [("<object/>" * 10_001, "objects"), ("<part/>" * 300_001, "elements"), ("<a>" * 40 + "</a>" * 40, "levels")],
+)
+def test_an_xml_file_that_would_swell_is_refused(tmp_path: Path, inside: str, what: str) -> None:
+    (tmp_path / "a.xml").write_text(f"<annotation>{inside}</annotation>")
+    with pytest.raises(UsageError, match=f"at most [0-9]+ {what}, found more"):
+        parse_xml(str(tmp_path / "a.xml"))

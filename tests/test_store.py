@@ -272,3 +272,9 @@ def test_verify_names_rows_that_lead_elsewhere(tmp_path: Path) -> None:
     for name in names[1:]:
         with pytest.raises(StoreError, match="expected the name of an image"):
             picture_of("/r", name)
+
+
+def test_the_next_writer_clears_what_a_killed_one_left(path: Path) -> None:
+    (left := path.with_name(f".{path.name}.partial")).write_bytes(b"half")
+    with lock_store(path):
+        assert not left.exists()
