@@ -97,6 +97,9 @@ def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
         raise UsageError(f"{path}: expected a list of images, found: {one_line(error)}") from None
     if not ids:
         raise UsageError(f"{path}: expected images, found an empty list")
+    for one in ids:
+        if unsafe_name(path_to_name(one)) is not None:
+            raise UsageError(f"{path}: expected ids of images, found {one!r}")
     folder = os.path.abspath(os.path.join(root, "JPEGImages"))
     files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(folder)) if _is_image(f)}
     sources = {files.get(i, f"{i}.jpg"): os.path.join(root, "Annotations", f"{i}.xml") for i in ids}

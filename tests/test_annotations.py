@@ -252,3 +252,12 @@ def test_an_xml_file_that_would_swell_is_refused(tmp_path: Path, inside: str, wh
     (tmp_path / "a.xml").write_text(f"<annotation>{inside}</annotation>")
     with pytest.raises(UsageError, match=f"at most [0-9]+ {what}, found more"):
         parse_xml(str(tmp_path / "a.xml"))
+
+
+@pytest.mark.parametrize("one", ["a\0b", "../../a", "/etc/passwd"])
+def test_a_list_of_ids_that_lead_elsewhere_is_refused(tmp_path: Path, one: str) -> None:
+    for place in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(f"{one}\n")
+    with pytest.raises(UsageError, match="expected ids of images"):
+        read_voc(tmp_path, "train")
