@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -185,6 +186,7 @@ def read_weights(path: str) -> Weights:
     if not os.path.isfile(path):
         raise BackboneError(f"{path}: expected a weights file, .safetensors or .pth, found none")
     try:
+        _check_claims(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
@@ -201,6 +203,15 @@ def read_weights(path: str) -> Weights:
         raise BackboneError(f"{path}: expected named tensors, found {type(content).__name__}")
     # Training on several GPUs (DataParallel) puts this before every name.
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_claims(path: str) -> None:
+    """Raise ValueError for a zip archive whose members unpack to more than the file holds: weights are not packed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > os.path.getsize(path):
+            raise ValueError(f"it claims {claimed} bytes, more than the file has")
 
 
 def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:

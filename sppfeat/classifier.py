@@ -22,6 +22,7 @@ from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import STORE, SVM, appearing_hdf5, check_new_file, format_of, open_hdf5
 from sppfeat.images import find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
+from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.selection import SvmOptions, choose_cost
 from sppfeat.store import Status, Store, open_store
@@ -127,6 +128,8 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
             raise ModelError(f"{path}: expected a row for each of its {count} classes, found other lengths")
         if not np.isfinite(svm.weights).all() or np.isnan(svm.biases).any():
             raise ModelError(f"{path}: expected weights that are finite, found some that are not")
+        if len(np.unique(svm.classes)) != count or not np.isfinite(svm.costs).all():
+            raise ModelError(f"{path}: expected classes of different names, each with a finite C, found others")
         return Classifier(
             svm=svm,
             recipe=Recipe.from_json(str(file.attrs["recipe"])),
@@ -159,7 +162,8 @@ def predict(
         view = _fitting_view(store, classifier)
         if isinstance(view, str):
             note(f"{path}: {view}; its images are described anew by the recipe of the classifier")
-            jobs.append((store.source_root, store.names, {}))
+            unsafe = {name: f"its name {fault}" for name in store.names if (fault := unsafe_name(name)) is not None}
+            jobs.append((store.source_root, [name for name in store.names if name not in unsafe], unsafe))
         else:
             yield from _predict_rows(classifier, store, view, options)
     if others:

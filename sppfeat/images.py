@@ -140,7 +140,7 @@ def path_to_name(relative: str) -> str:
 def name_to_path(root: str, name: str) -> str:
     """The path of the file that `name` stands for."""
     relative = re.sub(
-        r"\\(?:\\|x([0-9a-f]{2}))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
+        r"\\(?:\\|x([89a-f][0-9a-f]))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
     )
     return os.path.join(root, relative)
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import UsageError, one_line
 
 _VOC_LINE: Final = re.compile(r"(\S+)\s+(-1|0|1)\s*")
 
@@ -56,7 +56,7 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
                 classes[name] = label
                 splits |= {name: split} if split else {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: expected a readable CSV file, found: {error}") from None
+        raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
     return Labels(classes, splits)
 
 
