@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import stat
@@ -55,10 +56,13 @@ _UPRIGHT: Final = {
 # Rows that are converted at once: some copies of these, not of the image.
 _STRIP_PIXELS: Final = 4_000_000
 
+# Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 # libtiff writes its messages to descriptor 2 itself, whatever file that is, and names no image; what fails is an
 # exception of Pillow's all the same. A Pillow built without libtiff has no such function.
 with contextlib.suppress(AttributeError, OSError):
-    _libtiff = ctypes.CDLL(Image.core.__file__)
+    _libtiff = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
     for _set_handler in (_libtiff.TIFFSetErrorHandler, _libtiff.TIFFSetWarningHandler):
         _set_handler.restype = ctypes.c_void_p
         _set_handler.argtypes = [ctypes.c_void_p]

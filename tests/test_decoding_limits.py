@@ -11,6 +11,7 @@ import time
 import zlib
 from pathlib import Path
 
+import fuzz_images
 import numpy as np
 import pytest
 from PIL import Image
@@ -178,3 +179,11 @@ def test_a_small_draft_of_a_large_jpeg_waits_for_no_other(tmp_path, monkeypatch)
         assert done == {True: (1600, 1200)}
     full.join(10)
     assert done[False] == (1600, 1200)
+
+
+def test_damaged_images_of_every_kind_are_decoded_or_refused(tmp_path):
+    kinds = len(fuzz_images.seeds())
+    report = fuzz_images.run(300 * kinds, 1, tmp_path)  # a few seconds: 300 of every kind
+    assert report["bad"] == []
+    assert report["images"] == 300 * kinds
+    assert report["decoded"] > kinds
