@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -75,6 +75,19 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
         print(f"sppfeat: warning: {printable(str(message))}", file=sys.stderr)
 
 
+def _results_apart(stdout: TextIO) -> TextIO:
+    """Standard output for results alone: what libraries and child processes write to descriptor 1 goes to stderr."""
+    try:
+        if stdout.fileno() != 1:
+            return stdout
+    except OSError:  # a stream in memory
+        return stdout
+    stdout.flush()
+    results = open(os.dup(1), "w", encoding=stdout.encoding, errors=stdout.errors)
+    os.dup2(2, 1)
+    return results
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
     # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
@@ -82,8 +95,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning
     try:
-        with contextlib.redirect_stdout(guarded(sys.stdout)):
-            app()
+        with contextlib.redirect_stdout(guarded(_results_apart(sys.stdout))):
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(1)
     except SppFeatError as error:
         print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -25,7 +25,6 @@ from sppfeat.errors import (
     SppFeatWarning,
     UsageError,
     one_line,
-    require_extra,
 )
 from sppfeat.recipe import Recipe, RunOptions
 
@@ -152,7 +151,9 @@ def _check_openvino(recipe: Recipe, asked: str, device: torch.device) -> None:
         raise UsageError(
             f"engine openvino computes {' and '.join(OPENVINO_PRECISIONS)}, found precision {recipe.precision}"
         )
-    require_extra("openvino", "cpu", "engine openvino")
+    from sppfeat.openvino_engine import import_openvino
+
+    import_openvino()
 
 
 def cpu_streams() -> tuple[int, int]:

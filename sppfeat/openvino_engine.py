@@ -15,12 +15,14 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -40,6 +42,16 @@ _MAGIC: Final = b"sppfeat-openvino-2\n"
 _KEPT_ENTRIES: Final = 24
 
 
+def import_openvino() -> ModuleType:
+    """The module `openvino`, its telemetry off. Raises MissingExtraError.
+
+    On import it sends an event to an analytics host, from a process of its own, and writes into the home folder. Where
+    the module of its telemetry is missing, it uses a stub that does nothing.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # how Python marks a module as not there
+    return require_extra("openvino", "cpu", "engine openvino")
+
+
 class OpenVinoEngine:
     """A backbone as OpenVINO runs it on this processor, for pictures of any size; see `sppfeat.engine.Engine`.
 
@@ -55,7 +67,7 @@ class OpenVinoEngine:
     patience = 4
 
     def __init__(self, backbone: Backbone, streams: int, threads: int) -> None:
-        require_extra("openvino", "cpu", "engine openvino")
+        import_openvino()
         self.streams, self.threads = streams, threads
         self._backbone = backbone
         self._local = threading.local()
@@ -198,7 +210,7 @@ def _pad_inside(model: Any) -> None:
 
 def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
     """Convert a backbone, with free batch, height and width, and compile it."""
-    import openvino
+    openvino = import_openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     height, width = _odd_size(backbone)
@@ -280,8 +292,7 @@ def cache_folder() -> Path:
 
 def _read_entry(entry: Path, options: dict[str, Any]) -> Any:
     """The compiled network of a cache entry; None when there is none that is whole and ours."""
-    import openvino
-
+    openvino = import_openvino()
     try:
         with open(entry, "rb") as file:
             # Compiled networks are trusted as programs are: another user's are not read.

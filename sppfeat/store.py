@@ -228,7 +228,7 @@ def lock_store(path: Path) -> Iterator[None]:
     beside = path.with_name(f".{path.name}.lock")
     while True:
         try:
-            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _open_apart(beside, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StoreError(f"{path}: cannot write in {path.parent}: {error.strerror}") from None
         try:
@@ -329,6 +329,17 @@ def _write_structure(path: Path, names: Sequence[str], dim: int, dtype: str, att
             os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
 
 
+def _open_apart(path: Path, flags: int) -> int:
+    """`os.open`, on a descriptor above 2: where those are closed, C libraries still write their messages to them."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
+
+
 class StoreWriter:
     """Fills the rows of a store. Hold `lock_store` while it is open; call `flush` now and then.
 
@@ -340,7 +351,7 @@ class StoreWriter:
         self._path = store.path
         self._columns = store.columns
         try:
-            self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = _open_apart(store.path, os.O_RDWR)
         except OSError as error:
             raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
         self._waiting: dict[int, Status] = {}
@@ -354,6 +365,7 @@ class StoreWriter:
         try:
             if not isinstance(error, StoreError):
                 self.flush()
+                self._sync()  # the statuses, too
         finally:
             os.close(self._descriptor)
 

@@ -110,7 +110,10 @@ def test_a_process_that_is_killed_leaves_its_rows(
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "sppfeat.fill"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "sppfeat.fill", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     child.communicate(b"", timeout=60)
     assert child.returncode
