@@ -83,7 +83,7 @@ def _results_apart(stdout: TextIO) -> TextIO:
     except OSError:  # a stream in memory
         return stdout
     stdout.flush()
-    results = open(os.dup(1), "w", encoding=stdout.encoding, errors=stdout.errors)
+    results = open(os.dup(1), "w", encoding=stdout.encoding, errors=stdout.errors)  # noqa: SIM115
     os.dup2(2, 1)
     return results
 

@@ -70,6 +70,9 @@ class Engine(Protocol):
         The map is the caller's own. Raises RuntimeError, with torch's text, for pictures that the network refuses.
         """
 
+    def release(self) -> None:
+        """Give back memory that only saves time. No other thread may be in a pass."""
+
 
 class TorchEngine:
     """The backbone as torch runs it, on any device. Raises DeviceError where the device cannot hold it."""
@@ -84,6 +87,7 @@ class TorchEngine:
             raise DeviceError(f"device {device}: cannot hold {backbone.recipe.backbone} ({one_line(error)})") from None
         self.device = device
         self._local = threading.local()
+        self._all_passes: list[RecurringPasses] = []
         self.batch_size = CPU_BATCH_SIZE if device.type == "cpu" else CUDA_BATCH_SIZE
         self.streams, self.threads = cpu_streams() if device.type == "cpu" else (CUDA_STREAMS, 1)
         if device.type == "cuda":
@@ -106,8 +110,15 @@ class TorchEngine:
             return self._backbone.feature_map(pictures)
         if not hasattr(self._local, "passes"):
             self._local.passes = RecurringPasses(self._backbone.feature_map, capture)
+            self._all_passes.append(self._local.passes)
         output: torch.Tensor = self._local.passes(pictures)
         return output
+
+    def release(self) -> None:
+        for passes in self._all_passes:
+            passes.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def load_engine(recipe: Recipe, options: RunOptions | None = None) -> tuple[Backbone, Engine]:

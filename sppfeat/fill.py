@@ -202,7 +202,7 @@ class _Child:
             )
         finally:
             os.close(theirs)
-        self._answers = open(answers, encoding="utf-8")
+        self._answers = os.fdopen(answers, encoding="utf-8")
         self._number = number
         self._heard = heard
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -244,7 +244,7 @@ class _Child:
 
 def main() -> None:
     """The process that fills a part of the rows; see the module."""
-    answers = open(int(sys.argv[1]), "w", encoding="utf-8", closefd=False)
+    answers = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     task = json.loads(sys.stdin.readline())
     stop = threading.Event()
 
