@@ -18,10 +18,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from sppfeat.devices import available_cores
 from sppfeat.engine import load_engine
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
 from sppfeat.images import Fingerprint, fingerprint_of
+from sppfeat.machine import available_cores
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions

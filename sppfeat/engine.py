@@ -17,7 +17,7 @@ import torch
 
 from sppfeat.backbone import Backbone, load_backbone
 from sppfeat.cuda_graphs import RecurringPasses, capture
-from sppfeat.devices import available_cores, resolve_device
+from sppfeat.devices import resolve_device
 from sppfeat.errors import (
     BackboneError,
     DeviceError,
@@ -26,6 +26,7 @@ from sppfeat.errors import (
     UsageError,
     one_line,
 )
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 
 # Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.

@@ -25,9 +25,9 @@ import numpy as np
 
 from sppfeat import errors
 from sppfeat.describe import Described, Describer
-from sppfeat.devices import available_cores
 from sppfeat.errors import BackboneError, SppFeatError, one_line
 from sppfeat.images import name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Store, StoreWriter, open_store
 from sppfeat.windows import split_row_name

@@ -151,7 +151,9 @@ def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]
     try:
         from sppfeat.pyramid_triton import max_of_windows
 
-        with torch.cuda.device_of(cells):  # Triton launches on the current device, whatever the tensors'
+        with torch.cuda.device(
+            cells.device if cells.is_cuda else -1
+        ):  # Triton launches on the current device, whatever the tensors'
             return max_of_windows(cells, windows, levels)
     except torch.OutOfMemoryError:
         raise
