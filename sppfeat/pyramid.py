@@ -151,9 +151,8 @@ def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]
     try:
         from sppfeat.pyramid_triton import max_of_windows
 
-        with torch.cuda.device(
-            cells.device if cells.is_cuda else -1
-        ):  # Triton launches on the current device, whatever the tensors'
+        # Triton launches on the current device, whatever that of the tensors is.
+        with torch.cuda.device_of(cells):  # type: ignore[no-untyped-call]
             return max_of_windows(cells, windows, levels)
     except torch.OutOfMemoryError:
         raise
