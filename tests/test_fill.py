@@ -132,3 +132,10 @@ def test_several_devices_that_cannot_be(make_images: MakeImages, tmp_path: Path)
         extract_folder(make_images(1), tmp_path / "f.h5", TINY, RunOptions(device="cuda:77,78"))
     with pytest.raises(UsageError, match="device cuda:0,1: expected one device here, found several"):
         resolve_device("cuda:0,1")
+
+
+def test_prints_of_libraries_do_not_disturb_the_answers(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_processes: None
+) -> None:
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")  # oneDNN then prints every primitive on standard output
+    assert extract_folder(make_images(4), tmp_path / "f.h5", TINY, OPTIONS).described == 4
