@@ -14,7 +14,7 @@ def begin() -> None:
         except OSError:
             # The lowest that is free, so this one. Otherwise the next file that is opened would take its place, and
             # what a library prints would be written into it.
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     # The interpreter has none for a descriptor that was closed.
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -128,7 +130,9 @@ def load_backbone(recipe: Recipe) -> Backbone:
     Raises UsageError for a name that is not known, BackboneError for weights that are missing, damaged or of
     another network.
     """
-    network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
+    # torch.hub says there what it downloads: standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
     traced = TracedNetwork(recipe.backbone, network)
     name = recipe.layer or (PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else traced.default_layer())
     layer = traced.layer(name)

@@ -15,8 +15,7 @@ from PIL import Image
 
 from sppfeat.errors import ImageError
 
-# libjpeg-turbo's fuzzers stop at 500 scans, and its documentation calls 100 a sensible limit for untrusted files;
-# jpegtran's and mozjpeg's default scripts have about 10, the finest possible split of 8-bit images a few dozen.
+# Encoders write about 10; splitting every bit of every component into scans of its own takes a few dozen.
 MAX_SCANS: Final = 100
 # Every scan of a progressive JPEG walks over the whole image: ten scans (the usual number) of 200 megapixels.
 MAX_SCANNED_PIXELS: Final = 2_000_000_000
@@ -30,13 +29,13 @@ MAX_PNG_DATA_CHUNKS: Final = 200_000
 MAX_PNG_OTHER_CHUNKS: Final = 1_000
 # Blocks of at most 255 bytes before the first frame; comments and XMP of real files are some kilobytes.
 MAX_GIF_BLOCKS: Final = 10_000
-# TIFF 6.0 has about 75 tags, GeoTIFF and cameras add some dozens.
+# Each tag stands once; the specification and the vendors' own tags come to some hundreds.
 MAX_TIFF_ENTRIES: Final = 1_000
 # TIFF 6.0, section 15: the sides of a tile are multiples of 16.
 MIN_TILE_AREA: Final = 16 * 16
 # 100 megapixels in the smallest tiles; one row a strip stays far below.
 MAX_TIFF_PIECES: Final = 400_000
-# Pillow decodes run-length BMP in Python, about a million runs a second; such images have at most 256 colours.
+# Pillow decodes run-length BMP in Python, run by run; such images have at most 256 colours.
 MAX_RLE_BYTES: Final = 8_000_000
 # Decoder's buffers, pixels and their conversion together. With Python, torch and a network it stays below 1.5 GB.
 MAX_WORKING_SET: Final = 1 << 30
@@ -86,7 +85,7 @@ def working_set(image: Image.Image) -> int:
     """An estimate from above of the bytes that decoding an opened image to upright RGB takes."""
     pixels = image.width * image.height
     stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "LA": 4}.get(image.mode, 4)
-    each = stored + 4  # and its conversion to RGB, or the turned image
+    each: float = stored + 4  # and its conversion to RGB, or the turned image
     if image.format == "WEBP":
         each += 16  # libwebp: its own ARGB, two canvases of the animation decoder, and Pillow's copy of one
     elif image.format == "AVIF":
@@ -94,11 +93,20 @@ def working_set(image: Image.Image) -> int:
     elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
         # libjpeg keeps the coefficients (16 bits) of the whole image, whatever size a draft has.
         draft = (getattr(image, "decoderconfig", ()) or (1,))[0]
-        each += 2 * len(image.getbands()) * draft * draft
+        each += 2 * _samples(image) * draft * draft
     elif image.format == "TIFF" and image.info.get("compression", "raw") != "raw":
         bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
         each += (max(bits) * image.tag_v2.get(277, 1) + 7) // 8  # type: ignore[attr-defined]  # all in one strip
-    return pixels * each
+    return int(pixels * each)
+
+
+def _samples(image: Image.Image) -> float:
+    """Samples a pixel that a JPEG keeps: 3 for full colour, 1.5 where both chroma planes are halved both ways."""
+    layers = [(across, down) for _, across, down, _ in getattr(image, "layer", ()) if across and down]
+    if not layers:
+        return len(image.getbands())
+    whole = max(across for across, _ in layers) * max(down for _, down in layers)
+    return float(sum(across * down for across, down in layers) / whole)
 
 
 def check_working_set(image: Image.Image) -> None:

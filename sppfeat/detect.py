@@ -21,10 +21,10 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.boxes import moved_boxes, suppress
 from sppfeat.describe import Describer
-from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5, read_document
 from sppfeat.images import ImageList, find_images, name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.selective_search import ProposalOptions, Proposer
 

@@ -100,6 +100,9 @@ class OpenVinoEngine:
                 self._backbone.feature_map(pictures)
             raise RuntimeError(f"OpenVINO: {_reason(error)}; --engine torch runs it") from None
 
+    def release(self) -> None:
+        self._local = threading.local()  # requests keep the maps of the largest image they have seen
+
     def _infer(self, pictures: torch.Tensor) -> torch.Tensor:
         request = getattr(self._local, "request", None)
         if request is None:

@@ -30,6 +30,7 @@ from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
 from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason, read_document
 from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.selective_search import ProposalOptions, Proposed, Proposer
 from sppfeat.store import lock_store
 from sppfeat.windows import read_windows
@@ -173,8 +174,6 @@ def propose_folder(
     A file that is there is resumed: unchanged images keep their windows; other options, or another root, are refused.
     Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
     """
-    from sppfeat.devices import available_cores  # brings torch along, which the processes have no use for
-
     began = time.perf_counter()
     options, observer = options or ProposalOptions(), observer or _Silent()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
