@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from sppfeat.newton import Classes, System, total
+from sppfeat.newton import Classes, System, in_threads, total
 from sppfeat.primal_space import PrimalSpace
 from sppfeat.svm_rows import Rows
 
@@ -86,7 +84,7 @@ class GramSpace:
             matrix.diagonal().add_(system.ridge[at, rows])
             steps[at, rows] = _solve(matrix, system.residual[at, rows])
 
-        _in_threads(solve_active, (~many).nonzero()[:, 0].tolist())
+        in_threads(solve_active, (~many).nonzero()[:, 0].tolist())
         if self._shared is not None and many.any():
             which = many.nonzero()[:, 0]
             whole = torch.cholesky_solve(system.residual[which].T, self._shared.factor).T
@@ -103,7 +101,7 @@ class GramSpace:
                 definite = not bool((ridge[weighted] < common).any())
                 corrections[at, rows] = _solve(matrix, whole[at, rows], definite=definite)
 
-            _in_threads(solve_odd, others.tolist())
+            in_threads(solve_odd, others.tolist())
             if len(others):
                 whole -= corrections @ inverse
             steps[which] = torch.where(active[which], whole, 0)
@@ -185,11 +183,3 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, *, definite: bool = True) 
     solid = values.abs() > len(right) * torch.finfo(matrix.dtype).eps * values.abs().max()
     solution: torch.Tensor = vectors[:, solid] @ ((vectors[:, solid].T @ right) / values[solid])
     return solution
-
-
-def _in_threads(work: Callable[[int], None], classes: list[int] | range) -> None:
-    """Work on each class. One thread for each, instead of all threads for one after the other, which mostly wait."""
-    if not len(classes):
-        return
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(work, classes))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -183,6 +185,13 @@ def minimize(space: Space, classes: Classes, start: torch.Tensor | None, toleran
 def total(values: torch.Tensor) -> torch.Tensor:
     """[K] float64 sums of the rows of values."""
     return values.sum(1, dtype=torch.float64)
+
+
+def in_threads(work: Callable[[int], None], classes: Sequence[int]) -> None:
+    """Work on each class. One thread for each, instead of all threads for one after the other, which mostly wait."""
+    if classes:
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, classes))
 
 
 def _line_search(

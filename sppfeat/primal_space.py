@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from sppfeat.newton import Classes, System, total
+from sppfeat.newton import Classes, System, in_threads, total
 from sppfeat.svm_rows import Rows
 
 # Rows that stand for all in the preconditioner. More make it better, and each application longer.
@@ -17,8 +17,9 @@ _SAMPLE_ROWS: Final = 2048
 _MAX_CONJUGATE: Final = 150
 # As many as they take, about, where they converge well: to compare with the work of a direct solution.
 _USUAL_CONJUGATE: Final = 40
-# The largest matrix of a direct solution, 200 MB.
+# The largest matrix of a direct solution, 200 MB; and the most values of rows that are gathered for one, 256 MB.
 _DIRECT_SIDE: Final = 5000
+_DIRECT_VALUES: Final = 1 << 25
 
 
 @dataclass
@@ -76,16 +77,27 @@ class PrimalSpace:
 
     def step(self, system: _System, classes: Classes, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         steps, used = torch.zeros_like(system.residual), 0
-        dim, active = self._rows.dim + 1, (system.factors > 0).sum(1)
-        work = active * dim**2 + dim**3 / 3
-        direct = (work < 4.0 * _USUAL_CONJUGATE * len(self._rows) * dim) & (dim <= _DIRECT_SIDE)
+        work = self._direct_work((system.factors > 0).sum(1).double()).amin(0)
+        direct = work < 4.0 * _USUAL_CONJUGATE * len(self._rows) * (self._rows.dim + 1)
         if not direct.all():
             stepwise = (~direct).nonzero()[:, 0]
             steps[stepwise], solved, used = self._conjugate_gradients(system.of(stepwise), forcing[stepwise])
-            direct[stepwise] = ~solved & (self.dtype == torch.float64)
+            direct[stepwise] = ~solved & (self.dtype == torch.float64) & work[stepwise].isfinite()
         if direct.any():
-            used += self._solve_directly(system, direct.nonzero()[:, 0], steps)
+            in_threads(lambda at: self._solve_directly(system, at, steps), direct.nonzero()[:, 0].tolist())
+            used += 1
         return steps, self._rows.margins(steps), used + 1
+
+    def _direct_work(self, active: torch.Tensor) -> torch.Tensor:
+        """[2, K] multiplications of a direct solution over the values, and over the active rows; infinite where the
+        memory for one is too large."""
+        dim = self._rows.dim + 1
+        over_values = active * dim**2 + dim**3 / 3
+        over_rows = active**2 * dim + active**3 / 3
+        large = (active > _DIRECT_SIDE) | (active * dim > _DIRECT_VALUES)
+        return torch.stack(
+            [over_values if dim <= _DIRECT_SIDE else over_values * torch.inf, torch.where(large, torch.inf, over_rows)]
+        )
 
     def _conjugate_gradients(self, system: _System, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Steps [K, D + 1], until half the square of the residual is at most `forcing` [K] times the gap; whether that
@@ -125,33 +137,26 @@ class PrimalSpace:
             self._rows.add_weighted(result, factors[:, place] * self._rows.block_margins(steps, block), block)
         return result
 
-    def _solve_directly(self, system: _System, classes: torch.Tensor, steps: torch.Tensor) -> int:
-        """Solve the systems of some classes, where memory allows: in place, in `steps`; how often rows were read."""
-        dim, readings = self._rows.dim + 1, 0
-        for at in classes.tolist():
-            factors, right = system.factors[at], system.residual[at]
-            rows = factors.nonzero()[:, 0]
-            if dim <= _DIRECT_SIDE:
-                matrix = torch.eye(dim, dtype=self.dtype, device=right.device)
-                for place, block in self._rows.blocks():
-                    inside = rows[(rows >= place.start) & (rows < place.stop)] - place.start
-                    if len(inside):
-                        part = block[inside]
-                        root = factors[place][inside].sqrt()[:, None]
-                        part = torch.cat([part * root, self._rows.constant * root], 1)
-                        matrix.addmm_(part.T, part)
-                steps[at] = _solved(matrix, right, steps[at])
-            elif len(rows) <= _DIRECT_SIDE and len(rows) * dim <= _DIRECT_SIDE**2 * 2:
-                part = self._rows.take(rows)
-                matrix = part @ part.T
-                matrix.diagonal().add_(1 / factors[rows])
-                inner = part @ right
-                steps[at] = right - part.T @ _solved(matrix, inner, torch.zeros_like(inner))
-            else:
-                continue
-            readings += 1
-        # One class's active rows are read at a time: less than a reading each.
-        return readings
+    def _solve_directly(self, system: _System, at: int, steps: torch.Tensor) -> None:
+        """Solve the system of one class, in place: `steps[at]` stays where rounding leaves no definite matrix."""
+        factors, right = system.factors[at], system.residual[at]
+        rows = factors.nonzero()[:, 0]
+        over_values, over_rows = self._direct_work(factors.new_tensor([len(rows)], dtype=torch.float64))[:, 0].tolist()
+        if over_rows <= over_values:
+            part = self._rows.take(rows)
+            matrix = part @ part.T
+            matrix.diagonal().add_(1 / factors[rows])
+            if (found := _solved(matrix, part @ right)) is not None:
+                steps[at] = right - part.T @ found
+            return
+        dim = self._rows.dim + 1
+        matrix = torch.eye(dim, dtype=self.dtype, device=right.device)
+        for first in range(0, len(rows), _DIRECT_SIDE):
+            some = rows[first : first + _DIRECT_SIDE]
+            part = self._rows.take(some) * factors[some].sqrt()[:, None]
+            matrix.addmm_(part.T, part)
+        if (found := _solved(matrix, right)) is not None:
+            steps[at] = found
 
     def sample(self) -> torch.Tensor:
         """[M, D + 1] rows that stand for all."""
@@ -211,7 +216,7 @@ class _Preconditioner:
         return result
 
 
-def _solved(matrix: torch.Tensor, right: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """[n] the solution of a positive definite system; `otherwise` where rounding made it none."""
+def _solved(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """[n] the solution of a positive definite system; None where rounding made it none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return otherwise if failed else torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return None if failed else torch.cholesky_solve(right[:, None], factor)[:, 0]

@@ -73,10 +73,17 @@ class Rows:
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, D + 1] the rows at rising positions, with the constant."""
         taken = torch.empty((len(rows), self.dim + 1), dtype=self.dtype, device=self.device)
+        taken[:, -1] = self.constant
+        if self._kept:
+            done = 0
+            for place, block in self._kept:
+                some = rows[(rows >= place.start) & (rows < place.stop)] - place.start
+                taken[done : done + len(some), :-1] = block[some]
+                done += len(some)
+            return taken
         positions = rows.cpu().numpy()
         values = self.descriptors[positions if self._rows is None else self._rows[positions]]
         taken[:, :-1] = to_tensor(values, self.device, self.dtype)
-        taken[:, -1] = self.constant
         return taken
 
     def gram(self) -> torch.Tensor:
