@@ -6,6 +6,7 @@ dependencies and loads in milliseconds, which pydantic does not.
 
 from __future__ import annotations
 
+import json
 from typing import TypeVar
 
 import msgspec
@@ -15,13 +16,18 @@ from sppfeat.errors import SppFeatError, one_line
 T = TypeVar("T")
 
 
-def decode_document(content: bytes | str, shape: type[T], *, what: str, error: type[SppFeatError]) -> T:
+def decode_document(
+    content: bytes | str, shape: type[T], *, what: str, error: type[SppFeatError], not_finite: bool = False
+) -> T:
     """The JSON document `content` as an instance of `shape`, a msgspec.Struct or any type that msgspec knows.
 
     what: how the message names the document and says what was expected, such as `g/gallery.json: expected a gallery`.
+    not_finite: also take NaN and Infinity, which are not JSON, but what Python's json writes.
     Raises `error` for text that is not JSON, and for a document of another shape, with the place that is wrong.
     """
     try:
+        if not_finite:
+            return msgspec.convert(json.loads(content), shape, strict=True)
         return msgspec.json.decode(content, type=shape, strict=True)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as reason:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as reason:
         raise error(f"{what}, found: {one_line(reason)}") from None

@@ -24,7 +24,7 @@ from sppfeat.detect import Detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.mining import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.selective_search import ProposalOptions
-from sppfeat.svm import SvmProblem
+from sppfeat.svm import CONVERGED, SvmProblem
 from sppfeat.windows import overlaps
 
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
@@ -42,7 +42,7 @@ BOX_ROWS_PER_OBJECT: Final = 20
 # Of one class; they are solved in double precision, in four times their memory.
 MAX_BOX_ROWS: Final = 8000
 # How far the SVMs may be from the best objective at the end of a pass, and amid it, where they only find negatives.
-_TOLERANCE: Final = 1e-3
+_TOLERANCE: Final = 1e-4
 _ROUGH_TOLERANCE: Final = 1e-2
 # A pass that adds fewer than this part of the rows is the last.
 FEW_NEW: Final = 0.02
@@ -392,6 +392,8 @@ class Trainer:
             start=(self._model, self._biases),
             tolerance=tolerance,
         )
+        for at in np.flatnonzero(solution.gaps > max(tolerance, CONVERGED)):
+            self._note(f"class {self.classes[at]!r}: its SVM did not converge (relative gap {solution.gaps[at]:.0e})")
         svm = problem.svm(solution, np.arange(len(self.classes)))
         self._model, self._biases = svm.weights.astype(np.float32), svm.biases.astype(np.float32)
         scores = problem.scores(solution)

@@ -261,6 +261,14 @@ def test_the_cache_is_bounded(voc: Path, windows: dict[str, np.ndarray], tmp_pat
         train_detector(annotated, windows, tmp_path / "x.h5", replace(recipe, levels=(16,)), few)
 
 
+def test_an_svm_that_does_not_converge_is_noted(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppfeat.newton._MAX_NEWTON", 1)
+    done = train_detector(read_voc(voc, "trainval"), windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    assert "class 'red': its SVM did not converge (relative gap 1e+00)" in done.notes
+
+
 def test_row_cache() -> None:
     cache = RowCache(6, 3, 2)
     cache.add(np.arange(9).reshape(3, 3), np.array([[1, -1], [-1, 0], [0, -1]]), 4, np.array([-1, 2, 5]))

@@ -25,3 +25,12 @@ def test_a_wrong_one_is_named_on_one_line(content: bytes) -> None:
     with pytest.raises(GalleryError, match=r"^f: expected a thing, found: \S") as caught:
         decode_document(content, Shape, what="f: expected a thing", error=GalleryError)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_taken_where_they_are_expected() -> None:
+    found = decode_document(b"[NaN, -Infinity, 1]", list[float], what="f", error=GalleryError, not_finite=True)
+    assert found[0] != found[0] and found[1:] == [float("-inf"), 1.0]
+    with pytest.raises(GalleryError, match="^f, found: "):
+        decode_document(b'[NaN, "1"]', list[float], what="f", error=GalleryError, not_finite=True)
+    with pytest.raises(GalleryError, match="^f, found: "):
+        decode_document(b"[NaN", list[float], what="f", error=GalleryError, not_finite=True)
