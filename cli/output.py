@@ -17,6 +17,8 @@ from sppfeat.errors import SppFeatError, UsageError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from sppfeat.convergence import Convergence
+
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on standard output, in ASCII: names and paths may hold bytes that no encoding takes.
@@ -38,6 +40,17 @@ def finite(value: float) -> float | None:
 def options_document(options: "DataclassInstance") -> dict[str, Any]:
     """The fields of a dataclass of options, or of a recipe, by name, ready for a JSON document."""
     return {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
+
+
+def convergence_document(found: "Convergence") -> dict[str, Any]:
+    """The keys that say which SVMs did not converge."""
+    return {
+        "converged": not found.not_converged,
+        "not_converged": [
+            {"trial": one.trial, "class": one.label, "gap": finite(one.gap)} for one in found.not_converged
+        ],
+        "largest_gap": finite(found.largest_gap),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ many it was trained with), `positive_weight`, `route`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,8 +18,9 @@ from typing import Final
 import h5py
 import numpy as np
 
+from sppfeat.convergence import Convergence
 from sppfeat.describe import Describer
-from sppfeat.errors import ModelError, UsageError
+from sppfeat.errors import ModelError, SppFeatWarning, UsageError
 from sppfeat.files import STORE, SVM, appearing_hdf5, check_new_file, format_of, open_hdf5
 from sppfeat.images import find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
@@ -39,7 +41,7 @@ class Classifier:
 
     recipe, weights_sha256: of the descriptors, and of the network that makes them. images: trained with.
     curve: every C of the grid and its mean value in cross-validation, in percent; empty where C was given, or when
-    read from a file.
+    read from a file. choice_gap: the largest relative duality gap of the SVMs that C was chosen with; 0 likewise.
     """
 
     svm: LinearSvm
@@ -48,6 +50,12 @@ class Classifier:
     images: int
     positive_weight: float
     curve: list[tuple[float, float]]
+    choice_gap: float = 0.0
+
+    @property
+    def convergence(self) -> Convergence:
+        """How near the SVMs came to the best possible ones."""
+        return Convergence(self.classes, self.svm.gaps[None], self.choice_gap)
 
     @property
     def classes(self) -> list[str]:
@@ -67,7 +75,8 @@ class Prediction:
 def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:
     """Train on every image of a store that has a label; labels: None: from the names (`labels_from_folders`).
 
-    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used.
+    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used. Warns, as
+    SppFeatWarning, of SVMs that do not converge, and of classes whose images all failed.
     """
     options = options or SvmOptions()
     require_complete(store)
@@ -82,15 +91,19 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
     problem = SvmProblem(view, device=options.device, names=names)
     choice = choose_cost(problem, known, np.arange(len(names)), options)
     targets, _ = class_targets(known, classes)
-    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight)
-    return Classifier(
+    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight, start=choice.start)
+    classifier = Classifier(
         svm=problem.svm(solution, classes),
         recipe=view.recipe,
         weights_sha256=store.weights_sha256,
         images=len(names),
         positive_weight=options.positive_weight,
         curve=[(cost, 100 * value) for cost, value in choice.curve],
+        choice_gap=choice.gap,
     )
+    for text in classifier.convergence.warnings():
+        warnings.warn(f"{store.path}: {text}", SppFeatWarning, stacklevel=2)
+    return classifier
 
 
 def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -104,8 +117,8 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, ove
         file.attrs["images"] = classifier.images
         file.attrs["positive_weight"] = classifier.positive_weight
         file.attrs["route"] = classifier.svm.route
-        file["weights"] = classifier.svm.weights
-        file["biases"] = classifier.svm.biases
+        file["weights"] = classifier.svm.weights.astype(np.float32)
+        file["biases"] = classifier.svm.biases.astype(np.float32)
         file["costs"] = classifier.svm.costs
         file["gaps"] = classifier.svm.gaps
         file.create_dataset("classes", data=classifier.classes, dtype=h5py.string_dtype())
@@ -115,8 +128,8 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
     """Read a file of `save_classifier`. Raises ModelError when it is none, or not whole."""
     with open_hdf5(path, SVM, FORMAT_VERSION, ModelError) as file:
         svm = LinearSvm(
-            weights=np.asarray(file["weights"], np.float32),
-            biases=np.asarray(file["biases"], np.float32),
+            weights=np.asarray(file["weights"], np.float64),
+            biases=np.asarray(file["biases"], np.float64),
             classes=np.array(file["classes"].asstr()[:].tolist()),
             costs=np.asarray(file["costs"], np.float64),
             route=str(file.attrs["route"]),

@@ -18,12 +18,15 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 
+# The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
+TEST_PARTS: Final = ("test", "val", "valid", "validation")
+PARTS: Final = ("train", *TEST_PARTS)
 _VOC_LINE: Final = re.compile(r"(\S+)\s+(-1|0|1)\s*")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Class, and `train` or `test` where a split is known, by name."""
+    """Class, and one of `PARTS` where a split is known, by name."""
 
     classes: dict[str, str]
     splits: dict[str, str]
@@ -32,12 +35,12 @@ class Labels:
 def labels_from_folders(names: Sequence[str]) -> Labels:
     """Labels from names: the folder that holds an image; the split from the first folder, where it is one."""
     classes = {name: posixpath.basename(posixpath.dirname(name)) for name in names if "/" in name}
-    splits = {name: name.split("/")[0] for name in names if name.split("/")[0] in ("train", "test")}
+    splits = {name: part for name in names if (part := name.split("/")[0]) in PARTS}
     return Labels(classes, splits)
 
 
 def read_labels(path: str | os.PathLike[str]) -> Labels:
-    """Read a CSV file with the columns name,label and, if wanted, split (train or test). Raises UsageError."""
+    """Read a CSV file with the columns name,label and, if wanted, split (one of PARTS). Raises UsageError."""
     classes: dict[str, str] = {}
     splits: dict[str, str] = {}
     try:
@@ -51,8 +54,10 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
                 if not name or not label or name in classes:
                     fault = "a name that stands twice" if name in classes else "an empty name or label"
                     raise UsageError(f"{path}, line {rows.line_num}: found {fault} ({name!r})")
-                if split not in ("", "train", "test"):
-                    raise UsageError(f"{path}, line {rows.line_num}: expected split train or test, found {split!r}")
+                if split and split not in PARTS:
+                    raise UsageError(
+                        f"{path}, line {rows.line_num}: expected split {', '.join(PARTS)} or none, found {split!r}"
+                    )
                 classes[name] = label
                 splits |= {name: split} if split else {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
