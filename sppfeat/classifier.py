@@ -12,19 +12,22 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Final
+from functools import partial
+from itertools import groupby, islice
+from typing import Final, NamedTuple
 
 import h5py
 import numpy as np
 
 from sppfeat.convergence import Convergence
-from sppfeat.describe import Describer
+from sppfeat.describe import DescribedWindows, Describer
 from sppfeat.errors import ModelError, SppFeatWarning, UsageError
 from sppfeat.files import STORE, SVM, appearing_hdf5, check_new_file, format_of, open_hdf5
-from sppfeat.images import find_images, name_to_path
+from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
+from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.rows import picture_of
 from sppfeat.selection import SvmOptions, choose_cost
 from sppfeat.store import Status, Store, open_store
 from sppfeat.svm import LinearSvm, SvmProblem, class_targets
@@ -138,14 +141,18 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
         count = len(svm.classes)
         if svm.weights.ndim != 2 or any(len(part) != count for part in (svm.weights, svm.biases, svm.costs, svm.gaps)):
             raise ModelError(f"{path}: expected a row for each of its {count} classes, found other lengths")
-        if not np.isfinite(svm.weights).all() or np.isnan(svm.biases).any():
-            raise ModelError(f"{path}: expected weights that are finite, found some that are not")
+        if count < 2:
+            raise ModelError(f"{path}: expected at least two classes, found {count}")
+        positive_weight = float(file.attrs["positive_weight"])
+        numbers = (svm.weights, svm.costs, np.array(positive_weight))
+        if not all(np.isfinite(part).all() for part in numbers) or np.isnan(svm.biases).any():
+            raise ModelError(f"{path}: expected weights and costs that are finite, found some that are not")
         return Classifier(
             svm=svm,
             recipe=Recipe.from_json(str(file.attrs["recipe"])),
             weights_sha256=str(file.attrs["weights_sha256"]),
             images=int(file.attrs["images"]),
-            positive_weight=float(file.attrs["positive_weight"]),
+            positive_weight=positive_weight,
             curve=[],
         )
 
@@ -166,20 +173,20 @@ def predict(
     options = options or RunOptions()
     stores = [source for source in sources if os.fspath(source) != "-" and format_of(source) == STORE]
     others = [source for source in sources if source not in stores]
-    jobs: list[tuple[str, list[str], dict[str, str]]] = []
+    jobs: list[Callable[[Describer], Iterator[_Row]]] = []
     for path in stores:
         store = open_store(path)
         view = _fitting_view(store, classifier)
         if isinstance(view, str):
             note(f"{path}: {view}; its images are described anew by the recipe of the classifier")
-            jobs.append((store.source_root, store.names, {}))
+            jobs.append(partial(_describe_store, store))
         else:
-            yield from _predict_rows(classifier, store, view, options)
+            yield from _predict_rows(classifier, store, view)
     if others:
         found = find_images(others)
         if not found.names:
             raise UsageError(f"{', '.join(os.fspath(source) for source in others)}: expected images, found none")
-        jobs.append((found.root, [name for name in found.names if name not in found.problems], found.problems))
+        jobs.append(partial(_describe_images, found))
     if not jobs:
         return
     describer = Describer(classifier.recipe, options)
@@ -192,17 +199,79 @@ def predict(
         raise ModelError(
             f"expected a classifier of {describer.dim} values by its recipe, found {classifier.svm.weights.shape[1]}"
         )
-    for root, names, problems in jobs:
-        yield from (Prediction(name, None, reason) for name, reason in problems.items())
-        rows = describer.describe(name_to_path(root, name) for name in names)
+    for job in jobs:
+        rows = job(describer)
         while block := list(islice(rows, _BLOCK_ROWS)):
-            good = [row for row in block if row.descriptor is not None]
-            yield from (Prediction(names[row.position], None, row.error) for row in block if row.descriptor is None)
-            if good:
-                scores = classifier.svm.scores(np.stack([row.descriptor for row in good if row.descriptor is not None]))
-                yield from (
-                    Prediction(names[row.position], values, None) for row, values in zip(good, scores, strict=True)
-                )
+            good = [row.descriptor for row in block if row.descriptor is not None]
+            scores = iter(classifier.svm.scores(np.stack(good)) if good else ())
+            yield from (
+                Prediction(row.name, None if row.descriptor is None else next(scores), row.error) for row in block
+            )
+
+
+class _Row(NamedTuple):
+    """What is to be scored: its descriptor, or why there is none."""
+
+    name: str
+    descriptor: np.ndarray | None
+    error: str | None
+
+
+def _describe_images(images: ImageList, describer: Describer) -> Iterator[_Row]:
+    yield from (_Row(name, None, reason) for name, reason in images.problems.items())
+    names = [name for name in images.names if name not in images.problems]
+    for one in describer.describe(name_to_path(images.root, name) for name in names):
+        yield _Row(names[one.position], one.descriptor, one.error)
+
+
+def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
+    """The images or windows that a store's rows are named after; windows in the order of the rows."""
+    for kind, rows in groupby((_place(store, name) for name in store.names), key=lambda place: type(place.window)):
+        if kind is str:
+            yield from (_Row(place.name, None, place.window) for place in rows)
+        elif kind is tuple:
+            yield from _describe_windows(store, list(rows), describer)
+        else:
+            places = list(rows)
+            for one in describer.describe(place.path for place in places):
+                yield _Row(places[one.position].name, one.descriptor, one.error)
+
+
+class _Place(NamedTuple):
+    """The file that a row is named after, and its window; None: the whole image, or why the name is not followed."""
+
+    name: str
+    path: str
+    window: tuple[float, float, float, float] | None | str
+
+
+def _place(store: Store, name: str) -> _Place:
+    if (reason := unsafe_name(name)) is not None:
+        return _Place(name, "", f"the name {reason}, and is not followed")
+    path, window = picture_of(store.source_root, name)
+    if window is None and path != name_to_path(store.source_root, name):
+        return _Place(name, "", "the name holds a window that no image can have")
+    return _Place(name, path, window)
+
+
+def _describe_windows(store: Store, places: list[_Place], describer: Describer) -> Iterator[_Row]:
+    if describer.recipe.crop != "none":
+        raise UsageError(
+            f"{store.path}: expected images, found windows: the recipe of the classifier crops "
+            f"({describer.recipe.crop}), and windows have no crop"
+        )
+    images = [list(group) for _, group in groupby(places, key=lambda place: place.path)]
+    tasks = ((group[0].path, np.array([place.window for place in group], np.float64)) for group in images)
+    ready: dict[int, DescribedWindows] = {}
+    position = 0
+    for one in describer.describe_windows(tasks):
+        ready[one.position] = one  # an image that cannot be read comes before others that were begun earlier
+        while (done := ready.pop(position, None)) is not None:
+            for at, place in enumerate(images[position]):
+                error = done.error or done.window_errors.get(at)
+                good = done.descriptors is not None and error is None
+                yield _Row(place.name, done.descriptors[at] if good and done.descriptors is not None else None, error)
+            position += 1
 
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
@@ -218,17 +287,13 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
     return view
 
 
-def _predict_rows(
-    classifier: Classifier, store: Store, view: DescriptorView, options: RunOptions
-) -> Iterator[Prediction]:
+def _predict_rows(classifier: Classifier, store: Store, view: DescriptorView) -> Iterator[Prediction]:
     require_complete(store)
     errors = store.errors()
     for first in range(0, len(store), _BLOCK_ROWS):
         rows = np.arange(first, min(first + _BLOCK_ROWS, len(store)))
         done = store.status[rows] == Status.DONE
-        yield from (Prediction(store.names[row], None, errors[store.names[row]]) for row in rows[~done])
-        if done.any():
-            scores = classifier.svm.scores(view[rows[done]])
-            yield from (
-                Prediction(store.names[row], values, None) for row, values in zip(rows[done], scores, strict=True)
-            )
+        scores = iter(classifier.svm.scores(view, rows[done], names=store.names) if done.any() else ())
+        for row, is_done in zip(rows, done, strict=True):
+            name = store.names[row]
+            yield Prediction(name, next(scores), None) if is_done else Prediction(name, None, errors[name])

@@ -52,7 +52,7 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
             for row in rows:
                 name, label, split = row["name"], row["label"], row.get("split") or ""
                 if not name or not label or name in classes:
-                    fault = "a name that stands twice" if name in classes else "an empty name or label"
+                    fault = "a duplicate name" if name in classes else "an empty name or label"
                     raise UsageError(f"{path}, line {rows.line_num}: found {fault} ({name!r})")
                 if split and split not in PARTS:
                     raise UsageError(
@@ -119,7 +119,7 @@ def read_voc_labels(folder: str | os.PathLike[str], *, train: str = "trainval", 
             columns.append([listed[one] for one in ids])
         for one, row in zip(ids or (), np.array(columns, np.int8).T, strict=True):
             if one in splits:
-                raise UsageError(f"{lists}: image {one!r} stands in both {train} and {test}")
+                raise UsageError(f"{lists}: image {one!r} is in both {train} and {test}")
             targets[one], splits[one] = row, part
     return VocLabels(classes, targets, splits)
 
@@ -137,7 +137,7 @@ def _read_voc_list(path: Path) -> dict[str, int]:
         if match is None:
             raise UsageError(f"{path}, line {number}: expected an image id and -1, 0 or 1, found {line!r}")
         if match[1] in listed:
-            raise UsageError(f"{path}, line {number}: image {match[1]!r} stands twice")
+            raise UsageError(f"{path}, line {number}: duplicate image {match[1]!r}")
         listed[match[1]] = int(match[2])
     if not listed:
         raise UsageError(f"{path}: expected an image a line, found none")
