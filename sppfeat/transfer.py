@@ -371,7 +371,7 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
         train=len(task.splits[0][0]),
         test=len(task.splits[0][1]),
         test_part=task.test_part,
-        left_out_by_reason=dict(task.left_out),
+        left_out_by_reason=dict(sorted(task.left_out.items())),
         convergence=convergence,
         dim=view.shape[1],
         route=trials[0].route,

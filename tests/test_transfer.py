@@ -468,6 +468,8 @@ def test_a_class_without_a_test_image(
     make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
 ) -> None:
     """It is in no mean, null in JSON, last in every list, and said; images of no part are counted."""
+    from sppfeat_cli.evaluate import _document
+
     store = make_store(noise=2.5)
     part = {"class0": "train", "class1": "val"}  # class1 has training images, too
     lines = [
@@ -483,10 +485,11 @@ def test_a_class_without_a_test_image(
     assert done.value == pytest.approx(np.mean([done.per_class["class2"], done.per_class["class3"]]))
     assert (done.train, done.test, done.rows, done.left_out) == (20, 8, 28, 20)
     assert done.left_out_by_reason == {"of part val": 4, "in neither part": 16} and done.test_part == "test"
+    assert _document(done, str(labels), None)["per_class"]["class0"] is None
     shown = run_sppfeat(*words, "--report", tmp_path / "r.html")
     assert shown.returncode == 0 and not shown.stderr  # type: ignore[attr-defined]
     lines = shown.stdout.splitlines()  # type: ignore[attr-defined]
-    assert "28 images: 20 to train and 8 to test; 20 left out (4 of part val, 16 in neither part)" in lines[1]
+    assert "28 images: 20 to train and 8 to test; 20 left out (16 in neither part, 4 of part val)" in lines[1]
     assert "class0" not in lines[2] and lines[3] == "without a test image, and in no mean: class0, class1 (2 classes)"
     text = (tmp_path / "r.html").read_text()
     assert text.count("no test image") == 2 and "nan" not in text
