@@ -27,7 +27,7 @@ from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
 from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.rows import picture_of
+from sppfeat.rows import Box, picture_of
 from sppfeat.selection import SvmOptions, choose_cost
 from sppfeat.store import Status, Store, open_store
 from sppfeat.svm import LinearSvm, SvmProblem, class_targets
@@ -226,31 +226,36 @@ def _describe_images(images: ImageList, describer: Describer) -> Iterator[_Row]:
 
 def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
     """The images or windows that a store's rows are named after; windows in the order of the rows."""
-    for kind, rows in groupby((_place(store, name) for name in store.names), key=lambda place: type(place.window)):
-        if kind is str:
-            yield from (_Row(place.name, None, place.window) for place in rows)
-        elif kind is tuple:
-            yield from _describe_windows(store, list(rows), describer)
+    for kind, group in groupby((_place(store, name) for name in store.names), key=lambda place: place.kind):
+        places = list(group)
+        if kind == "refused":
+            yield from (_Row(place.name, None, place.refused) for place in places)
+        elif kind == "window":
+            yield from _describe_windows(store, places, describer)
         else:
-            places = list(rows)
             for one in describer.describe(place.path for place in places):
                 yield _Row(places[one.position].name, one.descriptor, one.error)
 
 
 class _Place(NamedTuple):
-    """The file that a row is named after, and its window; None: the whole image, or why the name is not followed."""
+    """The file that a row is named after, its window where it is one's, and why the name is not followed, if so."""
 
     name: str
     path: str
-    window: tuple[float, float, float, float] | None | str
+    window: Box | None = None
+    refused: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return "refused" if self.refused is not None else "image" if self.window is None else "window"
 
 
 def _place(store: Store, name: str) -> _Place:
     if (reason := unsafe_name(name)) is not None:
-        return _Place(name, "", f"the name {reason}, and is not followed")
+        return _Place(name, "", refused=f"the name {reason}, and is not followed")
     path, window = picture_of(store.source_root, name)
     if window is None and path != name_to_path(store.source_root, name):
-        return _Place(name, "", "the name holds a window that no image can have")
+        return _Place(name, "", refused="the name holds a window that no image can have")
     return _Place(name, path, window)
 
 

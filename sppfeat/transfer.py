@@ -183,8 +183,6 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
 
     Raises UsageError for labels that match no row, and where every row with a label failed.
     """
-    if not len(store):
-        raise UsageError(f"{store.path}: expected images, found none")
     if not any(name in labels.classes for name in store.names):
         raise UsageError(
             f"{store.path}: none of its {len(store)} names has a label; give a folder a class, or a labels file"
