@@ -1,6 +1,5 @@
 """The Typer app: commands parse, make one library call, and print."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from sppfeat_cli import (
     train,
     windows,
 )
-from sppfeat_cli.output import guarded, printable
+from sppfeat_cli.output import printable, results_alone
 
 app = typer.Typer(
     name="sppfeat",
@@ -75,17 +74,19 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
         print(f"sppfeat: warning: {printable(str(message))}", file=sys.stderr)
 
 
-def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images failed, 130 interrupted."""
+def run() -> None:
+    """Run the command that the arguments name, and leave with its exit code."""
     # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning
     try:
-        with contextlib.redirect_stdout(guarded(sys.stdout)):
+        with results_alone(as_json="--json" in sys.argv):
             app()
     except SppFeatError as error:
         print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

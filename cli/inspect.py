@@ -104,7 +104,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         f"trained with {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         *(f"  warning: {printable(text)}" for text in model.convergence.warnings()),
-        f"  weights: sha256 {model.weights_sha256[:16]}",
+        f"  weights: sha256 {printable(model.weights_sha256[:16])}",
         *_recipe_lines(about["recipe"]),
     ]
     typer.echo("\n".join(lines))
@@ -133,12 +133,12 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     training = model.training
     lines = [
         f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({names}), {about['dim']} values",
-        f"  trained with {training.get('images')} images, {sum(training.get('positives', {}).values())} objects and "
+        f"  trained with {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects and "
         f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
-        f"{training.get('c'):g}, positive weight {training.get('positive_weight'):g}",
+        f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}",
         f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, at most "
         f"{model.proposals.max_windows} an image",
-        f"  weights: sha256 {model.weights_sha256[:16]}",
+        f"  weights: sha256 {printable(model.weights_sha256[:16])}",
         *_recipe_lines(about["recipe"]),
     ]
     typer.echo("\n".join(lines))
@@ -173,7 +173,7 @@ def _inspect_windows(file: str, failures: bool, as_json: bool) -> None:
         f"  {found.options.method}, at most {found.options.max_windows} an image, seed {found.options.seed}",
         f"  failed {len(found.errors)}, without a window {empty}",
         f"  images below: {printable(found.source_root)}",
-        "  made with: " + ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        "  made with: " + _versions(found.versions),
         *(f"  failed: {printable(name)}: {printable(reason)}" for name, reason in list(found.errors.items())[:20]),
     ]
     typer.echo("\n".join(lines))
@@ -183,8 +183,12 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
     lines = ["  recipe:"]
     for name, value in recipe.items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        lines.append(f"    {name:<14} {shown}")
+        lines.append(f"    {name:<14} {printable(str(shown))}")
     return lines
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{printable(name)} {printable(number)}" for name, number in versions.items())
 
 
 def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
@@ -245,10 +249,10 @@ def _text(about: dict[str, Any]) -> str:
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         f"  images below: {printable(about['source_root'])}",
-        f"  weights: sha256 {about['weights_sha256'][:16]}",
+        f"  weights: sha256 {printable(about['weights_sha256'][:16])}",
         *_recipe_lines(about["recipe"]),
     ]
-    lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    lines.append("  made with: " + _versions(about["versions"]))
     if about["pending"]:
         lines.append("  pending images are described by running the same `sppfeat extract` again")
     return "\n".join(lines)

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -29,7 +31,7 @@ def print_json(document: Mapping[str, Any]) -> None:
         text = json.dumps(document, indent=2, allow_nan=False)
     except ValueError:
         raise SppFeatError("JSON: expected finite numbers, found NaN or infinity") from None
-    typer.echo(text)
+    typer.echo(text, file=_json_stream)
 
 
 def finite(value: float) -> float | None:
@@ -66,12 +68,50 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def guarded(stdout: TextIO | None) -> TextIO | None:
-    """Standard output whose failures, of a full disk say, are told from those of other files: as SppFeatError.
+# Where JSON goes while `results_alone` keeps standard output for it.
+_json_stream: TextIO | None = None
 
-    A pipe whose reader has left is no failure, and typer's to end.
+
+@contextlib.contextmanager
+def results_alone(*, as_json: bool) -> Iterator[None]:
+    """Keep standard output for results: what libraries write to its descriptor goes to standard error.
+
+    With `as_json` nothing but `print_json` reaches it. Failures of writing it, of a full disk say, are told from those
+    of other files: as SppFeatError. A pipe whose reader has left is no failure, and typer's to end.
     """
-    return None if stdout is None else cast(TextIO, _Guarded(stdout))
+    global _json_stream
+    stdout = sys.stdout
+    moved = _moved(stdout)
+    stream = cast(TextIO, _Guarded(moved))
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else stream):
+            _json_stream = stream if as_json else None
+            try:
+                yield
+            finally:
+                stream.flush()
+    finally:
+        _json_stream = None
+        if moved is not stdout:
+            os.dup2(moved.fileno(), 1)
+
+
+def _moved(stdout: TextIO) -> TextIO:
+    """A stream to where standard output goes, by a descriptor of its own; descriptor 1 becomes standard error.
+
+    A stream that is not that of descriptor 1, since a caller captures it, stays as it is.
+    """
+    try:
+        if stdout.fileno() != 1:
+            return stdout
+    except OSError:  # it has none
+        return stdout
+    stdout.flush()
+    moved = os.fdopen(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), "w", encoding=stdout.encoding, errors=stdout.errors)
+    if stdout.isatty():
+        moved.reconfigure(line_buffering=True)
+    os.dup2(2, 1)
+    return moved
 
 
 class _Guarded:

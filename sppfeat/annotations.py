@@ -6,7 +6,6 @@ x .. x + width - 1.
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import xml.etree.ElementTree as ElementTree
@@ -16,13 +15,20 @@ from pathlib import Path
 from typing import Any, Final
 from xml.parsers import expat
 
+import msgspec
 import numpy as np
 
+from sppfeat.documents import decode_document
 from sppfeat.errors import ImageError, UsageError, one_line
 from sppfeat.images import EXTENSIONS, find_images, name_to_path, open_image, path_to_name, upright_size
+from sppfeat.names import unsafe_name
 from sppfeat.windows import window_text
 
 _MAX_XML_BYTES: Final = 1 << 24
+# VOC's fullest image has 56 objects of some 10 elements; a tree of all that 16 MB can hold would take gigabytes.
+_MAX_XML_OBJECTS: Final = 10_000
+_MAX_XML_ELEMENTS: Final = 300_000
+_MAX_XML_DEPTH: Final = 32
 # Annotation tools disagree on whether the first pixel is 0 or 1; a pixel over the border is no fault.
 _SLACK: Final = 1.0
 
@@ -91,6 +97,9 @@ def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
         raise UsageError(f"{path}: expected a list of images, found: {one_line(error)}") from None
     if not ids:
         raise UsageError(f"{path}: expected images, found an empty list")
+    for one in ids:
+        if unsafe_name(path_to_name(one)) is not None:
+            raise UsageError(f"{path}: expected ids of images, found {one!r}")
     folder = os.path.abspath(os.path.join(root, "JPEGImages"))
     files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(folder)) if _is_image(f)}
     sources = {files.get(i, f"{i}.jpg"): os.path.join(root, "Annotations", f"{i}.xml") for i in ids}
@@ -132,34 +141,31 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
     """Read a COCO `instances` file; its file names are relative to the folder `images`. Crowds count as difficult."""
     path, root = os.fspath(annotations), os.path.abspath(images)
     try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+        content = Path(path).read_bytes()
+    except OSError as error:
         raise UsageError(f"{path}: expected a COCO JSON file, found: {one_line(error)}") from None
     if not os.path.isdir(root):
         raise UsageError(f"{os.fspath(images)}: expected the folder of the images, found none")
-    try:
-        classes = {c["id"]: str(c["name"]) for c in document["categories"]}
-        listed = {i["id"]: i for i in document["images"]}
-        names = {key: _safe_name(path, i["file_name"]) for key, i in listed.items()}
-        entries: dict[Any, list[Any]] = {key: [] for key in listed}
-        strays = 0
-        for entry in document["annotations"]:
-            if entry["image_id"] in entries:
-                entries[entry["image_id"]].append(entry)
-            else:
-                strays += 1
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: expected a COCO file with images, annotations, categories: {one_line(error)}"
-        ) from None
+    what = f"{path}: expected a COCO file with images, annotations, categories"
+    document = decode_document(content, _Coco, what=what, error=UsageError)
+    classes = {category.id: category.name for category in document.categories}
+    listed = {image.id: image for image in document.images}
+    names = {key: _safe_name(path, image.file_name) for key, image in listed.items()}
+    entries: dict[int | str, list[dict[str, Any]]] = {key: [] for key in listed}
+    strays = 0
+    for entry in document.annotations:
+        key = entry.get("image_id")
+        if isinstance(key, int | str) and key in entries:
+            entries[key].append(entry)
+        else:
+            strays += 1
     if len(set(classes.values())) != len(classes):
         raise UsageError(f"{path}: expected categories of different names, found some twice")
     result = AnnotatedImages(root, {}, list(classes.values()))
     if strays:
         result.notes.append(f"{strays} annotations are of images that {path} does not list, and are left out")
     for key, name in names.items():
-        raw = _Raw(_size_of(listed[key]))
+        raw = _Raw(_size_of({"width": listed[key].width, "height": listed[key].height}))
         for at, entry in enumerate(entries[key]):
             try:
                 label = classes.get(entry["category_id"])
@@ -217,6 +223,26 @@ def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> Anno
         )
     notes = [f"unknown class {name!r}: its {count} boxes are left out" for name, count in sorted(others.items())]
     return replace(annotated, images=images, classes=list(classes), notes=[*annotated.notes, *notes])
+
+
+class _CocoImage(msgspec.Struct):
+    id: int | str
+    file_name: str
+    width: Any = None
+    height: Any = None
+
+
+class _CocoCategory(msgspec.Struct):
+    id: int | str
+    name: str
+
+
+class _Coco(msgspec.Struct):
+    """What is read of a COCO file. A wrong annotation costs itself alone, so that its fields are looked at later."""
+
+    images: list[_CocoImage]
+    annotations: list[dict[str, Any]]
+    categories: list[_CocoCategory]
 
 
 class _Raw:
@@ -289,7 +315,26 @@ def parse_xml(path: str) -> ElementTree.Element:
     def refuse(*_: object) -> None:
         raise UsageError(f"{path}: expected XML without a document type or entities, found some")
 
+    counts = {"elements": 0, "objects": 0, "levels": 0}
+
+    def begin(tag: str, _: object) -> None:
+        counts["elements"] += 1
+        counts["objects"] += tag == "object"
+        counts["levels"] += 1
+        for what, most in (
+            ("objects", _MAX_XML_OBJECTS),
+            ("elements", _MAX_XML_ELEMENTS),
+            ("levels", _MAX_XML_DEPTH),
+        ):
+            if counts[what] > most:
+                raise UsageError(f"{path}: expected an annotation with at most {most} {what}, found more")
+
+    def end(_: str) -> None:
+        counts["levels"] -= 1
+
     parser = expat.ParserCreate()
+    parser.StartElementHandler = begin
+    parser.EndElementHandler = end
     parser.StartDoctypeDeclHandler = refuse
     parser.EntityDeclHandler = refuse
     try:
@@ -350,7 +395,7 @@ def _size_of(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _safe_name(path: str, name: Any) -> str:
-    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+    if not isinstance(name, str) or not name or unsafe_name(path_to_name(name)) is not None:
         raise UsageError(f"{path}: expected file names relative to the images, found {name!r}")
     return path_to_name(posixpath.normpath(name))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import os
 import re
+import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -127,7 +130,9 @@ def load_backbone(recipe: Recipe) -> Backbone:
     Raises UsageError for a name that is not known, BackboneError for weights that are missing, damaged or of
     another network.
     """
-    network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
+    # torch.hub says there what it downloads: standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
     traced = TracedNetwork(recipe.backbone, network)
     name = recipe.layer or (PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else traced.default_layer())
     layer = traced.layer(name)
@@ -185,6 +190,7 @@ def read_weights(path: str) -> Weights:
     if not os.path.isfile(path):
         raise BackboneError(f"{path}: expected a weights file, .safetensors or .pth, found none")
     try:
+        _check_claims(path)
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
@@ -201,6 +207,15 @@ def read_weights(path: str) -> Weights:
         raise BackboneError(f"{path}: expected named tensors, found {type(content).__name__}")
     # Training on several GPUs (DataParallel) puts this before every name.
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_claims(path: str) -> None:
+    """Raise ValueError for a zip archive whose members unpack to more than the file holds: weights are not packed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > os.path.getsize(path):
+            raise ValueError(f"it claims {claimed} bytes, more than the file has")
 
 
 def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:

@@ -147,6 +147,8 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
         numbers = (svm.weights, svm.costs, np.array(positive_weight))
         if not all(np.isfinite(part).all() for part in numbers) or np.isnan(svm.biases).any():
             raise ModelError(f"{path}: expected weights and costs that are finite, found some that are not")
+        if len(np.unique(svm.classes)) != count:
+            raise ModelError(f"{path}: expected classes of different names, found duplicates")
         return Classifier(
             svm=svm,
             recipe=Recipe.from_json(str(file.attrs["recipe"])),

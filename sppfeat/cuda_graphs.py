@@ -45,14 +45,18 @@ class RecurringPasses:
         if recorded is not None:
             return recorded(pictures)
         output = self._run(pictures)
-        if self._room:
+        if self._room > len(self._recorded):
             seen = self._seen[pictures.shape] = self._seen.get(pictures.shape, 0) + 1
             if seen >= _RECURS:
                 self._record(pictures, output)
         return output
 
+    def release(self) -> None:
+        """Drop every graph, and the memory it holds; shapes that recur from now on are recorded anew."""
+        self._recorded.clear()
+        self._seen.clear()
+
     def _record(self, pictures: torch.Tensor, expected: torch.Tensor) -> None:
-        self._room -= 1
         try:
             recorded = self._capture(self._run, pictures)
             difference = (recorded(pictures).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
@@ -70,7 +74,7 @@ class RecurringPasses:
             )
         else:
             self._recorded[pictures.shape] = recorded
-        if not self._room:
+        if self._room <= len(self._recorded):
             self._seen.clear()
 
 

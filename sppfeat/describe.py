@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -17,10 +18,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from sppfeat.devices import available_cores
 from sppfeat.engine import load_engine
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
 from sppfeat.images import Fingerprint, fingerprint_of
+from sppfeat.machine import available_cores
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions
@@ -103,8 +104,40 @@ class _Row:
 # How torch says that a picture is too small for a convolution or a pooling.
 _SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
 
+# How torch's and OpenVINO's allocators on the processor say that there is no more.
+_OUT_OF_MEMORY: Final = re.compile(
+    "out of memory|can't allocate memory|not enough memory|bad_?\\s?alloc", re.IGNORECASE
+)
+
 _Input = tuple[int, int]  # which picture, which scale
 _Task = tuple[str, np.ndarray | None]  # a picture's path, its windows
+
+
+class _Gate:
+    """Passes go side by side, or one alone: it waits for those that are under way, and holds back all others."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._turn:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._inside)
+            yield
 
 
 class Describer:
@@ -128,7 +161,7 @@ class Describer:
         self.dim = self.recipe.dimensions(self._backbone.channels)
         self.times = StageTimes()
         self._geometry = functools.lru_cache(maxsize=1024)(self._backbone.geometry)
-        self._one_retry = threading.Lock()
+        self._gate = _Gate()
         self.workers = options.num_workers or available_cores()
         self.streams = self._engine.streams
         self._batch_size = options.batch_size or self._engine.batch_size
@@ -285,35 +318,53 @@ class Describer:
     def _attempt(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
-        """What one batch gives; where the memory does not suffice, its halves, one after the other."""
+        """What one batch gives; where memory is short, it is tried again with no other pass beside it."""
+        with self._gate.shared():
+            found = self._pass(batch, rows)
+        if isinstance(found, str):
+            with self._gate.alone():
+                return self._attempt_alone(batch, rows)
+        return found
+
+    def _attempt_alone(
+        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
+    ) -> list[tuple[_Input, np.ndarray | str]]:
+        """What one batch gives, or its halves, down to single images; one that does not fit comes with its reason."""
+        self._engine.release()
+        found = self._pass(batch, rows)
+        if not isinstance(found, str):
+            return found
+        if len(batch) == 1:
+            height, width = batch[0][1].shape[:2]
+            reason = (
+                f"one image of {width} x {height} does not fit into the memory of {self.device} ({found}); "
+                "a smaller scale, or max_pixels, takes less"
+            )
+            return [(batch[0][0], reason)]
+        half = len(batch) // 2
+        self._batch_size = min(self._batch_size, half)  # of the batches to come, too
+        return self._attempt_alone(batch[:half], rows[:half]) + self._attempt_alone(batch[half:], rows[half:])
+
+    def _pass(
+        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
+    ) -> list[tuple[_Input, np.ndarray | str]] | str:
+        """What one batch gives; a text where the memory does not suffice. Raises BackboneError."""
         keys = [key for key, _ in batch]
         height, width = batch[0][1].shape[:2]
-        who = f"backbone {self.recipe.backbone}"
         try:
             with torch.inference_mode(), self._engine.lane():
                 return list(zip(keys, self._descriptors(batch, rows), strict=True))
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, MemoryError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
+                return one_line(error)  # not the error itself, which holds on to the memory of the failed pass
             if _SIZE_REFUSED.search(str(error)):
                 reason = f"the network refused a picture of {width} x {height}: {one_line(error)}"
                 return [(key, reason) for key in keys]
-            # Out of memory, a lost GPU: no fault of these pictures, whose rows stay pending.
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise BackboneError(
-                    f"{who}: failed on a batch of {len(batch)} pictures of {width} x {height} "
-                    f"on {self.device} ({one_line(error)})"
-                ) from None
-            if len(batch) == 1:
-                raise BackboneError(
-                    f"{who}: one picture of {width} x {height} does not fit into the memory of {self.device} "
-                    f"({one_line(error)}); a smaller scale, or max_pixels, takes less"
-                ) from None
-        # Outside the handler, whose error holds on to the memory of the failed pass.
-        with self._one_retry:
-            self._batch_size = max(1, self._batch_size // 2)  # of the batches to come, too
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            half = len(batch) // 2
-        return self._attempt(batch[:half], rows[:half]) + self._attempt(batch[half:], rows[half:])
+            # A lost GPU, say: no fault of these images, whose rows stay pending.
+            raise BackboneError(
+                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} pictures of {width} x {height} "
+                f"on {self.device} ({one_line(error)})"
+            ) from None
 
     def _descriptors(self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]) -> list[np.ndarray]:
         """Of each picture [D], or of its windows [k, D]."""

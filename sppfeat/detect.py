@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import h5py
+import msgspec
 import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.boxes import moved_boxes, suppress
 from sppfeat.describe import Describer
-from sppfeat.devices import available_cores
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5
+from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5, read_document
 from sppfeat.images import ImageList, find_images, name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.selective_search import ProposalOptions, Proposer
 
@@ -72,6 +73,16 @@ class Detector:
     versions: dict[str, str]
 
 
+class _Training(msgspec.Struct):
+    """What is shown of a detector's training; it may hold more."""
+
+    images: int = 0
+    positives: dict[str, int] = {}
+    hard: list[int] = []
+    c: float = 0.0
+    positive_weight: float = 0.0
+
+
 def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
     """Write a detector to one HDF5 file, which appears whole. Raises ModelError."""
     with appearing_hdf5(Path(path), ModelError) as file:
@@ -95,6 +106,7 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
     """Read a detector. Raises ModelError for anything else, and for one that is not whole."""
     with open_hdf5(path, DETECTOR, FORMAT_VERSION, ModelError) as file:
         recipe = Recipe.from_json(str(file.attrs["recipe"]))
+        read_document(file, "training", _Training, ModelError)
         classes = file["classes"].asstr()[:].tolist()
         arrays = {
             name: np.asarray(file[name][:], np.float32)
@@ -109,9 +121,9 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
             biases=arrays["biases"],
             box_weights=arrays.get("box_weights"),
             box_biases=arrays.get("box_biases"),
-            proposals=ProposalOptions(**json.loads(str(file.attrs["proposals"]))),
-            training=json.loads(str(file.attrs["training"])),
-            versions=json.loads(str(file.attrs["versions"])),
+            proposals=ProposalOptions(**read_document(file, "proposals", dict[str, Any], ModelError)),
+            training=read_document(file, "training", dict[str, Any], ModelError),
+            versions=read_document(file, "versions", dict[str, str], ModelError),
         )
         count, dim = len(classes), arrays["weights"].shape[-1]
         shapes = {"weights": (count, dim), "biases": (count,), "box_weights": (count, 4, dim), "box_biases": (count, 4)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import torch
@@ -46,10 +45,3 @@ def _usable_gpus() -> tuple[int, str]:
     complaints = [one_line(warning.message) for warning in said if isinstance(warning.message, Warning)]
     # A machine without any GPU is nothing to complain about.
     return usable, next((text for text in complaints if "no NVIDIA driver" not in text), "")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -17,7 +17,7 @@ import torch
 
 from sppfeat.backbone import Backbone, load_backbone
 from sppfeat.cuda_graphs import RecurringPasses, capture
-from sppfeat.devices import available_cores, resolve_device
+from sppfeat.devices import resolve_device
 from sppfeat.errors import (
     BackboneError,
     DeviceError,
@@ -25,8 +25,8 @@ from sppfeat.errors import (
     SppFeatWarning,
     UsageError,
     one_line,
-    require_extra,
 )
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 
 # Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
@@ -71,6 +71,9 @@ class Engine(Protocol):
         The map is the caller's own. Raises RuntimeError, with torch's text, for pictures that the network refuses.
         """
 
+    def release(self) -> None:
+        """Give back memory that only saves time. No other thread may be in a pass."""
+
 
 class TorchEngine:
     """The backbone as torch runs it, on any device. Raises DeviceError where the device cannot hold it."""
@@ -85,6 +88,7 @@ class TorchEngine:
             raise DeviceError(f"device {device}: cannot hold {backbone.recipe.backbone} ({one_line(error)})") from None
         self.device = device
         self._local = threading.local()
+        self._all_passes: list[RecurringPasses] = []
         self.batch_size = CPU_BATCH_SIZE if device.type == "cpu" else CUDA_BATCH_SIZE
         self.streams, self.threads = cpu_streams() if device.type == "cpu" else (CUDA_STREAMS, 1)
         if device.type == "cuda":
@@ -107,8 +111,15 @@ class TorchEngine:
             return self._backbone.feature_map(pictures)
         if not hasattr(self._local, "passes"):
             self._local.passes = RecurringPasses(self._backbone.feature_map, capture)
+            self._all_passes.append(self._local.passes)
         output: torch.Tensor = self._local.passes(pictures)
         return output
+
+    def release(self) -> None:
+        for passes in self._all_passes:
+            passes.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def load_engine(recipe: Recipe, options: RunOptions | None = None) -> tuple[Backbone, Engine]:
@@ -152,7 +163,9 @@ def _check_openvino(recipe: Recipe, asked: str, device: torch.device) -> None:
         raise UsageError(
             f"engine openvino computes {' and '.join(OPENVINO_PRECISIONS)}, found precision {recipe.precision}"
         )
-    require_extra("openvino", "cpu", "engine openvino")
+    from sppfeat.openvino_engine import import_openvino
+
+    import_openvino()
 
 
 def cpu_streams() -> tuple[int, int]:

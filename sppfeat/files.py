@@ -13,17 +13,22 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 
+from sppfeat.documents import decode_document
 from sppfeat.errors import SppFeatError, UsageError, one_line
+from sppfeat.untrusted import check_hdf5, hdf5_reason
 
+T = TypeVar("T")
 STORE = "sppfeat-store"
 SVM = "sppfeat-svm"
 DETECTOR = "sppfeat-detector"
 WINDOWS = "sppfeat-windows"
 GALLERY = "sppfeat-gallery"
+# What h5py, NumPy and conversions raise where a file does not hold what it should.
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 # How messages call them.
 NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
 
@@ -35,9 +40,10 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
         if path.is_dir():
             found = json.loads((path / "gallery.json").read_text("utf-8")).get("format")
         else:
+            check_hdf5(path)
             with h5py.File(path, "r", locking=False) as file:
                 found = file.attrs.get("format")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) and found in NOUNS else None
 
@@ -53,6 +59,7 @@ def open_hdf5(
     """
     path, noun = Path(path), "an HDF5 file" if kind is None else NOUNS[kind]
     try:
+        check_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
             if kind is None:
                 yield file
@@ -71,14 +78,20 @@ def open_hdf5(
         raise error(f"{path}: expected {noun}, found a folder") from None
     except OSError as reason:
         raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
-    except (KeyError, ValueError, TypeError, UsageError) as reason:
+    except (*DAMAGE, UsageError) as reason:
         raise error(f"{path}: expected {noun} that is whole, found: {one_line(reason)}") from None
+
+
+def read_document(file: h5py.File, name: str, shape: type[T], error: type[SppFeatError]) -> T:
+    """The JSON document in a root attribute of an open HDF5 file, as an instance of `shape`. Raises `error`."""
+    what = f"{file.filename}: expected a JSON document {name!r}"
+    return decode_document(str(file.attrs[name]), shape, what=what, error=error)
 
 
 @contextlib.contextmanager
 def appearing(path: Path, error: type[SppFeatError]) -> Iterator[Path]:
     """A path to write to that becomes the file `path` at the end, whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         partial.unlink(missing_ok=True)
         yield partial
@@ -138,6 +151,11 @@ class _HeldBack(io.FileIO):
             return size or 0
 
 
+def partial_path(path: Path) -> Path:
+    """Where `appearing` keeps what is not yet the file `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's new names on disk: without it, a power cut could take them, and with them their files, back."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -192,10 +210,3 @@ def os_reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room, then resume"
     return error.strerror or one_line(error)
-
-
-def hdf5_reason(error: OSError) -> str:
-    """Why HDF5 refused: it wraps its reason in parentheses, after a sentence that says nothing."""
-    text = one_line(error)
-    inner = text[text.find("(") + 1 : -1] if text.endswith(")") else text
-    return f"cut short ({inner})" if "truncated file" in inner else inner

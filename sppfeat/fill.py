@@ -1,13 +1,15 @@
 """Filling the rows of a store: by this process, or by one process a card, each its own part of the rows.
 
-A process of its own is started with `python -m sppfeat.fill`. It is told what to do by one line of JSON on standard
-input, and answers with lines of JSON on standard output: `[place, error]` for each row that is on its way to the disk,
-and at last an object with its times, or with the error that ended it. The line `stop` makes it finish the rows in
+A process of its own is started with `python -m sppfeat.fill DESCRIPTOR`. It is told what to do by one line of JSON on
+standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard output:
+`[place, error]` for each row that is on its way to the disk, and at last an object with its times, or with the error
+that ended it. The line `stop` makes it finish the rows in
 flight; the end of its input, which is how it learns that the process that started it is gone, ends it at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,9 +25,9 @@ import numpy as np
 
 from sppfeat import errors
 from sppfeat.describe import Described, Describer
-from sppfeat.devices import available_cores
 from sppfeat.errors import BackboneError, SppFeatError, one_line
 from sppfeat.images import name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Store, StoreWriter, open_store
 from sppfeat.windows import split_row_name
@@ -187,14 +189,20 @@ class _Child:
     """One process, and the thread that listens to it."""
 
     def __init__(self, number: int, heard: queue.Queue[tuple[int, Any]]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sppfeat.fill"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # A Ctrl-C goes to all processes of a terminal: whether it stops this one is for its parent to say.
-            start_new_session=True,
-        )
+        answers, theirs = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sppfeat.fill", str(theirs)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs],
+                text=True,
+                # A Ctrl-C goes to all processes of a terminal: whether it stops this one is for its parent to say.
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        self._answers = os.fdopen(answers, encoding="utf-8")
         self._number = number
         self._heard = heard
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -217,17 +225,14 @@ class _Child:
             self._process.kill()
         self._process.wait()
         self._listener.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    continue
+        self._answers.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
         last: Any = None
-        for line in self._process.stdout:
+        for line in self._answers:
             last = json.loads(line)
             if isinstance(last, list):
                 self._heard.put((self._number, last))
@@ -239,6 +244,7 @@ class _Child:
 
 def main() -> None:
     """The process that fills a part of the rows; see the module."""
+    answers = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     task = json.loads(sys.stdin.readline())
     stop = threading.Event()
 
@@ -251,7 +257,7 @@ def main() -> None:
     threading.Thread(target=obey, daemon=True).start()
 
     def say(message: object) -> None:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), file=answers, flush=True)
 
     work = Work()
     try:
@@ -269,7 +275,6 @@ def main() -> None:
     except Exception as error:  # said where someone reads it
         say({"error": f"{type(error).__name__}: {one_line(error)}", "kind": "BackboneError"})
     # The thread that obeys is still reading: an ordinary exit would wait for it.
-    sys.stdout.flush()
     os._exit(0)
 
 

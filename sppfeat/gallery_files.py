@@ -31,7 +31,7 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.documents import decode_document
 from sppfeat.errors import GalleryError, one_line
-from sppfeat.files import GALLERY, NOUNS, appearing, format_of, open_hdf5, os_reason, sync_folder
+from sppfeat.files import GALLERY, NOUNS, appearing, appearing_hdf5, format_of, open_hdf5, os_reason, sync_folder
 from sppfeat.index import faiss_reason, load_faiss
 from sppfeat.names import unsafe_name
 from sppfeat.rows import Box, picture_of
@@ -322,7 +322,7 @@ def _write_index(file: Path, index: Any) -> None:
 
 
 def _write_rows(file: Path, rows: GalleryRows) -> None:
-    with appearing(file, GalleryError) as partial, h5py.File(partial, "w", locking=False) as content:
+    with appearing_hdf5(file, GalleryError) as content:
         content.create_dataset("names", data=np.asarray(rows.names, dtype=object), dtype=h5py.string_dtype())
         # Paths may hold any byte; HDF5's text may not.
         roots = [np.frombuffer(os.fsencode(root), np.uint8) for root in rows.roots]

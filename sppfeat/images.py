@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import ctypes
 import errno
+import logging
 import os
 import re
 import stat
@@ -15,6 +18,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
+from sppfeat.decoding_limits import check_structure, check_working_set
 from sppfeat.errors import ImageError, UsageError, one_line
 
 # Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
@@ -36,6 +40,7 @@ _MAGIC: Final = {
     b"GIF8": "GIF",
     b"BM": "BMP",
 }
+_AVIF_BRANDS: Final = (b"ftypavif", b"ftypavis")  # behind the length of the first box
 _ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
 _BITS_TAG: Final = 258  # TIFF 6.0, section 3
 _PHOTOMETRIC_TAG: Final = 262
@@ -48,6 +53,21 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Rows that are converted at once: some copies of these, not of the image.
+_STRIP_PIXELS: Final = 4_000_000
+
+# Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+# libtiff writes its messages to descriptor 2 itself, whatever file that is, and names no image; what fails is an
+# exception of Pillow's all the same. A Pillow built without libtiff has no such function.
+with contextlib.suppress(AttributeError, OSError):
+    _libtiff = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
+    for _set_handler in (_libtiff.TIFFSetErrorHandler, _libtiff.TIFFSetWarningHandler):
+        _set_handler.restype = ctypes.c_void_p
+        _set_handler.argtypes = [ctypes.c_void_p]
+        _set_handler(None)
+
 _UNDO: Final = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
@@ -140,7 +160,7 @@ def path_to_name(relative: str) -> str:
 def name_to_path(root: str, name: str) -> str:
     """The path of the file that `name` stands for."""
     relative = re.sub(
-        r"\\(?:\\|x([0-9a-f]{2}))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
+        r"\\(?:\\|x([89a-f][0-9a-f]))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
     )
     return os.path.join(root, relative)
 
@@ -243,17 +263,25 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         raise ImageError("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "is not a regular file")
     file = os.fdopen(descriptor, "rb")
     try:
+        check_structure(file)
         image = Image.open(file, formats=_FORMATS)
         # The image owns the file from here: closing one closes the other.
         image._exclusive_fp = True
         return image, Fingerprint(info.st_size, info.st_mtime_ns)
+    except ImageError:
+        file.close()
+        raise
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(12)
         file.close()
-        for magic, kind in _MAGIC.items():
-            if start.startswith(magic):
-                raise ImageError(f"cannot be decoded: damaged {kind} header, or a kind of {kind} not known") from None
+        kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
+        if _AVIF and start[4:] in _AVIF_BRANDS:
+            kinds = ["AVIF"]
+        if kinds:
+            raise ImageError(
+                f"cannot be decoded: damaged {kinds[0]} header, or a kind of {kinds[0]} not known"
+            ) from None
         raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()
@@ -289,6 +317,7 @@ def _is_empty_exif(block: bytes) -> bool:
 
 
 def _load(image: Image.Image) -> None:
+    check_working_set(image)
     try:
         image.load()
     except Exception as error:  # a damaged body can raise almost anything inside a decoder
@@ -325,15 +354,27 @@ def read_image(path: str, *, orientation: str = "exif") -> DecodedImage:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= rows:
+        return _convert(image, image)
+    pixels = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        pixels.paste(_convert(image.crop(box), image), box)
+    return pixels
+
+
+def _convert(strip: Image.Image, image: Image.Image) -> Image.Image:
+    """A strip of an image, or all of it, as RGB; the image knows what the pixels mean."""
     if image.mode.startswith("I;16"):
         # Pillow takes TIFF samples of 12 bits, and those that count from white, just as they are stored.
         tags = getattr(image, "tag_v2", {})
-        gray = (np.asarray(image) >> (tags.get(_BITS_TAG, (16,))[0] - 8)).astype(np.uint8)
+        gray = (np.asarray(strip) >> (tags.get(_BITS_TAG, (16,))[0] - 8)).astype(np.uint8)
         return Image.fromarray(255 - gray if tags.get(_PHOTOMETRIC_TAG) == 0 else gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+    if strip.has_transparency_data:
+        rgba = strip.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+    return strip.convert("RGB")

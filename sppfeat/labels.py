@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import UsageError, one_line
 
 # The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
 TEST_PARTS: Final = ("test", "val", "valid", "validation")
@@ -61,7 +61,7 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
                 classes[name] = label
                 splits |= {name: split} if split else {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: expected a readable CSV file, found: {error}") from None
+        raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
     return Labels(classes, splits)
 
 

@@ -18,6 +18,20 @@ def available_memory() -> int:
     return min([whole, *(limit for limit in limits if limit > 0)])
 
 
+def available_cores(proc: Path = Path("/proc/self")) -> int:
+    """Cores that this process may use: those it may run on, or as many as the quotas of its control groups amount to.
+
+    A part of a core counts as one.
+    """
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Version 2 says "QUOTA PERIOD" in one file, version 1 in two; without a limit the quota is "max", or -1.
+    quotas = control_group_values("cpu", "cpu.max", "cpu.cfs_quota_us", proc)
+    periods = control_group_values("cpu", "cpu.max", "cpu.cfs_period_us", proc)
+    shares = [(quota.split()[0], period.split()[-1]) for quota, period in zip(quotas, periods, strict=False)]
+    limits = [-(-int(quota) // int(period)) for quota, period in shares if quota.isdigit() and int(period) > 0]
+    return max(1, min([mask, *limits]))
+
+
 def control_group_values(controller: str, file: str, file_v1: str, proc: Path = Path("/proc/self")) -> Iterator[str]:
     """The contents of one setting in this process's control group and in all that it lies in, without the line's end.
 

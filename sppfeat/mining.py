@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import ModelError, one_line
-from sppfeat.files import appearing_hdf5
+from sppfeat.files import DAMAGE, appearing_hdf5, read_document
+from sppfeat.untrusted import check_hdf5
 
 _COPY_ROWS: Final = 4096
 GROUND_TRUTH: Final = -1
@@ -167,11 +168,12 @@ def read_state(path: Path, identity: str) -> tuple[dict[str, np.ndarray], dict[s
     if not path.exists():
         return None
     try:
+        check_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
             same = file.attrs.get("identity") == identity
-            values = json.loads(str(file.attrs["values"]))
+            values = read_document(file, "values", dict[str, Any], ModelError)
             arrays = {key: dataset[:] for key, dataset in _datasets(file)} if same else {}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, *DAMAGE) as error:
         raise ModelError(
             f"{path}: expected a training that was stopped, found: {one_line(error)}; --overwrite starts anew"
         ) from None

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import threading
 import warnings
@@ -40,6 +41,16 @@ _MAGIC: Final = b"sppfeat-openvino-2\n"
 _KEPT_ENTRIES: Final = 24
 
 
+def import_openvino() -> Any:
+    """The module openvino, which then tells nobody of its use.
+
+    Its converter reports each import to an analytics host, through a package that it does without where that is not
+    there. Raises MissingExtraError.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+    return require_extra("openvino", "cpu", "engine openvino")
+
+
 class OpenVinoEngine:
     """A backbone as OpenVINO runs it on this processor, for pictures of any size; see `sppfeat.engine.Engine`.
 
@@ -55,7 +66,7 @@ class OpenVinoEngine:
     patience = 4
 
     def __init__(self, backbone: Backbone, streams: int, threads: int) -> None:
-        require_extra("openvino", "cpu", "engine openvino")
+        import_openvino()
         self.streams, self.threads = streams, threads
         self._backbone = backbone
         self._local = threading.local()
@@ -88,6 +99,9 @@ class OpenVinoEngine:
             with torch.inference_mode():
                 self._backbone.feature_map(pictures)
             raise RuntimeError(f"OpenVINO: {_reason(error)}; --engine torch runs it") from None
+
+    def release(self) -> None:
+        self._local = threading.local()  # requests keep the maps of the largest image they have seen
 
     def _infer(self, pictures: torch.Tensor) -> torch.Tensor:
         request = getattr(self._local, "request", None)
@@ -169,7 +183,7 @@ def _pad_inside(model: Any) -> None:
     Padding that depends on the size is otherwise a copy of the map by a slow layer, and hides that the map's size is
     that of the shortcut around it, so that sums are not computed inside convolutions: 1.2 to 1.35 times the time.
     """
-    from openvino import opset13
+    opset13 = import_openvino().opset13
 
     for layer in model.get_ordered_ops():
         kind = layer.get_type_name()
@@ -198,7 +212,7 @@ def _pad_inside(model: Any) -> None:
 
 def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
     """Convert a backbone, with free batch, height and width, and compile it."""
-    import openvino
+    openvino = import_openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     height, width = _odd_size(backbone)
@@ -280,8 +294,7 @@ def cache_folder() -> Path:
 
 def _read_entry(entry: Path, options: dict[str, Any]) -> Any:
     """The compiled network of a cache entry; None when there is none that is whole and ours."""
-    import openvino
-
+    openvino = import_openvino()
     try:
         with open(entry, "rb") as file:
             # Compiled networks are trusted as programs are: another user's are not read.

@@ -76,16 +76,20 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
 def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
     """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
     image, fingerprint = open_image(path)
-    large = image.width * image.height > LARGE_PIXELS
-    with image, _ONE_LARGE if large else contextlib.nullcontext():
+    with image, contextlib.ExitStack() as stack:
         for scale in recipe.scales:
             scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
+        drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
+        if not drafted and image.width * image.height > LARGE_PIXELS:
+            stack.enter_context(_ONE_LARGE)  # before `upright_size`, which decodes some PNGs
         size, turn = upright_size(image, orientation=recipe.orientation)
         targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
-        if recipe.jpeg_draft:
+        if drafted:
             # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
+            if image.width * image.height > LARGE_PIXELS:
+                stack.enter_context(_ONE_LARGE)
         pixels = decode(image, turn, orientation=recipe.orientation)
         return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
 

@@ -28,8 +28,9 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
-from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason
+from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason, read_document
 from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
+from sppfeat.machine import available_cores
 from sppfeat.selective_search import ProposalOptions, Proposed, Proposer
 from sppfeat.store import lock_store
 from sppfeat.windows import read_windows
@@ -47,9 +48,9 @@ class WindowFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self.names: list[str] = file["names"].asstr()[:].tolist()
-        self.options = ProposalOptions(**json.loads(str(file.attrs["options"])))
+        self.options = ProposalOptions(**read_document(file, "options", dict[str, Any], WindowsError))
         self.source_root = os.fsdecode(bytes(file.attrs["source_root"]))
-        self.versions: dict[str, str] = json.loads(str(file.attrs["versions"]))
+        self.versions: dict[str, str] = read_document(file, "versions", dict[str, str], WindowsError)
         self.errors = {n: e for n, e in zip(self.names, file["error"].asstr()[:].tolist(), strict=True) if e}
         self.image_size: np.ndarray = file["image_size"][:]
         self.file_size: np.ndarray = file["file_size"][:]
@@ -57,8 +58,18 @@ class WindowFile(Mapping[str, np.ndarray]):
         self._start: np.ndarray = file["start"][:]
         dataset = file["windows"]
         rows = int(dataset.shape[0])
-        if len(self._start) != len(self.names) + 1 or self._start[-1] != rows or (np.diff(self._start) < 0).any():
+        if (
+            len(self._start) != len(self.names) + 1
+            or self._start[-1] != rows
+            or self._start[0]
+            or (np.diff(self._start) < 0).any()
+        ):
             raise ValueError("its windows do not add up")
+        columns = (self.image_size, (2,)), (self.file_size, ()), (self.file_mtime_ns, ())
+        if any(values.shape != (len(self.names), *width) or values.dtype.kind != "i" for values, width in columns):
+            raise ValueError("its columns are not of one length")
+        if dataset.dtype != np.int32 or dataset.shape != (rows, 4):
+            raise ValueError(f"windows: expected int32 [M, 4], found {dataset.dtype} {list(dataset.shape)}")
         if rows:
             place = dataset.id.get_offset()
             self._windows: np.ndarray = np.memmap(path, dataset.dtype, "r", offset=place, shape=(rows, 4))
@@ -163,8 +174,6 @@ def propose_folder(
     A file that is there is resumed: unchanged images keep their windows; other options, or another root, are refused.
     Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
     """
-    from sppfeat.devices import available_cores  # brings torch along, which the processes have no use for
-
     began = time.perf_counter()
     options, observer = options or ProposalOptions(), observer or _Silent()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)

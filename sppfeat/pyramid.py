@@ -151,7 +151,9 @@ def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]
     try:
         from sppfeat.pyramid_triton import max_of_windows
 
-        return max_of_windows(cells, windows, levels)
+        # Triton launches on the current device, whatever that of the tensors is.
+        with torch.cuda.device_of(cells):  # type: ignore[no-untyped-call]
+            return max_of_windows(cells, windows, levels)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that is missing, or too old for the driver or the card, fails in any way
@@ -197,6 +199,8 @@ def _pool_levels(
 
 
 def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
+    if pooling == "avg" and cells.dtype.itemsize < 4:
+        return cells.float()  # half precision is for storing, not for summing; the result is rounded once
     if pooling != "gem":
         return cells
     # Single precision has no room for the 10th power of a large value, nor for that of the floor.

@@ -136,7 +136,7 @@ class Recipe:
         """Read a recipe; unknown keys and newer versions are refused by name with UsageError."""
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r} ({error})") from None
         if not isinstance(document, Mapping):
             raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r}")
@@ -215,7 +215,7 @@ def _require_text(name: str, value: object) -> None:
 
 
 def _require_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise UsageError(unknown_name(name, str(value), valid))
 
 

@@ -192,7 +192,7 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
         relevant, junk = {}, {}
         for query, lists in content.items():
             relevant[query], junk[query] = _judged(query, lists, difficulty)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UsageError(f"{path}: expected ground truth in JSON, found: {one_line(error)}") from None
     return GroundTruth(relevant, junk)
 

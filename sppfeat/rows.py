@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -151,17 +150,12 @@ def block_rows(dim: int) -> int:
 
 
 def picture_of(root: str, name: str) -> tuple[str, Box | None]:
-    """The file that a row was made from, and its window where the row is one's.
-
-    A window that no image can have, which a name of unknown origin may tell, is none.
-    """
+    """The file that a row was made from, and its window where the row is one's."""
     path = name_to_path(root, name)
     image, window = split_row_name(name)
     if window is None or os.path.lexists(path):  # an image may be called like a window
         return path, None
-    x1, y1, x2, y2 = window
-    possible = all(map(math.isfinite, window)) and x1 <= x2 and y1 <= y2
-    return name_to_path(root, image), window if possible else None
+    return name_to_path(root, image), window
 
 
 def check_same_recipe(first: Store, second: Store) -> None:

@@ -35,9 +35,11 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError, UsageError, one_line
-from sppfeat.files import STORE, appearing, hdf5_reason, new_hdf5, os_reason
+from sppfeat.files import DAMAGE, STORE, appearing, new_hdf5, os_reason, partial_path, read_document
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
+from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe
+from sppfeat.untrusted import check_hdf5, hdf5_reason
 
 FORMAT_VERSION: Final = 1
 ERROR_BYTES: Final = 200  # longest reason kept, in UTF-8 bytes
@@ -129,6 +131,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     try:
         while True:
             # Reading takes no lock: rows are only ever added, and HDF5's own lock would stop a running extraction.
+            check_hdf5(path)
             with open(path, "rb") as content, h5py.File(path, "r", locking=False) as file:
                 # Else an extraction put a longer file in its place between the two openings.
                 if os.path.samestat(os.stat(path), os.fstat(content.fileno())):
@@ -139,7 +142,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise StoreError(
             f"{path}: expected a store, found a file that cannot be opened: {hdf5_reason(error)}"
         ) from None
-    except (KeyError, ValueError, UsageError) as error:
+    except (*DAMAGE, UsageError) as error:
         raise StoreError(f"{path}: expected a whole store, found: {one_line(error)}") from None
 
 
@@ -160,17 +163,27 @@ def _read(path: Path, file: h5py.File, content: BinaryIO) -> Store:
         if not column.offset or column.offset + column.row_bytes * column.shape[0] > size:
             raise StoreError(f"{path}: cut short: /{name} ends beyond the {size} bytes of the file")
         columns[name] = column
+        kinds = ("<f2", "<f4") if name == "descriptors" else (_COLUMNS[name][0],)
+        width = column.shape[1:] if name == "descriptors" else _COLUMNS[name][1]
+        if column.dtype not in kinds or column.shape[1:] != width or len(column.shape) != (2 if width else 1):
+            raise StoreError(f"{path}: /{name} holds {column.dtype} {list(column.shape)}, which no store has")
     names = file["names"].asstr()[:].tolist()
     if any(column.shape[0] != len(names) for column in columns.values()):
         raise StoreError(f"{path}: expected one row a name, found {len(names)} names and columns of other lengths")
+    recipe = Recipe.from_json(str(file.attrs["recipe"]))
+    recipe_hash, weights_sha256 = str(file.attrs["recipe_hash"]), str(file.attrs["weights_sha256"])
+    if recipe_hash != recipe.identity(weights_sha256):
+        raise StoreError(f"{path}: its recipe_hash is of another recipe or other weights; extract it anew")
+    if columns["descriptors"].dtype != recipe.dtype:
+        raise StoreError(f"{path}: expected descriptors of {recipe.dtype}, found {columns['descriptors'].dtype}")
     return Store(
         path=path,
         names=names,
-        recipe=Recipe.from_json(str(file.attrs["recipe"])),
-        recipe_hash=str(file.attrs["recipe_hash"]),
-        weights_sha256=str(file.attrs["weights_sha256"]),
+        recipe=recipe,
+        recipe_hash=recipe_hash,
+        weights_sha256=weights_sha256,
         source_root=os.fsdecode(bytes(file.attrs["source_root"])),
-        versions=json.loads(str(file.attrs["versions"])),
+        versions=read_document(file, "versions", dict[str, str], StoreError),
         columns=columns,
         **{
             name: np.memmap(content, dtype=column.dtype, mode="r", offset=column.offset, shape=column.shape)
@@ -211,9 +224,10 @@ def _other_kind(path: Path) -> str | None:
     if not h5py.is_hdf5(path):
         return "a file that is no store"
     try:
+        check_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
             kind = file.attrs.get("format")
-    except OSError:
+    except (OSError, *DAMAGE):
         return None
     return None if kind == STORE else f"an HDF5 file of format {kind!r}"
 
@@ -228,7 +242,7 @@ def lock_store(path: Path) -> Iterator[None]:
     beside = path.with_name(f".{path.name}.lock")
     while True:
         try:
-            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _above_standard(os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         except OSError as error:
             raise StoreError(f"{path}: cannot write in {path.parent}: {error.strerror}") from None
         try:
@@ -244,6 +258,9 @@ def lock_store(path: Path) -> Iterator[None]:
                 break
         os.close(descriptor)
     try:
+        # What a writer that was killed left behind: nobody else may be writing now.
+        with contextlib.suppress(OSError):
+            os.unlink(partial_path(path))
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -340,10 +357,11 @@ class StoreWriter:
         self._path = store.path
         self._columns = store.columns
         try:
-            self._descriptor = os.open(store.path, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptor = _above_standard(os.open(store.path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
         self._waiting: dict[int, Status] = {}
+        self._unsynced = False
 
     def __enter__(self) -> Self:
         return self
@@ -354,6 +372,8 @@ class StoreWriter:
         try:
             if not isinstance(error, StoreError):
                 self.flush()
+                if self._unsynced:
+                    self._sync()
         finally:
             os.close(self._descriptor)
 
@@ -383,6 +403,7 @@ class StoreWriter:
         for row, status in self._waiting.items():
             self._write("status", row, status)
         self._waiting.clear()
+        self._unsynced = True  # by the next flush, or at the end
 
     def _write_row(
         self, row: int, descriptor: np.ndarray, image_size: tuple[int, int], error: bytes, fingerprint: Fingerprint
@@ -414,6 +435,17 @@ class StoreWriter:
             getattr(os, "fdatasync", os.fsync)(self._descriptor)
         except OSError as error:
             raise StoreError(f"{self._path}: cannot be written: {os_reason(error)}") from None
+        self._unsynced = False
+
+
+def _above_standard(descriptor: int) -> int:
+    """The same file, never under the number of a standard stream: a library that prints would write into it."""
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def verify_store(store: Store) -> list[str]:
@@ -422,10 +454,9 @@ def verify_store(store: Store) -> list[str]:
     reasons = store.errors()
     if len(set(store.names)) != len(store.names):
         problems.append(f"{len(store.names) - len(set(store.names))} names stand more than once")
-    expected = store.recipe.identity(store.weights_sha256)
-    if store.recipe_hash != expected:
-        problems.append(f"recipe_hash: expected {expected}, found {store.recipe_hash}")
     for row, (name, status) in enumerate(zip(store.names, store.status.tolist(), strict=True)):
+        if (fault := unsafe_name(name)) is not None:
+            problems.append(f"row {row} ({name!r}): its name {fault}")
         if status > Status.FAILED:
             problems.append(f"row {row} ({name!r}): expected status 0, 1 or 2, found {status}")
         elif status == Status.DONE:

@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import UsageError, one_line
 from sppfeat.geometry import Geometry
 
 COLUMNS: Final = ("name", "x1", "y1", "x2", "y2")
 # The side of the square that a window's area comes closest to at its scale: what ImageNet networks are trained on.
 CANONICAL_SIDE: Final = 224
-_ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>[^#,]+(?:,[^#,]+){3})", re.DOTALL)
+_ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
 
 
 def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -45,7 +45,7 @@ def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UsageError(f"{path}: expected a file of windows, found: {error.strerror}") from None
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"{path}: expected a readable {kind[1:].upper()} file, found: {error}") from None
+        raise UsageError(f"{path}: expected a readable {kind[1:].upper()} file, found: {one_line(error)}") from None
     if not found:
         raise UsageError(f"{path}: expected windows, found none")
     return {name: np.array(boxes, np.float64) for name, boxes in found.items()}
@@ -76,7 +76,7 @@ def _json_entries(path: str, document: Any) -> Any:
 
 
 def _checked_name(where: str, name: Any) -> str:
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise UsageError(f"{where}: expected the name of a picture, found {name!r}")
     if name.startswith("/") or posixpath.normpath(name) != name or name.split("/")[0] == "..":
         raise UsageError(f"{where}: expected a name relative to the folder of the pictures, found {name!r}")
@@ -110,13 +110,18 @@ def row_name(picture: str, window: Iterable[float]) -> str:
 
 
 def split_row_name(name: str) -> tuple[str, tuple[float, float, float, float] | None]:
-    """A row's picture, and its window where the row is one's; the inverse of `row_name`."""
+    """A row's image, and its window where the row is one's; the inverse of `row_name`.
+
+    A window has four finite edges in order, as plain decimal numbers; any other name is that of a whole image.
+    """
     match = _ROW_NAME.fullmatch(name)
     if match is None:
         return name, None
     try:
         x1, y1, x2, y2 = (float(edge) for edge in match["box"].split(","))
     except ValueError:
+        return name, None
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
         return name, None
     return match["picture"], (x1, y1, x2, y2)
 

@@ -199,7 +199,7 @@ def test_coco(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected a COCO JSON file"),
+        ("{", "expected a COCO file with images, annotations, categories"),
         ("[]", "expected a COCO file with images, annotations, categories"),
         ('{"images": []}', "expected a COCO file with images, annotations, categories"),
         (coco(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "categories of different names"),
@@ -242,3 +242,22 @@ def test_real_annotations(shared: Path) -> None:
     assert len(test.images) == 200 and len(test.classes) == 20
     assert any(one.difficult.any() for one in test.images.values())
     assert np.isfinite(np.concatenate([one.boxes for one in test.images.values()])).all()
+
+
+@pytest.mark.parametrize(
+    ("inside", "what"),
+    [("<object/>" * 10_001, "objects"), ("<part/>" * 300_001, "elements"), ("<a>" * 40 + "</a>" * 40, "levels")],
+)
+def test_an_xml_file_that_would_swell_is_refused(tmp_path: Path, inside: str, what: str) -> None:
+    (tmp_path / "a.xml").write_text(f"<annotation>{inside}</annotation>")
+    with pytest.raises(UsageError, match=f"at most [0-9]+ {what}, found more"):
+        parse_xml(str(tmp_path / "a.xml"))
+
+
+@pytest.mark.parametrize("one", ["a\0b", "../../a", "/etc/passwd"])
+def test_a_list_of_ids_that_lead_elsewhere_is_refused(tmp_path: Path, one: str) -> None:
+    for place in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(f"{one}\n")
+    with pytest.raises(UsageError, match="expected ids of images"):
+        read_voc(tmp_path, "train")

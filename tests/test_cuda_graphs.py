@@ -91,3 +91,16 @@ def test_recorded_passes_on_the_card() -> None:
             expected = backbone.feature_map(pictures.cuda())
             torch.testing.assert_close(engine.feature_map(pictures), expected, rtol=1e-3, atol=1e-4)
         assert len(engine._local.passes._recorded) == 1  # type: ignore[attr-defined]
+
+
+def test_a_release_drops_graphs_and_makes_room_for_others() -> None:
+    recorder = Recorder()
+    passes = RecurringPasses(double, recorder)
+    for side in range(1, MOST_SHAPES + 1):
+        go(passes, side, _RECURS)
+    passes.release()
+    replays = recorder.replays
+    go(passes, 1, 1)
+    assert recorder.replays == replays
+    go(passes, 1, _RECURS)
+    assert len(recorder.shapes) == MOST_SHAPES + 1

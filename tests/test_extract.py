@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -360,15 +361,37 @@ def test_out_of_memory_halves_batches_and_loses_no_row(
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     if not fits:
-        with pytest.raises(BackboneError, match="one picture of 64 x .* does not fit .* cpu .CUDA out of mem.*smaller"):
-            extract_folder(folder, output, recipe, options)
-        assert open_store(output).counts() == {"pending": 40, "done": 0, "failed": 0}
+        assert extract_folder(folder, output, recipe, options).failed == 40
+        assert open_store(output).counts() == {"pending": 0, "done": 0, "failed": 40}
+        reasons = set(open_store(output).errors().values())
+        assert all(re.match(r"one image of \d+ x \d+ does not fit .* cpu .CUDA out of mem", r) for r in reasons)
         return
     assert extract_folder(folder, output, recipe, options).described == 40
     expected, found = by_name(open_store(tmp_path / "whole.h5")), by_name(open_store(output))
     assert all(same_within_one_unit(found[name], expected[name]) for name in expected)
     assert max(sizes) > fits  # it happened
     assert sum(size for size in sizes if size <= fits) == 40
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
+)
+def test_an_image_that_does_not_fit_fails_alone(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder, output = make_images(12), tmp_path / "f.h5"
+    Image.new("RGB", (640, 64)).save(folder / "wide.png")
+    feature_map = Backbone.feature_map
+
+    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+        if pictures.shape[2] >= 500:
+            raise error
+        return feature_map(self, pictures)
+
+    monkeypatch.setattr(Backbone, "feature_map", small)
+    done = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
+    assert (done.described, done.failed, done.pending) == (12, 1, 0)
+    assert "does not fit into the memory of cpu" in open_store(output).errors()["wide.png"]
 
 
 def test_a_scale_too_small_for_the_backbone_is_refused_at_once(make_images: MakeImages, tmp_path: Path) -> None:

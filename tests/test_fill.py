@@ -110,7 +110,10 @@ def test_a_process_that_is_killed_leaves_its_rows(
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "sppfeat.fill"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "sppfeat.fill", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     child.communicate(b"", timeout=60)
     assert child.returncode
@@ -129,3 +132,10 @@ def test_several_devices_that_cannot_be(make_images: MakeImages, tmp_path: Path)
         extract_folder(make_images(1), tmp_path / "f.h5", TINY, RunOptions(device="cuda:77,78"))
     with pytest.raises(UsageError, match="device cuda:0,1: expected one device here, found several"):
         resolve_device("cuda:0,1")
+
+
+def test_prints_of_libraries_do_not_disturb_the_answers(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_processes: None
+) -> None:
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")  # oneDNN then prints every primitive on standard output
+    assert extract_folder(make_images(4), tmp_path / "f.h5", TINY, OPTIONS).described == 4

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from sppfeat import machine
-from sppfeat.machine import available_memory, control_group_values
+from sppfeat.machine import available_cores, available_memory, control_group_values
 
 V1 = "31 23 0:35 {root} {point} rw,relatime shared:9 - cgroup cgroup rw,memory\n"
 V2 = "41 31 0:38 {root} {point} rw,relatime - cgroup2 cgroup2 rw\n"
@@ -64,3 +65,32 @@ def test_memory_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole > 1 << 26
     assert with_limits("max", "9223372036854771712") == whole
     assert with_limits("max", "50000000", "60000000") == 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "cores"),
+    [
+        ("max 100000", "max 100000", 16),
+        ("400000 100000", "max 100000", 4),
+        ("800000 100000", "150000 100000", 2),
+        ("1000 100000", "max 100000", 1),
+        ("9900000 100000", "max 100000", 16),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_cores_of_nested_quotas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, outer: str, inner: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    group = tmp_path / "mount" / "a" / "b"
+    for folder, text in ((group.parent, outer), (group, inner)):
+        quota, period = text.split()
+        if version == 2:
+            limit(folder, "cpu.max", text)
+        else:
+            limit(folder, "cpu.cfs_quota_us", quota.replace("max", "-1"))
+            limit(folder, "cpu.cfs_period_us", period)
+    kind = "cgroup2 cgroup rw" if version == 2 else "cgroup cgroup rw,cpu,cpuacct"
+    (tmp_path / "cgroup").write_text("0::/a/b\n" if version == 2 else "4:cpu,cpuacct:/a/b\n")
+    (tmp_path / "mountinfo").write_text(f"30 20 0:1 / {tmp_path}/mount rw - {kind}\n")
+    assert available_cores(tmp_path) == cores

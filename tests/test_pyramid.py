@@ -345,3 +345,12 @@ def test_rois_must_lie_on_the_map(roi: list[int]) -> None:
 def test_rois_must_be_whole_numbers_in_fours(rois: torch.Tensor) -> None:
     with pytest.raises(UsageError, match=r"rois must be whole numbers \[K, 4\], found torch\.(float32|int64)"):
         pool_rois(random_map(2, 4, 6), rois, (1,))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_means_of_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    maps = torch.rand((1, 8, 61, 67), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = pool_pyramid(maps.double(), (3, 1), pooling="avg").float().to(dtype)
+    found = pool_pyramid(maps, (3, 1), pooling="avg")
+    assert float((found.float() - expected.float()).abs().max()) <= torch.finfo(dtype).eps
+    assert (found == expected).float().mean() > 0.95

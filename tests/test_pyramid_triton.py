@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,29 @@ def test_a_kernel_that_fails_is_warned_of_once(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(pool(), first) and len(calls) == 1  # the second time, without a warning
     monkeypatch.setattr(pyramid, "_suits_triton", lambda *arguments: False)
     assert torch.equal(pool(), first)
+
+
+def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is pretended: what counts is that the launch happens inside the guard of these tensors."""
+    inside: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def guard(tensor: torch.Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.clear()
+
+    def launch(cells: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert inside and inside[0] is cells
+        return torch.ones(1, 30)
+
+    module = type(sys)("sppfeat.pyramid_triton")
+    module.max_of_windows = launch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sppfeat.pyramid_triton", module)
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    monkeypatch.setattr(pyramid, "_triton_failed", False)
+    monkeypatch.setattr(pyramid, "_suits_triton", lambda *arguments: True)
+    assert bool((pool_pyramid(torch.zeros(1, 3, 7, 9), (3, 1)) == 1).all())
 
 
 def test_out_of_memory_is_no_failure_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

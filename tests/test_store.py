@@ -89,7 +89,7 @@ def test_status_comes_after_the_values_are_on_disk(path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "pwrite", write)
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: (events.append("sync"), real_sync(descriptor)))
     fill(path, range(3))
-    assert events[-4:] == ["sync", "status", "status", "status"]
+    assert events[-5:] == ["sync", "status", "status", "status", "sync"]
     assert "status" not in events[:-4]
 
 
@@ -254,3 +254,23 @@ def test_disk_full_while_filling(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert open_store(path).counts() == {"pending": 3, "done": 1, "failed": 0}
     fill(path, [1, 2, 3])
     assert verify_store(open_store(path)) == []
+
+
+def test_a_recipe_that_was_changed_is_refused(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["recipe"] = Recipe(pooling="avg").to_json()
+    with pytest.raises(StoreError, match="recipe_hash is of another recipe"):
+        open_store(path)
+
+
+def test_verify_names_rows_that_lead_elsewhere(tmp_path: Path) -> None:
+    names = ["a.jpg", "../b.jpg", "/etc/passwd", r"\x2e\x2e/c.jpg"]
+    create_store(tmp_path / "f.h5", names, recipe=Recipe(), weights_sha256=SHA, dim=DIM, source_root="/r")
+    problems = verify_store(open_store(tmp_path / "f.h5"))
+    assert [problem.split(" ")[1] for problem in problems] == ["1", "2", "3"]
+
+
+def test_the_next_writer_clears_what_a_killed_one_left(path: Path) -> None:
+    (left := path.with_name(f".{path.name}.partial")).write_bytes(b"half")
+    with lock_store(path):
+        assert not left.exists()

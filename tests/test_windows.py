@@ -132,6 +132,7 @@ def test_outside() -> None:
     st.lists(st.integers(-(10**7), 10**7).map(lambda n: n / 1000), min_size=4, max_size=4),
 )
 def test_row_names_say_picture_and_window(picture: str, window: list[float]) -> None:
+    window = [min(window[::2]), min(window[1::2]), max(window[::2]), max(window[1::2])]
     assert split_row_name(row_name(picture, window)) == (picture, tuple(window))
 
 
@@ -333,3 +334,19 @@ def test_command_line(
     wrong = CliRunner().invoke(app, ["extract", str(folder), "-o", str(tmp_path / "x.h5"), "--windows", str(broken)])
     assert isinstance(wrong.exception, UsageError) and "w.csv, line 2: '0000.png': inverted" in str(wrong.exception)
     assert not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "box",
+    ["nan,0,1,1", "0,0,1e6,1e6", "0,0,inf,1", "5,0,4,1", "0,0,1", " 1,2,3,4", "1_0,0,20,20", "9" * 400 + ",0,1,1"],
+)
+def test_names_that_only_look_like_windows_are_those_of_images(box: str) -> None:
+    assert split_row_name(f"a.jpg#{box}") == (f"a.jpg#{box}", None)
+    assert split_row_name(f"#{box}") == (f"#{box}", None)
+
+
+@given(st.text(), st.text())
+def test_a_window_in_a_name_is_finite_and_ordered(image: str, box: str) -> None:
+    name, window = split_row_name(f"{image}#{box}")
+    if window is not None:
+        assert np.isfinite(window).all() and window[0] <= window[2] and window[1] <= window[3] and name

@@ -1,0 +1,242 @@
+"""Refuse, before anything is decoded, an image that would take far more time or memory than its kind ever needs.
+
+A file's own structure (markers, chunk lengths, tags) tells what decoding costs; reading it takes microseconds. What is
+damaged here passes: the decoder says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from typing import BinaryIO, Final
+
+from PIL import Image
+
+from sppfeat.errors import ImageError
+
+# Encoders write about 10; splitting every bit of every component into scans of its own takes a few dozen.
+MAX_SCANS: Final = 100
+# Every scan of a progressive JPEG walks over the whole image: ten scans (the usual number) of 200 megapixels.
+MAX_SCANNED_PIXELS: Final = 2_000_000_000
+# An ICC profile takes at most 255 segments; extended XMP in segments of 64 KB may take hundreds.
+MAX_JPEG_SEGMENTS: Final = 5_000
+# Fill bytes (ITU T.81, B.1.1.2) align a marker or reserve a little room; Pillow reads them one by one.
+MAX_FILL_BYTES: Final = 65_536
+# PNG writers cut pixels into chunks of 8 KB or more: this is over 1.6 GB of them.
+MAX_PNG_DATA_CHUNKS: Final = 200_000
+# Text, profile, time, ...: a handful in real files. Each may inflate to 1 MB (Pillow's MAX_TEXT_CHUNK).
+MAX_PNG_OTHER_CHUNKS: Final = 1_000
+# Blocks of at most 255 bytes before the first frame; comments and XMP of real files are some kilobytes.
+MAX_GIF_BLOCKS: Final = 10_000
+# Each tag stands once; the specification and the vendors' own tags come to some hundreds.
+MAX_TIFF_ENTRIES: Final = 1_000
+# TIFF 6.0, section 15: the sides of a tile are multiples of 16.
+MIN_TILE_AREA: Final = 16 * 16
+# 100 megapixels in the smallest tiles; one row a strip stays far below.
+MAX_TIFF_PIECES: Final = 400_000
+# Pillow decodes run-length BMP in Python, run by run; such images have at most 256 colours.
+MAX_RLE_BYTES: Final = 8_000_000
+# Decoder's buffers, pixels and their conversion together. With Python, torch and a network it stays below 1.5 GB.
+MAX_WORKING_SET: Final = 1 << 30
+
+_TIFF_SIZES: Final = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+_BLOCK: Final = 1 << 20
+_MOST_WALKED: Final = 1 << 28
+_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
+
+
+def check_structure(file: BinaryIO) -> None:
+    """Refuse an opened file whose structure is far outside its format's practice. Raises ImageError; rewinds."""
+    start = file.read(34)
+    if start.startswith(b"\xff\xd8\xff"):
+        _check_jpeg(file)
+    elif start.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(file)
+    elif start.startswith(b"GIF8"):
+        _check_gif(file, start)
+    elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        _check_tiff(file, start)
+    elif start.startswith(b"BM") and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_RLE_BYTES:
+            raise ImageError(f"run-length BMP of {size:,} bytes: expected at most {MAX_RLE_BYTES:,}")
+    file.seek(0)
+
+
+def working_set(image: Image.Image) -> int:
+    """An estimate from above of the bytes that decoding an opened image to upright RGB takes."""
+    pixels = image.width * image.height
+    stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "LA": 4}.get(image.mode, 4)
+    each: float = stored + 4  # and its conversion to RGB, or the turned image
+    if image.format == "WEBP":
+        each += 16  # libwebp: its own ARGB, two canvases of the animation decoder, and Pillow's copy of one
+    elif image.format == "AVIF":
+        each += 14  # planes of 16 bits, RGBA, and Pillow's copy
+    elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        # libjpeg keeps the coefficients (16 bits) of the whole image, whatever size a draft has.
+        draft = (getattr(image, "decoderconfig", ()) or (1,))[0]
+        each += 2 * _samples(image) * draft * draft
+    elif image.format == "TIFF" and image.info.get("compression", "raw") != "raw":
+        bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
+        each += (max(bits) * image.tag_v2.get(277, 1) + 7) // 8  # type: ignore[attr-defined]  # all in one strip
+    return int(pixels * each)
+
+
+def _samples(image: Image.Image) -> float:
+    """Samples a pixel that a JPEG keeps: 3 for full colour, 1.5 where both chroma planes are halved both ways."""
+    layers = [(across, down) for _, across, down, _ in getattr(image, "layer", ()) if across and down]
+    if not layers:
+        return len(image.getbands())
+    whole = max(across for across, _ in layers) * max(down for _, down in layers)
+    return float(sum(across * down for across, down in layers) / whole)
+
+
+def check_working_set(image: Image.Image) -> None:
+    """Refuse an opened image that takes more than `MAX_WORKING_SET` bytes to decode. Raises ImageError."""
+    needed = working_set(image)
+    if needed > MAX_WORKING_SET:
+        raise ImageError(
+            f"{image.width} x {image.height} pixels ({image.format}, {image.mode}): decoding takes about "
+            f"{needed / 2**20:,.0f} MiB, expected at most {MAX_WORKING_SET / 2**20:,.0f}"
+        )
+
+
+def _check_jpeg(file: BinaryIO) -> None:
+    file.seek(2)
+    segments = skipped = width = height = 0
+    in_marker = False
+    while byte := file.read(1):
+        # As Pillow's reader does, which also skips whatever is no marker.
+        if byte == b"\xff" or not in_marker or byte == b"\0":
+            skipped += not (byte == b"\xff" and not in_marker)
+            in_marker = byte == b"\xff"
+            if skipped > MAX_FILL_BYTES:
+                raise ImageError(f"JPEG with more than {MAX_FILL_BYTES:,} fill bytes before its pixels")
+            continue
+        in_marker = False
+        if byte == b"\xda":
+            break
+        segments += 1
+        if segments > MAX_JPEG_SEGMENTS:
+            raise ImageError(f"JPEG of more than {MAX_JPEG_SEGMENTS:,} segments before its pixels")
+        if 0xD0 <= byte[0] <= 0xD9 or byte == b"\1":
+            continue
+        length = int.from_bytes(file.read(2), "big")
+        if 0xC0 <= byte[0] <= 0xCF and byte[0] not in (0xC4, 0xC8, 0xCC):
+            frame = file.read(5)
+            height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+            length -= 5
+        file.seek(max(length - 2, 0), os.SEEK_CUR)
+    most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS // max(1, width * height)))
+    pixels = file.tell()
+    # Within the pixels 0xFF is escaped, so that counting the marker's bytes counts all scans, and perhaps some more.
+    if 1 + _count_scans(file) > most:
+        file.seek(pixels)
+        scans = _walk_scans(file.read(_MOST_WALKED))
+        if scans > most:
+            raise ImageError(f"progressive JPEG of {scans:,} scans: expected at most {most}")
+
+
+def _count_scans(file: BinaryIO) -> int:
+    scans, last = 0, b""
+    while block := file.read(_BLOCK):
+        scans += (last + block).count(b"\xff\xda")
+        last = b"\xff" if block.endswith(b"\xff") else b""
+    return scans
+
+
+def _walk_scans(content: bytes) -> int:
+    """Scans up to the end of the image: a video, a depth map or a thumbnail may hold the same bytes."""
+    scans, at = 1, 0
+    while (match := _MARKER.search(content, at)) and match[0] != b"\xff\xd9":
+        scans += match[0] == b"\xff\xda"
+        at = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
+    return scans
+
+
+def _check_png(file: BinaryIO) -> None:
+    file.seek(8)
+    data = other = 0
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        if head[4:] in (b"IDAT", b"fdAT", b"fcTL"):
+            data += 1
+        else:
+            other += 1
+        if data > MAX_PNG_DATA_CHUNKS or other > MAX_PNG_OTHER_CHUNKS:
+            kind, most = (
+                ("data", MAX_PNG_DATA_CHUNKS) if data > MAX_PNG_DATA_CHUNKS else ("other", MAX_PNG_OTHER_CHUNKS)
+            )
+            raise ImageError(f"PNG of more than {most:,} {kind} chunks")
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+
+
+def _check_gif(file: BinaryIO, start: bytes) -> None:
+    flags = start[10] if len(start) > 10 else 0
+    file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
+    blocks = 0
+    while file.read(1) == b"!":
+        file.read(1)
+        while size := file.read(1):
+            blocks += 1
+            if blocks > MAX_GIF_BLOCKS:
+                raise ImageError(f"GIF of more than {MAX_GIF_BLOCKS:,} blocks before its first frame")
+            if size == b"\0":
+                break
+            file.seek(size[0], os.SEEK_CUR)
+
+
+def _check_tiff(file: BinaryIO, start: bytes) -> None:
+    order = "<" if start[:1] == b"I" else ">"
+    big = b"+" in start[:4]
+    step = 20 if big else 12
+    try:
+        (offset,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
+        file.seek(offset)
+        (entries,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
+        if entries > MAX_TIFF_ENTRIES:
+            raise ImageError(f"TIFF directory of {entries:,} entries: expected at most {MAX_TIFF_ENTRIES:,}")
+        directory = file.read(entries * step)
+        total = 0
+        values: dict[int, int] = {}
+        counts: dict[int, int] = {}
+        for at in range(0, len(directory), step):
+            tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), directory, at)
+            total += count * _TIFF_SIZES.get(kind, 0)
+            counts[tag] = count
+            code = {3: "H", 4: "I", 16: "Q" if big else ""}.get(kind)
+            if count == 1 and code:
+                (values[tag],) = struct.unpack_from(order + code, directory, at + (12 if big else 8))
+    except (struct.error, OSError, OverflowError, ValueError):
+        return
+    size = os.fstat(file.fileno()).st_size
+    if total > size:
+        raise ImageError(f"TIFF directory names {total:,} bytes of values, found a file of {size:,}")
+    if 322 in values and 323 in values and 0 < values[322] * values[323] < MIN_TILE_AREA:
+        raise ImageError(f"TIFF tiles of {values[322]} x {values[323]} pixels: expected at least 16 x 16")
+    pieces = max(counts.get(273, 0), counts.get(324, 0))
+    if pieces > MAX_TIFF_PIECES:
+        raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
+    if values.get(259) in (6, 7):  # JPEG inside: each strip or tile is one, usually of one scan
+        file.seek(0)
+        scans = _count_scans(file)
+        most = MAX_SCANS + 10 * pieces
+        if scans > most:
+            raise ImageError(f"TIFF of {scans:,} JPEG scans in {pieces:,} strips or tiles")

@@ -1,0 +1,150 @@
+"""HDF5 files from unknown hands: looked through in a child process first, because HDF5 can hang or die on a bad one.
+
+HDF5 cannot be interrupted: its calls hold the interpreter's lock until they return. A forked child reads all that a
+later opening will read of the file's structure. If the child hangs, is killed or complains, the file is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import resource
+import select
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Final
+
+import h5py
+from h5py._objects import phil
+
+from sppfeat.errors import one_line
+
+# Of no progress in the child. Sound files take milliseconds, and say so after every block of names.
+DEADLINE_SECONDS: Final = 8
+# What the child may take on top of what this process has: sound files of many names need some 100 MB.
+MEMORY_BYTES: Final = 1 << 30
+_BLOCK_ROWS: Final = 1 << 16
+_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+# Reason, or None for a sound file, by path, size, time and inode: one command opens a file several times.
+_known: dict[tuple[str, int, int, int], str | None] = {}
+
+
+def check_hdf5(path: str | os.PathLike[str]) -> None:
+    """Raise OSError unless an HDF5 file is one of the kind that sppfeat writes, and can be read without harm.
+
+    Such a file has plain datasets at its root, each in one piece inside the file: no filters, no chunks, no links, and
+    no values that lie in other files.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        if file.read(len(_SIGNATURE)) != _SIGNATURE:
+            raise OSError("no HDF5 file")
+    key = (os.path.realpath(path), info.st_size, info.st_mtime_ns, info.st_ino)
+    if key not in _known:
+        _known[key] = _reason_in_child(path)
+    if (reason := _known[key]) is not None:
+        raise OSError(reason)
+
+
+def hdf5_reason(error: OSError) -> str:
+    """Why HDF5 refused: it wraps its reason in parentheses, after a sentence that says nothing."""
+    text = error.strerror or one_line(error)
+    inner = text[text.find("(") + 1 : -1] if text.startswith("Unable to") and text.endswith(")") else text
+    return f"cut short ({inner})" if "truncated file" in inner else inner
+
+
+def _reason_in_child(path: Path) -> str | None:
+    """What is wrong with a file, as a child of this process finds it; the child touches h5py alone."""
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns that other threads' locks stay locked in the child, which takes none of them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # No other thread may be inside HDF5 while the process is copied: its lock would stay taken in the child.
+        with phil:
+            child = os.fork()
+    if not child:
+        _look_and_exit(path, sender)
+    os.close(sender)
+    said, status = bytearray(), None
+    try:
+        last = time.monotonic()
+        while (left := last + DEADLINE_SECONDS - time.monotonic()) > 0:
+            if select.select([receiver], [], [], left)[0]:
+                if not (block := os.read(receiver, 1 << 16)):
+                    _, status = os.waitpid(child, 0)
+                    break
+                said += block
+                last = time.monotonic()
+    finally:
+        os.close(receiver)
+        if status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if status is None or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        return f"its header cannot be read within {DEADLINE_SECONDS} s"
+    if os.WIFSIGNALED(status):
+        return f"its header is damaged (reading it ends with signal {os.WTERMSIG(status)})"
+    reason = said.lstrip(b".").decode("utf-8", "replace")
+    return reason or (None if status == 0 else "its header is damaged")
+
+
+def _look_and_exit(path: Path, sender: int) -> None:
+    status = 1
+    try:
+        faulthandler.disable()
+        # A parent that is killed must not leave a child behind that hangs for ever.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(DEADLINE_SECONDS)
+        with open("/proc/self/statm", "rb") as statm:
+            taken = int(statm.read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = taken + MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(taken + MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (OSError, ValueError):
+        pass  # a system without /proc has no such limit
+    try:
+        _look(path, sender)
+        status = 0
+    except OSError as error:
+        os.write(sender, hdf5_reason(error).encode("utf-8", "replace"))
+    except BaseException as error:
+        os.write(sender, one_line(error).encode("utf-8", "replace"))
+    finally:
+        os._exit(status)
+
+
+def _look(path: Path, sender: int) -> None:
+    """Read a file's attributes, the places of its datasets and its texts. Raises OSError and whatever h5py raises."""
+    size = path.stat().st_size
+    with h5py.File(path, "r", locking=False) as file:
+        for key in file.attrs:
+            if file.attrs.get_id(key).get_storage_size() > size:
+                raise OSError(f"attribute {key!r} is larger than the file")
+            file.attrs[key]
+        for name in file:
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise OSError(f"/{name} is a link to another place")
+            dataset = file[name]
+            if not isinstance(dataset, h5py.Dataset):
+                raise OSError(f"/{name} is no dataset")
+            layout = dataset.id.get_create_plist()
+            if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count() or layout.get_nfilters():
+                raise OSError(f"/{name} is not stored in one piece in this file")
+            held = dataset.id.get_type().get_size()
+            for length in dataset.shape or ():
+                held *= int(length)
+            place = dataset.id.get_offset()
+            if held and (place is None or place + held > size):
+                raise OSError(f"cut short: /{name} ends beyond the {size} bytes of the file")
+            if dataset.dtype.kind == "O" and dataset.ndim == 1:
+                for start in range(0, len(dataset), _BLOCK_ROWS):
+                    dataset[start : start + _BLOCK_ROWS]
+                    signal.alarm(DEADLINE_SECONDS)
+                    os.write(sender, b".")
+            elif dataset.dtype.kind not in "biufSV" or dataset.dtype.names:
+                raise OSError(f"/{name} holds values of type {dataset.dtype}")
