@@ -255,10 +255,7 @@ class _Place(NamedTuple):
 def _place(store: Store, name: str) -> _Place:
     if (reason := unsafe_name(name)) is not None:
         return _Place(name, "", refused=f"the name {reason}, and is not followed")
-    path, window = picture_of(store.source_root, name)
-    if window is None and path != name_to_path(store.source_root, name):
-        return _Place(name, "", refused="the name holds a window that no image can have")
-    return _Place(name, path, window)
+    return _Place(name, *picture_of(store.source_root, name))
 
 
 def _describe_windows(store: Store, places: list[_Place], describer: Describer) -> Iterator[_Row]:
