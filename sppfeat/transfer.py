@@ -192,12 +192,11 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
     names = [name for name in store.names if name in labels.classes and name not in failed]
     if not names:
         raise UsageError(f"{store.path}: expected described images, found {len(store)}, all with a label failed")
-    if lost := {labels.classes[name] for name in failed if name in labels.classes} - {
-        labels.classes[name] for name in names
-    }:
+    known = set(labels.classes.values())
+    if lost := known - {labels.classes[name] for name in names}:
         shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)
         warnings.warn(
-            f"{store.path}: left out, since all of their images failed: {shown} ({len(lost)} of the classes)",
+            f"{store.path}: {len(lost)} of {len(known)} classes left out, since all of their images failed: {shown}",
             SppFeatWarning,
             stacklevel=3,
         )
@@ -296,7 +295,7 @@ def _split_task(names: list[str], left_out: Counter[str], known: Labels) -> _Tas
     labels, classes = _labels(used, known)
     parts = np.array([part_of[name] for name in used])
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == test_part)
-    if untrained := set(labels[test]) - set(labels[train]):
+    if untrained := set(labels[test].tolist()) - set(labels[train].tolist()):
         raise UsageError(f"class {min(untrained)!r}: has {test_part} images, and none to train with")
     return _Task(used, classes, labels, [(train, test)], left_out, test_part)
 

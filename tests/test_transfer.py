@@ -163,6 +163,17 @@ def test_pending_rows_are_refused(make_store: Callable[..., Store]) -> None:
         evaluate_transfer([store])
 
 
+def test_folders_without_classes_are_named(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    labels = replace(
+        labels_from_folders(store.names),
+        classes={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
+        splits={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
+    )
+    with pytest.raises(UsageError, match="class 'test': has test images, and none to train with"):
+        evaluate_transfer([store], TransferOptions(protocol="split"), labels=labels)
+
+
 def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) -> None:
     with pytest.raises(
         UsageError, match=r"expected at least 31 images a class, found fewer in 4 of .*\(class0 12, class1 12"
@@ -564,7 +575,7 @@ def test_a_class_whose_images_all_failed(make_store: Callable[..., Store]) -> No
     with StoreWriter(store) as writer:
         for row in range(12):
             writer.fail(row, "broken")
-    with pytest.warns(SppFeatWarning, match=r"f\.h5: left out, since all of their images failed: 'class0' \(1 of the"):
+    with pytest.warns(SppFeatWarning, match=r"f\.h5: 1 of 3 classes left out, since all .* failed: 'class0'"):
         (done,) = evaluate_transfer([store], TransferOptions(trials=1))
     assert list(done.per_class) == ["class1", "class2"] and done.left_out_by_reason == {"failed": 12}
     with StoreWriter(store) as writer:
