@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import UsageError, one_line
+from sppfeat.files import os_reason
 
 # The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
 TEST_PARTS: Final = ("test", "val", "valid", "validation")
@@ -60,8 +61,10 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
                     )
                 classes[name] = label
                 splits |= {name: split} if split else {}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: could not be read: {os_reason(error)}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: expected a CSV file in UTF-8, found: {one_line(error)}") from None
     return Labels(classes, splits)
 
 
@@ -128,8 +131,10 @@ def _read_voc_list(path: Path) -> dict[str, int]:
     listed: dict[str, int] = {}
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: could not be read: {os_reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: expected a text file in UTF-8, found: {error}") from None
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue

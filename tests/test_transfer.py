@@ -207,6 +207,14 @@ def test_bad_labels(make_store: Callable[..., Store], tmp_path: Path, text: str,
         evaluate_transfer([make_store()], labels=read_labels(path))
 
 
+def test_labels_files_that_could_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gone\.csv: could not be read: No such file or directory$"):
+        read_labels(tmp_path / "gone.csv")
+    (tmp_path / "latin.csv").write_bytes("name,label\na,\xdc\n".encode("latin1"))
+    with pytest.raises(UsageError, match=r"latin\.csv: expected a CSV file in UTF-8, found: "):
+        read_labels(tmp_path / "latin.csv")
+
+
 @pytest.mark.parametrize("change", [{"protocol": "caltech"}, {"costs": ()}, {"costs": (0.0,)}, {"trials": 0}])
 def test_bad_options(change: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(change)).replace("costs", "c")):
@@ -334,7 +342,10 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
         (lambda lists: (lists / "kind0_test.txt").write_text(""), "kind0_test.txt: expected an image a line"),
         (lambda lists: (lists / "kind2_test.txt").write_text("000000 1\n"), "expected the images of kind0_test.txt"),
         (lambda lists: (lists / "kind0_test.txt").write_text("000000 1\n" * 2), "line 2: duplicate image '000000'"),
-        (lambda lists: (lists / "kind0_test.txt").write_bytes(b"\xff\xfe"), "kind0_test.txt: cannot be read"),
+        (
+            lambda lists: (lists / "kind0_test.txt").write_bytes(b"\xff\xfe"),
+            "kind0_test.txt: expected a text file in UTF-8",
+        ),
     ],
 )
 def test_broken_voc_folders(
