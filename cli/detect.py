@@ -32,7 +32,7 @@ def detect(
     overlap: Annotated[
         float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
     ] = 0.3,
-    max_detections: Annotated[int, typer.Option(help="Most detections of an image.")] = 100,
+    max_detections: Annotated[int, typer.Option(help="Most detections of each class in an image.")] = 100,
     draw: Annotated[
         str | None, typer.Option(metavar="DIR", help="Draw what is found on copies of the images, in this folder.")
     ] = None,

@@ -1,12 +1,13 @@
 """`sppfeat evaluate`: how good descriptors are."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sppfeat_cli import evaluate_detection, svm_options
 from sppfeat_cli.evaluate_retrieval import retrieval
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.transfer import Transfer
@@ -30,7 +31,9 @@ def transfer(
     ],
     protocol: Annotated[
         str,
-        typer.Option(metavar="NAME", help="random | caltech101 | split (names in train/... and test/...) | voc2007"),
+        typer.Option(
+            metavar="NAME", help="random | caltech101 | split (names in train/... and test/... or val/...) | voc2007"
+        ),
     ] = "random",
     labels: svm_options.LabelsFile = None,
     voc: Annotated[
@@ -55,7 +58,7 @@ def transfer(
 
     C is chosen by 3-fold cross-validation inside the training images. Several stores are compared on the same splits.
     """
-    from sppfeat.errors import UsageError
+    from sppfeat.errors import ReportError, UsageError
     from sppfeat.labels import read_labels, read_voc_labels
     from sppfeat.report import check_page
     from sppfeat.store import open_store
@@ -78,35 +81,51 @@ def transfer(
     known = read_labels(labels) if labels is not None else read_voc_labels(voc) if voc is not None else None
     page = check_page(report, overwrite=overwrite) if report is not None else None
     done = evaluate_transfer([open_store(store) for store in stores], options, labels=known)
-    if page is not None:
-        write_transfer_report(page, done)
     if as_json:
-        documents = [_document(one) for one in done]
+        documents = [_document(one, labels, voc) for one in done]
         print_json(documents[0] if len(documents) == 1 else {"stores": documents})
     else:
         typer.echo(_table(done))
+    # The page comes after the results, and fails alone.
+    if page is not None:
+        try:
+            write_transfer_report(page, done)
+        except ReportError as error:
+            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
-def _document(done: "Transfer") -> dict[str, Any]:
+def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str, Any]:
     document = {
         "store": done.store,
-        "protocol": done.protocol,
+        "protocol": done.options.protocol,
         "metric": done.metric,
         "value": done.value,
         "std": done.std,
         "trials": done.trials,
         "C": [_costs(done, trial) for trial in range(len(done.trials))],
-        "per_class": done.per_class,
+        "per_class": {name: finite(value) for name, value in done.per_class.items()},
         "curve": [{"C": c, "value": value} for c, value in done.curve],
         "rows": done.rows,
+        "train": done.train,
+        "test": done.test,
+        "test_part": done.test_part,
         "left_out": done.left_out,
+        "left_out_by_reason": done.left_out_by_reason,
+        **convergence_document(done.convergence),
+        "choice_gap": finite(done.convergence.choice_gap),
         "dim": done.dim,
         "levels": done.recipe.levels,
         "route": done.route,
         "seconds": round(done.seconds, 3),
+        "seed": done.options.seed,
+        "options": options_document(done.options) | {"labels": labels, "voc": voc},
+        "recipe": options_document(done.recipe),
+        "weights_sha256": done.weights_sha256,
     }
     if done.area_per_class:
-        document |= {"value_area": done.area, "per_class_area": done.area_per_class}
+        areas = {name: finite(value) for name, value in done.area_per_class.items()}
+        document |= {"value_area": finite(done.area), "per_class_area": areas}
     return document
 
 
@@ -131,15 +150,29 @@ def _table(done: "list[Transfer]") -> str:
         if one is not first:
             line += f"  {_difference(one, first)}"
         lines.append(line)
-    left_out = f", {first.left_out} left out (failed, or without a label)" if first.left_out else ""
     lines.append(
-        f"{'mAP' if several else 'mean per-class accuracy'}, {len(first.per_class)} classes, {first.rows} images"
-        f"{left_out}; protocol {first.protocol}, {len(first.trials)} trial{'s' * (len(first.trials) > 1)}; "
-        f"solver: {first.route}"
+        f"{'mAP' if several else 'mean per-class accuracy'}, {counted(len(first.per_class), 'class')}, "
+        f"{counted(first.rows, 'image')}: {first.train} to train and {first.test} to test{_part(first)}"
+        f"{', in each trial' * (len(first.trials) > 1)}{_left_out(first)}; protocol {first.options.protocol}, "
+        f"{counted(len(first.trials), 'trial')}; solver: {first.route}"
     )
-    worst = sorted(first.per_class.items(), key=lambda item: item[1])[:5]
+    known = {name: value for name, value in first.per_class.items() if name not in first.untested}
+    worst = sorted(known.items(), key=lambda item: item[1])[:5]
     lines.append("hardest: " + ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst))
+    if first.untested:
+        named = ", ".join(map(printable, first.untested[:5])) + ", ..." * (len(first.untested) > 5)
+        lines.append(f"without a test image, and in no mean: {named} ({counted(len(first.untested), 'class')})")
     return "\n".join(lines)
+
+
+def _part(done: "Transfer") -> str:
+    """Which part is tested, where it is not the one that the protocol names."""
+    return f" (part {done.test_part!r}: there is no 'test')" if done.test_part not in (None, "test") else ""
+
+
+def _left_out(done: "Transfer") -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in done.left_out_by_reason.items())
+    return f"; {done.left_out} left out ({reasons})" if done.left_out else ""
 
 
 def _difference(one: "Transfer", first: "Transfer") -> str:

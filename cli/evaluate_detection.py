@@ -1,11 +1,12 @@
 """`sppfeat evaluate detection`: how good a detector is."""
 
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import options_document, print_json, printable
 from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Annotations, Images, VocRoot, Windows
 
@@ -44,12 +45,13 @@ def detection(
     """Average precision of every class, and their means: VOC 2007 (11-point), VOC 2010 (area), and COCO's.
 
     Difficult objects count neither way, a second detection of one object is wrong. What is odd in the annotations is
-    named and left out; exit code 3 then.
+    named and left out; exit code 3 then. An image counts up to 100 detections of each class.
     """
     from sppfeat.annotations import read_annotations
     from sppfeat.detect import open_detector
     from sppfeat.detection_evaluation import complete_options, evaluate_detector
     from sppfeat.drawing import write_evaluation
+    from sppfeat.errors import ReportError
     from sppfeat.proposals import windows_from
     from sppfeat.recipe import RunOptions
     from sppfeat.report import check_page
@@ -57,21 +59,37 @@ def detection(
     run = RunOptions(device=device, engine=engine)
     page = check_page(report, overwrite=overwrite) if report is not None else None
     model = open_detector(detector)
-    options = complete_options(model, overlap)
-    annotated = read_annotations(
-        voc, split=split or ("test" if voc is not None else None), images=images, annotations=annotations
-    )
+    options = complete_options(overlap)
+    split = split or ("test" if voc is not None else None)
+    annotated = read_annotations(voc, split=split, images=images, annotations=annotations)
     boxes = windows_from(windows) if windows is not None else None
     with Progress(quiet=quiet, can_finish_early=False) as progress:
         for name, reason in annotated.problems.items():
             progress.note(f"left out: {name}: {reason}")
         done = evaluate_detector(model, annotated, boxes, options, run, overlap=iou, observer=progress)
-    if page is not None:
-        write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
     if as_json:
-        print_json(_document(done))
+        given = {"detector": detector, "voc": voc, "split": split, "images": images, "annotations": annotations}
+        print_json(
+            _document(done)
+            | {
+                # Of the windows that are proposed on the way; nothing else is left to chance.
+                "seed": model.proposals.seed,
+                "options": {**given, "windows": windows, "iou": iou, "device": device, "engine": engine}
+                | options_document(options),
+                "proposals": options_document(model.proposals),
+                "recipe": options_document(model.recipe),
+                "weights_sha256": model.weights_sha256,
+            }
+        )
     else:
         typer.echo(_table(done))
+    # The page comes after the results, and fails alone.
+    if page is not None:
+        try:
+            write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
+        except ReportError as error:
+            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
     if done.failed or done.notes:
         raise typer.Exit(3)
 

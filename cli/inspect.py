@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import counted, human_bytes, print_json, printable
+from sppfeat_cli.output import convergence_document, counted, human_bytes, print_json, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -91,6 +91,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         "dim": model.svm.weights.shape[1],
         "C": float(model.svm.costs[0]),
         "positive_weight": model.positive_weight,
+        **convergence_document(model.convergence),
         "weights_sha256": model.weights_sha256,
         "recipe": dataclasses.asdict(model.recipe),
     }
@@ -102,6 +103,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         f"{printable(file)}: SVM of {counted(len(model.classes), 'class')} ({names}), "
         f"trained with {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
+        *(f"  warning: {printable(text)}" for text in model.convergence.warnings()),
         f"  weights: sha256 {printable(model.weights_sha256[:16])}",
         *_recipe_lines(about["recipe"]),
     ]

@@ -1,23 +1,66 @@
 """What the commands share in printing and in reading options."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 
 from sppfeat.errors import SppFeatError, UsageError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from sppfeat.convergence import Convergence
+
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on standard output, in ASCII: names and paths may hold bytes that no encoding takes."""
-    typer.echo(json.dumps(document, indent=2), file=_json_stream)
+    """One JSON document on standard output, in ASCII: names and paths may hold bytes that no encoding takes.
+
+    JSON has no NaN and no infinity: see `finite`. Raises SppFeatError for one that is left.
+    """
+    try:
+        text = json.dumps(document, indent=2, allow_nan=False)
+    except ValueError:
+        raise SppFeatError("JSON: expected finite numbers, found NaN or infinity") from None
+    typer.echo(text, file=_json_stream)
+
+
+def finite(value: float) -> float | None:
+    """A number for a JSON document; None, which is null there, for NaN and infinity."""
+    return value if math.isfinite(value) else None
+
+
+def options_document(options: "DataclassInstance") -> dict[str, Any]:
+    """The fields of a dataclass of options, or of a recipe, by name, ready for a JSON document."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
+
+
+def convergence_document(found: "Convergence") -> dict[str, Any]:
+    """The keys that say which SVMs did not converge."""
+    return {
+        "converged": not found.not_converged,
+        "not_converged": [
+            {"trial": one.trial, "class": one.label, "gap": finite(one.gap)} for one in found.not_converged
+        ],
+        "largest_gap": finite(found.largest_gap),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def printable(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sppfeat.recipe import ENGINES, RunOptions
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import finite, print_json, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +25,7 @@ def predict(
         str, typer.Option(metavar="NAME", help=f"What runs the network: {' | '.join(ENGINES)}")
     ] = RunOptions.engine,
     batch_size: Annotated[
-        int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
+        int | None, typer.Option("-b", "--batch-size", help="Most images in a pass.", show_default="by device")
     ] = RunOptions.batch_size,
     num_workers: Annotated[
         int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
@@ -60,8 +60,8 @@ def predict(
                 {
                     "image": one.name,
                     "label": ranked[0][0],
-                    "score": ranked[0][1],
-                    "top": [{"label": label, "score": score} for label, score in ranked],
+                    "score": finite(ranked[0][1]),
+                    "top": [{"label": label, "score": finite(score)} for label, score in ranked],
                 }
             )
         else:

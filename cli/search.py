@@ -26,7 +26,9 @@ def search(
         ),
     ],
     k: Annotated[int, typer.Option("-k", help="Neighbors of each query.")] = 10,
-    exclude_self: Annotated[bool, typer.Option("--exclude-self", help="Leave out the query's own file.")] = False,
+    exclude_self: Annotated[
+        bool, typer.Option("--exclude-self", help="Leave out the query's own file, and its windows.")
+    ] = False,
     box: Annotated[
         str | None,
         typer.Option(

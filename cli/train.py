@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sppfeat_cli import svm_options, train_detector
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -69,11 +69,18 @@ def svm(
                 "dim": classifier.svm.weights.shape[1],
                 "C": cost,
                 "curve": [{"C": c, "value": value} for c, value in classifier.curve],
+                **convergence_document(classifier.convergence),
+                "choice_gap": finite(classifier.choice_gap),
                 "route": classifier.svm.route,
+                "seed": seed,
+                "options": options_document(options) | {"labels": labels},
+                "recipe": options_document(classifier.recipe),
+                "weights_sha256": classifier.weights_sha256,
             }
         )
         return
-    chosen = f" (cross-validated accuracy {max(value for _, value in classifier.curve):.1f} %)" * bool(classifier.curve)
+    best = max((value for _, value in classifier.curve), default=None)
+    chosen = "" if best is None else f" (cross-validated accuracy {best:.1f} %)"
     missing = f", {left_out} left out (failed, or without a label)" * bool(left_out)
     typer.echo(
         f"{printable(output)}: {len(classifier.classes)} classes from {classifier.images} images{missing}; "

@@ -368,13 +368,14 @@ def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
     kept = []
     for at, (box, inside) in enumerate(zip(boxes, clipped, strict=True)):
         what = f"{name}: box {at} ({raw.labels[at]}) {window_text(box)}"
-        if box[2] <= box[0] or box[3] <= box[1]:
-            result.notes.append(f"{what}: {'inverted' if (box[2:] < box[:2]).any() else 'empty'}; left out")
-        elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-            result.notes.append(f"{what}: outside the picture of {size[0]} x {size[1]}; left out")
+        # Both ends are inclusive: a box of one pixel ends where it begins, and one pixel earlier there is none.
+        if (pixels := box[2:] - box[:2] + 1).min() < 1:
+            result.notes.append(f"{what}: {'inverted' if pixels.min() < 0 else 'empty'}; left out")
+        elif (box[2:] < 0).any() or (box[:2] > np.array(size) - 1).any():
+            result.notes.append(f"{what}: outside the image of {size[0]} x {size[1]}; left out")
         else:
             if np.abs(box - inside).max() > _SLACK:
-                result.notes.append(f"{what}: reaches beyond the picture of {size[0]} x {size[1]}; cut off")
+                result.notes.append(f"{what}: reaches beyond the image of {size[0]} x {size[1]}; cut off")
             kept.append(at)
     result.images[name] = Annotation(
         clipped[kept],

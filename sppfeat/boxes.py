@@ -24,10 +24,14 @@ def box_targets(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def moved_boxes(windows: np.ndarray, targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[N, 4] windows [N, 4] moved by targets [N, 4], cut off at the picture of `size`; undoes `box_targets`."""
+    """[N, 4] windows [N, 4] moved by targets [N, 4], cut off at the image of `size`; undoes `box_targets`.
+
+    A box that shrinks to less than a pixel is one pixel, as both ends are inclusive.
+    """
     window_size = windows[:, 2:] - windows[:, :2] + 1
     middle = (windows[:, :2] + windows[:, 2:]) / 2 + targets[:, :2] * window_size
-    half = (window_size * np.exp(np.clip(targets[:, 2:], -_MAX_LOG, _MAX_LOG)) - 1) / 2
+    sides = window_size * np.exp(np.clip(targets[:, 2:], -_MAX_LOG, _MAX_LOG))
+    half = (np.maximum(sides, 1) - 1) / 2
     moved = np.concatenate([middle - half, middle + half], 1)
     clipped: np.ndarray = np.clip(moved, 0, [size[0] - 1, size[1] - 1] * 2)
     return clipped

@@ -9,21 +9,25 @@ many it was trained with), `positive_weight`, `route`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Final
+from functools import partial
+from itertools import groupby, islice
+from typing import Final, NamedTuple
 
 import h5py
 import numpy as np
 
-from sppfeat.describe import Describer
-from sppfeat.errors import ModelError, UsageError
+from sppfeat.convergence import Convergence
+from sppfeat.describe import DescribedWindows, Describer
+from sppfeat.errors import ModelError, SppFeatWarning, UsageError
 from sppfeat.files import STORE, SVM, appearing_hdf5, check_new_file, format_of, open_hdf5
-from sppfeat.images import find_images, name_to_path
+from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.labels import Labels, labels_from_folders
 from sppfeat.names import unsafe_name
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.rows import Box, picture_of
 from sppfeat.selection import SvmOptions, choose_cost
 from sppfeat.store import Status, Store, open_store
 from sppfeat.svm import LinearSvm, SvmProblem, class_targets
@@ -40,7 +44,7 @@ class Classifier:
 
     recipe, weights_sha256: of the descriptors, and of the network that makes them. images: trained with.
     curve: every C of the grid and its mean value in cross-validation, in percent; empty where C was given, or when
-    read from a file.
+    read from a file. choice_gap: the largest relative duality gap of the SVMs that C was chosen with; 0 likewise.
     """
 
     svm: LinearSvm
@@ -49,6 +53,12 @@ class Classifier:
     images: int
     positive_weight: float
     curve: list[tuple[float, float]]
+    choice_gap: float = 0.0
+
+    @property
+    def convergence(self) -> Convergence:
+        """How near the SVMs came to the best possible ones."""
+        return Convergence(self.classes, self.svm.gaps[None], self.choice_gap)
 
     @property
     def classes(self) -> list[str]:
@@ -68,7 +78,8 @@ class Prediction:
 def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:
     """Train on every image of a store that has a label; labels: None: from the names (`labels_from_folders`).
 
-    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used.
+    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used. Warns, as
+    SppFeatWarning, of SVMs that do not converge, and of classes whose images all failed.
     """
     options = options or SvmOptions()
     require_complete(store)
@@ -83,15 +94,19 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
     problem = SvmProblem(view, device=options.device, names=names)
     choice = choose_cost(problem, known, np.arange(len(names)), options)
     targets, _ = class_targets(known, classes)
-    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight)
-    return Classifier(
+    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight, start=choice.start)
+    classifier = Classifier(
         svm=problem.svm(solution, classes),
         recipe=view.recipe,
         weights_sha256=store.weights_sha256,
         images=len(names),
         positive_weight=options.positive_weight,
         curve=[(cost, 100 * value) for cost, value in choice.curve],
+        choice_gap=choice.gap,
     )
+    for text in classifier.convergence.warnings():
+        warnings.warn(f"{store.path}: {text}", SppFeatWarning, stacklevel=2)
+    return classifier
 
 
 def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -105,8 +120,8 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, ove
         file.attrs["images"] = classifier.images
         file.attrs["positive_weight"] = classifier.positive_weight
         file.attrs["route"] = classifier.svm.route
-        file["weights"] = classifier.svm.weights
-        file["biases"] = classifier.svm.biases
+        file["weights"] = classifier.svm.weights.astype(np.float32)
+        file["biases"] = classifier.svm.biases.astype(np.float32)
         file["costs"] = classifier.svm.costs
         file["gaps"] = classifier.svm.gaps
         file.create_dataset("classes", data=classifier.classes, dtype=h5py.string_dtype())
@@ -116,8 +131,8 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
     """Read a file of `save_classifier`. Raises ModelError when it is none, or not whole."""
     with open_hdf5(path, SVM, FORMAT_VERSION, ModelError) as file:
         svm = LinearSvm(
-            weights=np.asarray(file["weights"], np.float32),
-            biases=np.asarray(file["biases"], np.float32),
+            weights=np.asarray(file["weights"], np.float64),
+            biases=np.asarray(file["biases"], np.float64),
             classes=np.array(file["classes"].asstr()[:].tolist()),
             costs=np.asarray(file["costs"], np.float64),
             route=str(file.attrs["route"]),
@@ -126,16 +141,20 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
         count = len(svm.classes)
         if svm.weights.ndim != 2 or any(len(part) != count for part in (svm.weights, svm.biases, svm.costs, svm.gaps)):
             raise ModelError(f"{path}: expected a row for each of its {count} classes, found other lengths")
-        if not np.isfinite(svm.weights).all() or np.isnan(svm.biases).any():
-            raise ModelError(f"{path}: expected weights that are finite, found some that are not")
-        if len(np.unique(svm.classes)) != count or not np.isfinite(svm.costs).all():
-            raise ModelError(f"{path}: expected classes of different names, each with a finite C, found others")
+        if count < 2:
+            raise ModelError(f"{path}: expected at least two classes, found {count}")
+        positive_weight = float(file.attrs["positive_weight"])
+        numbers = (svm.weights, svm.costs, np.array(positive_weight))
+        if not all(np.isfinite(part).all() for part in numbers) or np.isnan(svm.biases).any():
+            raise ModelError(f"{path}: expected weights and costs that are finite, found some that are not")
+        if len(np.unique(svm.classes)) != count:
+            raise ModelError(f"{path}: expected classes of different names, found duplicates")
         return Classifier(
             svm=svm,
             recipe=Recipe.from_json(str(file.attrs["recipe"])),
             weights_sha256=str(file.attrs["weights_sha256"]),
             images=int(file.attrs["images"]),
-            positive_weight=float(file.attrs["positive_weight"]),
+            positive_weight=positive_weight,
             curve=[],
         )
 
@@ -156,21 +175,20 @@ def predict(
     options = options or RunOptions()
     stores = [source for source in sources if os.fspath(source) != "-" and format_of(source) == STORE]
     others = [source for source in sources if source not in stores]
-    jobs: list[tuple[str, list[str], dict[str, str]]] = []
+    jobs: list[Callable[[Describer], Iterator[_Row]]] = []
     for path in stores:
         store = open_store(path)
         view = _fitting_view(store, classifier)
         if isinstance(view, str):
             note(f"{path}: {view}; its images are described anew by the recipe of the classifier")
-            unsafe = {name: f"its name {fault}" for name in store.names if (fault := unsafe_name(name)) is not None}
-            jobs.append((store.source_root, [name for name in store.names if name not in unsafe], unsafe))
+            jobs.append(partial(_describe_store, store))
         else:
-            yield from _predict_rows(classifier, store, view, options)
+            yield from _predict_rows(classifier, store, view)
     if others:
         found = find_images(others)
         if not found.names:
             raise UsageError(f"{', '.join(os.fspath(source) for source in others)}: expected images, found none")
-        jobs.append((found.root, [name for name in found.names if name not in found.problems], found.problems))
+        jobs.append(partial(_describe_images, found))
     if not jobs:
         return
     describer = Describer(classifier.recipe, options)
@@ -183,17 +201,81 @@ def predict(
         raise ModelError(
             f"expected a classifier of {describer.dim} values by its recipe, found {classifier.svm.weights.shape[1]}"
         )
-    for root, names, problems in jobs:
-        yield from (Prediction(name, None, reason) for name, reason in problems.items())
-        rows = describer.describe(name_to_path(root, name) for name in names)
+    for job in jobs:
+        rows = job(describer)
         while block := list(islice(rows, _BLOCK_ROWS)):
-            good = [row for row in block if row.descriptor is not None]
-            yield from (Prediction(names[row.position], None, row.error) for row in block if row.descriptor is None)
-            if good:
-                scores = classifier.svm.scores(np.stack([row.descriptor for row in good if row.descriptor is not None]))
-                yield from (
-                    Prediction(names[row.position], values, None) for row, values in zip(good, scores, strict=True)
-                )
+            good = [row.descriptor for row in block if row.descriptor is not None]
+            scores = iter(classifier.svm.scores(np.stack(good)) if good else ())
+            yield from (
+                Prediction(row.name, None if row.descriptor is None else next(scores), row.error) for row in block
+            )
+
+
+class _Row(NamedTuple):
+    """What is to be scored: its descriptor, or why there is none."""
+
+    name: str
+    descriptor: np.ndarray | None
+    error: str | None
+
+
+def _describe_images(images: ImageList, describer: Describer) -> Iterator[_Row]:
+    yield from (_Row(name, None, reason) for name, reason in images.problems.items())
+    names = [name for name in images.names if name not in images.problems]
+    for one in describer.describe(name_to_path(images.root, name) for name in names):
+        yield _Row(names[one.position], one.descriptor, one.error)
+
+
+def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
+    """The images or windows that a store's rows are named after; windows in the order of the rows."""
+    for kind, group in groupby((_place(store, name) for name in store.names), key=lambda place: place.kind):
+        places = list(group)
+        if kind == "refused":
+            yield from (_Row(place.name, None, place.refused) for place in places)
+        elif kind == "window":
+            yield from _describe_windows(store, places, describer)
+        else:
+            for one in describer.describe(place.path for place in places):
+                yield _Row(places[one.position].name, one.descriptor, one.error)
+
+
+class _Place(NamedTuple):
+    """The file that a row is named after, its window where it is one's, and why the name is not followed, if so."""
+
+    name: str
+    path: str
+    window: Box | None = None
+    refused: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return "refused" if self.refused is not None else "image" if self.window is None else "window"
+
+
+def _place(store: Store, name: str) -> _Place:
+    if (reason := unsafe_name(name)) is not None:
+        return _Place(name, "", refused=f"the name {reason}, and is not followed")
+    return _Place(name, *picture_of(store.source_root, name))
+
+
+def _describe_windows(store: Store, places: list[_Place], describer: Describer) -> Iterator[_Row]:
+    if describer.recipe.crop != "none":
+        raise UsageError(
+            f"{store.path}: expected images, found windows: the recipe of the classifier crops "
+            f"({describer.recipe.crop}), and windows have no crop"
+        )
+    images = [list(group) for _, group in groupby(places, key=lambda place: place.path)]
+    tasks = ((group[0].path, np.array([place.window for place in group], np.float64)) for group in images)
+    ready: dict[int, DescribedWindows] = {}
+    position = 0
+    for one in describer.describe_windows(tasks):
+        ready[one.position] = one  # an image that cannot be read comes before others that were begun earlier
+        while (done := ready.pop(position, None)) is not None:
+            for at, place in enumerate(images[position]):
+                error = done.error or done.window_errors.get(at)
+                good = done.descriptors is not None and error is None
+                yield _Row(place.name, done.descriptors[at] if good and done.descriptors is not None else None, error)
+            position += 1
 
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
@@ -209,17 +291,13 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
     return view
 
 
-def _predict_rows(
-    classifier: Classifier, store: Store, view: DescriptorView, options: RunOptions
-) -> Iterator[Prediction]:
+def _predict_rows(classifier: Classifier, store: Store, view: DescriptorView) -> Iterator[Prediction]:
     require_complete(store)
     errors = store.errors()
     for first in range(0, len(store), _BLOCK_ROWS):
         rows = np.arange(first, min(first + _BLOCK_ROWS, len(store)))
         done = store.status[rows] == Status.DONE
-        yield from (Prediction(store.names[row], None, errors[store.names[row]]) for row in rows[~done])
-        if done.any():
-            scores = classifier.svm.scores(view[rows[done]])
-            yield from (
-                Prediction(store.names[row], values, None) for row, values in zip(rows[done], scores, strict=True)
-            )
+        scores = iter(classifier.svm.scores(view, rows[done], names=store.names) if done.any() else ())
+        for row, is_done in zip(rows, done, strict=True):
+            name = store.names[row]
+            yield Prediction(name, next(scores), None) if is_done else Prediction(name, None, errors[name])

@@ -31,7 +31,6 @@ from sppfeat.selective_search import ProposalOptions, Proposer
 FORMAT_VERSION: Final = 1
 # Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400
-MAX_DETECTIONS: Final = 10_000
 
 
 def detection_recipe(**changes: Any) -> Recipe:
@@ -143,7 +142,7 @@ class DetectOptions:
 
     threshold: least score; 0 is the border that the SVMs draw between objects and windows, of which there are far more,
     so that most objects lie below it. overlap: of two detections of a class that overlap by more, the better one stays.
-    max_detections: the most for a picture, over all classes; the best stay.
+    max_detections: the most of each class in an image; the best stay.
     """
 
     threshold: float = -0.5
@@ -155,9 +154,10 @@ class DetectOptions:
             raise UsageError("threshold must be a number, found NaN")
         if not 0 <= self.overlap <= 1:
             raise UsageError(f"overlap must be a number from 0 to 1, found {self.overlap!r}")
-        if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= MAX_DETECTIONS:
+        if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= MAX_BEFORE_SUPPRESSION:
             raise UsageError(
-                f"max_detections must be a whole number from 1 to {MAX_DETECTIONS}, found {self.max_detections!r}"
+                f"max_detections must be a whole number from 1 to {MAX_BEFORE_SUPPRESSION}, "
+                f"found {self.max_detections!r}"
             )
 
 
@@ -265,10 +265,21 @@ class DetectorRunner:
         all_labels, all_boxes = np.concatenate(labels), np.concatenate(boxes)
         all_scores = scores[np.concatenate(chosen), all_labels]
         middle = time.perf_counter()
-        kept = suppress(all_boxes, all_scores, all_labels, options.overlap)[: options.max_detections]
+        kept = suppress(all_boxes, all_scores, all_labels, options.overlap)
+        # Each class keeps its best, whatever the others score.
+        kept = kept[_ranks(all_labels[kept]) < options.max_detections]
         self._score_seconds += middle - start
         self._suppress_seconds += time.perf_counter() - middle
         return all_labels[kept], all_scores[kept], all_boxes[kept]
+
+
+def _ranks(labels: np.ndarray) -> np.ndarray:
+    """[N] how many earlier ones have the same label."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return ranks
 
 
 def detected(

@@ -12,17 +12,16 @@ import numpy as np
 
 from sppfeat.annotations import AnnotatedImages
 from sppfeat.describe import Describer
-from sppfeat.detect import MAX_DETECTIONS, DetectOptions, Detector, DetectorRunner, detected, window_notes
+from sppfeat.detect import DetectOptions, Detector, DetectorRunner, detected, window_notes
 from sppfeat.detection_metrics import COCO_DETECTIONS, COCO_OVERLAPS, Objects, coco_average_precision, voc_ranking
 from sppfeat.errors import UsageError
 from sppfeat.metrics import ranked_average_precision
 from sppfeat.recipe import RunOptions
 
 
-def complete_options(detector: Detector, overlap: float = DetectOptions.overlap) -> DetectOptions:
-    """All that suppression leaves, up to 100 a class in a picture (COCO's number), so that no curve ends early."""
-    most = min(COCO_DETECTIONS * len(detector.classes), MAX_DETECTIONS)
-    return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=most)
+def complete_options(overlap: float = DetectOptions.overlap) -> DetectOptions:
+    """All that suppression leaves, up to 100 per class and image (COCO's number), so that no curve ends early."""
+    return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=COCO_DETECTIONS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def evaluate_detector(
     describer: one that is at hand, for the detector's recipe.
     """
     began = time.perf_counter()
-    options = options or complete_options(detector)
+    options = options or complete_options()
     if not 0 < overlap <= 1:
         raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
     notes = list(annotated.notes)

@@ -16,7 +16,7 @@ from sppfeat.metrics import ranked_average_precision
 from sppfeat.windows import overlaps
 
 COCO_OVERLAPS: Final = tuple(np.linspace(0.5, 0.95, 10).tolist())
-COCO_DETECTIONS: Final = 100  # of a class in a picture, the best, as its `maxDets`
+COCO_DETECTIONS: Final = 100  # of a class in an image, the best, as its `maxDets`
 _COCO_RECALLS: Final = np.linspace(0, 1, 101)
 
 

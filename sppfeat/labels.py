@@ -17,13 +17,17 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import UsageError, one_line
+from sppfeat.files import os_reason
 
+# The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
+TEST_PARTS: Final = ("test", "val", "valid", "validation")
+PARTS: Final = ("train", *TEST_PARTS)
 _VOC_LINE: Final = re.compile(r"(\S+)\s+(-1|0|1)\s*")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Class, and `train` or `test` where a split is known, by name."""
+    """Class, and one of `PARTS` where a split is known, by name."""
 
     classes: dict[str, str]
     splits: dict[str, str]
@@ -32,12 +36,12 @@ class Labels:
 def labels_from_folders(names: Sequence[str]) -> Labels:
     """Labels from names: the folder that holds an image; the split from the first folder, where it is one."""
     classes = {name: posixpath.basename(posixpath.dirname(name)) for name in names if "/" in name}
-    splits = {name: name.split("/")[0] for name in names if name.split("/")[0] in ("train", "test")}
+    splits = {name: part for name in names if (part := name.split("/")[0]) in PARTS}
     return Labels(classes, splits)
 
 
 def read_labels(path: str | os.PathLike[str]) -> Labels:
-    """Read a CSV file with the columns name,label and, if wanted, split (train or test). Raises UsageError."""
+    """Read a CSV file with the columns name,label and, if wanted, split (one of PARTS). Raises UsageError."""
     classes: dict[str, str] = {}
     splits: dict[str, str] = {}
     try:
@@ -49,14 +53,18 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
             for row in rows:
                 name, label, split = row["name"], row["label"], row.get("split") or ""
                 if not name or not label or name in classes:
-                    fault = "a name that stands twice" if name in classes else "an empty name or label"
+                    fault = "a duplicate name" if name in classes else "an empty name or label"
                     raise UsageError(f"{path}, line {rows.line_num}: found {fault} ({name!r})")
-                if split not in ("", "train", "test"):
-                    raise UsageError(f"{path}, line {rows.line_num}: expected split train or test, found {split!r}")
+                if split and split not in PARTS:
+                    raise UsageError(
+                        f"{path}, line {rows.line_num}: expected split {', '.join(PARTS)} or none, found {split!r}"
+                    )
                 classes[name] = label
                 splits |= {name: split} if split else {}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: could not be read: {os_reason(error)}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: expected a CSV file in UTF-8, found: {one_line(error)}") from None
     return Labels(classes, splits)
 
 
@@ -114,7 +122,7 @@ def read_voc_labels(folder: str | os.PathLike[str], *, train: str = "trainval", 
             columns.append([listed[one] for one in ids])
         for one, row in zip(ids or (), np.array(columns, np.int8).T, strict=True):
             if one in splits:
-                raise UsageError(f"{lists}: image {one!r} stands in both {train} and {test}")
+                raise UsageError(f"{lists}: image {one!r} is in both {train} and {test}")
             targets[one], splits[one] = row, part
     return VocLabels(classes, targets, splits)
 
@@ -123,8 +131,10 @@ def _read_voc_list(path: Path) -> dict[str, int]:
     listed: dict[str, int] = {}
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: could not be read: {os_reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: expected a text file in UTF-8, found: {error}") from None
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -132,7 +142,7 @@ def _read_voc_list(path: Path) -> dict[str, int]:
         if match is None:
             raise UsageError(f"{path}, line {number}: expected an image id and -1, 0 or 1, found {line!r}")
         if match[1] in listed:
-            raise UsageError(f"{path}, line {number}: image {match[1]!r} stands twice")
+            raise UsageError(f"{path}, line {number}: duplicate image {match[1]!r}")
         listed[match[1]] = int(match[2])
     if not listed:
         raise UsageError(f"{path}: expected an image a line, found none")

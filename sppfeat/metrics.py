@@ -95,6 +95,16 @@ def ranked_average_precision(ranked: np.ndarray, *, relevant: int | None = None,
     return float(precision.sum() / total)
 
 
+def precision_at(ranked: np.ndarray, k: int) -> float:
+    """Precision of the first k of a ranking [R] with a +1, or up to its last +1 where that comes earlier.
+
+    So that a query of few relevant images can reach 1 (Radenovic, Iscen, Tolias, Avrithis, Chum 2018).
+    """
+    hits = ranked[ranked != 0] > 0
+    last = min(int(np.flatnonzero(hits)[-1]) + 1, k)
+    return float(hits[:last].sum() / last)
+
+
 def recall_at(ranked: np.ndarray, k: int) -> float:
     """Recall@k of one query as image search counts it: 1 if any of the first k of a ranking [R] is relevant, else 0."""
     return float((ranked[ranked != 0][:k] > 0).any())

@@ -1,48 +1,41 @@
 """Retrieval evaluation: rank a gallery for every query by cosine similarity, exactly, and score the rankings.
 
 What is relevant to a query comes from the folders of the names, from a part of the names, or from a file of ground
-truth. Junk rows are taken out of a ranking as if they were not there, and so is the query itself.
+truth. Junk rows are taken out of a ranking as if they were not there, and so are all rows of the query's own image.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import StoreError, UsageError, one_line, unknown_name
-from sppfeat.metrics import AP_METHODS, ranked_average_precision, recall_at
-from sppfeat.rows import UnitRows, check_same_recipe, unit_rows
+from sppfeat.errors import StoreError, UsageError, unknown_name
+from sppfeat.ground_truth import GroundTruth
+from sppfeat.metrics import AP_METHODS, precision_at, ranked_average_precision, recall_at
+from sppfeat.rows import UnitRows, check_same_recipe, picture_of, unit_rows
+from sppfeat.search import DEFAULT_ALPHA, MAX_ALPHA
 from sppfeat.store import Store
 from sppfeat.whitening import Projection, ProjectionOptions, learn_projection
+from sppfeat.windows import row_name, split_row_name
 
-DIFFICULTIES: Final = ("easy", "medium", "hard")
 RECALLS: Final = (1, 5, 10)
 # Scores of a block of queries with the whole gallery, in float32.
 _SCORE_BYTES: Final = 1 << 27
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """For each query, by name: names of the gallery that are relevant, and those that do not count."""
-
-    relevant: dict[str, frozenset[str]]
-    junk: dict[str, frozenset[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
     """How retrieval is evaluated.
 
-    relevant: `folder`: the folder that holds the query's picture; `regex:PATTERN`: the same text in the pattern's
+    relevant: `folder`: the folder that holds the query's image; `regex:PATTERN`: the same text in the pattern's
     group. Not used with ground truth. method: of average precision, see `ranked_average_precision`; None: `trapezoid`
     with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
+    whole_queries: search by whole images also where the ground truth has a box for the query.
     expand, alpha: alpha query expansion as in `SearchOptions`.
     Raises UsageError, naming the field, when a value cannot be.
     """
@@ -51,7 +44,8 @@ class RetrievalOptions:
     method: str | None = None
     projection: ProjectionOptions | None = None
     expand: int = 0
-    alpha: float = 3.0
+    alpha: float = DEFAULT_ALPHA
+    whole_queries: bool = False
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in AP_METHODS:
@@ -60,24 +54,29 @@ class RetrievalOptions:
             _pattern(self.relevant)
         if self.expand < 0:
             raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
+        if not 0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
 
 
 @dataclass(frozen=True)
 class Retrieval:
     """What was reached: mean average precision and recall@k over the queries, in percent.
 
-    average_precisions: by query, in percent. left_out: queries without any relevant row. projection: that was used.
+    precision: mean precision at k, of revisited ground truth; else empty. average_precisions: by query, in percent.
+    left_out: queries without any relevant row. projection: that was used. learned_here: from rows that are evaluated.
     """
 
     queries: int
     gallery: int
     mean_average_precision: float
     recall: dict[int, float]
+    precision: dict[int, float]
     average_precisions: dict[str, float]
     left_out: list[str]
     method: str
     dim: int
     projection: Projection | None
+    learned_here: bool
 
 
 def evaluate_retrieval(
@@ -88,7 +87,8 @@ def evaluate_retrieval(
     truth: GroundTruth | None = None,
     whitening_from: Store | None = None,
 ) -> Retrieval:
-    """Rank the gallery for every query. queries: None: the gallery's own rows, each left out of its own ranking.
+    """Rank the gallery for every query. queries: None: the gallery's own rows; the rows of a query's own image,
+    windows of it included, are left out of its ranking then.
 
     A projection is learned from the gallery, or from `whitening_from`. Raises StoreError for stores that cannot be
     compared, UsageError for relevance that cannot be told, and names of the ground truth that are not there.
@@ -101,49 +101,54 @@ def evaluate_retrieval(
     if options.projection is not None:
         projection = learn_projection(unit_rows(whitening_from or gallery), options.projection)
     rows = unit_rows(gallery, projection)
-    leave_one_out = queries is None
     asked = rows if queries is None else unit_rows(queries, projection)
     if truth is not None:
-        truth, asked = _checked(truth, rows, asked)
-        targets = _targets_from_truth(truth, rows, asked)
+        matched, asked = _matched(truth, rows, asked, whole=options.whole_queries)
+        targets = _targets_from_truth(matched, len(rows))
     else:
         targets = _targets_from_keys(options.relevant, rows, asked)
     method = options.method or ("step" if truth is None else "trapezoid")
-    places = {name: row for row, name in enumerate(rows.names)} if leave_one_out else {}
-    precisions: dict[str, float] = {}
+    own = _own_rows(rows) if queries is None and not (truth is not None and truth.own_counts) else {}
+    values: dict[str, float] = {}
     left_out: list[str] = []
     recalls = {k: 0.0 for k in RECALLS}
-    for (name, target), order in zip(targets, rankings(rows, asked, places, options), strict=True):
-        if name in places:
-            target[places[name]] = 0
+    precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
+    for (name, target), order in zip(targets, rankings(rows, asked, own, options), strict=True):
+        if name in own:
+            target[own[name]] = 0
         ranked = target[order]
         if not (ranked > 0).any():
             left_out.append(name)
             continue
-        precisions[name] = 100 * ranked_average_precision(ranked, method=method)
-        for k in RECALLS:
+        values[name] = 100 * ranked_average_precision(ranked, method=method)
+        for k in recalls:
             recalls[k] += 100 * recall_at(ranked, k)
-    if not precisions:
+        for k in precisions:
+            precisions[k] += 100 * precision_at(ranked, k)
+    if not values:
         raise UsageError(f"{gallery.path}: none of the {len(asked)} queries has a relevant image in it")
     return Retrieval(
-        queries=len(precisions),
+        queries=len(values),
         gallery=len(rows),
-        mean_average_precision=float(np.mean(list(precisions.values()))),
-        recall={k: total / len(precisions) for k, total in recalls.items()},
-        average_precisions=precisions,
+        mean_average_precision=float(np.mean(list(values.values()))),
+        recall={k: total / len(values) for k, total in recalls.items()},
+        precision={k: total / len(values) for k, total in precisions.items()},
+        average_precisions=values,
         left_out=left_out,
         method=method,
         dim=rows.dim,
         projection=projection,
+        learned_here=projection is not None
+        and (whitening_from is None or whitening_from.path in (gallery.path, queries.path if queries else None)),
     )
 
 
 def rankings(
-    rows: UnitRows, queries: UnitRows, own: Mapping[str, int], options: RetrievalOptions | None = None
+    rows: UnitRows, queries: UnitRows, own: Mapping[str, np.ndarray], options: RetrievalOptions | None = None
 ) -> Iterator[np.ndarray]:
     """For each query, all rows [N] by falling cosine similarity, equal ones in their order.
 
-    own: by name, each query's own row, which a query expansion must not take for a neighbour.
+    own: by name, the rows of each query's own image, which a query expansion must not take for neighbours.
     """
     options = options or RetrievalOptions()
     rows = rows.in_memory()  # every block of queries passes over all of them
@@ -156,7 +161,9 @@ def rankings(
                 if name in own:
                     scores[at, own[name]] = -np.inf
             nearest = np.argsort(-scores, axis=1, kind="stable")[:, : options.expand]
-            weights = np.maximum(np.take_along_axis(scores, nearest, 1), 0) ** options.alpha
+            near = np.take_along_axis(scores, nearest, 1)
+            # Own rows are at -inf, and no neighbours even where there are too few others; alpha may be 0.
+            weights = np.where(np.isinf(near), 0, np.maximum(near, 0) ** options.alpha).astype(np.float32)
             for at, (which, weight) in enumerate(zip(nearest, weights, strict=True)):
                 order = np.argsort(which)
                 units[at] += weight[order] @ rows.take(which[order])
@@ -172,90 +179,70 @@ def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:
     return scores
 
 
-def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium") -> GroundTruth:
-    """Read ground truth from JSON: a query's name -> {"relevant": [names], "junk": [names]}; junk may be missing.
+@dataclass(frozen=True)
+class _Asked:
+    """A query with its row's name, and rows of the gallery: relevant ones, and those that do not count."""
 
-    Or, as in revisited Oxford and Paris, -> {"easy": [names], "hard": [names], "junk": [names]}. There, `difficulty`
-    says what is relevant: `easy` counts the hard ones as junk, `medium` takes both, `hard` counts the easy ones as junk
-    (Radenovic, Iscen, Tolias, Avrithis, Chum 2018, "Revisiting Oxford and Paris", 3.3). Their own layout, lists
-    `imlist`, `qimlist` and `gnd` with places in `imlist`, is read as well. Raises UsageError.
+    name: str
+    relevant: list[int]
+    left_out: list[int]
+
+
+def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool) -> tuple[list[_Asked], UnitRows]:
+    """The queries of ground truth by the stores' own names, and their rows among those asked, in the same order.
+
+    A name may leave out the folders and the ending, where that says which is meant. whole: take no windows.
+    Raises UsageError.
     """
-    if difficulty not in DIFFICULTIES:
-        raise UsageError(unknown_name("difficulty", difficulty, DIFFICULTIES))
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-        if isinstance(content, dict) and {"imlist", "qimlist", "gnd"} <= content.keys():
-            content = _named(content)
-        if not isinstance(content, dict) or not content:
-            raise UsageError(f"{path}: expected a JSON object, query -> relevant and junk, found {str(content)[:40]!r}")
-        relevant, junk = {}, {}
-        for query, lists in content.items():
-            relevant[query], junk[query] = _judged(query, lists, difficulty)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UsageError(f"{path}: expected ground truth in JSON, found: {one_line(error)}") from None
-    return GroundTruth(relevant, junk)
-
-
-def _named(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of places as lists of names."""
-    images = content["imlist"]
-    return {
-        query: {kind: [images[at] for at in lists[kind]] for kind in ("easy", "hard", "junk")}
-        for query, lists in zip(content["qimlist"], content["gnd"], strict=True)
-    }
-
-
-def _judged(query: str, lists: Any, difficulty: str) -> tuple[frozenset[str], frozenset[str]]:
-    kinds = ("relevant", "junk") if isinstance(lists, dict) and "relevant" in lists else ("easy", "hard", "junk")
-    if not isinstance(lists, dict) or not lists.keys() <= set(kinds) or len(lists.keys() - {"junk"}) < len(kinds) - 1:
-        found = ", ".join(lists) if isinstance(lists, dict) else type(lists).__name__
-        raise UsageError(f"query {query!r}: expected lists relevant and junk, or easy, hard and junk, found {found}")
-    named: dict[str, frozenset[str]] = {}
-    for kind in kinds:
-        names = lists.get(kind, [])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UsageError(f"query {query!r}: expected {kind} to be a list of names, found {str(names)[:40]!r}")
-        named[kind] = frozenset(names)
-    if "relevant" in named:
-        relevant, junk = named["relevant"], named["junk"]
-    else:
-        relevant = {"easy": named["easy"], "medium": named["easy"] | named["hard"], "hard": named["hard"]}[difficulty]
-        junk = named["junk"] | {"easy": named["hard"], "medium": frozenset(), "hard": named["easy"]}[difficulty]
-    if both := relevant & junk:
-        raise UsageError(f"query {query!r}: {min(both)!r} is relevant and junk")
-    return relevant, junk
-
-
-def _checked(truth: GroundTruth, rows: UnitRows, asked: UnitRows) -> tuple[GroundTruth, UnitRows]:
-    """Ground truth with the stores' own names, and its queries among the rows asked.
-
-    A name may leave out the folders and the ending, where that says which is meant. Raises UsageError.
-    """
-    in_gallery, in_queries = _Names(rows), _Names(asked)
-    relevant, junk, places = {}, {}, []
-    for query in truth.relevant:
-        name = in_queries.find(query, f"query {query!r}")
-        places.append(in_queries.places[name])
-        about = f"ground truth of {query!r}"
-        relevant[name] = frozenset(in_gallery.find(one, about) for one in truth.relevant[query])
-        junk[name] = frozenset(in_gallery.find(one, about) for one in truth.junk[query])
-    return GroundTruth(relevant, junk), asked.only(np.array(places))
+    in_gallery, in_queries = _Names(rows, rows.names), _Names(asked, asked.names)
+    images = _Names(asked, list(dict.fromkeys(split_row_name(name)[0] for name in asked.names)))
+    outside = [in_gallery.places[name] for one in truth.outside if (name := in_gallery.known(one)) is not None]
+    found: list[_Asked] = []
+    for query in truth.queries:
+        window = None if whole else query.window
+        if window is None:
+            name = in_queries.find(query.image, f"query {query.image!r}")
+        else:
+            name = row_name(images.find(query.image, f"query {query.image!r}"), window)
+            if name not in in_queries.places:
+                if name in asked.store.errors():
+                    raise StoreError(f"{asked.store.path}: query {name!r} could not be described")
+                raise UsageError(
+                    f"{asked.store.path}: query {query.image!r}: expected a row of its box, {name!r}, found none; "
+                    "--write-windows FILE writes the boxes, `sppfeat extract IMAGES --windows FILE` describes them, "
+                    "and --whole-queries searches by whole images"
+                )
+        about = f"ground truth of {query.image!r}"
+        relevant = [in_gallery.places[in_gallery.find(one, about)] for one in query.relevant]
+        left_out = [in_gallery.places[in_gallery.find(one, about)] for one in query.junk]
+        # An image is not searched for by a part of itself.
+        if not truth.own_counts and (truth.revisited or window is not None):
+            own = in_gallery.known(query.image)
+            left_out += [] if own is None else [in_gallery.places[own]]
+        found.append(_Asked(name, relevant, list({*left_out, *outside} - set(relevant))))
+    places = [in_queries.places[one.name] for one in found]
+    if len(set(places)) < len(places):
+        twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
+        raise UsageError(f"{asked.store.path}: expected different queries, found {twice!r} twice")
+    return found, asked.only(np.array(places))
 
 
 class _Names:
-    """A store's names, found whole, or by what stands between the last folder and the ending."""
+    """Names of a store, found whole, or by what stands between the last folder and the ending."""
 
-    def __init__(self, rows: UnitRows) -> None:
+    def __init__(self, rows: UnitRows, names: Sequence[str]) -> None:
         self._rows = rows
-        self.places = {name: place for place, name in enumerate(rows.names)}
+        self.places = {name: place for place, name in enumerate(names)}
         self._stems: dict[str, str | None] = {}
-        for name in rows.names:
+        for name in names:
             for short in {_stem(name), posixpath.basename(name), posixpath.splitext(name)[0]}:
                 self._stems[short] = name if short not in self._stems else None
 
+    def known(self, name: str) -> str | None:
+        return name if name in self.places else self._stems.get(name)
+
     def find(self, name: str, about: str) -> str:
-        found = name if name in self.places else self._stems.get(name)
+        found = self.known(name)
         if found is not None:
             return found
         store = self._rows.store
@@ -268,32 +255,41 @@ def _stem(name: str) -> str:
     return posixpath.splitext(posixpath.basename(name))[0]
 
 
-def _targets_from_truth(truth: GroundTruth, rows: UnitRows, asked: UnitRows) -> Iterator[tuple[str, np.ndarray]]:
-    places = {name: row for row, name in enumerate(rows.names)}
-    for name in asked.names:
-        target = np.full(len(rows), -1, np.int8)
-        target[[places[one] for one in truth.relevant[name]]] = 1
-        target[[places[one] for one in truth.junk[name]]] = 0
-        yield name, target
+def _targets_from_truth(queries: list[_Asked], count: int) -> Iterator[tuple[str, np.ndarray]]:
+    for query in queries:
+        target = np.full(count, -1, np.int8)
+        target[query.relevant] = 1
+        target[query.left_out] = 0
+        yield query.name, target
 
 
 def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterator[tuple[str, np.ndarray]]:
     of_rows, of_queries = _keys(relevant, rows.names), _keys(relevant, asked.names)
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*of_rows, *of_queries]))}
+    # Queries alone may be of one folder, and so may a gallery; both together tell nothing then.
+    if relevant == "folder" and len(numbers) == 1:
+        raise UsageError(
+            f"relevant folder: expected images in several folders, found {len(rows)} in one, such as {rows.names[0]!r}"
+        )
     known = np.array([numbers[key] for key in of_rows])
     for name, key in zip(asked.names, of_queries, strict=True):
         yield name, np.where(known == numbers[key], 1, -1).astype(np.int8)
 
 
+def _own_rows(rows: UnitRows) -> dict[str, np.ndarray]:
+    """For each row, by name, all rows of the same image: itself, and where they are of windows, the others."""
+    found: dict[str, list[int]] = {}
+    images = [picture_of(rows.store.source_root, name)[0] for name in rows.names]
+    for row, image in enumerate(images):
+        found.setdefault(image, []).append(row)
+    of_image = {image: np.array(numbers) for image, numbers in found.items()}
+    return {name: of_image[image] for name, image in zip(rows.names, images, strict=True)}
+
+
 def _keys(relevant: str, names: Sequence[str]) -> list[str]:
     """What images must share to be relevant to each other. Raises UsageError for a name that has no such part."""
     if relevant == "folder":
-        keys = [posixpath.dirname(name) for name in names]
-        if len(set(keys)) == 1:
-            raise UsageError(
-                f"relevant folder: expected images in several folders, found {len(names)} in one, such as {names[0]!r}"
-            )
-        return keys
+        return [posixpath.dirname(name) for name in names]
     pattern = _pattern(relevant)
     keys = []
     for name in names:
@@ -318,5 +314,9 @@ def _pattern(relevant: str) -> re.Pattern[str]:
 
 
 def percent(done: Retrieval) -> dict[str, float]:
-    """mAP and recalls by the names under which they are reported."""
-    return {"mAP": done.mean_average_precision, **{f"recall@{k}": value for k, value in done.recall.items()}}
+    """mAP, precisions and recalls by the names under which they are reported."""
+    return {
+        "mAP": done.mean_average_precision,
+        **{f"mP@{k}": value for k, value in done.precision.items()},
+        **{f"recall@{k}": value for k, value in done.recall.items()},
+    }

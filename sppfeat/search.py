@@ -19,7 +19,7 @@ from sppfeat.images import find_images, name_to_path, path_to_name
 from sppfeat.index import faiss_reason, reconstruct
 from sppfeat.recipe import RunOptions
 from sppfeat.report import thumbnail, write_page
-from sppfeat.rows import Box, block_rows, normalize_rows, to_units, unit_rows
+from sppfeat.rows import Box, block_rows, normalize_rows, picture_of, to_units, unit_rows
 from sppfeat.store import Store
 from sppfeat.windows import window_text
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
 DEFAULT_ALPHA: Final = 3.0
+MAX_ALPHA: Final = 100
 # Thumbnails of more would make a page that a phone cannot open.
 PAGE_QUERIES: Final = 200
 
@@ -36,7 +37,7 @@ PAGE_QUERIES: Final = 200
 class SearchOptions:
     """How a gallery is searched.
 
-    k: neighbours of a query, the nearest first. exclude_self: leave out the query's own file.
+    k: neighbours of a query, the nearest first. exclude_self: leave out the query's own file, and all windows of it.
     expand: search again with the sum of the query and this many of its neighbours (alpha query expansion), each
     weighted by its score to the power `alpha`; 0: search once.
     Raises UsageError, naming the field, when a value cannot be.
@@ -52,8 +53,8 @@ class SearchOptions:
             raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
         if self.expand < 0:
             raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
-        if not 0 <= self.alpha <= 100:
-            raise UsageError(f"alpha must be a number from 0 to 100, found {self.alpha}")
+        if not 0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def search_descriptors(
 
     Scores are cosine similarities, falling; equal ones keep the order of the rows, and where the index is exact this
     holds for the choice of the k as well. k is at most the size of the gallery. Missing neighbours, which an
-    approximate index may have, are row -1 with score -inf. own_rows: [Q] each query's own row, to leave out; or -1.
+    approximate index may have, are row -1 with score -inf. own_rows: [Q, M] the rows to leave out for each query, those
+    of its own image; -1 for none.
     Raises UsageError for other shapes, and for values that are not finite.
     """
     options = options or SearchOptions()
@@ -131,7 +133,7 @@ def search_units(
     gallery: Gallery, units: np.ndarray, options: SearchOptions, *, own_rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same, for vectors [Q, d] that are projected and of length 1."""
-    leave_out = own_rows is not None and bool((own_rows >= 0).any())
+    leave_out = 0 if own_rows is None else int((own_rows >= 0).sum(1).max(initial=0))
     if options.expand:
         rows, scores = _nearest(gallery, units, min(options.expand + leave_out, len(gallery)))
         if leave_out and own_rows is not None:
@@ -192,12 +194,11 @@ def _sorted(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _without(rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without each query's own row, moved to the end as a missing one."""
-    at_end = np.argsort(rows == own[:, None], axis=1, kind="stable")
-    rows, scores = np.take_along_axis(rows, at_end, 1), np.take_along_axis(scores, at_end, 1)
-    mine = (rows == own[:, None]) & (own >= 0)[:, None]
-    rows[mine], scores[mine] = -1, -np.inf
-    return rows, scores
+    """Without each query's own rows, moved to the end as missing ones."""
+    mine = np.stack([np.isin(found, of_query) for found, of_query in zip(rows, own, strict=True)])
+    rows, scores = np.where(mine, -1, rows), np.where(mine, -np.inf, scores).astype(np.float32)
+    at_end = np.argsort(mine, axis=1, kind="stable")
+    return np.take_along_axis(rows, at_end, 1), np.take_along_axis(scores, at_end, 1)
 
 
 def _expanded(gallery: Gallery, units: np.ndarray, rows: np.ndarray, scores: np.ndarray, alpha: float) -> np.ndarray:
@@ -286,7 +287,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
     options = options or SearchOptions()
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, str(store.path))
     rows = unit_rows(store, gallery.projection)
-    files = [name_to_path(store.source_root, name) for name in rows.names]
+    files = [picture_of(store.source_root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None
     answers: list[Answer] = []
     notes: list[str] = []
@@ -389,18 +390,23 @@ def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[b
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
-    """[Q] the row of each query's own file, or -1. Files are told by their paths, links to folders followed."""
+    """[Q, M] the rows of each query's own file, windows included, filled up with -1.
+
+    Files are told by their paths, links to folders followed.
+    """
     table = gallery.rows
     roots = [os.path.realpath(root) for root in table.roots]
-    known = {
-        os.path.normpath(name_to_path(roots[int(root)], name)): row
-        for row, (name, root) in enumerate(zip(table.names, table.root, strict=True))
-    }
-    found = np.full(len(paths), -1, np.int64)
-    for at, path in enumerate(paths):
+    known: dict[str, list[int]] = {}
+    for row, (name, root) in enumerate(zip(table.names, table.root, strict=True)):
+        known.setdefault(os.path.normpath(picture_of(roots[int(root)], name)[0]), []).append(row)
+    own = []
+    for path in paths:
         folder = os.path.realpath(os.path.dirname(path))
-        for own in (os.path.join(folder, os.path.basename(path)), os.path.realpath(path)):
-            found[at] = max(found[at], known.get(own, -1))
+        files = {os.path.join(folder, os.path.basename(path)), os.path.realpath(path)}
+        own.append([row for file in files for row in known.get(file, ())])
+    found = np.full((len(paths), max(map(len, own), default=0)), -1, np.int64)
+    for at, rows in enumerate(own):
+        found[at, : len(rows)] = rows
     return found
 
 

@@ -45,7 +45,7 @@ def _about(done: Transfer, first: Transfer) -> dict[str, Any]:
         "levels": ",".join(map(str, done.recipe.levels)),
         "difference": statistics.fmean(pairs),
         "spread": statistics.stdev(pairs) if len(pairs) > 1 else None,
-        "classes": sorted(done.per_class.items(), key=lambda item: (not math.isnan(item[1]), item[1])),
+        "classes": sorted(done.per_class.items(), key=lambda item: (math.isnan(item[1]), item[1])),
         "curve": plot_line(
             [(math.log10(c), value) for c, value in done.curve],
             ticks=[(math.log10(c), f"{c:g}") for c, _ in done.curve],
@@ -57,7 +57,7 @@ def _about(done: Transfer, first: Transfer) -> dict[str, Any]:
         "confusions": _confusions(done),
         "mistakes": [
             {
-                "picture": thumbnail(done.source_root, one.name),
+                "image": thumbnail(done.source_root, one.name),
                 "name": one.name,
                 "label": one.label,
                 "predicted": one.predicted,

@@ -191,3 +191,24 @@ def voc_eval(
         area += (recall - before) * max(precisions[at:])
         before = recall
     return area
+
+
+def oxford_precision(ranking: Sequence[str], positive: set[str], ambiguous: set[str]) -> float:
+    """Average precision of names as the program of Oxford5k walks them, rank by rank, skipping the ambiguous."""
+    precision, recall, area = 1.0, 0.0, 0.0
+    seen, found = 0, 0
+    for name in ranking:
+        if name in ambiguous:
+            continue
+        seen += 1
+        found += name in positive
+        area += (found / len(positive) - recall) * (precision + found / seen) / 2
+        precision, recall = found / seen, found / len(positive)
+    return area
+
+
+def precision_at(ranking: Sequence[str], positive: set[str], junk: set[str], k: int) -> float:
+    """Precision at k of revisited Oxford and Paris: without junk, and no further down than the last positive name."""
+    kept = [name for name in ranking if name not in junk]
+    end = min(k, 1 + max(place for place, name in enumerate(kept) if name in positive))
+    return len([name for name in kept[:end] if name in positive]) / end

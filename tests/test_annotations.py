@@ -63,15 +63,18 @@ def test_boxes_count_from_zero(make_pair: Callable[..., tuple[Path, Path]]) -> N
     ("text", "note", "left"),
     [
         (xml(("cat", 30, 10, 20, 40)), "x.png: box 0 (cat) 29,9,19,39: inverted; left out", 0),
-        (xml(("cat", 20, 10, 20, 40)), "x.png: box 0 (cat) 19,9,19,39: empty; left out", 0),
+        (xml(("cat", 20, 10, 19, 40)), "x.png: box 0 (cat) 19,9,18,39: empty; left out", 0),
+        (xml(("cat", 20, 10, 20, 40)), None, 1),  # one pixel wide
+        (xml(("cat", 80, 60, 80, 60)), None, 1),  # the last pixel
+        (xml(("cat", 82, 10, 82, 40)), "x.png: box 0 (cat) 81,9,81,39: outside the image of 80 x 60; left out", 0),
         (
             xml(("cat", 20, 10, 99, 40)),
-            "x.png: box 0 (cat) 19,9,98,39: reaches beyond the picture of 80 x 60; cut off",
+            "x.png: box 0 (cat) 19,9,98,39: reaches beyond the image of 80 x 60; cut off",
             1,
         ),
         (
             xml(("cat", 200, 10, 300, 40)),
-            "x.png: box 0 (cat) 199,9,299,39: outside the picture of 80 x 60; left out",
+            "x.png: box 0 (cat) 199,9,299,39: outside the image of 80 x 60; left out",
             0,
         ),
         (xml(("", 20, 10, 30, 40)), "x.png: object 0 (unnamed): expected a name and a bndbox; left out", 0),

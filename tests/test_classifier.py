@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sppfeat import ModelError, Recipe, StoreError, UsageError, extract_folder, open_store, train_linear_svm
+from sppfeat import (
+    ModelError,
+    Recipe,
+    SppFeatWarning,
+    Store,
+    StoreError,
+    UsageError,
+    extract_folder,
+    open_store,
+    train_linear_svm,
+)
 from sppfeat.classifier import open_classifier, predict, save_classifier, train_classifier
 from sppfeat.selection import SvmOptions
 from sppfeat.store import StoreWriter
@@ -51,8 +62,12 @@ def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> N
     save_classifier(classifier, tmp_path / "m.h5")
     read = open_classifier(tmp_path / "m.h5")
     assert read.recipe == classifier.recipe and read.classes == classifier.classes and read.images == 18
-    for name in ("weights", "biases", "costs", "gaps"):
+    for name in ("costs", "gaps"):
         assert np.array_equal(getattr(read.svm, name), getattr(classifier.svm, name))
+    with h5py.File(tmp_path / "m.h5") as file:
+        for name in ("weights", "biases"):
+            assert file[name].dtype == np.float32 and getattr(read.svm, name).dtype == np.float64
+            assert np.array_equal(getattr(read.svm, name), getattr(classifier.svm, name).astype(np.float32))
     with pytest.raises(ModelError, match=r"m\.h5: exists already; choose another output, or --overwrite"):
         save_classifier(classifier, tmp_path / "m.h5")
     save_classifier(classifier, tmp_path / "m.h5", overwrite=True)
@@ -130,12 +145,20 @@ def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) ->
         del file["biases"]
         file["biases"] = np.zeros(2)
 
+    def one_class(file: h5py.File) -> None:
+        for name in ("weights", "biases", "classes", "costs", "gaps"):
+            kept = file[name][:1]
+            del file[name]
+            file[name] = kept
+
     for change, message in (
         (lambda file: file.attrs.__setitem__("format_version", 99), "format 99 is newer than this sppfeat reads"),
         (lambda file: file.__delitem__("biases"), "KeyError"),
         (lambda file: file.attrs.__setitem__("recipe", "[]"), "expected a JSON object"),
-        (nan, "expected weights that are finite"),
+        (nan, "expected weights and costs that are finite"),
         (short, "expected a row for each of its 3 classes"),
+        (lambda file: file.attrs.__setitem__("positive_weight", np.inf), "expected weights and costs that are finite"),
+        (one_class, "expected at least two classes, found 1"),
     ):
         with pytest.raises(ModelError, match=message):
             open_classifier(damaged(change))  # type: ignore[arg-type]
@@ -150,6 +173,114 @@ def test_what_cannot_be_trained_with(colours: Path, tmp_path: Path, tiny: Recipe
         writer.reset([0])
     with pytest.raises(StoreError, match="1 of 18 images are still to be described"):
         train_classifier(open_store(tmp_path / "f.h5"))
+
+
+def test_training_with_one_c_ends_well(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    made = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "m.h5", "--c", "1")
+    assert (made.returncode, made.stderr) == (0, "") and "C = 1; solver: gram" in made.stdout
+    again = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "n.h5", "--c", "1", "--json")
+    document = json.loads(again.stdout)
+    assert document["C"] == 1 and document["curve"] == [] and document["converged"] is True
+    assert document["options"]["costs"] == [1] and document["recipe"]["levels"] == [2, 1]
+
+
+@pytest.mark.parametrize("output", ["missing/m.h5", "/proc/m.h5", "photo.jpg"])
+def test_an_output_that_cannot_be_is_found_before_training(
+    output: str, colours: Path, tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sppfeat_cli.app import app
+
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    (tmp_path / "photo.jpg").write_bytes(b"a photograph")
+    monkeypatch.setattr("sppfeat.classifier.train_classifier", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path / output))):
+        app(["train", "svm", str(tmp_path / "f.h5"), "-o", str(tmp_path / output)])
+    assert (tmp_path / "photo.jpg").read_bytes() == b"a photograph"
+
+
+def test_svms_that_do_not_converge_are_told(
+    make_store: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a warning, in the document, in the file, and by `inspect`."""
+    from sppfeat_cli.app import app
+
+    monkeypatch.setattr("sppfeat.newton._MAX_NEWTON", 1)
+    rows = np.random.default_rng(1).normal(size=(60, 20))
+    store = make_store(rows, names=[f"{'abc'[at % 3]}/{at:02}.jpg" for at in range(60)])
+    with pytest.warns(SppFeatWarning, match=r"f\.h5: \d of 3 SVMs did not converge"), pytest.raises(SystemExit):
+        app(["train", "svm", str(store.path), "-o", str(tmp_path / "m.h5"), "--c", "10", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    gaps = {one["class"]: one["gap"] for one in document["not_converged"]}
+    assert document["converged"] is False and max(gaps.values()) == document["largest_gap"] > 1e-4
+    read = open_classifier(tmp_path / "m.h5")
+    assert {one.label: one.gap for one in read.convergence.not_converged} == gaps
+    for words, expected in ((["--json"], '"converged": false'), ([], f"{len(gaps)} of 3 SVMs did not converge")):
+        with pytest.raises(SystemExit):
+            app(["inspect", str(tmp_path / "m.h5"), *words])
+        assert expected in capsys.readouterr().out
+
+
+def test_windows_of_another_recipe_are_described_anew(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    """In the order of the rows; each as a store of the classifier's own recipe has it."""
+    from sppfeat.classifier import Prediction
+
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
+    boxes = {
+        f"{name}/{n}.png": np.array([[0, 0, 30, 40], [5, 9, 60, 60.5]]) for name in ("red", "blue") for n in (4, 2)
+    }
+    extract_folder(colours, tmp_path / "same.h5", tiny, windows=boxes)
+    extract_folder(colours, tmp_path / "other.h5", replace(tiny, pooling="avg"), windows=boxes)
+
+    def predicted(store: str) -> list[Prediction]:
+        return list(predict(classifier, [tmp_path / store]))
+
+    (colours / "blue" / "2.png").write_bytes(b"gone")
+    same, other = predicted("same.h5"), predicted("other.h5")
+    assert [one.name for one in other] == [one.name for one in same] == open_store(tmp_path / "other.h5").names
+    assert len(other) == 8
+    for one, expected in zip(other, same, strict=True):
+        if one.name.startswith("blue/2.png"):
+            assert one.scores is None and "not an image" in str(one.error)
+        else:
+            assert one.scores == pytest.approx(expected.scores, abs=2e-3), one.error
+
+
+def test_names_that_leave_the_root_are_not_followed(
+    colours: Path, make_store: Callable[..., Store], tmp_path: Path, tiny: Recipe
+) -> None:
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
+    names = [
+        "../colours/red/1.png",
+        str(colours / "red/1.png"),
+        "red/1.png#9,9,nan,3",
+        "red/1.png",
+        "red/1.png#0,0,9,9",
+    ]
+    store = make_store(np.eye(5), "evil.h5", names=names, recipe=replace(tiny, pooling="avg"), root=str(colours))
+    found = list(predict(classifier, [store.path]))
+    assert [one.name for one in found] == names
+    assert [one.error for one in found] == [
+        "the name leads out of the folder of the images, and is not followed",
+        "the name is absolute, and is not followed",
+        "no such file",
+        None,
+        None,
+    ]
+    assert [one.scores is None for one in found] == [True, True, True, False, False]
+
+
+def test_windows_and_a_recipe_that_crops(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colours, tmp_path / "f.h5", replace(tiny, crop="center"))
+    classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
+    extract_folder(colours, tmp_path / "w.h5", tiny, windows={"red/1.png": np.array([[0, 0, 30, 40]])})
+    with pytest.raises(UsageError, match=r"w\.h5: expected images, found windows: the recipe of the classifier crops"):
+        list(predict(classifier, [tmp_path / "w.h5"]))
 
 
 def test_other_weights_are_refused(colours: Path, tmp_path: Path, tiny: Recipe) -> None:

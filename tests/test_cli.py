@@ -205,3 +205,22 @@ def test_public_names() -> None:
         assert getattr(sppfeat, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         sppfeat.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize(("given", "spins"), [(None, "0"), ("ACTIVE", "30000000000")])
+def test_threads_that_wait_give_up_their_core(
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_sppfeat: Run,
+    given: str,
+    spins: str,
+) -> None:
+    """As the OpenMP that torch brings says itself when it is loaded; what the user has set stays."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    done = run_sppfeat("extract", make_images(1), "-o", tmp_path / "f.h5", "--engine", "torch", *TINY_FLAGS)
+    assert done.returncode == 0
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}

@@ -173,6 +173,10 @@ def test_targets_lead_back_to_their_boxes() -> None:
     window, box = np.array([[0.0, 0, 9, 19]]), np.array([[5.0, 10, 14, 49]])
     np.testing.assert_allclose(box_targets(window, box), [[0.5, 1.0, 0.0, np.log(2)]])
     assert moved_boxes(window, np.array([[-5.0, 0, 90, 90]]), (30, 20)).tolist() == [[0, 0, 29, 19]]
+    # One that shrinks is one pixel at least, and so is one that leaves the image.
+    pixel, shrunk = np.array([[7.0, 7, 7, 7]]), np.array([[0.0, 0, -3, -3]])
+    assert moved_boxes(pixel, shrunk, (30, 20)).tolist() == [[7, 7, 7, 7]]
+    assert moved_boxes(pixel, np.array([[40.0, 0, 0, 0]]), (30, 20)).tolist() == [[29, 7, 29, 7]]
 
 
 @pytest.mark.parametrize("count", [6, 40])

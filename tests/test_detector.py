@@ -105,7 +105,7 @@ def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path)
     annotated = read_voc(voc, "test")
     one = annotated.subset([next(name for name, each in annotated.images.items() if each.labels)])
     done = evaluate_detector(bare, one, dict.fromkeys(one.images, apart))
-    assert len(apart) == 144 and sum(each.detections for each in done.classes) == 200
+    assert len(apart) == 144 and [each.detections for each in done.classes] == [100, 100]
 
 
 def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
@@ -119,7 +119,12 @@ def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.nd
         count += len(found.scores)
     assert count
     few = list(runner.detect(pictures, DetectOptions(threshold=-10, max_detections=3)))
-    assert all(len(found.scores) <= 3 for found in few)
+    assert all((np.bincount(found.labels, minlength=2) <= 3).all() for found in few)
+    assert any(len(found.scores) == 6 for found in few)
+    best = runner.detect(pictures, DetectOptions(threshold=-10))
+    for some, every in zip(few, best, strict=True):
+        for label in range(2):
+            assert (some.scores[some.labels == label] == every.scores[every.labels == label][:3]).all()
     (nothing,) = runner.detect([(pictures[0][0], np.zeros((0, 4)))])
     assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
     (missing,) = runner.detect([(str(voc / "no.png"), windows["000.png"])])
@@ -369,7 +374,7 @@ def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> N
     for change in ({"c": 0.0}, {"positive_weight": -1.0}, {"negative_overlap": 0.0}, {"passes": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(change))):
             TrainingOptions(**change)  # type: ignore[arg-type]
-    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}):
+    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
         with pytest.raises(UsageError, match=next(iter(change))):
             DetectOptions(**change)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a detector needs dtype 'float32'"):
@@ -437,6 +442,9 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     document = json.loads(found.stdout)
     assert {"mAP", "per_class", "iou", "images"} <= document.keys() and document["mAP"] > 60
     assert report.read_text().count("<polyline") == 2
+    assert document["options"]["max_detections"] == 100 and document["options"]["windows"] == str(windows)
+    assert document["options"]["split"] == "test" and document["seed"] == document["proposals"]["seed"] == 0
+    assert document["recipe"]["scales"] == [64, 128] and len(document["weights_sha256"]) == 64
     table = call("evaluate", "detection", det, voc, "--windows", windows).stdout
     assert table.splitlines()[0].split() == ["class", "11-point", "area", "COCO", "objects"]
 
@@ -473,7 +481,7 @@ def test_command_line_on_coco_without_windows(
             category = 3 if label == "red" else 9
             box = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
             document["annotations"].append({"image_id": number, "category_id": category, "bbox": box})
-    document["annotations"].append({"image_id": 0, "category_id": 3, "bbox": [float("nan"), 0, 9, 9]})
+    document["annotations"].append({"image_id": 0, "category_id": 3, "bbox": ["nan", "nan", 9, 9]})
     (tmp_path / "coco.json").write_text(json.dumps(document))
     det = tmp_path / "det.h5"
     data = ["--images", voc / "JPEGImages", "--annotations", tmp_path / "coco.json"]

@@ -16,12 +16,32 @@ import pytest
 from PIL import Image
 from test_annotations import xml
 
-from sppfeat import Store
+from sppfeat import Recipe, Store
+from sppfeat.errors import SppFeatError
 from sppfeat.proposals import open_windows
+from sppfeat.transfer import TransferOptions
+from sppfeat_cli.output import finite, options_document, print_json
 from sppfeat_cli.progress import LISTED, Progress
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1"]
+
+
+def test_options_read_back_from_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options = TransferOptions(costs=(0.5, 2.0), levels=(2, 1), trials=3)
+    print_json({"options": options_document(options), "recipe": options_document(Recipe(scales=(224, "native")))})
+    document = json.loads(capsys.readouterr().out)
+    lists = {"costs": (0.5, 2.0), "levels": (2, 1)}
+    assert TransferOptions(**document["options"] | lists) == options
+    assert document["recipe"]["scales"] == [224, "native"] and document["options"]["costs"] == [0.5, 2.0]
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"value": finite(float("nan")), "score": finite(float("-inf")), "loss": finite(0.5)})
+    assert json.loads(capsys.readouterr().out) == {"value": None, "score": None, "loss": 0.5}
+    with pytest.raises(SppFeatError, match="JSON: expected finite numbers, found NaN or infinity"):
+        print_json({"value": float("nan")})
+    assert not capsys.readouterr().out
 
 
 def test_a_million_gone_files_are_a_dozen_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeStore
-from reference import cosine_ranking, retrieval_precision
+from PIL import Image
+from reference import cosine_ranking, oxford_precision, precision_at, retrieval_precision
 
 from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
-from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval, read_ground_truth
+from sppfeat.ground_truth import read_ground_truth, write_query_windows
+from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval
 from sppfeat.whitening import ProjectionOptions
+from sppfeat.windows import read_windows
 
 
 def clustered(count: int, things: int, *, seed: int = 0, dim: int = 12, noise: float = 1.0) -> np.ndarray:
@@ -112,21 +115,33 @@ def test_difficulties_of_revisited_oxford(things: Store, tmp_path: Path) -> None
         expected = retrieval_precision([row in relevant for row in order[0] if row not in junk], trapezoid=True)
         for file in ("gnd.json", "places.json"):
             truth = read_ground_truth(tmp_path / file, difficulty=difficulty)
-            done = evaluate_retrieval(things, truth=truth)
+            done = evaluate_retrieval(things, None, RetrievalOptions(whole_queries=True), truth=truth)
             assert done.average_precisions == pytest.approx({names[0]: 100 * expected})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "expected ground truth in JSON, found: Expecting value"),
-        ("[]", "expected a JSON object, query -> relevant and junk"),
-        ('{"q": ["a"]}', "query 'q': expected lists relevant and junk, or easy, hard and junk, found list"),
-        ('{"q": {"relevant": "a"}}', "query 'q': expected relevant to be a list of names, found 'a'"),
-        ('{"q": {"good": ["a"]}}', "query 'q': expected lists relevant and junk, or easy, hard and junk, found good"),
+        ("", "expected ground truth in JSON, query -> relevant and junk, found: Input data was truncated"),
+        ("[]", "found: Expected `object`, got `array`"),
+        ("{}", "found no query"),
+        ('{"q": ["a"]}', "found: Expected `object`, got `array`"),
+        ('{"q": {"relevant": "a"}}', "found: Expected `array | null`, got `str`"),
+        ('{"q": {"good": ["a"]}}', "found: Object contains unknown field `good`"),
+        ('{"q": {"junk": ["a"]}}', "query 'q': expected lists relevant and junk, or easy, hard and junk, found none"),
+        ('{"q": {"relevant": [], "ok": []}}', "or easy, hard and junk, found relevant, ok"),
+        (
+            '{"q": {"relevant": []}, "r": {"ok": []}}',
+            "expected lists of one kind for all queries, found ok and relevant",
+        ),
+        ('{"q": {"ok": [], "bbx": [5, 5, 5, 9]}}', "query 'q': expected a box x1, y1, x2, y2 in pixels, found 5,5,5,9"),
+        ('{"imlist": [], "qimlist": ["q"], "gnd": []}', "expected a query of qimlist for each of gnd, found 1 and 0"),
         ('{"q": {"easy": ["a"]}}', "expected lists relevant and junk, or easy, hard and junk, found easy"),
         ('{"q": {"relevant": ["a"], "junk": ["a"]}}', "query 'q': 'a' is relevant and junk"),
-        ('{"imlist": [], "qimlist": ["q"], "gnd": [{"easy": [4], "hard": [], "junk": []}]}', "IndexError"),
+        (
+            '{"imlist": [], "qimlist": ["q"], "gnd": [{"easy": [4], "hard": [], "junk": []}]}',
+            "query 'q': expected places below 0, found 4",
+        ),
         ('{"thing0/99.jpg": {"relevant": []}}', "query 'thing0/99.jpg': unknown image 'thing0/99.jpg': did you mean"),
         (
             '{"thing0/00.jpg": {"relevant": ["thing0/99.jpg"]}}',
@@ -158,6 +173,148 @@ def test_bad_relevance_and_stores(things: Store, make_store: MakeStore) -> None:
         evaluate_retrieval(things, make_store(clustered(4, 2), "flat.h5", weights="1" * 64))
     with pytest.raises(UsageError, match="unknown method 'steps'"):
         RetrievalOptions(method="steps")
+    for alpha in (-3.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="alpha must be a number from 0 to 100"):
+            RetrievalOptions(expand=2, alpha=alpha)
+
+
+def test_queries_of_one_folder(things: Store, make_store: MakeStore) -> None:
+    names = ["thing3/a.jpg", "thing3/b.jpg"]
+    queries = make_store(clustered(4, 4, seed=1)[[3, 3]], "q.h5", names=names)
+    done = evaluate_retrieval(things, queries)
+    order, _ = cosine_ranking(queries.descriptors, things.descriptors)
+    for query, name in enumerate(names):
+        expected = retrieval_precision([row % 8 == 3 for row in order[query]])
+        assert done.average_precisions[name] == pytest.approx(100 * expected)
+
+
+def test_windows_of_an_image_are_no_neighbours_of_each_other(make_store: MakeStore) -> None:
+    """Nor do they expand each other; without that, every window would find its own image first."""
+    names = [f"thing{n % 4 // 2}/{n // 4}{n % 2}.jpg#{part},0,9,9" for n in range(12) for part in (0, 1, 2)]
+    rows = np.repeat(clustered(12, 4), 3, 0) + 0.1 * clustered(36, 36, seed=5)
+    store = make_store(rows, names=names)
+    images = [name.split("#")[0] for name in names]
+    units = np.array(store.descriptors, np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    for expand in (0, 2):
+        done = evaluate_retrieval(store, None, RetrievalOptions(expand=expand, alpha=1.0))
+        for query, name in enumerate(names):
+            others = [row for row in np.argsort(-(units @ units[query])) if images[row] != images[query]]
+            together = units[query] + sum((units[row] @ units[query]) * units[row] for row in others[:expand])
+            others.sort(key=lambda row: -(units[row] @ together))  # noqa: B023
+            expected = retrieval_precision([names[row][:6] == name[:6] for row in others])
+            assert done.average_precisions[name] == pytest.approx(100 * expected)
+
+
+# Boxes as in revisited Oxford: edges between pixels, the last ones exclusive.
+BOXES = ([136.5, 34.1, 648.5, 955.7], [0.0, 3.4, 20.5, 9.6], [7.0, 8.0, 9.0, 9.0])
+
+
+def oxford(make_store: MakeStore) -> tuple[Store, Store, list[str]]:
+    """A gallery of 30 images, of which 3 are those of the queries, the queries by their boxes, and the ranked names."""
+    images = [f"place_{n:03}" for n in range(30)]
+    gallery = make_store(clustered(30, 6), "g.h5", names=[f"images/{name}.jpg" for name in images])
+    windows = ("136,34,647,955", "0,3,19,9", "7,8,8,8")
+    names = [f"{image}.jpg#{window}" for image, window in zip(images, windows, strict=False)]
+    return gallery, make_store(clustered(3, 6, seed=1), "q.h5", names=names), images
+
+
+def ranked_names(gallery: Store, queries: Store, images: list[str]) -> list[list[str]]:
+    order, _ = cosine_ranking(queries.descriptors, gallery.descriptors)
+    return [[images[row] for row in one] for one in order]
+
+
+def test_revisited_oxford_as_its_authors_evaluate(make_store: MakeStore, tmp_path: Path) -> None:
+    """Queries by their boxes, their images in no ranking, precision at 1, 5 and 10 in the mean."""
+    gallery, queries, images = oxford(make_store)
+    known = images[3:]  # what they search: all but the images of the queries
+    gnd = [
+        {"easy": [3 + q, 9 + q], "hard": [15 + q, 16, 2], "junk": [21 + q, 25], "bbx": box}
+        for q, box in enumerate(BOXES)
+    ]
+    gnd[2]["easy"] = []
+    content = {"imlist": known, "qimlist": images[:3], "gnd": gnd}
+    (tmp_path / "gnd.json").write_text(json.dumps(content))
+    ranked = ranked_names(gallery, queries, images)
+    for difficulty, good, bad in (
+        ("easy", ["easy"], ["hard"]),
+        ("medium", ["easy", "hard"], []),
+        ("hard", ["hard"], ["easy"]),
+    ):
+        done = evaluate_retrieval(
+            gallery, queries, truth=read_ground_truth(tmp_path / "gnd.json", difficulty=difficulty)
+        )
+        expected = []
+        for q, lists in enumerate(gnd):
+            positive = {known[at] for kind in good for at in lists[kind]}
+            junk = {known[at] for kind in [*bad, "junk"] for at in lists[kind]} | set(images[:3])
+            if positive:
+                precision = oxford_precision(ranked[q], positive, junk)
+                assert done.average_precisions[queries.names[q]] == pytest.approx(100 * precision)
+                expected.append([precision_at(ranked[q], positive, junk, k) for k in (1, 5, 10)])
+        assert len(expected) == (2 if difficulty == "easy" else 3) == done.queries
+        assert list(done.precision.values()) == pytest.approx(100 * np.mean(expected, 0))
+    # A store of whole images has no such rows.
+    with pytest.raises(
+        UsageError, match=r"expected a row of its box, 'images/place_000.jpg#136,34,647,955', found none"
+    ):
+        evaluate_retrieval(gallery, truth=read_ground_truth(tmp_path / "gnd.json"))
+    whole = evaluate_retrieval(
+        gallery, None, RetrievalOptions(whole_queries=True), truth=read_ground_truth(tmp_path / "gnd.json")
+    )
+    assert list(whole.average_precisions) == [f"images/{name}.jpg" for name in images[:3]]
+
+
+def test_oxford5k_as_its_authors_evaluate(make_store: MakeStore, tmp_path: Path) -> None:
+    """The query's own image is ranked, and counts as good where the files say so."""
+    gallery, queries, images = oxford(make_store)
+    ranked = ranked_names(gallery, queries, images)
+    lists = []
+    for q, box in enumerate(BOXES):
+        lists.append({"good": [images[q], images[6 + q]], "ok": [images[12 + q]], "junk": [images[18 + q], images[25]]})
+        (tmp_path / f"place_{q}_query.txt").write_text(f"oxc1_{images[q]} {' '.join(map(str, box))}\n")
+        for kind, names in lists[q].items():
+            (tmp_path / f"place_{q}_{kind}.txt").write_text("".join(f"{name}\n" for name in names))
+    done = evaluate_retrieval(gallery, queries, truth=read_ground_truth(tmp_path))
+    for q, name in enumerate(queries.names):
+        expected = oxford_precision(ranked[q], {*lists[q]["good"], *lists[q]["ok"]}, set(lists[q]["junk"]))
+        assert done.average_precisions[name] == pytest.approx(100 * expected)
+    assert done.precision == {} and done.queries == 3
+    # Whole queries: their own rows are not left out either, and come first.
+    alone = evaluate_retrieval(gallery, None, RetrievalOptions(whole_queries=True), truth=read_ground_truth(tmp_path))
+    assert alone.recall[1] == 100
+    (tmp_path / "place_1_query.txt").write_text("oxc1_place_001 1 2 3\n")
+    with pytest.raises(UsageError, match="place_1_query.txt: expected one line, an image and x1 y1 x2 y2"):
+        read_ground_truth(tmp_path)
+    (tmp_path / "place_1_query.txt").write_text("oxc1_place_001 1 2 3 4\n")
+    (tmp_path / "place_1_ok.txt").unlink()
+    with pytest.raises(UsageError, match="place_1_ok.txt: expected a list of images, found: "):
+        read_ground_truth(tmp_path)
+    with pytest.raises(UsageError, match="expected ground truth, files such as NAME_query.txt, found none"):
+        read_ground_truth(tmp_path.parent)
+
+
+def test_windows_of_queries_are_what_their_authors_crop(tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
+    content = {f"place{n}": {"easy": [], "hard": [], "bbx": box} for n, box in enumerate(BOXES)}
+    (tmp_path / "gnd.json").write_text(json.dumps(content))
+    arguments = (
+        "evaluate",
+        "retrieval",
+        "--ground-truth",
+        tmp_path / "gnd.json",
+        "--write-windows",
+        tmp_path / "q.csv",
+    )
+    done = run_sppfeat(*arguments)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'q.csv'}: 3 windows\n"), done.stderr
+    across, down = np.meshgrid(np.arange(1024), np.arange(1024))
+    image = Image.fromarray((1024 * down + across).astype(np.int32))
+    for n, (name, windows) in enumerate(read_windows(tmp_path / "q.csv").items()):
+        assert name == f"place{n}.jpg"
+        crop = np.array(image.crop(tuple(BOXES[n])))  # type: ignore[arg-type]
+        assert windows.tolist() == [[crop[0, 0] % 1024, crop[0, 0] // 1024, crop[-1, -1] % 1024, crop[-1, -1] // 1024]]
+    with pytest.raises(UsageError, match=r"q.csv: cannot be written: File exists"):
+        write_query_windows(read_ground_truth(tmp_path / "gnd.json"), tmp_path / "q.csv")
 
 
 def test_projection_and_expansion(things: Store) -> None:
@@ -181,6 +338,13 @@ def test_command_line(things: Store, tmp_path: Path, run_sppfeat: Callable[..., 
     document = json.loads(done.stdout)
     assert {"queries", "gallery", "mAP", "recall@1", "recall@5", "recall@10"} <= document.keys()
     assert document["dim"] == 8 and 0 < document["mAP"] <= 100 and len(document["per_query"]) == 40
+    # What it takes to repeat it, and that the whitening has seen the rows that it is judged by.
+    assert document["recipe"]["levels"] == [6, 3, 2, 1] and document["seed"] == 0
+    assert document["options"]["projection"]["dims"] == 8 and document["options"]["relevant"] == "folder"
+    assert document["options"]["store"] == str(things.path) == document["projection"]["learned_from"]
+    assert document["projection"]["learned_from_evaluated_rows"] is True
+    text = run_sppfeat("evaluate", "retrieval", things.path, "--whiten", "--project", "8").stdout
+    assert f"whitening learned from 40 rows of {things.path}, which are evaluated here" in text
     wrong = run_sppfeat("evaluate", "retrieval", things.path, "--queries", things.path)
     assert wrong.returncode == 2 and "expected STORE, or --gallery STORE --queries STORE" in wrong.stderr
 

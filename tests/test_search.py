@@ -97,6 +97,19 @@ def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: 
     assert [len(answer.neighbors) for answer in without.answers] == [4] * 5
 
 
+@pytest.mark.parametrize("expand", [0, 2])
+def test_own_windows_are_left_out(make_store: MakeStore, tmp_path: Path, expand: int) -> None:
+    """All of the query's image, whatever row it is asked by, and no other image's."""
+    names = [f"{n // 3}.jpg#{n % 3},0,9,9" if n < 12 else f"{n}.jpg" for n in range(15)]
+    store = make_store(np.repeat(np.eye(5, 8), 3, 0) + 0.1 * few_values(15), names=names, root=str(tmp_path))
+    create_gallery(store, tmp_path / "g")
+    result = search_store(open_gallery(tmp_path / "g"), store, SearchOptions(k=15, exclude_self=True, expand=expand))
+    images = [name.split("#")[0] for name in names]
+    for image, answer in zip(images, result.answers, strict=True):
+        found = [one.name for one in answer.neighbors]
+        assert sorted(found) == sorted(name for name, of in zip(names, images, strict=True) if of != image)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF2,Flat", "SQ8"])
 def test_query_expansion_equals_the_formula(gallery_of: Callable[..., Gallery], factory: str) -> None:
     generator = np.random.default_rng(3)

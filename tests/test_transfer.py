@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sppfeat import (
     MissingExtraError,
     Recipe,
     ReportError,
+    SppFeatWarning,
     Store,
     StoreError,
     UsageError,
@@ -161,6 +163,17 @@ def test_pending_rows_are_refused(make_store: Callable[..., Store]) -> None:
         evaluate_transfer([store])
 
 
+def test_folders_without_classes_are_named(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    labels = replace(
+        labels_from_folders(store.names),
+        classes={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
+        splits={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
+    )
+    with pytest.raises(UsageError, match="class 'test': has test images, and none to train with"):
+        evaluate_transfer([store], TransferOptions(protocol="split"), labels=labels)
+
+
 def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) -> None:
     with pytest.raises(
         UsageError, match=r"expected at least 31 images a class, found fewer in 4 of .*\(class0 12, class1 12"
@@ -177,9 +190,12 @@ def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) 
     [
         ("file,class\n", "expected the columns name,label[,split], found file,class"),
         ("", "expected the columns name,label[,split], found nothing"),
-        ("name,label\na,x\na,y\n", "line 3: found a name that stands twice ('a')"),
+        ("name,label\na,x\na,y\n", "line 3: found a duplicate name ('a')"),
         ("name,label\na,\n", "line 2: found an empty name or label ('a')"),
-        ("name,label,split\na,x,val\n", "line 2: expected split train or test, found 'val'"),
+        (
+            "name,label,split\na,x,dev\n",
+            "line 2: expected split train, test, val, valid, validation or none, found 'dev'",
+        ),
         ("name,label\nnowhere.jpg,x\n", "none of its 48 names has a label"),
         ("name,label\nnowhere.jpg,x\nclass0/000.jpg,x\n", "1 labels match no row of"),
     ],
@@ -189,6 +205,14 @@ def test_bad_labels(make_store: Callable[..., Store], tmp_path: Path, text: str,
     path.write_text(text)
     with pytest.raises(UsageError, match=re.escape(message)):
         evaluate_transfer([make_store()], labels=read_labels(path))
+
+
+def test_labels_files_that_could_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gone\.csv: could not be read: No such file or directory$"):
+        read_labels(tmp_path / "gone.csv")
+    (tmp_path / "latin.csv").write_bytes("name,label\na,\xdc\n".encode("latin1"))
+    with pytest.raises(UsageError, match=r"latin\.csv: expected a CSV file in UTF-8, found: "):
+        read_labels(tmp_path / "latin.csv")
 
 
 @pytest.mark.parametrize("change", [{"protocol": "caltech"}, {"costs": ()}, {"costs": (0.0,)}, {"trials": 0}])
@@ -317,8 +341,11 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
         ),
         (lambda lists: (lists / "kind0_test.txt").write_text(""), "kind0_test.txt: expected an image a line"),
         (lambda lists: (lists / "kind2_test.txt").write_text("000000 1\n"), "expected the images of kind0_test.txt"),
-        (lambda lists: (lists / "kind0_test.txt").write_text("000000 1\n" * 2), "line 2: image '000000' stands twice"),
-        (lambda lists: (lists / "kind0_test.txt").write_bytes(b"\xff\xfe"), "kind0_test.txt: cannot be read"),
+        (lambda lists: (lists / "kind0_test.txt").write_text("000000 1\n" * 2), "line 2: duplicate image '000000'"),
+        (
+            lambda lists: (lists / "kind0_test.txt").write_bytes(b"\xff\xfe"),
+            "kind0_test.txt: expected a text file in UTF-8",
+        ),
     ],
 )
 def test_broken_voc_folders(
@@ -401,7 +428,172 @@ def test_rows_left_out_are_never_copied(make_store: Callable[..., Store], monkey
 
     monkeypatch.setattr(DescriptorView, "__getitem__", counted)
     evaluate_transfer([open_store(store.path)], TransferOptions(trials=1))
-    assert read and max(read) == 5
+    assert 5 in read and max(read) == 10  # rows of double and of single precision
+
+
+@pytest.fixture
+def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that stops long before it converges."""
+    monkeypatch.setattr("sppfeat.newton._MAX_NEWTON", 1)
+
+
+def test_a_trial_takes_the_products_of_its_own_rows_alone(
+    make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sppfeat.svm_rows import Rows
+
+    sizes: list[int] = []
+    plain = Rows.gram
+
+    def counted(self: Rows) -> torch.Tensor:
+        sizes.append(len(self))
+        return plain(self)
+
+    monkeypatch.setattr(Rows, "gram", counted)
+    evaluate_transfer([make_store()], TransferOptions(per_class=3, trials=2))
+    assert sizes == [12, 12]
+
+
+def test_svms_that_do_not_converge_are_told(make_store: Callable[..., Store], tmp_path: Path, one_step: None) -> None:
+    """In data, as a warning, in the document and on the page, those of the choice of C included."""
+    from sppfeat_cli.evaluate import _document
+
+    store = make_store(noise=2.5)
+    with pytest.warns(SppFeatWarning) as caught:
+        (done,) = evaluate_transfer([store], TransferOptions(trials=2, costs=(1.0, 10.0)))
+    found = done.convergence
+    assert found.gaps.shape == (2, 4) and 0 < len(found.not_converged) <= 8 and found.largest_gap > 1e-4
+    worst = max(found.not_converged, key=lambda one: one.gap)
+    assert worst.gap == found.largest_gap == found.gaps[worst.trial, int(worst.label[-1])]
+    first, second = (str(one.message) for one in caught)
+    assert re.search(
+        rf"f\.h5: {len(found.not_converged)} of 8 SVMs did not converge \(.*, class '{worst.label}'\)", first
+    )
+    assert "SVMs of the cross-validation did not converge" in second and found.choice_gap > 1e-4
+    document = _document(done, None, None)
+    assert document["converged"] is False and document["largest_gap"] == found.largest_gap
+    assert {"trial": worst.trial, "class": worst.label, "gap": worst.gap} in document["not_converged"]
+    write_transfer_report(tmp_path / "r.html", [done])
+    assert " of 8 SVMs did not converge" in (tmp_path / "r.html").read_text()
+
+
+def test_svms_that_converge_are_told(make_store: Callable[..., Store]) -> None:
+    from sppfeat_cli.evaluate import _document
+
+    (done,) = evaluate_transfer([make_store(noise=2.5)], TransferOptions(trials=2))
+    document = _document(done, None, None)
+    assert document["converged"] is True and document["not_converged"] == []
+    assert 0 <= document["largest_gap"] <= 1e-4 and done.convergence.choice_gap <= 1e-4
+
+
+def test_a_class_without_a_test_image(
+    make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
+) -> None:
+    """It is in no mean, null in JSON, last in every list, and said; images of no part are counted."""
+    from sppfeat_cli.evaluate import _document
+
+    store = make_store(noise=2.5)
+    part = {"class0": "train", "class1": "val"}  # class1 has training images, too
+    lines = [
+        f"{name},{label},{part.get(label, 'test') if at % 3 == 0 else 'train' if at % 3 == 1 else ''}"
+        for at, name in enumerate(store.names)
+        for label in [name.split("/")[0]]
+    ]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("name,label,split\n" + "\n".join(lines) + "\n")
+    words = ("evaluate", "transfer", store.path, "--protocol", "split", "--c", "1", "--labels", labels)
+    (done,) = evaluate_transfer([store], TransferOptions(protocol="split", costs=(1.0,)), labels=read_labels(labels))
+    assert done.untested == ["class0", "class1"]
+    assert done.value == pytest.approx(np.mean([done.per_class["class2"], done.per_class["class3"]]))
+    assert (done.train, done.test, done.rows, done.left_out) == (20, 8, 28, 20)
+    assert done.left_out_by_reason == {"of part val": 4, "in neither part": 16} and done.test_part == "test"
+    assert _document(done, str(labels), None)["per_class"]["class0"] is None
+    shown = run_sppfeat(*words, "--report", tmp_path / "r.html")
+    assert shown.returncode == 0 and not shown.stderr  # type: ignore[attr-defined]
+    lines = shown.stdout.splitlines()  # type: ignore[attr-defined]
+    assert "28 images: 20 to train and 8 to test; 20 left out (16 in neither part, 4 of part val)" in lines[1]
+    assert "class0" not in lines[2] and lines[3] == "without a test image, and in no mean: class0, class1 (2 classes)"
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("no test image") == 2 and "nan" not in text
+    assert text.index('title="class3"') < text.index('title="class0"')
+
+
+def test_validation_images_are_tested_where_there_is_no_test(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    labels = labels_from_folders(store.names)
+    parts = {name: ("train", "valid", "validation")[at % 3] for at, name in enumerate(store.names)}
+    options = TransferOptions(protocol="split", costs=(1.0,))
+    (done,) = evaluate_transfer([store], options, labels=replace(labels, splits=parts))
+    assert (done.test_part, done.train, done.test, done.left_out_by_reason) == (
+        "valid",
+        16,
+        16,
+        {"of part validation": 16},
+    )
+    with pytest.raises(UsageError, match="found no test, val, valid or validation"):
+        evaluate_transfer([store], options, labels=replace(labels, splits=dict.fromkeys(parts, "train")))
+    assert labels_from_folders(["val/a/1.jpg"]).splits == {"val/a/1.jpg": "val"}
+
+
+def test_one_image_a_class_needs_one_c(
+    make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
+) -> None:
+    words = ("evaluate", "transfer", make_store().path, "--per-class", "1", "--trials", "1")
+    refused = run_sppfeat(*words, "--report", tmp_path / "r.html")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1  # type: ignore[attr-defined]
+    assert "C cannot be chosen by cross-validation" in refused.stderr  # type: ignore[attr-defined]
+    done = run_sppfeat(*words, "--c", "1", "--report", tmp_path / "r.html")
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "r.html").is_file()  # type: ignore[attr-defined]
+
+
+def test_the_document_repeats_the_evaluation(
+    make_store: Callable[..., Store], run_sppfeat: Callable[..., object]
+) -> None:
+    store = make_store(noise=2.5)
+    shown = run_sppfeat(  # type: ignore[attr-defined]
+        "evaluate", "transfer", store.path, "--trials", "2", "--seed", "3", "--c", "0.1,1", "--per-class", "4", "--json"
+    ).stdout
+    document = json.loads(shown)
+    assert Recipe(**document["recipe"]) == store.recipe and document["weights_sha256"] == store.weights_sha256
+    assert document["seed"] == 3 and document["options"]["labels"] is document["options"]["voc"] is None
+    fields = {key: value for key, value in document["options"].items() if key not in ("labels", "voc")}
+    (again,) = evaluate_transfer([store], TransferOptions(**fields | {"costs": tuple(fields["costs"])}))
+    assert again.trials == pytest.approx(document["trials"]) and document["train"] == 16
+
+
+def test_results_come_before_the_page(
+    make_store: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from sppfeat_cli.app import app
+
+    def full(path: Path, done: object) -> None:
+        raise ReportError(f"{path}: cannot be written: the disk is full")
+
+    monkeypatch.setattr("sppfeat.transfer_report.write_transfer_report", full)
+    page = str(tmp_path / "r.html")
+    words = ["evaluate", "transfer", str(make_store().path), "--trials", "1", "--json", "--report", page]
+    with pytest.raises(SystemExit, match="1"):
+        app(words)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trials"] and err == f"sppfeat: {page}: cannot be written: the disk is full\n"
+
+
+def test_a_class_whose_images_all_failed(make_store: Callable[..., Store]) -> None:
+    store = make_store(classes=3)
+    with StoreWriter(store) as writer:
+        for row in range(12):
+            writer.fail(row, "broken")
+    with pytest.warns(SppFeatWarning, match=r"f\.h5: 1 of 3 classes left out, since all .* failed: 'class0'"):
+        (done,) = evaluate_transfer([store], TransferOptions(trials=1))
+    assert list(done.per_class) == ["class1", "class2"] and done.left_out_by_reason == {"failed": 12}
+    with StoreWriter(store) as writer:
+        for row in range(12, 36):
+            writer.fail(row, "broken")
+    with pytest.raises(UsageError, match="expected described images, found 36, all with a label failed"):
+        evaluate_transfer([store])
 
 
 def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
