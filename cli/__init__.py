@@ -5,11 +5,14 @@ import signal
 import sys
 from typing import NoReturn
 
+from sppfeat_cli.threads import _let_threads_block
+
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line; see `sppfeat_cli.app.main`."""
+    _let_threads_block()
     _open_closed_streams()
     # While modules load there is nothing to clean up, and an exception would surface in the middle of any of them.
     signal.signal(signal.SIGINT, _leave)

@@ -98,7 +98,7 @@ def capture_into_one_pool() -> Capture:
 
     Once all of its graphs are gone, so is the pool: use another then.
     """
-    pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Pass, pictures: torch.Tensor) -> Pass:
         with _ONE_CAPTURE:

@@ -44,17 +44,17 @@ def _exact() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     # Once a program sets `fp32_precision`, which torch 2.9 brought, torch refuses to read or write the older setting.
     if hasattr(cudnn, "conv"):
-        places, name, value = [cudnn.conv, cudnn.rnn], "fp32_precision", "ieee"
+        changes: dict[Any, tuple[str, object]] = dict.fromkeys((cudnn.conv, cudnn.rnn), ("fp32_precision", "ieee"))
     else:
-        places, name, value = [cudnn], "allow_tf32", False
-    before = [getattr(place, name) for place in places]
+        changes = {cudnn: ("allow_tf32", False)}
+    before = {place: getattr(place, name) for place, (name, _) in changes.items()}
     try:
-        for place in places:
+        for place, (name, value) in changes.items():
             setattr(place, name, value)
         yield
     finally:
-        for place, old in zip(places, before, strict=True):
-            setattr(place, name, old)
+        for place, (name, _) in changes.items():
+            setattr(place, name, before[place])
 
 
 @contextlib.contextmanager
