@@ -7,7 +7,12 @@ from typing import NoReturn
 
 
 def begin() -> None:
-    """Open what is closed of the standard streams, and let a signal end the program at once, while it is starting."""
+    """Open what is closed of the standard streams; let a signal end the program at once, while it is starting; and let
+    OpenMP's threads sleep while they wait.
+    """
+    # They spin by default: as soon as another process wants a core, each short step waits for a thread that is not
+    # running. OpenMP reads this when torch is loaded; what the user has set stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

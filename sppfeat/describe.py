@@ -7,7 +7,6 @@ import functools
 import re
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from sppfeat.machine import available_cores
 from sppfeat.preprocess import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.pyramid import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.settings import exact_convolutions, quiet_pillow
 from sppfeat.windows import map_windows, nearest_scales, outside, window_text
 
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
@@ -217,11 +217,7 @@ class Describer:
             initargs=(self._engine.threads,),
         )
         try:
-            # cuDNN would round float32 to 10 bits (TF32): a GPU must give the values that a CPU gives.
-            with warnings.catch_warnings(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                # Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop, together)
+            yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop, together)
         finally:
             decoders.shutdown(cancel_futures=True)
             forwarders.shutdown(cancel_futures=True)
@@ -300,7 +296,8 @@ class Describer:
     def _prepare(self, path: str) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
         try:
-            return prepare_image(path, self.recipe, minimum=self._backbone.minimum_side)
+            with quiet_pillow:
+                return prepare_image(path, self.recipe, minimum=self._backbone.minimum_side)
         except ImageError as error:
             return _Unreadable(str(error), fingerprint_of(path))
         finally:
@@ -352,7 +349,7 @@ class Describer:
         keys = [key for key, _ in batch]
         height, width = batch[0][1].shape[:2]
         try:
-            with torch.inference_mode(), self._engine.lane():
+            with exact_convolutions, torch.inference_mode(), self._engine.lane():
                 return list(zip(keys, self._descriptors(batch, rows), strict=True))
         except (RuntimeError, AssertionError, MemoryError) as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):

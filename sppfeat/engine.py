@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import torch
 
 from sppfeat.backbone import Backbone, load_backbone
-from sppfeat.cuda_graphs import RecurringPasses, capture
+from sppfeat.cuda_graphs import RecurringPasses, capture_into_one_pool
 from sppfeat.devices import resolve_device
 from sppfeat.errors import (
     BackboneError,
@@ -110,7 +110,7 @@ class TorchEngine:
         if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
             return self._backbone.feature_map(pictures)
         if not hasattr(self._local, "passes"):
-            self._local.passes = RecurringPasses(self._backbone.feature_map, capture)
+            self._local.passes = RecurringPasses(self._backbone.feature_map, capture_into_one_pool)
             self._all_passes.append(self._local.passes)
         output: torch.Tensor = self._local.passes(pictures)
         return output

@@ -95,6 +95,8 @@ class OpenVinoEngine:
         try:
             return self._infer(pictures)
         except RuntimeError as error:
+            if found := re.search(r"Failed to allocate \d+ bytes of memory", str(error)):
+                raise MemoryError(found[0]) from None
             # Where torch refuses too (too few pixels for a layer, say), its text is the one that names why.
             with torch.inference_mode():
                 self._backbone.feature_map(pictures)

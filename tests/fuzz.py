@@ -35,11 +35,11 @@ from sppfeat.classifier import open_classifier
 from sppfeat.detect import Detector, open_detector, save_detector
 from sppfeat.files import SVM, WINDOWS, format_of
 from sppfeat.gallery_files import read_rows
+from sppfeat.ground_truth import read_ground_truth
 from sppfeat.images import Fingerprint, find_images
 from sppfeat.labels import read_labels, read_voc_labels
 from sppfeat.mining import read_state, save_state
 from sppfeat.proposals import open_windows
-from sppfeat.retrieval import read_ground_truth
 from sppfeat.selective_search import ProposalOptions
 from sppfeat.store import StoreWriter, create_store
 from sppfeat.windows import read_windows

@@ -355,3 +355,23 @@ def test_a_driver_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda")
     with pytest.warns(SppFeatWarning, match="the GPU is left out .*too old.*; the processor takes its place"):
         assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("needed", [72_000_000, None])
+def test_openvino_that_has_no_memory_says_so(monkeypatch: pytest.MonkeyPatch, needed: int | None) -> None:
+    """As OpenVINO 2026 says it; anything else that fails is not taken for it."""
+    _, engine = load_engine(TINY, OPENVINO)
+    cause = f"Failed to allocate {needed} bytes of memory" if needed else "broken"
+
+    def fail(pictures: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "Exception from src/inference/src/cpp/infer_request.cpp:224:\n"
+            "Exception from src/plugins/intel_cpu/src/node.cpp:794:\n"
+            "[CPU] Convolution node with name 'Convolution_6464' Check 'ptr' failed at "
+            f"src/plugins/intel_cpu/src/cpu_memory.cpp:257:\n{cause}\n\n\n"
+        )
+
+    monkeypatch.setattr(engine, "_infer", fail)
+    error = MemoryError if needed else RuntimeError
+    with pytest.raises(error, match=f"^{cause}$" if needed else "^OpenVINO: .*--engine torch runs it"):
+        engine.feature_map(torch.zeros((1, 64, 64, 3), dtype=torch.uint8))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from sppfeat import (
 )
 from sppfeat.backbone import Backbone, load_backbone
 from sppfeat.describe import Describer
+from sppfeat.engine import TorchEngine
 from sppfeat.preprocess import prepare_image
 from sppfeat.pyramid import pool_pyramid
 from sppfeat.store import lock_store
@@ -392,6 +394,42 @@ def test_an_image_that_does_not_fit_fails_alone(
     done = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
     assert (done.described, done.failed, done.pending) == (12, 1, 0)
     assert "does not fit into the memory of cpu" in open_store(output).errors()["wide.png"]
+    before = output.read_bytes()
+    monkeypatch.setattr(Backbone, "feature_map", None)  # a resume has nothing to compute
+    again = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
+    assert (again.described, again.failed, again.pending) == (0, 1, 0) and output.read_bytes() == before
+
+
+def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(24)
+    feature_map, release = Backbone.feature_map, TorchEngine.release
+    lock, inside, beside = threading.Lock(), 0, list[int]()
+
+    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+        nonlocal inside
+        with lock:
+            inside += 1
+        try:
+            time.sleep(0.005)
+            if len(pictures) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return feature_map(self, pictures)
+        finally:
+            with lock:
+                inside -= 1
+
+    def watched(self: TorchEngine) -> None:
+        beside.append(inside)
+        release(self)
+
+    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(TorchEngine, "release", watched)
+    monkeypatch.setattr("sppfeat.engine.cpu_streams", lambda: (4, 1))
+    done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch", batch_size=8))
+    assert done.described == 24
+    assert beside and not any(beside)
 
 
 def test_a_scale_too_small_for_the_backbone_is_refused_at_once(make_images: MakeImages, tmp_path: Path) -> None:
