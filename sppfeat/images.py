@@ -330,6 +330,9 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
     16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
     """
+    turned_by_pillow = image.format == "TIFF"
+    turns = turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow
+    check_working_set(image, turned=turns)
     _load(image)
     try:
         pixels = _to_rgb(image)
@@ -337,8 +340,7 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
         raise
     except Exception as error:  # what a decoder let pass can still be refused here
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
-    turned_by_pillow = image.format == "TIFF"
-    if turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow:
+    if turns:
         pixels = pixels.transpose((_UNDO if turned_by_pillow else _UPRIGHT)[turn])
     return pixels
 
