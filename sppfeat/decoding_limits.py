@@ -69,8 +69,10 @@ _TIFF_MAGIC: Final = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"
 _BLOCK: Final = 1 << 20
 # 100 megapixels at the highest quality take less.
 _MOST_WALKED: Final = 1 << 28
-# Frames whose coefficients come in several scans (ITU T.81, table B.1).
-_PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
+# ITU T.81, table B.1: markers without a length, and fill; frames; those whose coefficients come in several scans.
+_NO_SEGMENT: Final = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xDA)})
+_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
 
 
@@ -107,24 +109,24 @@ def working_set(image: Image.Image, *, turned: bool = False) -> int:
     if image.format == "AVIF":
         return pixels * (result + 14)  # planes of 16 bits, RGBA, and Pillow's copy
     if image.format == "TIFF":
-        return pixels * max(result, 2 * stored + 4 if _turned_by_pillow(image) else 0) + _piece_bytes(image)
+        # Pillow turns it by itself as it loads it, with libtiff's buffer still held.
+        copies = 1 if _number(image, 274, 1) == 1 else 2
+        return max(pixels * result, pixels * stored * copies + _piece_bytes(image))
     return pixels * result
-
-
-def _turned_by_pillow(image: Image.Image) -> bool:
-    return bool(image.tag_v2.get(274, 1) != 1)  # type: ignore[attr-defined]
 
 
 def _piece_bytes(image: Image.Image) -> int:
     """What libtiff decodes at once: a strip, at most the image, or a tile, which may be larger than the image."""
     if image.info.get("compression", "raw") == "raw":
         return 0
-    each = max(4, (_number(image, 258, 8) * _number(image, 277, 1) + 7) // 8)
+    bits = _number(image, 258, 1) * _number(image, 277, 1)
+    if _number(image, 262, 0) == 6:
+        bits = max(bits, 32)  # YCbCr, which libtiff gives as RGBA
     tile = _number(image, 322, 0) * _number(image, 323, 0)
     if tile:
-        return tile * each
+        return tile * bits // 8
     width, height = _number(image, 256, image.width), _number(image, 257, image.height)
-    return width * min(_number(image, 278, height), height) * each
+    return width * min(_number(image, 278, height), height) * bits // 8
 
 
 def _number(image: Image.Image, tag: int, default: int) -> int:
@@ -149,31 +151,26 @@ def _check_jpeg(file: BinaryIO) -> None:
     file.seek(2)
     segments = skipped = 0
     frame = b""
-    in_marker = False
-    while byte := file.read(1):
-        # As Pillow's reader does, which also skips whatever is no marker.
-        if byte == b"\xff" or not in_marker or byte == b"\0":
-            skipped += not (byte == b"\xff" and not in_marker)
-            in_marker = byte == b"\xff"
+    while len(head := file.read(4)) == 4:
+        if head[0] != 0xFF or head[1] in _NO_SEGMENT:  # Pillow's reader skips what is no segment byte by byte
+            skipped += 1
             if skipped > MAX_FILL_BYTES:
                 raise ImageError(f"JPEG with more than {MAX_FILL_BYTES:,} fill bytes before its pixels")
+            file.seek(-3, os.SEEK_CUR)
             continue
-        in_marker = False
-        if byte == b"\xda":
+        if head[1] == 0xDA:
             break
         segments += 1
         if segments > MAX_JPEG_SEGMENTS:
             raise ImageError(f"JPEG of more than {MAX_JPEG_SEGMENTS:,} segments before its pixels")
-        if 0xD0 <= byte[0] <= 0xD9 or byte == b"\1":
-            continue
-        length = int.from_bytes(file.read(2), "big")
-        if 0xC0 <= byte[0] <= 0xCF and byte[0] not in (0xC4, 0xC8, 0xCC):
-            frame = byte + file.read(max(length - 2, 0))
+        length = max(int.from_bytes(head[2:], "big") - 2, 0)
+        if head[1] in _FRAMES:
+            frame = head[1:2] + file.read(length)
         else:
-            file.seek(max(length - 2, 0), os.SEEK_CUR)
-    scan = file.read(3)
+            file.seek(length, os.SEEK_CUR)
+    components = file.read(1)
     # One scan of all components at once is decoded row by row, and nothing behind it is read.
-    if len(frame) > 6 and (frame[0] in _PROGRESSIVE or scan[2:] != frame[6:7]):
+    if len(frame) > 6 and (frame[0] in _PROGRESSIVE or components != frame[6:7]):
         _check_scans(file, frame)
 
 
