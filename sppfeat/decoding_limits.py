@@ -201,10 +201,14 @@ def _check_scans(file: BinaryIO, frame: bytes) -> None:
 
 
 def _count_scans(file: BinaryIO) -> int:
+    """How often the marker's bytes stand in the next `_MOST_WALKED` bytes: a hole in a file can be without end."""
     scans, last = 0, b""
-    while block := file.read(_BLOCK):
+    for _ in range(_MOST_WALKED // _BLOCK):
+        block = file.read(_BLOCK)
         scans += (last + block).count(b"\xff\xda")
         last = b"\xff" if block.endswith(b"\xff") else b""
+        if len(block) < _BLOCK:
+            break
     return scans
 
 
@@ -301,7 +305,10 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
     pieces = max(counts.get(273, 0), counts.get(324, 0))
     if pieces > MAX_TIFF_PIECES:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
-    if values.get(259) in (6, 7):  # JPEG inside: each strip or tile is one, usually of one scan
+    if values.get(259) in (
+        6,
+        7,
+    ):  # JPEG inside: each strip or tile is one, usually of one scan; libtiff takes 100 of each
         file.seek(0)
         scans = _count_scans(file)
         most = MAX_SCANS + 10 * pieces

@@ -87,6 +87,15 @@ def test_a_jpeg_is_not_read_to_the_end_of_a_hole(tmp_path, progressive):
     assert time.thread_time() - begun < 4
 
 
+def test_a_jpeg_inside_a_tiff_is_not_read_to_the_end_of_a_hole(tmp_path):
+    path = tmp_path / "image.tif"
+    Image.new("RGB", (64, 48)).save(path, compression="jpeg")
+    os.truncate(path, 1 << 40)
+    begun = time.thread_time()
+    assert read_image(str(path)).size == (64, 48)
+    assert time.thread_time() - begun < 4
+
+
 def test_several_scans_that_do_not_end_are_refused(tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(encoded("JPEG", progressive=True)[:-2])
