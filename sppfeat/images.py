@@ -56,6 +56,10 @@ _UPRIGHT: Final = {
 # Rows that are converted at once: some copies of these, not of the image.
 _STRIP_PIXELS: Final = 4_000_000
 
+# Pillow's blocks of 16 MB stay in glibc's heap, one for each thread, when they are freed: gigabytes after some large
+# images. Above 32 MB (mallopt(3), M_MMAP_THRESHOLD) a block goes back to the system at once.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
+
 # Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 

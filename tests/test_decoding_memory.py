@@ -216,3 +216,34 @@ def test_memory_of_real_reads_stays_below_the_estimate(tmp_path):
         # Strips under conversion, some megabytes, weigh in an image as small as this.
         assert taken < needed + (48 << 20), (name, taken, needed)
         assert taken > needed / 3, (name, taken, needed)
+
+
+KEPT = """
+import sys, threading
+from sppfeat.images import read_image
+
+def resident():
+    with open("/proc/self/status") as status:
+        return [int(line.split()[1]) for line in status if line.startswith("VmRSS")][0]
+
+read_image(sys.argv[1])
+before = resident()
+for _ in range(3):
+    thread = threading.Thread(target=lambda: read_image(sys.argv[2]).size)
+    thread.start()
+    thread.join()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_the_memory_of_large_images_goes_back_to_the_system(tmp_path):
+    for side in (64, 7000):
+        Image.new("P", (side, side)).save(tmp_path / f"{side}.png", compress_level=1)
+    run = subprocess.run(
+        [sys.executable, "-c", KEPT, tmp_path / "64.png", tmp_path / "7000.png"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) < 100 << 10  # kB, of 245 MB
