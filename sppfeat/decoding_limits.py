@@ -35,8 +35,13 @@ MAX_TIFF_ENTRIES: Final = 1_000
 MIN_TILE_AREA: Final = 16 * 16
 # 100 megapixels in the smallest tiles; one row a strip stays far below.
 MAX_TIFF_PIECES: Final = 400_000
-# Pillow decodes run-length BMP in Python, run by run; such images have at most 256 colours.
+# Pillow decodes run-length BMP in Python, run by run, and fills cut-off rows there too.
 MAX_RLE_BYTES: Final = 8_000_000
+MAX_RLE_PIXELS: Final = 25_000_000
+# Pillow holds what stands beside the pixels in memory, up to twice: profiles, XMP, the layers of an image editor.
+MAX_METADATA: Final = 256 << 20
+# Pillow reads these files whole, and the decoder copies them; real ones stay below even where they are animations.
+MAX_WHOLE_FILE: Final = 128 << 20
 # Decoder's buffers, pixels and their conversion together. With Python, torch and a network it stays below 1.5 GB.
 MAX_WORKING_SET: Final = 1 << 30
 
@@ -58,8 +63,15 @@ _TIFF_SIZES: Final = {
     17: 8,
     18: 8,
 }
+# Of the readers that Pillow knows; it takes the second pair for a TIFF, too.
+_TIFF_MAGIC: Final = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _BLOCK: Final = 1 << 20
+# 100 megapixels at the highest quality take less.
 _MOST_WALKED: Final = 1 << 28
+# ITU T.81, table B.1: markers without a length, and fill; frames; those whose coefficients come in several scans.
+_NO_SEGMENT: Final = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xDA)})
+_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
 
 
@@ -72,46 +84,61 @@ def check_structure(file: BinaryIO) -> None:
         _check_png(file)
     elif start.startswith(b"GIF8"):
         _check_gif(file, start)
-    elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    elif start[:4] in _TIFF_MAGIC:
         _check_tiff(file, start)
     elif start.startswith(b"BM") and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        _check_run_length(file, start)
+    elif start.startswith(b"RIFF") or start[4:8] == b"ftyp":
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_RLE_BYTES:
-            raise ImageError(f"run-length BMP of {size:,} bytes: expected at most {MAX_RLE_BYTES:,}")
+        if size > MAX_WHOLE_FILE:
+            kind = "WebP" if start.startswith(b"RIFF") else "AVIF"
+            raise ImageError(f"{kind} file of {size:,} bytes: expected at most {MAX_WHOLE_FILE:,}")
     file.seek(0)
 
 
-def working_set(image: Image.Image) -> int:
-    """An estimate from above of the bytes that decoding an opened image to upright RGB takes."""
+def working_set(image: Image.Image, *, turned: bool = False) -> int:
+    """An estimate from above of the bytes that decoding an opened image to RGB, and turning it upright, takes."""
     pixels = image.width * image.height
-    stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "LA": 4}.get(image.mode, 4)
-    each: float = stored + 4  # and its conversion to RGB, or the turned image
+    # Pillow's own storage: RGB takes four bytes a pixel, and what is turned or converted is held beside the original.
+    stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4)
+    result = stored + (0 if image.mode == "RGB" and "transparency" not in image.info else 4) + (4 if turned else 0)
     if image.format == "WEBP":
-        each += 16  # libwebp: its own ARGB, two canvases of the animation decoder, and Pillow's copy of one
-    elif image.format == "AVIF":
-        each += 14  # planes of 16 bits, RGBA, and Pillow's copy
-    elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-        # libjpeg keeps the coefficients (16 bits) of the whole image, whatever size a draft has.
-        draft = (getattr(image, "decoderconfig", ()) or (1,))[0]
-        each += 2 * _samples(image) * draft * draft
-    elif image.format == "TIFF" and image.info.get("compression", "raw") != "raw":
-        bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
-        each += (max(bits) * image.tag_v2.get(277, 1) + 7) // 8  # type: ignore[attr-defined]  # all in one strip
-    return int(pixels * each)
+        # libwebp: its own ARGB, two canvases of the animation decoder, which stay, and Pillow's copy of one.
+        return pixels * max(stored + 16, result + 8)
+    if image.format == "AVIF":
+        return pixels * (result + 14)  # planes of 16 bits, RGBA, and Pillow's copy
+    if image.format == "TIFF":
+        # Pillow turns it by itself as it loads it, with libtiff's buffer still held.
+        copies = 1 if _number(image, 274, 1) == 1 else 2
+        return max(pixels * result, pixels * stored * copies + _piece_bytes(image))
+    return pixels * result
 
 
-def _samples(image: Image.Image) -> float:
-    """Samples a pixel that a JPEG keeps: 3 for full colour, 1.5 where both chroma planes are halved both ways."""
-    layers = [(across, down) for _, across, down, _ in getattr(image, "layer", ()) if across and down]
-    if not layers:
-        return len(image.getbands())
-    whole = max(across for across, _ in layers) * max(down for _, down in layers)
-    return float(sum(across * down for across, down in layers) / whole)
+def _piece_bytes(image: Image.Image) -> int:
+    """What libtiff decodes at once: a strip, at most the image, or a tile, which may be larger than the image."""
+    if image.info.get("compression", "raw") == "raw":
+        return 0
+    bits = _number(image, 258, 1) * _number(image, 277, 1)
+    if _number(image, 262, 0) == 6:
+        bits = max(bits, 32)  # YCbCr, which libtiff gives as RGBA
+    tile = _number(image, 322, 0) * _number(image, 323, 0)
+    if tile:
+        return tile * bits // 8
+    width, height = _number(image, 256, image.width), _number(image, 257, image.height)
+    return width * min(_number(image, 278, height), height) * bits // 8
 
 
-def check_working_set(image: Image.Image) -> None:
+def _number(image: Image.Image, tag: int, default: int) -> int:
+    """A tag's number, the largest where it has several; `default` where it has none, or something else."""
+    value = image.tag_v2.get(tag, default)  # type: ignore[attr-defined]
+    return max(
+        (each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, int)), default=default
+    )
+
+
+def check_working_set(image: Image.Image, *, turned: bool = False) -> None:
     """Refuse an opened image that takes more than `MAX_WORKING_SET` bytes to decode. Raises ImageError."""
-    needed = working_set(image)
+    needed = working_set(image, turned=turned)
     if needed > MAX_WORKING_SET:
         raise ImageError(
             f"{image.width} x {image.height} pixels ({image.format}, {image.mode}): decoding takes about "
@@ -121,65 +148,94 @@ def check_working_set(image: Image.Image) -> None:
 
 def _check_jpeg(file: BinaryIO) -> None:
     file.seek(2)
-    segments = skipped = width = height = 0
-    in_marker = False
-    while byte := file.read(1):
-        # As Pillow's reader does, which also skips whatever is no marker.
-        if byte == b"\xff" or not in_marker or byte == b"\0":
-            skipped += not (byte == b"\xff" and not in_marker)
-            in_marker = byte == b"\xff"
+    segments = skipped = 0
+    frame = b""
+    while len(head := file.read(4)) == 4:
+        if head[0] != 0xFF or head[1] in _NO_SEGMENT:  # Pillow's reader skips what is no segment byte by byte
+            skipped += 1
             if skipped > MAX_FILL_BYTES:
                 raise ImageError(f"JPEG with more than {MAX_FILL_BYTES:,} fill bytes before its pixels")
+            file.seek(-3, os.SEEK_CUR)
             continue
-        in_marker = False
-        if byte == b"\xda":
+        if head[1] == 0xDA:
             break
         segments += 1
         if segments > MAX_JPEG_SEGMENTS:
             raise ImageError(f"JPEG of more than {MAX_JPEG_SEGMENTS:,} segments before its pixels")
-        if 0xD0 <= byte[0] <= 0xD9 or byte == b"\1":
-            continue
-        length = int.from_bytes(file.read(2), "big")
-        if 0xC0 <= byte[0] <= 0xCF and byte[0] not in (0xC4, 0xC8, 0xCC):
-            frame = file.read(5)
-            height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-            length -= 5
-        file.seek(max(length - 2, 0), os.SEEK_CUR)
+        length = max(int.from_bytes(head[2:], "big") - 2, 0)
+        if head[1] in _FRAMES:
+            frame = head[1:2] + file.read(length)
+        else:
+            file.seek(length, os.SEEK_CUR)
+    components = file.read(1)
+    # One scan of all components at once is decoded row by row, and nothing behind it is read.
+    if len(frame) > 6 and (frame[0] in _PROGRESSIVE or components != frame[6:7]):
+        _check_scans(file, frame)
+
+
+def _check_scans(file: BinaryIO, frame: bytes) -> None:
+    """frame: of a JPEG of several scans, the marker and what stands behind its length (ITU T.81, B.2.2)."""
+    height, width = int.from_bytes(frame[2:4], "big"), int.from_bytes(frame[4:6], "big")
+    factors = [(factor >> 4, factor & 15) for factor in frame[8::3]]
+    full = max((h for h, _ in factors), default=1) * max((v for _, v in factors), default=1)
+    # libjpeg keeps the coefficients (16 bits) of the whole image beside the pixels, whatever size a draft has.
+    samples = width * height * sum(h * v for h, v in factors) // max(1, full)
+    needed = 2 * samples + width * height * (1 if len(factors) == 1 else 4)
+    if needed > MAX_WORKING_SET:
+        raise ImageError(
+            f"{width} x {height} pixels (JPEG of several scans): decoding takes about {needed / 2**20:,.0f} MiB, "
+            f"expected at most {MAX_WORKING_SET / 2**20:,.0f}"
+        )
     most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS // max(1, width * height)))
-    pixels = file.tell()
+    start, size = file.tell(), os.fstat(file.fileno()).st_size
     # Within the pixels 0xFF is escaped, so that counting the marker's bytes counts all scans, and perhaps some more.
-    if 1 + _count_scans(file) > most:
-        file.seek(pixels)
-        scans = _walk_scans(file.read(_MOST_WALKED))
-        if scans > most:
-            raise ImageError(f"progressive JPEG of {scans:,} scans: expected at most {most}")
+    if size - start <= _MOST_WALKED and 1 + _count_scans(file) <= most:
+        return
+    file.seek(start)
+    scans = _walk_scans(file.read(_MOST_WALKED))
+    if scans is None:
+        raise ImageError(f"JPEG of several scans in more than {_MOST_WALKED:,} bytes")
+    if scans > most:
+        raise ImageError(f"progressive JPEG of {scans:,} scans: expected at most {most}")
 
 
 def _count_scans(file: BinaryIO) -> int:
+    """How often the marker's bytes stand in the next `_MOST_WALKED` bytes: a hole in a file can be without end."""
     scans, last = 0, b""
-    while block := file.read(_BLOCK):
+    for _ in range(_MOST_WALKED // _BLOCK):
+        block = file.read(_BLOCK)
         scans += (last + block).count(b"\xff\xda")
         last = b"\xff" if block.endswith(b"\xff") else b""
+        if len(block) < _BLOCK:
+            break
     return scans
 
 
-def _walk_scans(content: bytes) -> int:
-    """Scans up to the end of the image: a video, a depth map or a thumbnail may hold the same bytes."""
+def _walk_scans(content: bytes) -> int | None:
+    """Scans up to the end of the image: a video, a depth map or a thumbnail may hold the same bytes.
+
+    None where `_MOST_WALKED` bytes do not reach that end.
+    """
     scans, at = 1, 0
-    while (match := _MARKER.search(content, at)) and match[0] != b"\xff\xd9":
+    while match := _MARKER.search(content, at):
+        if match[0] == b"\xff\xd9":
+            return scans
         scans += match[0] == b"\xff\xda"
         at = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
-    return scans
+    return scans if len(content) < _MOST_WALKED else None
 
 
 def _check_png(file: BinaryIO) -> None:
     file.seek(8)
-    data = other = 0
+    data = other = metadata = 0
     while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
         if head[4:] in (b"IDAT", b"fdAT", b"fcTL"):
             data += 1
         else:
             other += 1
+            metadata += int.from_bytes(head[:4], "big")
+            if metadata > MAX_METADATA:
+                raise ImageError(f"PNG with {metadata:,} bytes of metadata: expected at most {MAX_METADATA:,}")
         if data > MAX_PNG_DATA_CHUNKS or other > MAX_PNG_OTHER_CHUNKS:
             kind, most = (
                 ("data", MAX_PNG_DATA_CHUNKS) if data > MAX_PNG_DATA_CHUNKS else ("other", MAX_PNG_OTHER_CHUNKS)
@@ -191,21 +247,33 @@ def _check_png(file: BinaryIO) -> None:
 def _check_gif(file: BinaryIO, start: bytes) -> None:
     flags = start[10] if len(start) > 10 else 0
     file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
-    blocks = 0
-    while file.read(1) == b"!":
+    blocks = skipped = 0
+    while (byte := file.read(1)) and byte not in b",;":
+        if byte != b"!":  # Pillow's reader skips it
+            skipped += 1
+            if skipped > MAX_FILL_BYTES:
+                raise ImageError(f"GIF with more than {MAX_FILL_BYTES:,} fill bytes before its first frame")
+            continue
         file.read(1)
-        while size := file.read(1):
+        while (size := file.read(1)) and size != b"\0":
             blocks += 1
             if blocks > MAX_GIF_BLOCKS:
                 raise ImageError(f"GIF of more than {MAX_GIF_BLOCKS:,} blocks before its first frame")
-            if size == b"\0":
-                break
             file.seek(size[0], os.SEEK_CUR)
+
+
+def _check_run_length(file: BinaryIO, start: bytes) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_RLE_BYTES:
+        raise ImageError(f"run-length BMP of {size:,} bytes: expected at most {MAX_RLE_BYTES:,}")
+    width, height = (abs(side) for side in struct.unpack_from("<ii", start, 18))
+    if width * height > MAX_RLE_PIXELS:
+        raise ImageError(f"run-length BMP of {width} x {height} pixels: expected at most {MAX_RLE_PIXELS:,}")
 
 
 def _check_tiff(file: BinaryIO, start: bytes) -> None:
     order = "<" if start[:1] == b"I" else ">"
-    big = b"+" in start[:4]
+    big = start[2:3] == b"+"  # as Pillow has it
     step = 20 if big else 12
     try:
         (offset,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
@@ -229,12 +297,17 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
     size = os.fstat(file.fileno()).st_size
     if total > size:
         raise ImageError(f"TIFF directory names {total:,} bytes of values, found a file of {size:,}")
+    if total > MAX_METADATA:
+        raise ImageError(f"TIFF with {total:,} bytes of metadata: expected at most {MAX_METADATA:,}")
     if 322 in values and 323 in values and 0 < values[322] * values[323] < MIN_TILE_AREA:
         raise ImageError(f"TIFF tiles of {values[322]} x {values[323]} pixels: expected at least 16 x 16")
     pieces = max(counts.get(273, 0), counts.get(324, 0))
     if pieces > MAX_TIFF_PIECES:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
-    if values.get(259) in (6, 7):  # JPEG inside: each strip or tile is one, usually of one scan
+    if values.get(259) in (
+        6,
+        7,
+    ):  # JPEG inside: each strip or tile is one, usually of one scan; libtiff takes 100 of each
         file.seek(0)
         scans = _count_scans(file)
         most = MAX_SCANS + 10 * pieces

@@ -56,6 +56,10 @@ _UPRIGHT: Final = {
 # Rows that are converted at once: some copies of these, not of the image.
 _STRIP_PIXELS: Final = 4_000_000
 
+# Pillow's blocks of 16 MB stay in glibc's heap, one for each thread, when they are freed: gigabytes after some large
+# images. Above 32 MB (mallopt(3), M_MMAP_THRESHOLD) a block goes back to the system at once.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
+
 # Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -330,6 +334,9 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
     16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
     """
+    turned_by_pillow = image.format == "TIFF"
+    turns = turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow
+    check_working_set(image, turned=turns)
     _load(image)
     try:
         pixels = _to_rgb(image)
@@ -337,8 +344,7 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
         raise
     except Exception as error:  # what a decoder let pass can still be refused here
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
-    turned_by_pillow = image.format == "TIFF"
-    if turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow:
+    if turns:
         pixels = pixels.transpose((_UNDO if turned_by_pillow else _UPRIGHT)[turn])
     return pixels
 

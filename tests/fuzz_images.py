@@ -11,10 +11,12 @@ import io
 import json
 import random
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ def seeds() -> dict[str, bytes]:
     }
     for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma"):
         kinds[f"TIFF {name}"] = (rgb, {"compression": name})
-    kinds["TIFF tiles"] = (rgb, {"compression": "tiff_lzw", "tiffinfo": {322: 16, 323: 16}})
+    kinds["TIFF strips"] = (rgb, {"compression": "tiff_lzw", "tiffinfo": {278: 8}})
     if "AVIF" in _FORMATS:
         kinds["AVIF still"] = (rgb, {})
         kinds["AVIF animated"] = (rgb, {"save_all": True, "append_images": frames})
@@ -66,7 +68,48 @@ def seeds() -> dict[str, bytes]:
         buffer = io.BytesIO()
         image.save(buffer, kind.split()[0], **options)
         result[kind] = buffer.getvalue()
+    return result | by_hand(noise)
+
+
+def by_hand(noise: np.ndarray) -> dict[str, bytes]:
+    """What Pillow reads and cannot write: tiles, interlaced and 16-bit colour PNG, run-length BMP."""
+    gray, rgb = noise[..., 0], noise[..., :3]
+    result = {}
+    for name, compression in (("raw", 1), ("deflate", 8)):
+        tiles = [gray[y : y + 16, x : x + 16].tobytes() for y in range(0, 48, 16) for x in range(0, 64, 16)]
+        tiles = tiles if compression == 1 else [zlib.compress(tile) for tile in tiles]
+        starts = [8 + sum(map(len, tiles[:i])) for i in range(len(tiles) + 1)]
+        lists = struct.pack("<12I", *starts[:-1]) + struct.pack("<12I", *map(len, tiles))
+        tags = [(256, 1, 64), (257, 1, 48), (258, 1, 8), (259, 1, compression), (262, 1, 1), (277, 1, 1)]
+        tags += [(322, 1, 16), (323, 1, 16), (324, 12, starts[-1]), (325, 12, starts[-1] + 48)]
+        directory = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, count, value in tags)
+        head = b"II*\0" + struct.pack("<I", starts[-1] + len(lists))
+        result[f"TIFF tiles, {name}"] = (
+            head + b"".join(tiles) + lists + struct.pack("<H", len(tags)) + directory + bytes(4)
+        )
+    # PNG, 8.2: Adam7, first column and row, and the steps.
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = [b"\0" + line.tobytes() for x, y, dx, dy in passes for line in rgb[y::dy, x::dx]]
+    result["PNG interlaced"] = png(8, 2, 1, b"".join(lines))
+    result["PNG deep rgba"] = png(16, 6, 0, b"".join(b"\0" + line.tobytes() for line in noise.repeat(2, axis=2)))
+    for name, bits, compression in (("rle8", 8, 1), ("rle4", 4, 2)):
+        rows = [b"".join(bytes([4, value]) for value in line[:16].tobytes()) for line in gray]
+        runs = b"\0\0".join(rows) + b"\0\1"
+        palette = bytes(range(256)) * 4 if bits == 8 else bytes(range(64))
+        start = 54 + len(palette)
+        head = struct.pack(
+            "<IHHIIiiHHIIiiII", start + len(runs), 0, 0, start, 40, 64, 48, 1, bits, compression, *[0] * 5
+        )
+        result[f"BMP {name}"] = b"BM" + head + palette + runs
     return result
+
+
+def png(bits: int, kind: int, interlaced: int, lines: bytes) -> bytes:
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 64, 48, bits, kind, 0, 0, interlaced)
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return content
 
 
 def mutate(content: bytes, random_: random.Random) -> bytes:

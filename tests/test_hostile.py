@@ -144,7 +144,7 @@ BAD_FILES: dict[bytes, tuple[bytes, str]] = {
     b"loop.tif": (tiff_header(64, 64, at=0), ""),
     b"directory behind the end.tif": (b"II*\0\xff\xff\xff\x7f" + bytes(50), ""),
     b"huge.bmp": (bmp_header(2**31 - 1, 2**31 - 1), UNDECODABLE + "Image size .* exceeds limit"),
-    b"large.bmp": (bmp_header(13000, 13000), "decoding takes about 1,289 MiB"),
+    b"large.bmp": (bmp_header(13000, 13000), UNDECODABLE + ".*truncated"),
     b"negative.bmp": (bmp_header(-64, 64), ""),
     b"huge.gif": (gif_header(65535, 65535), UNDECODABLE + "Image size .* exceeds limit"),
     b"flat.png": (png(64, 0, (b"IDAT", b"")), ""),
