@@ -13,6 +13,12 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Kind]:
     return fuzz.kinds(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of these files do hang HDF5, until they are given up: after one second here, not eight."""
+    monkeypatch.setattr("sppfeat.untrusted.DEADLINE_SECONDS", 1)
+
+
 NAMES = [
     *("store", "svm", "detector", "windows-h5", "training-state", "gallery-rows", "windows-csv", "windows-json"),
     *("labels", "image-list", "coco", "ground-truth", "voc-xml", "voc-labels", "voc-list", "safetensors", "pth"),
