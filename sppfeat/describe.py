@@ -300,6 +300,8 @@ class Describer:
                 return prepare_image(path, self.recipe, minimum=self._backbone.minimum_side)
         except ImageError as error:
             return _Unreadable(str(error), fingerprint_of(path))
+        except MemoryError:
+            return _Unreadable("cannot be decoded: it does not fit into memory", fingerprint_of(path))
         finally:
             self.times.add("decode", time.perf_counter() - start)
 
@@ -355,11 +357,11 @@ class Describer:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
                 return one_line(error)  # not the error itself, which holds on to the memory of the failed pass
             if _SIZE_REFUSED.search(str(error)):
-                reason = f"the network refused a picture of {width} x {height}: {one_line(error)}"
+                reason = f"the network refused an image of {width} x {height}: {one_line(error)}"
                 return [(key, reason) for key in keys]
             # A lost GPU, say: no fault of these images, whose rows stay pending.
             raise BackboneError(
-                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} pictures of {width} x {height} "
+                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} images of {width} x {height} "
                 f"on {self.device} ({one_line(error)})"
             ) from None
 

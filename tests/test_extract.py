@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -398,6 +399,24 @@ def test_an_image_that_does_not_fit_fails_alone(
     monkeypatch.setattr(Backbone, "feature_map", None)  # a resume has nothing to compute
     again = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
     assert (again.described, again.failed, again.pending) == (0, 1, 0) and output.read_bytes() == before
+
+
+def test_an_image_that_does_not_fit_while_it_is_resized_fails_alone(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(4)
+    Image.new("RGB", (640, 64)).save(folder / "wide.png")
+    resize = Image.Image.resize
+
+    def small(self: Image.Image, *where: Any, **options: Any) -> Image.Image:
+        if self.width == 640:
+            raise MemoryError
+        return resize(self, *where, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", small)
+    done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch"))
+    assert (done.described, done.failed, done.pending) == (4, 1, 0)
+    assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("it does not fit into memory")
 
 
 def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
