@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -32,6 +31,7 @@ from sppfeat import (
     UsageError,
     extract_folder,
     open_store,
+    preprocess,
     verify_store,
 )
 from sppfeat.backbone import Backbone, load_backbone
@@ -401,19 +401,19 @@ def test_an_image_that_does_not_fit_fails_alone(
     assert (again.described, again.failed, again.pending) == (0, 1, 0) and output.read_bytes() == before
 
 
-def test_an_image_that_does_not_fit_while_it_is_resized_fails_alone(
+def test_an_image_that_does_not_fit_while_it_is_prepared_fails_alone(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_images(4)
     Image.new("RGB", (640, 64)).save(folder / "wide.png")
-    resize = Image.Image.resize
+    resized = preprocess._resized
 
-    def small(self: Image.Image, *where: Any, **options: Any) -> Image.Image:
-        if self.width == 640:
+    def small(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe) -> list[np.ndarray]:
+        if pixels.width == 640:
             raise MemoryError
-        return resize(self, *where, **options)
+        return resized(pixels, targets, recipe)
 
-    monkeypatch.setattr(Image.Image, "resize", small)
+    monkeypatch.setattr(preprocess, "_resized", small)
     done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch"))
     assert (done.described, done.failed, done.pending) == (4, 1, 0)
     assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("it does not fit into memory")
