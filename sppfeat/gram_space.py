@@ -84,7 +84,8 @@ class GramSpace:
             matrix.diagonal().add_(system.ridge[at, rows])
             steps[at, rows] = _solve(matrix, system.residual[at, rows])
 
-        in_threads(solve_active, (~many).nonzero()[:, 0].tolist())
+        few = (~many).nonzero()[:, 0]
+        in_threads(solve_active, few.tolist(), _solving_bytes(active[few]))
         if self._shared is not None and many.any():
             which = many.nonzero()[:, 0]
             whole = torch.cholesky_solve(system.residual[which].T, self._shared.factor).T
@@ -101,7 +102,7 @@ class GramSpace:
                 definite = not bool((ridge[weighted] < common).any())
                 corrections[at, rows] = _solve(matrix, whole[at, rows], definite=definite)
 
-            in_threads(solve_odd, others.tolist())
+            in_threads(solve_odd, others.tolist(), _solving_bytes(odd[which[others]]))
             if len(others):
                 whole -= corrections @ inverse
             steps[which] = torch.where(active[which], whole, 0)
@@ -169,6 +170,12 @@ def _part(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return part
 
 
+def _solving_bytes(rows: torch.Tensor) -> float:
+    """What the largest system of classes takes, rows [K, N] bool: rows of the whole, the matrix, its factor."""
+    side = float(rows.sum(1).max()) if len(rows) else 0.0
+    return 8 * side * (rows.shape[1] + 2 * side)
+
+
 def _solve(matrix: torch.Tensor, right: torch.Tensor, *, definite: bool = True) -> torch.Tensor:
     """[n] the solution of matrix x = right [n], for a symmetric matrix [n, n], which is overwritten."""
     if not len(right):
@@ -177,9 +184,14 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, *, definite: bool = True) 
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return torch.cholesky_solve(right[:, None], factor)[:, 0]
+    else:
+        solved, failed = torch.linalg.solve_ex(matrix, right)
+        if not failed and bool(solved.isfinite().all()):
+            solution: torch.Tensor = solved
+            return solution
     # Rounding can leave a Gram matrix of equal rows a little indefinite, which a very large cost does not hide: the
     # directions that are rounding are left out.
     values, vectors = torch.linalg.eigh(matrix)
     solid = values.abs() > len(right) * torch.finfo(matrix.dtype).eps * values.abs().max()
-    solution: torch.Tensor = vectors[:, solid] @ ((vectors[:, solid].T @ right) / values[solid])
-    return solution
+    shortest: torch.Tensor = vectors[:, solid] @ ((vectors[:, solid].T @ right) / values[solid])
+    return shortest

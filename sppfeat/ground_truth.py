@@ -194,9 +194,9 @@ def _window(path: str | os.PathLike[str], query: str, box: Box | None) -> Box | 
     if box is None:
         return None
     if all(map(math.isfinite, box)):
-        x1, y1, x2, y2 = map(round, box)
+        x1, y1, x2, y2 = (max(round(edge), 0) for edge in box)
         if x1 < x2 and y1 < y2:
-            return max(x1, 0), max(y1, 0), x2 - 1, y2 - 1
+            return x1, y1, x2 - 1, y2 - 1
     raise UsageError(f"{path}: query {query!r}: expected a box x1, y1, x2, y2 in pixels, found {window_text(box)}")
 
 

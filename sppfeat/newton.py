@@ -28,6 +28,8 @@ _ON_THE_WAY: Final = 1e-2
 _MAX_STALE: Final = 3
 # The part of a slope that may be left where a line search ends.
 _SLOPE: Final = 1e-3
+# What classes that are solved side by side may take together.
+_THREAD_BYTES: Final = 1 << 30
 # Margins that the line search looks at at once, in all classes.
 _SEARCH_VALUES: Final = 1 << 22
 
@@ -187,11 +189,22 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values.sum(1, dtype=torch.float64)
 
 
-def in_threads(work: Callable[[int], None], classes: Sequence[int]) -> None:
-    """Work on each class. One thread for each, instead of all threads for one after the other, which mostly wait."""
-    if classes:
-        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+def in_threads(work: Callable[[int], None], classes: Sequence[int], bytes_each: float) -> None:
+    """Work on each class, which takes `bytes_each` at most: several side by side, as far as memory allows.
+
+    A thread for each is faster than all threads for one after the other, which mostly wait.
+    """
+    if not classes:
+        return
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, len(classes), int(_THREAD_BYTES // max(bytes_each, 1))))
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
+        ) as pool:
             list(pool.map(work, classes))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets, others that start later have too
 
 
 def _line_search(

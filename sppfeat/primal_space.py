@@ -84,7 +84,10 @@ class PrimalSpace:
             steps[stepwise], solved, used = self._conjugate_gradients(system.of(stepwise), forcing[stepwise])
             direct[stepwise] = ~solved & (self.dtype == torch.float64) & work[stepwise].isfinite()
         if direct.any():
-            in_threads(lambda at: self._solve_directly(system, at, steps), direct.nonzero()[:, 0].tolist())
+            most = float((system.factors > 0).sum(1)[direct].max())
+            side = min(most, self._rows.dim + 1)
+            taken = self.dtype.itemsize * (2 * side**2 + min(most, _DIRECT_SIDE) * (self._rows.dim + 1))
+            in_threads(lambda at: self._solve_directly(system, at, steps), direct.nonzero()[:, 0].tolist(), taken)
             used += 1
         return steps, self._rows.margins(steps), used + 1
 

@@ -6,6 +6,7 @@ truth. Junk rows are taken out of a ranking as if they were not there, and so ar
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,13 +103,16 @@ def evaluate_retrieval(
         projection = learn_projection(unit_rows(whitening_from or gallery), options.projection)
     rows = unit_rows(gallery, projection)
     asked = rows if queries is None else unit_rows(queries, projection)
+    own: dict[str, np.ndarray] = {}
     if truth is not None:
         matched, asked = _matched(truth, rows, asked, whole=options.whole_queries)
         targets = _targets_from_truth(matched, len(rows))
+        own = {one.name: np.array(one.own, np.int64) for one in matched if one.own}
     else:
         targets = _targets_from_keys(options.relevant, rows, asked)
+        if queries is None:
+            own = _own_rows(rows)
     method = options.method or ("step" if truth is None else "trapezoid")
-    own = _own_rows(rows) if queries is None and not (truth is not None and truth.own_counts) else {}
     values: dict[str, float] = {}
     left_out: list[str] = []
     recalls = {k: 0.0 for k in RECALLS}
@@ -139,7 +143,7 @@ def evaluate_retrieval(
         dim=rows.dim,
         projection=projection,
         learned_here=projection is not None
-        and (whitening_from is None or whitening_from.path in (gallery.path, queries.path if queries else None)),
+        and (whitening_from is None or any(_same_file(whitening_from, one) for one in (gallery, queries))),
     )
 
 
@@ -179,13 +183,19 @@ def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:
     return scores
 
 
+def _same_file(one: Store, other: Store | None) -> bool:
+    return other is not None and os.path.realpath(one.path) == os.path.realpath(other.path)
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """A query with its row's name, and rows of the gallery: relevant ones, and those that do not count."""
+    """A query with its row's name, and rows of the gallery: relevant ones, junk, and those that are in no ranking of it
+    at all: the query's own image, and images that are queries alone."""
 
     name: str
     relevant: list[int]
-    left_out: list[int]
+    junk: list[int]
+    own: list[int]
 
 
 def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool) -> tuple[list[_Asked], UnitRows]:
@@ -196,6 +206,7 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
     """
     in_gallery, in_queries = _Names(rows, rows.names), _Names(asked, asked.names)
     images = _Names(asked, list(dict.fromkeys(split_row_name(name)[0] for name in asked.names)))
+    own_rows = _own_rows(rows)
     outside = [in_gallery.places[name] for one in truth.outside if (name := in_gallery.known(one)) is not None]
     found: list[_Asked] = []
     for query in truth.queries:
@@ -214,12 +225,11 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
                 )
         about = f"ground truth of {query.image!r}"
         relevant = [in_gallery.places[in_gallery.find(one, about)] for one in query.relevant]
-        left_out = [in_gallery.places[in_gallery.find(one, about)] for one in query.junk]
-        # An image is not searched for by a part of itself.
-        if not truth.own_counts and (truth.revisited or window is not None):
-            own = in_gallery.known(query.image)
-            left_out += [] if own is None else [in_gallery.places[own]]
-        found.append(_Asked(name, relevant, list({*left_out, *outside} - set(relevant))))
+        junk = [in_gallery.places[in_gallery.find(one, about)] for one in query.junk]
+        # An image is not searched for by itself, or a part of itself.
+        own = None if truth.own_counts else in_gallery.known(query.image)
+        kept_out = {*outside} - {*relevant} | {*(() if own is None else own_rows[own].tolist())}
+        found.append(_Asked(name, relevant, junk, sorted(kept_out)))
     places = [in_queries.places[one.name] for one in found]
     if len(set(places)) < len(places):
         twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
@@ -259,7 +269,7 @@ def _targets_from_truth(queries: list[_Asked], count: int) -> Iterator[tuple[str
     for query in queries:
         target = np.full(count, -1, np.int8)
         target[query.relevant] = 1
-        target[query.left_out] = 0
+        target[query.junk] = 0
         yield query.name, target
 
 

@@ -34,7 +34,7 @@ ROUTES: Final = ("auto", "gram", "primal")
 TOLERANCE: Final = 1e-5
 # Up to which a class counts as converged: where liblinear ends at its default tolerance, about.
 CONVERGED: Final = 1e-4
-# The largest Gram matrix that is chosen by itself: 11,585 rows. Solving takes about twice as much on top.
+# The largest Gram matrix that is chosen by itself: 11,585 rows. Solving takes up to twice as much on top, and 1 GiB.
 GRAM_BYTES: Final = 1 << 30
 # Rows up to this size are solved in double precision from the start; larger ones in single, then the classes that need
 # it in double.
@@ -306,7 +306,7 @@ class SvmProblem:
         stiffness = costs * self._mean_square
         state = minimize_along(solver.first, classes, start, tolerance, 0.0 if start is not None else stiffness)
         state.vectors = state.vectors.double()
-        loose = (state.gaps > 10 * tolerance).nonzero()[:, 0]
+        loose = (state.gaps > max(tolerance, min(10 * tolerance, CONVERGED))).nonzero()[:, 0]
         if len(loose) and self._gram is not None:
             basis = solver.basis()
             found = minimize_along(

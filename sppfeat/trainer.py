@@ -157,6 +157,7 @@ class Trainer:
         self.done = np.zeros(len(self._names), bool)
         self.solve_seconds = 0.0
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        self._gaps = np.zeros(0)  # relative ones of the SVMs as they are
         self._identity = self._fingerprint()
 
     def forget(self) -> None:
@@ -187,6 +188,9 @@ class Trainer:
             self._step += 1
             self.done[:] = False
             self._save_now_and_then()
+        for name, gap in zip(self.classes, self._gaps, strict=False):  # none after a restart with nothing left to solve
+            if gap > CONVERGED:
+                self._note(f"class {name!r}: its SVM did not converge (relative gap {gap:.0e})")
         return True
 
     def detector(self, proposals: ProposalOptions) -> Detector:
@@ -392,8 +396,7 @@ class Trainer:
             start=(self._model, self._biases),
             tolerance=tolerance,
         )
-        for at in np.flatnonzero(solution.gaps > max(tolerance, CONVERGED)):
-            self._note(f"class {self.classes[at]!r}: its SVM did not converge (relative gap {solution.gaps[at]:.0e})")
+        self._gaps = solution.gaps
         svm = problem.svm(solution, np.arange(len(self.classes)))
         self._model, self._biases = svm.weights.astype(np.float32), svm.biases.astype(np.float32)
         scores = problem.scores(solution)

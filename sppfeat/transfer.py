@@ -191,7 +191,8 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
         raise UsageError(f"{len(unknown)} labels match no row of {store.path}, such as {min(unknown)!r}")
     names = [name for name in store.names if name in labels.classes and name not in failed]
     if not names:
-        raise UsageError(f"{store.path}: expected described images, found {len(store)}, all with a label failed")
+        labelled = sum(name in labels.classes for name in store.names)
+        raise UsageError(f"{store.path}: expected described images with a label, found none: all {labelled} failed")
     known = set(labels.classes.values())
     if lost := known - {labels.classes[name] for name in names}:
         shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)

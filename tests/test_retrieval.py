@@ -15,7 +15,7 @@ from PIL import Image
 from reference import cosine_ranking, oxford_precision, precision_at, retrieval_precision
 
 from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
-from sppfeat.ground_truth import read_ground_truth, write_query_windows
+from sppfeat.ground_truth import GroundTruth, JudgedQuery, read_ground_truth, write_query_windows
 from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval
 from sppfeat.whitening import ProjectionOptions
 from sppfeat.windows import read_windows
@@ -366,3 +366,21 @@ def test_real_buildings_equal_scikit_learn(shared: Path, tmp_path: Path) -> None
         assert done.average_precisions[name] == pytest.approx(100 * retrieval_precision(relevant))
         assert done.average_precisions[name] == pytest.approx(100 * average_precision_score(relevant, cosines[query]))
     assert (done.queries, done.gallery) == (25, 75) and done.mean_average_precision > 70
+
+
+def test_what_is_in_no_ranking_is_no_neighbour_either(make_store: MakeStore) -> None:
+    """Query expansion takes neither the query's own image nor images that are queries alone; two stores, no boxes."""
+    rows = np.eye(6)[[0, 1, 2, 3]] + 0.01
+    rows[0] = [1, 0, 0.9, 0, 0, 0]  # the query's own image, near a wrong one
+    rows[1] = [1, 0.2, 0, 0, 0, 0]  # what is relevant
+    rows[2] = [0.4, 0, 1, 0, 0, 0]
+    names = ["q.jpg", "right.jpg", "wrong.jpg", "other.jpg"]
+    gallery = make_store(rows, names=names)
+    queries = make_store(np.array([[1, 0, 0.5, 0, 0, 0]]), "q.h5", names=["q.jpg"])
+    truth = GroundTruth([JudgedQuery("q.jpg", frozenset({"right.jpg"}), frozenset())])
+    alone = make_store(rows[1:], "alone.h5", names=names[1:])
+    for expand in (0, 1, 2):
+        options = RetrievalOptions(expand=expand)
+        without = evaluate_retrieval(alone, queries, options, truth=truth)
+        found = evaluate_retrieval(gallery, queries, options, truth=truth)
+        assert found.mean_average_precision == without.mean_average_precision, expand
