@@ -148,7 +148,7 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
         raise UsageError(f"{os.fspath(images)}: expected the folder of the images, found none")
     what = f"{path}: expected a COCO file with images, annotations, categories"
     document = decode_document(content, _Coco, what=what, error=UsageError, not_finite=True)
-    classes = {category.id: category.name for category in document.categories}
+    classes = {category.id: str(category.name) for category in document.categories}
     listed = {image.id: image for image in document.images}
     names = {key: _safe_name(path, image.file_name) for key, image in listed.items()}
     entries: dict[int | str, list[dict[str, Any]]] = {key: [] for key in listed}
@@ -234,7 +234,7 @@ class _CocoImage(msgspec.Struct):
 
 class _CocoCategory(msgspec.Struct):
     id: int | str
-    name: str
+    name: str | int | float
 
 
 class _Coco(msgspec.Struct):

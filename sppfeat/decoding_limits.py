@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO, Final
 
 from PIL import Image
@@ -86,7 +87,7 @@ def check_structure(file: BinaryIO) -> None:
         _check_gif(file, start)
     elif start[:4] in _TIFF_MAGIC:
         _check_tiff(file, start)
-    elif start.startswith(b"BM") and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+    elif _is_run_length_bmp(start):
         _check_run_length(file, start)
     elif start.startswith(b"RIFF") or start[4:8] == b"ftyp":
         size = os.fstat(file.fileno()).st_size
@@ -262,6 +263,12 @@ def _check_gif(file: BinaryIO, start: bytes) -> None:
             file.seek(size[0], os.SEEK_CUR)
 
 
+def _is_run_length_bmp(start: bytes) -> bool:
+    # The oldest header, of 12 bytes, has no compression; pixels may stand in its place.
+    oldest = int.from_bytes(start[14:18], "little") == 12
+    return start.startswith(b"BM") and not oldest and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
+
+
 def _check_run_length(file: BinaryIO, start: bytes) -> None:
     size = os.fstat(file.fileno()).st_size
     if size > MAX_RLE_BYTES:
@@ -285,10 +292,12 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
         total = 0
         values: dict[int, int] = {}
         counts: dict[int, int] = {}
+        arrays: dict[int, tuple[int, int, bytes]] = {}
         for at in range(0, len(directory), step):
             tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), directory, at)
             total += count * _TIFF_SIZES.get(kind, 0)
             counts[tag] = count
+            arrays[tag] = kind, count, directory[at + (12 if big else 8) : at + step]
             code = {3: "H", 4: "I", 16: "Q" if big else ""}.get(kind)
             if count == 1 and code:
                 (values[tag],) = struct.unpack_from(order + code, directory, at + (12 if big else 8))
@@ -304,12 +313,38 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
     pieces = max(counts.get(273, 0), counts.get(324, 0))
     if pieces > MAX_TIFF_PIECES:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
-    if values.get(259) in (
-        6,
-        7,
-    ):  # JPEG inside: each strip or tile is one, usually of one scan; libtiff takes 100 of each
-        file.seek(0)
-        scans = _count_scans(file)
+    # JPEG inside: each strip or tile is one, usually of one scan; libtiff takes 100 of each.
+    if values.get(259) in (6, 7):
+        scans = sum(_scans_within(file, *piece) for piece in _pieces(file, arrays, order))
         most = MAX_SCANS + 10 * pieces
         if scans > most:
             raise ImageError(f"TIFF of {scans:,} JPEG scans in {pieces:,} strips or tiles")
+
+
+def _pieces(file: BinaryIO, arrays: dict[int, tuple[int, int, bytes]], order: str) -> Iterator[tuple[int, int]]:
+    """Place and length of each strip or tile of a TIFF's first image: what other pages hold is not decoded."""
+    places, lengths = (324, 325) if 324 in arrays else (273, 279)
+    try:
+        found = [_integers(file, *arrays[tag], order) for tag in (places, lengths)]
+    except (KeyError, struct.error, OSError):
+        return
+    yield from zip(*found, strict=False)
+
+
+def _integers(file: BinaryIO, kind: int, count: int, held: bytes, order: str) -> tuple[int, ...]:
+    code = {3: "H", 4: "I", 16: "Q"}[kind]
+    size = struct.calcsize(f"{order}{count}{code}")
+    if size > len(held):
+        file.seek(int.from_bytes(held, "little" if order == "<" else "big"))
+        held = file.read(size)
+    return struct.unpack_from(f"{order}{count}{code}", held)
+
+
+def _scans_within(file: BinaryIO, place: int, length: int) -> int:
+    file.seek(place)
+    scans, last = 0, b""
+    while length > 0 and (block := file.read(min(_BLOCK, length))):
+        scans += (last + block).count(b"\xff\xda")
+        last = b"\xff" if block.endswith(b"\xff") else b""
+        length -= len(block)
+    return scans

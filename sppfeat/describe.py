@@ -162,6 +162,7 @@ class Describer:
         self.times = StageTimes()
         self._geometry = functools.lru_cache(maxsize=1024)(self._backbone.geometry)
         self._gate = _Gate()
+        self._most_pixels = 0  # that went through the network in one pass
         self.workers = options.num_workers or available_cores()
         self.streams = self._engine.streams
         self._batch_size = options.batch_size or self._engine.batch_size
@@ -335,6 +336,11 @@ class Describer:
             return found
         if len(batch) == 1:
             height, width = batch[0][1].shape[:2]
+            if height * width <= self._most_pixels:
+                raise BackboneError(
+                    f"device {self.device}: its memory is short ({found}): an image of {width} x {height} does not fit "
+                    f"where {self._most_pixels:,} pixels did; the rows that are left stay pending"
+                )
             reason = (
                 f"one image of {width} x {height} does not fit into the memory of {self.device} ({found}); "
                 "a smaller scale, or max_pixels, takes less"
@@ -352,7 +358,11 @@ class Describer:
         height, width = batch[0][1].shape[:2]
         try:
             with exact_convolutions, torch.inference_mode(), self._engine.lane():
-                return list(zip(keys, self._descriptors(batch, rows), strict=True))
+                described: list[tuple[_Input, np.ndarray | str]] = list(
+                    zip(keys, self._descriptors(batch, rows), strict=True)
+                )
+            self._most_pixels = max(self._most_pixels, len(batch) * height * width)
+            return described
         except (RuntimeError, AssertionError, MemoryError) as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
                 return one_line(error)  # not the error itself, which holds on to the memory of the failed pass

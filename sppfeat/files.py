@@ -38,7 +38,8 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
     path = Path(path)
     try:
         if path.is_dir():
-            found = json.loads((path / "gallery.json").read_text("utf-8")).get("format")
+            about = path / "gallery.json"
+            found = json.loads(about.read_text("utf-8")).get("format") if about.is_file() else None
         else:
             check_hdf5(path)
             with h5py.File(path, "r", locking=False) as file:
@@ -127,26 +128,26 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 class _HeldBack(io.FileIO):
-    """A file whose first failed write is kept in `failure`, and that takes the others as if all were well.
+    """A file that keeps its first failed or interrupted write in `failure`, and takes the others as if all were well.
 
     HDF5 cannot close a file that it cannot write to: a full disk would end the process with a crash.
     """
 
-    failure: OSError | None = None
+    failure: BaseException | None = None
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         try:
             while len(left) and self.failure is None:
                 left = left[super().write(left) :]
-        except OSError as error:
+        except BaseException as error:  # an interrupt as well, which HDF5 would turn into something else
             self.failure = error
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return super().truncate(size)
-        except OSError as error:
+        except BaseException as error:
             self.failure = self.failure or error
             return size or 0
 

@@ -33,6 +33,7 @@ class GramSpace:
 
     def __init__(self, gram: torch.Tensor) -> None:
         self._gram = gram
+        self._lengths = gram.diagonal().clamp(min=0).sqrt()
         self._shared: _AllRows | None = None
 
     def zeros(self, count: int) -> torch.Tensor:
@@ -69,6 +70,8 @@ class GramSpace:
             point, point_margins = start.clone(), start_margins.clone()
             point[spoiled], point_margins[spoiled] = vectors[spoiled], margins[spoiled]
             gap[spoiled], objective[spoiled] = own.clamp(min=0), before[spoiled]
+        # Large a that cancel in w leave rounding behind, which no gap tells of.
+        gap += torch.finfo(point.dtype).eps * (point.abs() @ self._lengths) ** 2
         return _System(point, point_margins, objective, gap, start, start_margins, ridge, residual)
 
     def step(self, system: _System, classes: Classes, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -28,6 +28,9 @@ _ON_THE_WAY: Final = 1e-2
 _MAX_STALE: Final = 3
 # The part of a slope that may be left where a line search ends.
 _SLOPE: Final = 1e-3
+# Of the margins, that a step may change without counting as one; and the longest step, in Newton's.
+_STILL: Final = 1e-13
+_LONGEST: Final = 1e3
 # What classes that are solved side by side may take together.
 _THREAD_BYTES: Final = 1 << 30
 # Margins that the line search looks at at once, in all classes.
@@ -156,6 +159,8 @@ def minimize(space: Space, classes: Classes, start: torch.Tensor | None, toleran
         system = space.system(vectors, margins, classes)
         best.products += 1
         gaps = system.gap / system.objective.clamp(min=1e-300)
+        # An objective is a sum of squares: where it comes out below 0, rounding is all there is.
+        gaps = torch.where((system.objective >= 0) & gaps.isfinite(), gaps, torch.inf)
         # Near the limit of precision gaps go up and down.
         better = gaps < best.gaps[live]
         at = live[better]
@@ -232,14 +237,17 @@ def _line_search(
         return linear + length * quadratic - 2 * pull, quadratic + 2 * rise
 
     first, _ = slope(torch.zeros_like(linear))
+    # Where rows depend on each other, a step may change the vectors alone and no margin: its slope is rounding, and
+    # following it would lead anywhere. Such a step is taken as it is.
+    still = step_margins.abs().amax(1).double() <= _STILL * margins.abs().amax(1).double().clamp(min=1)
     length, low, high = torch.ones_like(linear), torch.zeros_like(linear), torch.full_like(linear, torch.inf)
     for _ in range(60):
         value, rise = slope(length)
-        if (value.abs() <= _SLOPE * first.abs()).all():
+        if (still | (value.abs() <= _SLOPE * first.abs())).all():
             break
         low, high = torch.where(value < 0, length, low), torch.where(value > 0, length, high)
         guess = length - value / rise
         inside = (guess > low) & (guess < high)
         guess = torch.where(inside, guess, torch.where(high.isinf(), 2 * length, (low + high) / 2))
-        length = torch.where(value.abs() <= _SLOPE * first.abs(), length, guess)
-    return torch.where(first < 0, length, 0)
+        length = torch.where(still | (value.abs() <= _SLOPE * first.abs()), length, guess.clamp(max=_LONGEST))
+    return torch.where(still | (first < 0), length, 0)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import numpy as np
@@ -212,6 +214,24 @@ def _pad_inside(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let Python's signal handlers wait: converting calls Python from C++, which an exception there would abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, lambda *what: came.append(what)) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        for number, _ in came[:1]:
+            signal.raise_signal(number)
+
+
 def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
     """Convert a backbone, with free batch, height and width, and compile it."""
     openvino = import_openvino()
@@ -219,7 +239,7 @@ def _compile(backbone: Backbone, options: dict[str, Any]) -> Any:
 
     height, width = _odd_size(backbone)
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        with _signals_later(), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing warns of itself, and of Python numbers in it: values are checked
             served = _Served(backbone).eval()
             example = torch.zeros(1, height, width, 3, dtype=torch.uint8)

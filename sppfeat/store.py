@@ -44,6 +44,7 @@ from sppfeat.untrusted import check_hdf5, hdf5_reason
 FORMAT_VERSION: Final = 1
 ERROR_BYTES: Final = 200  # longest reason kept, in UTF-8 bytes
 _COPY_BYTES: Final = 1 << 26
+_MARK_BYTES: Final = 1 << 20
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 # Per-row datasets besides /names, with type and width of a row; /descriptors is added with the recipe's type.
 _COLUMNS: Final = {
@@ -228,7 +229,10 @@ def _other_kind(path: Path) -> str | None:
         with h5py.File(path, "r", locking=False) as file:
             kind = file.attrs.get("format")
     except (OSError, *DAMAGE):
-        return None
+        # What is left of a store bears its mark near the start; another program's file may just be of another kind.
+        with open(path, "rb") as content:
+            marked = STORE.encode() in content.read(_MARK_BYTES)
+        return None if marked else "an HDF5 file that is not known to be a store"
     return None if kind == STORE else f"an HDF5 file of format {kind!r}"
 
 

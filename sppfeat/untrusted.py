@@ -12,6 +12,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import time
 import warnings
 from pathlib import Path
@@ -28,8 +29,11 @@ DEADLINE_SECONDS: Final = 8
 MEMORY_BYTES: Final = 1 << 30
 _BLOCK_ROWS: Final = 1 << 16
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
-# Reason, or None for a sound file, by path, size, time and inode: one command opens a file several times.
-_known: dict[tuple[str, int, int, int], str | None] = {}
+# What the child says last of a sound file.
+_SOUND: Final = b"\0"
+# Sound files by path, size, time and inode: one command opens a file several times.
+_sound: set[tuple[str, int, int, int]] = set()
+_MOST_KNOWN: Final = 1024
 
 
 def check_hdf5(path: str | os.PathLike[str]) -> None:
@@ -39,15 +43,21 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
     no values that lie in other files.
     """
     path = Path(path)
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError("a pipe, not a file")  # opening it would wait for ever
     with open(path, "rb") as file:
         info = os.fstat(file.fileno())
         if file.read(len(_SIGNATURE)) != _SIGNATURE:
             raise OSError("no HDF5 file")
     key = (os.path.realpath(path), info.st_size, info.st_mtime_ns, info.st_ino)
-    if key not in _known:
-        _known[key] = _reason_in_child(path)
-    if (reason := _known[key]) is not None:
+    if key in _sound:
+        return
+    # What is wrong is looked at anew each time: it may have been a stall, or a shortage of memory.
+    if (reason := _reason_in_child(path)) is not None:
         raise OSError(reason)
+    if len(_sound) >= _MOST_KNOWN:
+        _sound.clear()
+    _sound.add(key)
 
 
 def hdf5_reason(error: OSError) -> str:
@@ -65,32 +75,39 @@ def _reason_in_child(path: Path) -> str | None:
         warnings.simplefilter("ignore", DeprecationWarning)
         # No other thread may be inside HDF5 while the process is copied: its lock would stay taken in the child.
         with phil:
-            child = os.fork()
+            try:
+                child = os.fork()
+            except OSError:
+                os.close(receiver)
+                os.close(sender)
+                raise
     if not child:
         _look_and_exit(path, sender)
     os.close(sender)
-    said, status = bytearray(), None
+    said, ended, status = bytearray(), False, None
     try:
         last = time.monotonic()
-        while (left := last + DEADLINE_SECONDS - time.monotonic()) > 0:
+        while not ended and (left := last + DEADLINE_SECONDS - time.monotonic()) > 0:
             if select.select([receiver], [], [], left)[0]:
-                if not (block := os.read(receiver, 1 << 16)):
-                    _, status = os.waitpid(child, 0)
-                    break
+                block = os.read(receiver, 1 << 16)
                 said += block
+                # Not the end of the pipe alone: a process that another thread forked meanwhile may hold it open.
+                ended = not block or said.endswith(_SOUND)
                 last = time.monotonic()
     finally:
         os.close(receiver)
-        if status is None:
+        if not ended:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    if status is None or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        with contextlib.suppress(ChildProcessError):  # a program that ignores its children's ends has none to wait for
+            _, status = os.waitpid(child, 0)
+    if said.endswith(_SOUND):
+        return None
+    if not ended or (status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM):
         return f"its header cannot be read within {DEADLINE_SECONDS} s"
-    if os.WIFSIGNALED(status):
+    if status is not None and os.WIFSIGNALED(status):
         return f"its header is damaged (reading it ends with signal {os.WTERMSIG(status)})"
-    reason = said.lstrip(b".").decode("utf-8", "replace")
-    return reason or (None if status == 0 else "its header is damaged")
+    return said.lstrip(b".").decode("utf-8", "replace") or "its header is damaged"
 
 
 def _look_and_exit(path: Path, sender: int) -> None:
@@ -109,6 +126,7 @@ def _look_and_exit(path: Path, sender: int) -> None:
         pass  # a system without /proc has no such limit
     try:
         _look(path, sender)
+        os.write(sender, _SOUND)
         status = 0
     except OSError as error:
         os.write(sender, hdf5_reason(error).encode("utf-8", "replace"))

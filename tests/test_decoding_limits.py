@@ -200,3 +200,19 @@ def test_damaged_images_of_every_kind_are_decoded_or_refused(tmp_path):
     assert report["bad"] == []
     assert report["images"] == 150 * kinds
     assert report["decoded"] > kinds
+
+
+@pytest.mark.parametrize("pages", [1, 40])
+def test_pages_that_are_not_decoded_are_not_counted(tmp_path: Path, pages: int) -> None:
+    """A scanned document: JPEG in strips, page by page."""
+    page = Image.effect_noise((600, 600), 50).convert("RGB")
+    page.save(tmp_path / "a.tif", compression="jpeg", save_all=True, append_images=[page] * (pages - 1))
+    assert read_image(str(tmp_path / "a.tif")).size == (600, 600)
+
+
+def test_pixels_that_look_like_run_length_in_the_oldest_bmp(tmp_path: Path) -> None:
+    pixels = bytearray(bytes(4 * 24))
+    pixels[4:8] = b"\1\0\0\0"
+    head = b"BM" + struct.pack("<IHHI", 26 + len(pixels), 0, 0, 26) + struct.pack("<IHHHH", 12, 8, 4, 1, 24)
+    (tmp_path / "a.bmp").write_bytes(head + pixels)
+    assert read_image(str(tmp_path / "a.bmp")).size == (8, 4)

@@ -338,7 +338,7 @@ def test_a_failing_network_is_no_fault_of_the_images(
         raise RuntimeError("CUDA error: unspecified launch failure\nMore text")
 
     monkeypatch.setattr("sppfeat.backbone.Backbone.feature_map", fail)
-    with pytest.raises(BackboneError, match=r"failed on a batch of \d pictures .* \(CUDA error: unsp.*failure") as e:
+    with pytest.raises(BackboneError, match=r"failed on a batch of \d images .* \(CUDA error: unsp.*failure") as e:
         extract_folder(folder, output, TINY, RunOptions(engine="torch"))
     assert "\n" not in str(e.value)
     assert open_store(output).counts() == {"pending": 5, "done": 0, "failed": 0}
@@ -399,6 +399,29 @@ def test_an_image_that_does_not_fit_fails_alone(
     monkeypatch.setattr(Backbone, "feature_map", None)  # a resume has nothing to compute
     again = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
     assert (again.described, again.failed, again.pending) == (0, 1, 0) and output.read_bytes() == before
+
+
+def test_memory_that_others_take_costs_no_row(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of a size that did fit are not at fault: their rows stay pending."""
+    folder, feature_map, passes = make_images(24), Backbone.feature_map, 0
+
+    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes > 4:
+            raise MemoryError
+        return feature_map(self, pictures)
+
+    monkeypatch.setattr(Backbone, "feature_map", small)
+    options = RunOptions(device="cpu", engine="torch", batch_size=4)
+    with pytest.raises(BackboneError, match="memory is short .* the rows that are left stay pending"):
+        extract_folder(folder, tmp_path / "f.h5", TINY, options)
+    counts = open_store(tmp_path / "f.h5").counts()
+    assert counts["failed"] == 0 and counts["pending"] > 0
+    monkeypatch.setattr(Backbone, "feature_map", feature_map)
+    assert extract_folder(folder, tmp_path / "f.h5", TINY, options).pending == 0
 
 
 def test_an_image_that_does_not_fit_while_it_is_prepared_fails_alone(

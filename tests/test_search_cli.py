@@ -212,8 +212,9 @@ def test_windows_that_no_image_has(folder: Path, call: Run) -> None:
     code, out, _ = call("search", "g", folder / "0007.png", "--json", "--html", "hits.html")
     found = json.loads(out)["results"][0]["neighbors"]
     assert (code, len(found), found[0]["name"]) == (0, 10, "0007.png#nan,0,1,1")
-    assert (found[0]["path"], found[0]["box"]) == (str(folder / "0007.png"), None)
-    assert Path("hits.html").read_text().count("data:image/jpeg;base64,") == 11
+    # No window, so an image's name: of one that is not there.
+    assert (found[0]["path"], found[0]["box"]) == (str(folder / "0007.png#nan,0,1,1"), None)
+    assert Path("hits.html").read_text().count("data:image/jpeg;base64,") == 8
 
 
 def test_no_text_of_a_gallery_commands_the_terminal(folder: Path, call: Run) -> None:

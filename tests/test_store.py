@@ -16,7 +16,7 @@ import pytest
 
 from sppfeat import Recipe, Status, StoreBusyError, StoreError, open_store, verify_store
 from sppfeat.images import Fingerprint
-from sppfeat.store import ERROR_BYTES, StoreWriter, create_store, extend_store, lock_store
+from sppfeat.store import ERROR_BYTES, StoreWriter, check_output, create_store, extend_store, lock_store
 
 NAMES = ["a.jpg", "b/with space.png", "c/ünïcode\nnewline.gif", "d\\\\x.jpg"]
 DIM = 7
@@ -274,3 +274,24 @@ def test_the_next_writer_clears_what_a_killed_one_left(path: Path) -> None:
     (left := path.with_name(f".{path.name}.partial")).write_bytes(b"half")
     with lock_store(path):
         assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["group", "chunks", "link"])
+def test_other_programs_hdf5_files_are_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        if kind == "group":
+            file.create_group("model_weights")["kernel"] = np.zeros(3)
+        elif kind == "chunks":
+            file.create_dataset("x", data=np.zeros(100), chunks=(10,), compression="gzip")
+        else:
+            file["x"] = h5py.SoftLink("/y")
+    with pytest.raises(StoreError, match="expected a store or a new file, found an HDF5 file that is not known"):
+        check_output(path, overwrite=True, resume=True)
+
+
+def test_a_store_with_a_broken_header_may_be_overwritten(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8:60] = b"\xff" * 52
+    path.write_bytes(content)
+    check_output(path, overwrite=True, resume=True)

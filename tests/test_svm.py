@@ -317,6 +317,16 @@ def test_routes_agree_at_the_minimum(count: int, dim: int, c: float, seed: int, 
 
 
 @BOTH
+def test_rows_that_cancel_leave_no_rounding_behind(route: str) -> None:
+    """As many equal rows for a class as against it: a step that changes no margin was once followed 2^60 times."""
+    rows = np.full((22, 1), 0.5, np.float32)
+    targets = np.tile([[1], [-1]], (11, 1))
+    svm = train_linear_svm(rows, targets, c=0.01, route=route)
+    assert svm.converged.all()
+    np.testing.assert_allclose(objectives(svm, rows, targets, 0.01), 0.22, rtol=1e-6)
+
+
+@BOTH
 def test_folds_and_warm_starts_share_one_problem(route: str) -> None:
     rows, labels = make_rows(60, 100, 4)
     targets, classes = class_targets(labels)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -118,3 +120,34 @@ def test_other_threads_inside_hdf5_do_no_harm(tmp_path: Path) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_failure_that_passes_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = [1.0]
+
+    def stalled(path: Path, sender: int) -> None:
+        raise OSError("stalled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(untrusted, "_look", stalled)
+        with pytest.raises(OSError, match="stalled"):
+            untrusted.check_hdf5(tmp_path / "a.h5")
+    untrusted.check_hdf5(tmp_path / "a.h5")
+
+
+def test_where_nobody_waits_for_children(tmp_path: Path) -> None:
+    """A program that ignores its children's ends, as a supervisor may have set, learns no exit codes."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = [1.0]
+    script = (
+        "import signal, sys; from sppfeat.untrusted import check_hdf5\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN); check_hdf5(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.h5")], check=True, timeout=60)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5")
+    with pytest.raises(OSError, match="a pipe"):
+        untrusted.check_hdf5(tmp_path / "a.h5")
