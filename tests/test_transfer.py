@@ -592,7 +592,7 @@ def test_a_class_whose_images_all_failed(make_store: Callable[..., Store]) -> No
     with StoreWriter(store) as writer:
         for row in range(12, 36):
             writer.fail(row, "broken")
-    with pytest.raises(UsageError, match="expected described images, found 36, all with a label failed"):
+    with pytest.raises(UsageError, match="expected described images with a label, found none: all 36 failed"):
         evaluate_transfer([store])
 
 
