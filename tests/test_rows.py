@@ -83,7 +83,7 @@ def test_kept_rows_stay_as_they_are(make_store: MakeStore) -> None:
 
 @pytest.mark.parametrize("window", ["nan,0,1,1", "0,0,inf,9", "5,5,1,9", "0,9,9,3"])
 def test_windows_that_no_image_has(tmp_path: Path, window: str) -> None:
-    assert picture_of("/images", f"a.jpg#{window}") == (f"/images/a.jpg#{window}", None)  # no window, so an image's name
+    assert picture_of("/images", f"a.jpg#{window}") == (f"/images/a.jpg#{window}", None)  # an image's name
     assert picture_of("/images", "a.jpg#1,2,3,4") == ("/images/a.jpg", (1, 2, 3, 4))
     (tmp_path / f"a.jpg#{window}").write_bytes(b"")  # an image may be called like a window
     assert picture_of(str(tmp_path), f"a.jpg#{window}") == (f"{tmp_path}/a.jpg#{window}", None)
