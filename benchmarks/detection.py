@@ -35,13 +35,13 @@ from extract import processor
 from PIL import Image
 
 from sppfeat import DescribedWindows, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
-from sppfeat.annotations import AnnotatedImages, read_voc, read_voc_files
-from sppfeat.detect import DetectorRunner, detection_recipe, open_detector
-from sppfeat.detection_evaluation import evaluate_detector
-from sppfeat.detector_training import TrainingOptions, train_detector
-from sppfeat.images import Fingerprint, read_image
-from sppfeat.proposals import open_windows, propose_folder
-from sppfeat.windows import overlaps
+from sppfeat.detection.annotations import AnnotatedImages, read_voc, read_voc_files
+from sppfeat.detection.detector import DetectorRunner, detection_recipe, open_detector
+from sppfeat.detection.evaluation import evaluate_detector
+from sppfeat.detection.train_detector import TrainingOptions, train_detector
+from sppfeat.images.reading import Fingerprint, read_image
+from sppfeat.windows.proposals import open_windows, propose_folder
+from sppfeat.windows.windows import overlaps
 
 SIDE = 224
 RACCOON_WINDOWS = 500
@@ -317,7 +317,7 @@ def part_stages(data: Data) -> dict[str, Any]:
         print(json.dumps({"images": len(names), "seconds": seconds, "stages": runner.seconds, "peak": peak}))
         return {}
     _, test, windows = data.raccoon()
-    from sppfeat.selective_search import propose
+    from sppfeat.windows.selective_search import propose
 
     names = list(test.images)[:8]
     start = time.perf_counter()

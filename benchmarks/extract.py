@@ -155,8 +155,8 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     import torch
 
     from sppfeat import RunOptions
-    from sppfeat.engine import load_engine
-    from sppfeat.preprocess import prepare_image
+    from sppfeat.engines.engine import load_engine
+    from sppfeat.images.resizing import prepare_image
 
     recipe = recipe_of(network_name, size, crop, precision)
     backbone, runner = load_engine(recipe, RunOptions(device="cpu", engine=engine))

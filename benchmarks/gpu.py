@@ -30,7 +30,8 @@ import torch
 from extract import processor
 from pyramid import LEVELS, by_roi_pool, random_rois, same_maps, whole
 
-from sppfeat import Recipe, RunOptions, extract_folder, open_store, pool_pyramid, pool_rois, pyramid
+from sppfeat import Recipe, RunOptions, extract_folder, open_store, pool_pyramid, pool_rois
+from sppfeat.pyramid import pooling as pyramid
 
 INTERPRETED = """
 import torch
@@ -91,8 +92,8 @@ def check_values(folder: Path) -> None:
 
 
 def extraction(folder: Path, count: int) -> None:
-    from sppfeat.backbone import load_backbone
-    from sppfeat.preprocess import prepare_image
+    from sppfeat.backbones.backbone import load_backbone
+    from sppfeat.images.resizing import prepare_image
 
     print("\n| extraction | images/s | share of the bare network |\n|---|---|---|")
     recipe = Recipe(precision="bfloat16", size_multiple=224)

@@ -46,7 +46,7 @@ def make_rows(generator: np.random.Generator, centres: np.ndarray, count: int) -
 def make_data(folder: Path, count: int) -> None:
     """A store of `count` rows, and queries of the same clusters that are not in it, with their true neighbours."""
     from sppfeat import Recipe, open_store
-    from sppfeat.store import create_store
+    from sppfeat.store.store import create_store
 
     generator = np.random.default_rng(0)
     weights = np.arange(1, DIM + 1, dtype=np.float32) ** -DECAY
@@ -84,8 +84,8 @@ def make_data(folder: Path, count: int) -> None:
 def one_index(folder: str, factory: str | None, memory: int | None) -> dict[str, Any]:
     """Build one index of the rows, and ask it: all at once, and one by one."""
     from sppfeat import open_store
-    from sppfeat.index import IndexOptions, build_index
-    from sppfeat.rows import to_units, unit_rows
+    from sppfeat.retrieval.faiss_index import IndexOptions, build_index
+    from sppfeat.store.unit_rows import to_units, unit_rows
 
     data = np.load(Path(folder, "queries.npz"))
     queries, truth = to_units(data["queries"]), data["truth"]
@@ -142,10 +142,10 @@ class Memory:
 def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
     """A search through the library beside the raw FAISS call, on the same rows, in turn; medians."""
     from sppfeat import Recipe, open_store
-    from sppfeat.gallery import create_gallery, open_gallery
-    from sppfeat.index import IndexOptions
-    from sppfeat.search import SearchOptions, search_descriptors
-    from sppfeat.store import create_store
+    from sppfeat.retrieval.faiss_index import IndexOptions
+    from sppfeat.retrieval.gallery import create_gallery, open_gallery
+    from sppfeat.retrieval.search import SearchOptions, search_descriptors
+    from sppfeat.store.store import create_store
 
     path = Path(folder, f"small-{count}-{dim}.h5")
     names = [f"{number:07}.jpg" for number in range(count)]
@@ -175,8 +175,8 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
 def stages(folder: str) -> dict[str, Any]:
     """One query picture on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
-    from sppfeat.gallery import create_gallery, open_gallery
-    from sppfeat.search import SearchOptions, describer_for, search_descriptors, search_images
+    from sppfeat.retrieval.gallery import create_gallery, open_gallery
+    from sppfeat.retrieval.search import SearchOptions, describer_for, search_descriptors, search_images
 
     options = RunOptions(device="cpu")
     extract_folder(PHOTOS, Path(folder, "photos.h5"), Recipe(), options)

@@ -89,7 +89,7 @@ def folds_of(labels: np.ndarray) -> np.ndarray:
 
 
 def ours_one(path: str, c: float) -> dict[str, Any]:
-    from sppfeat.svm import class_targets, train_linear_svm
+    from sppfeat.svm.solver import class_targets, train_linear_svm
 
     rows, labels = load(path)
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def ours_one(path: str, c: float) -> dict[str, Any]:
 
 
 def ours_grid(path: str) -> dict[str, Any]:
-    from sppfeat.svm import SvmProblem, class_targets
+    from sppfeat.svm.solver import SvmProblem, class_targets
 
     rows, labels = load(path)
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def ours_grid(path: str) -> dict[str, Any]:
 
 def ours_best(path: str, c: float, fold: int) -> dict[str, Any]:
     """Objectives of the rows outside a fold (-1: all), far closer to the minimum than any side is asked to come."""
-    from sppfeat.svm import SvmProblem, class_targets
+    from sppfeat.svm.solver import SvmProblem, class_targets
 
     rows, labels = load(path)
     rows, labels = rows[folds_of(labels) != fold], labels[folds_of(labels) != fold]
@@ -130,7 +130,7 @@ def ours_best(path: str, c: float, fold: int) -> dict[str, Any]:
 
 
 def ours_rows(path: str, count: int, route: str) -> dict[str, Any]:
-    from sppfeat.svm import SvmProblem, class_targets
+    from sppfeat.svm.solver import SvmProblem, class_targets
 
     rows, labels = load(path, count)
     start = time.perf_counter()

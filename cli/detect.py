@@ -10,10 +10,10 @@ from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Windows
 
 if TYPE_CHECKING:
-    from sppfeat.detect import Detections, Detector
-    from sppfeat.drawing import DetectionPage, DrawingFolder
+    from sppfeat.detection.detector import Detections, Detector
+    from sppfeat.detection.drawing import DetectionPage, DrawingFolder
     from sppfeat.errors import ReportError
-    from sppfeat.images import ImageList
+    from sppfeat.images.reading import ImageList
 
 
 def register(app: typer.Typer) -> None:
@@ -47,12 +47,12 @@ def detect(
 
     Without --windows, they are found on the way, as those were that the detector was trained with.
     """
-    from sppfeat.detect import DetectOptions, detect_images, open_detector
-    from sppfeat.drawing import DetectionPage, DrawingFolder
+    from sppfeat.detection.detector import DetectOptions, detect_images, open_detector
+    from sppfeat.detection.drawing import DetectionPage, DrawingFolder
     from sppfeat.errors import ReportError
-    from sppfeat.proposals import windows_from
     from sppfeat.recipe import RunOptions
-    from sppfeat.report import check_page
+    from sppfeat.report.pages import check_page
+    from sppfeat.windows.proposals import windows_from
 
     options = DetectOptions(threshold=threshold, overlap=overlap, max_detections=max_detections)
     run = RunOptions(device=device, engine=engine)

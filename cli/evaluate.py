@@ -10,7 +10,7 @@ from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.transfer import Transfer
+    from sppfeat.transfer.evaluation import Transfer
 
 
 def register(app: typer.Typer) -> None:
@@ -59,11 +59,11 @@ def transfer(
     C is chosen by 3-fold cross-validation inside the training images. Several stores are compared on the same splits.
     """
     from sppfeat.errors import ReportError, UsageError
-    from sppfeat.labels import read_labels, read_voc_labels
-    from sppfeat.report import check_page
-    from sppfeat.store import open_store
-    from sppfeat.transfer import TransferOptions, evaluate_transfer
-    from sppfeat.transfer_report import write_transfer_report
+    from sppfeat.report.pages import check_page
+    from sppfeat.store.store import open_store
+    from sppfeat.transfer.evaluation import TransferOptions, evaluate_transfer
+    from sppfeat.transfer.labels import read_labels, read_voc_labels
+    from sppfeat.transfer.page import write_transfer_report
 
     options = TransferOptions(
         protocol=protocol,

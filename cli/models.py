@@ -18,7 +18,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List backbones, whether their weights are at hand, and the layers that can be pooled."""
-    from sppfeat.backbone import describe_backbones, list_layers
+    from sppfeat.backbones.backbone import describe_backbones, list_layers
 
     if backbone is not None:
         layers = list_layers(backbone)

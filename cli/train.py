@@ -38,12 +38,12 @@ def svm(
 
     C is chosen by 3-fold cross-validation. The model keeps the recipe of the descriptors, for `sppfeat predict`.
     """
-    from sppfeat.classifier import save_classifier, train_classifier
     from sppfeat.errors import ModelError
-    from sppfeat.files import SVM, check_new_file
-    from sppfeat.labels import read_labels
-    from sppfeat.selection import SvmOptions
-    from sppfeat.store import open_store
+    from sppfeat.files.output import SVM, check_new_file
+    from sppfeat.store.store import open_store
+    from sppfeat.svm.cost_selection import SvmOptions
+    from sppfeat.transfer.classifier import save_classifier, train_classifier
+    from sppfeat.transfer.labels import read_labels
 
     options = SvmOptions(
         costs=svm_options.costs(c, c_grid),

@@ -9,7 +9,7 @@ from sppfeat_cli.output import counted, integers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.detector_training import Training
+    from sppfeat.detection.train_detector import Training
 
 VocRoot = Annotated[
     str | None,
@@ -87,11 +87,11 @@ def detector(
     command goes on; until it ends, there is no detector (null in the JSON). What is odd in the annotations is named and
     left out; exit code 3 then.
     """
-    from sppfeat.annotations import read_annotations, select_classes
-    from sppfeat.detect import detection_recipe
-    from sppfeat.detector_training import TrainingOptions, train_detector
-    from sppfeat.proposals import windows_from
+    from sppfeat.detection.annotations import read_annotations, select_classes
+    from sppfeat.detection.detector import detection_recipe
+    from sppfeat.detection.train_detector import TrainingOptions, train_detector
     from sppfeat.recipe import RunOptions
+    from sppfeat.windows.proposals import windows_from
 
     given: dict[str, Any] = {
         "backbone": backbone,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sppfeat.detect import DetectOptions, DetectorRunner, detected, open_detector
-from sppfeat.drawing import draw_detections
-from sppfeat.images import read_image
+from sppfeat.detection.detector import DetectOptions, DetectorRunner, detected, open_detector
+from sppfeat.detection.drawing import draw_detections
+from sppfeat.images.reading import read_image
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 SHOWN = ("animals/cat.jpg", "people/photographer.jpg")

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from sppfeat import Recipe
-from sppfeat.backbone import load_backbone
-from sppfeat.preprocess import prepare_image
-from sppfeat.pyramid import pool_pyramid
+from sppfeat.backbones.backbone import load_backbone
+from sppfeat.images.resizing import prepare_image
+from sppfeat.pyramid.pooling import pool_pyramid
 
 HERE = Path(__file__).parent
 INK, SOFT, ACCENT = (28, 33, 40), (110, 118, 129), (9, 105, 218)

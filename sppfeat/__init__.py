@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sppfeat._version import __version__
 
 if TYPE_CHECKING:
-    from sppfeat.describe import Described, DescribedWindows, Describer
-    from sppfeat.duplicates import Duplicates, find_duplicates
     from sppfeat.errors import (
         BackboneError,
         DeviceError,
@@ -28,27 +26,29 @@ if TYPE_CHECKING:
         UsageError,
         WindowsError,
     )
-    from sppfeat.extract import Extraction, extract_folder
-    from sppfeat.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
-    from sppfeat.index import IndexOptions
-    from sppfeat.pyramid import SpatialPyramidPool, pool_pyramid, pool_rois
+    from sppfeat.extraction.pipeline import Described, DescribedWindows, Describer
+    from sppfeat.extraction.run import Extraction, extract_folder
+    from sppfeat.pyramid.pooling import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
-    from sppfeat.retrieval import Retrieval, RetrievalOptions, evaluate_retrieval
-    from sppfeat.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
-    from sppfeat.store import Status, Store, open_store, verify_store
-    from sppfeat.svm import LinearSvm, train_linear_svm
-    from sppfeat.transfer import Transfer, TransferOptions, evaluate_transfer
-    from sppfeat.whitening import ProjectionOptions
-    from sppfeat.windows import read_windows, split_row_name
+    from sppfeat.retrieval.duplicates import Duplicates, find_duplicates
+    from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval
+    from sppfeat.retrieval.faiss_index import IndexOptions
+    from sppfeat.retrieval.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
+    from sppfeat.retrieval.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
+    from sppfeat.retrieval.whitening import ProjectionOptions
+    from sppfeat.store.store import Status, Store, open_store, verify_store
+    from sppfeat.svm.solver import LinearSvm, train_linear_svm
+    from sppfeat.transfer.evaluation import Transfer, TransferOptions, evaluate_transfer
+    from sppfeat.windows.windows import read_windows, split_row_name
 
 _HOMES = {
-    "whitening": ("ProjectionOptions",),
-    "search": ("SearchOptions", "SearchResult", "search_descriptors", "search_images", "search_store"),
-    "retrieval": ("Retrieval", "RetrievalOptions", "evaluate_retrieval"),
-    "index": ("IndexOptions",),
-    "gallery": ("Gallery", "add_to_gallery", "create_gallery", "open_gallery", "remove_from_gallery"),
-    "duplicates": ("Duplicates", "find_duplicates"),
-    "describe": ("Described", "DescribedWindows", "Describer"),
+    "retrieval.whitening": ("ProjectionOptions",),
+    "retrieval.search": ("SearchOptions", "SearchResult", "search_descriptors", "search_images", "search_store"),
+    "retrieval.evaluation": ("Retrieval", "RetrievalOptions", "evaluate_retrieval"),
+    "retrieval.faiss_index": ("IndexOptions",),
+    "retrieval.gallery": ("Gallery", "add_to_gallery", "create_gallery", "open_gallery", "remove_from_gallery"),
+    "retrieval.duplicates": ("Duplicates", "find_duplicates"),
+    "extraction.pipeline": ("Described", "DescribedWindows", "Describer"),
     "errors": (
         "BackboneError",
         "DeviceError",
@@ -64,13 +64,13 @@ _HOMES = {
         "UsageError",
         "WindowsError",
     ),
-    "extract": ("Extraction", "extract_folder"),
-    "pyramid": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
+    "extraction.run": ("Extraction", "extract_folder"),
+    "pyramid.pooling": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
     "recipe": ("Recipe", "RunOptions"),
-    "store": ("Status", "Store", "open_store", "verify_store"),
-    "svm": ("LinearSvm", "train_linear_svm"),
-    "transfer": ("Transfer", "TransferOptions", "evaluate_transfer"),
-    "windows": ("read_windows", "split_row_name"),
+    "store.store": ("Status", "Store", "open_store", "verify_store"),
+    "svm.solver": ("LinearSvm", "train_linear_svm"),
+    "transfer.evaluation": ("Transfer", "TransferOptions", "evaluate_transfer"),
+    "windows.windows": ("read_windows", "split_row_name"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -29,20 +29,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sppfeat import Recipe, SppFeatError, open_store, verify_store
-from sppfeat.annotations import read_coco, read_voc, read_voc_files
-from sppfeat.backbone import read_weights
-from sppfeat.classifier import open_classifier
-from sppfeat.detect import Detector, open_detector, save_detector
-from sppfeat.files import SVM, WINDOWS, format_of
-from sppfeat.gallery_files import read_rows
-from sppfeat.ground_truth import read_ground_truth
-from sppfeat.images import Fingerprint, find_images
-from sppfeat.labels import read_labels, read_voc_labels
-from sppfeat.mining import read_state, save_state
-from sppfeat.proposals import open_windows
-from sppfeat.selective_search import ProposalOptions
-from sppfeat.store import StoreWriter, create_store
-from sppfeat.windows import read_windows
+from sppfeat.backbones.backbone import read_weights
+from sppfeat.detection.annotations import read_coco, read_voc, read_voc_files
+from sppfeat.detection.detector import Detector, open_detector, save_detector
+from sppfeat.detection.row_cache import read_state, save_state
+from sppfeat.files.output import SVM, WINDOWS, format_of
+from sppfeat.images.reading import Fingerprint, find_images
+from sppfeat.retrieval.gallery_files import read_rows
+from sppfeat.retrieval.ground_truth import read_ground_truth
+from sppfeat.store.store import StoreWriter, create_store
+from sppfeat.transfer.classifier import open_classifier
+from sppfeat.transfer.labels import read_labels, read_voc_labels
+from sppfeat.windows.proposals import open_windows
+from sppfeat.windows.selective_search import ProposalOptions
+from sppfeat.windows.windows import read_windows
 
 SECONDS = 10
 MEMORY_BYTES = 1536 << 20

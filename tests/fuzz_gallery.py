@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from sppfeat.errors import SppFeatError
-from sppfeat.gallery import open_gallery
-from sppfeat.search import SearchOptions, search_descriptors
+from sppfeat.retrieval.gallery import open_gallery
+from sppfeat.retrieval.search import SearchOptions, search_descriptors
 from sppfeat_cli.inspect import _inspect_gallery
 
 SECONDS = 10

@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError
-from sppfeat.images import _FORMATS
-from sppfeat.preprocess import prepare_image
+from sppfeat.images.reading import _FORMATS
+from sppfeat.images.resizing import prepare_image
 from sppfeat.recipe import Recipe
 
 MOST_SECONDS = 10.0

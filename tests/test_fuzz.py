@@ -16,7 +16,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Kind]:
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of these files do hang HDF5, until they are given up: after one second here, not eight."""
-    monkeypatch.setattr("sppfeat.untrusted.DEADLINE_SECONDS", 1)
+    monkeypatch.setattr("sppfeat.files.hdf5_check.DEADLINE_SECONDS", 1)
 
 
 NAMES = [

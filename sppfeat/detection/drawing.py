@@ -1,0 +1,389 @@
+"""Detections drawn on images, and the page that shows them."""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+import errno
+import functools
+import io
+import math
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+from sppfeat.detection.detector import Detections, Detector
+from sppfeat.detection.evaluation import ClassResult, DetectionEvaluation
+from sppfeat.errors import ImageError, ReportError, one_line
+from sppfeat.files.output import check_can_write, os_reason
+from sppfeat.images.reading import ImageList, name_to_path, read_image
+from sppfeat.report.pages import image_address, write_page
+
+# Long side of images in a page: twice the width they are shown at on a wide screen.
+PAGE_SIDE: Final = 640
+# A page with more images is slow to open; the ones with the best scores are shown.
+MAX_IMAGES: Final = 200
+# As many labels as no image has room for: those of the best scores are kept clear of each other.
+_LABELS_APART: Final = 500
+# Of a class name: more is on no image wide enough.
+_NAME_CHARACTERS: Final = 80
+# Of a file's name, on the file systems of Linux (NAME_MAX).
+_NAME_BYTES: Final = 255
+# The comment in a drawing, by which it is told from an image that must not be replaced.
+_MARK: Final = b"drawn by sppfeat detect"
+# Pillow's own font holds ASCII and little more. These are widespread, and searched for by Pillow.
+_SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "malgun.ttf")
+_NO_CHARACTER: Final = "\U0010ffff"  # is none, so that every font draws what it draws for lack of a glyph
+# Turning by the golden angle keeps the colours of neighbours apart, whatever the number of classes.
+_FIRST_HUE, _HUE_STEP = 0.03, 0.381966
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """A colour of its own for each class: strong, and dark enough for white text."""
+    red, green, blue = colorsys.hls_to_rgb((_FIRST_HUE + label * _HUE_STEP) % 1, 0.42, 0.85)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
+    """A copy of the image with boxes and labels, sized to be readable; the best detection lies on top.
+
+    image: the upright original, or smaller; boxes are scaled to it. Labels lie beside each other where there is room.
+    """
+    drawn = image.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    short, long = min(drawn.size), max(drawn.size)
+    width = max(2, round(long / 180))
+    size = max(11, round(min(long / 24, short / 9)))
+    ratio = np.array([drawn.width / found.image_size[0], drawn.height / found.image_size[1]] * 2)
+    boxes = np.rint((found.boxes + [0, 0, 1, 1]) * ratio - [0, 0, 1, 1]).astype(int)
+    best_last = range(len(boxes) - 1, -1, -1)
+    for at in best_last:
+        x1, y1, x2, y2 = boxes[at].tolist()
+        color = class_color(int(found.labels[at]))
+        pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(255, 255, 255), width=width + 2)
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=width)
+    # Labels come after all boxes, so that no line crosses one; the best choose their places first.
+    labels = [
+        layout_label(pen, classes[int(label)], float(score), size, drawn.width)
+        for label, score in zip(found.labels, found.scores, strict=True)
+    ]
+    places = place_labels([label.size for label in labels], boxes, drawn.size)
+    for at in best_last:
+        (x, y), label = places[at].tolist(), labels[at]
+        pen.rectangle((x, y, x + label.size[0], y + label.size[1]), fill=class_color(int(found.labels[at])))
+        for left, text in label.texts:
+            pen.text((x + left, y + label.top), text, fill=(255, 255, 255), font=label.font)
+        if label.sign is not None:
+            pen.rectangle([edge + (x, y)[axis % 2] for axis, edge in enumerate(label.sign)], fill=(255, 255, 255))
+    return drawn
+
+
+class Label(NamedTuple):
+    """Name and score of a detection, laid out. All places are pixels from the label's left upper corner.
+
+    size: width and height with its margin. texts: each with its left edge; top: of both. sign: a minus, as a rectangle.
+    """
+
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+    size: tuple[int, int]
+    top: int
+    texts: tuple[tuple[int, str], tuple[int, str]]
+    sign: tuple[int, int, int, int] | None
+
+
+def layout_label(pen: ImageDraw.ImageDraw, name: str, score: float, size: int, room: int) -> Label:
+    """Lay out a label no wider than `room`, if its score fits: the name is cut. What no font holds is escaped."""
+    name = name[:_NAME_CHARACTERS]
+    # The first font that can draw the most of it.
+    which = max(range(1 + len(_SYSTEM_FONTS)), key=lambda n: sum(_can_draw(n, c) for c in name))
+    name = "".join(c if _can_draw(which, c) else c.encode("unicode_escape").decode() for c in name)
+    font = _font(which, size)
+    assert font is not None
+    number = f"{abs(score):.2f}"
+    _, top, _, bottom = (round(edge) for edge in pen.textbbox((0, 0), f"{name}{number}", font=font))
+    margin = max(2, round((bottom - top) / 4))
+    gap = math.ceil(size / 4)
+    # A minus is drawn: hyphens are pale in small type, and not every font has the longer sign.
+    sign_width = math.ceil(size / 2) if score < 0 else 0
+    number_width = math.ceil(pen.textlength(number, font=font))
+    for end in range(len(name), -1, -1):
+        text = name if end == len(name) else f"{name[:end].rstrip()}\u2026"
+        sign_left = margin + math.ceil(pen.textlength(text, font=font)) + gap
+        number_left = sign_left + (sign_width + max(1, gap // 2) if sign_width else 0)
+        width = number_left + number_width + margin
+        if width <= room:
+            break
+    _, digits_top, _, digits_bottom = pen.textbbox((0, margin - top), "0", font=font)
+    middle, thick = round((digits_top + digits_bottom) / 2), max(2, round(size / 10))
+    sign = (sign_left, middle - thick // 2, sign_left + sign_width - 1, middle - thick // 2 + thick - 1)
+    return Label(
+        font=font,
+        size=(width, bottom - top + 2 * margin),
+        top=margin - top,
+        texts=((margin, text), (number_left, number)),
+        sign=sign if sign_width else None,
+    )
+
+
+def place_labels(sizes: Sequence[tuple[int, int]], boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """[n, 2] left upper corners of labels on a canvas, one for each box [n, 4], in order of importance.
+
+    A label is above its box, or at another edge of it, or further down beside it: at the first place where it covers no
+    earlier one; where there is none, at the place where it covers least. It is whole on the canvas, if it fits at all.
+    """
+    places = np.zeros((len(sizes), 2), int)
+    ends = np.zeros((len(sizes), 2), int)
+    for at, ((width, height), (x1, y1, x2, y2)) in enumerate(zip(sizes, boxes.tolist(), strict=True)):
+        step = height + 1
+        above = y1 - step if y1 >= step else y1
+        tops = [above, y1, y2 + 2, y2 - height, *(y1 + step * n for n in range(1, 7)), above - step, above - 2 * step]
+        corners = np.array([(x, y) for y in tops for x in (x1, x2 - width + 1)])
+        corners = np.clip(corners, 0, np.maximum([canvas[0] - width - 1, canvas[1] - height - 1], 0))
+        best = slice(min(at, _LABELS_APART))
+        low = np.maximum(corners[:, None], places[None, best])
+        common = np.minimum(corners[:, None] + [width, height], ends[None, best]) - low
+        covered = np.clip(common + 1, 0, None).prod(2).sum(1)
+        places[at] = corners[covered.argmin()]
+        ends[at] = places[at] + [width, height]
+    return places
+
+
+@functools.lru_cache(maxsize=64)
+def _font(which: int, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont | None:
+    """Pillow's own font, or one of the system's by number; None where that is not there."""
+    if which == 0:
+        return ImageFont.load_default(size=size)
+    try:
+        return ImageFont.truetype(_SYSTEM_FONTS[which - 1], size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _can_draw(which: int, character: str) -> bool:
+    """Whether a font is there, and has a glyph of its own for a character."""
+    font = _font(which, 16)
+    if font is None or not character.isprintable():
+        return False
+    if unicodedata.bidirectional(character) in ("R", "AL") and not features.check("raqm"):
+        return False  # would be drawn from left to right, and its letters unjoined
+    return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask(_NO_CHARACTER))
+
+
+class DrawingFolder:
+    """A folder for drawings. None takes the place of a file that is no drawing, or goes through a link.
+
+    sources: that images come from. overwrite: earlier drawings may be replaced.
+    """
+
+    def __init__(self, folder: str, sources: Sequence[str], *, overwrite: bool) -> None:
+        self._root = Path(os.path.realpath(folder))
+        self._sources, self._overwrite = sources, overwrite
+        self._files: dict[str, str] = {}
+        self._replaced: set[Path] = set()
+
+    def plan(self, images: ImageList) -> None:
+        """Settle on a file for each image, and make the folder; to be asked before the work is done.
+
+        Raises ReportError for a folder of images, one that is not writable, and for files that are in the way.
+        """
+        self._files = drawing_files([name for name in images.names if name not in images.problems])
+        targets = {self._root / os.path.dirname(file) for file in self._files.values()}
+        self._check_apart(images, targets)
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ReportError(f"{self._root}: expected a folder to draw into: {os_reason(error)}") from None
+        check_can_write(self._root / "drawing", ReportError)
+        for folder in targets:
+            if Path(os.path.realpath(folder)) != folder:
+                raise ReportError(f"{folder}: expected a folder to draw into, found a link; it is not followed")
+        present = [path for file in self._files.values() if os.path.lexists(path := self._root / file)]
+        if present and not self._overwrite:
+            more = f", and {len(present) - 1:,} more" * (len(present) > 1)
+            raise ReportError(f"{present[0]}: exists already{more}; choose another folder, or --overwrite")
+        for path in present:
+            if not _is_drawing(path):
+                raise ReportError(f"{path}: expected a drawing or no file, found another file; it is left as it is")
+        self._replaced = set(present)
+
+    def _check_apart(self, images: ImageList, targets: set[Path]) -> None:
+        """Raise ReportError where drawings would lie among the images, and be images of the next run."""
+        folders = {os.path.dirname(name_to_path(images.root, name)) for name in self._files}
+        own = {os.path.realpath(folder) for folder in folders}
+        mixed = [str(folder) for folder in sorted(targets) if str(folder) in own]
+        mixed += [
+            source
+            for source in self._sources
+            if os.path.isdir(source) and self._root.is_relative_to(os.path.realpath(source))
+        ]
+        if mixed:
+            raise ReportError(f"{self._root}: would mix drawings with the images in {mixed[0]}; choose another folder")
+
+    def draw(self, path: str, name: str, found: Detections, classes: Sequence[str]) -> None:
+        """Draw what was found on an image, at its full size.
+
+        Raises ImageError for an image that cannot be drawn, ReportError when nothing more can be written.
+        """
+        target = self._root / self._files[name]
+        drawn = draw_detections(read_image(path).pixels, found, classes)
+        content = io.BytesIO()
+        try:
+            drawn.save(content, "JPEG", quality=92, comment=_MARK)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"cannot be drawn: {one_line(error)}") from None
+        partial = target.with_name(f".{os.getpid()}.partial")  # short, where the name itself has no byte to spare
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(target) and target not in self._replaced:
+                raise ImageError(f"cannot be drawn: {target} is there now; it is left as it is")
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb") as file:
+                file.write(content.getbuffer())
+            partial.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if error.errno == errno.ENAMETOOLONG:
+                raise ImageError(f"cannot be drawn: {os_reason(error)}") from None
+            raise ReportError(f"{target}: cannot be written: {os_reason(error)}") from None
+
+
+def drawing_files(names: Sequence[str]) -> dict[str, str]:
+    """The relative path of each image's drawing, by its name: `a.jpg` for a.jpg, `b.png.jpg` for b.png.
+
+    No two are the same, also where a file system takes no notice of case, and none is the folder of another: then one
+    is called `b.png~2.jpg`. Names that would be too long for a file system are cut.
+    """
+    paths = {name: name_to_path("", name) for name in names}
+    taken = {_folded(str(folder)) for path in set(map(os.path.dirname, paths.values())) for folder in _and_above(path)}
+    files: dict[str, str] = {}
+    tries: Counter[str] = Counter()  # thousands of names may begin alike
+    for name, path in paths.items():
+        folder, file = os.path.split(path)
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() not in (".jpg", ".jpeg"):
+            stem, suffix = file, ".jpg"
+        base = _folded(os.path.join(folder, _cut(stem, _NAME_BYTES - len(suffix)) + suffix))
+        while True:
+            tries[base] += 1
+            ending = suffix if tries[base] == 1 else f"~{tries[base]}{suffix}"
+            files[name] = os.path.join(folder, _cut(stem, _NAME_BYTES - len(ending)) + ending)
+            if (key := _folded(files[name])) not in taken:
+                taken.add(key)
+                break
+    return files
+
+
+def _and_above(folder: str) -> list[PurePosixPath]:
+    return [PurePosixPath(folder), *PurePosixPath(folder).parents]
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _cut(text: str, count: int) -> str:
+    """The text, or as many whole characters of it as that many bytes hold."""
+    content = os.fsencode(text)
+    return text if len(content) <= count else content[:count].decode("utf-8", "ignore")
+
+
+def _is_drawing(path: Path) -> bool:
+    """Whether a file, not a link to one, was drawn by us."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return _MARK in file.read(4096)
+    except OSError:
+        return False
+
+
+@dataclass
+class DetectionPage:
+    """Images with their detections, gathered for one page. Only those with the best scores stay, `MAX_IMAGES`."""
+
+    detector: Detector
+    _entries: list[tuple[float, str, str, Detections]] = field(default_factory=list)
+    _searched: int = 0
+    _found: int = 0
+
+    def add(self, path: str, name: str, found: Detections) -> None:
+        """Take one image that was searched."""
+        self._searched += 1
+        self._found += len(found.scores)
+        if len(found.scores):
+            self._entries.append((float(found.scores[0]), name, path, found))
+            if len(self._entries) > 2 * MAX_IMAGES:
+                self._prune()
+
+    def write(self, output: Path, *, title: str, note: str) -> None:
+        """Write the page. Raises ReportError."""
+        self._prune()
+        images = []
+        for _, name, path, found in self._entries:
+            address = None
+            with contextlib.suppress(ImageError):  # it may be gone by now: what was found on it is not
+                pixels = read_image(path).pixels
+                pixels.thumbnail((PAGE_SIDE, PAGE_SIDE))
+                address = image_address(draw_detections(pixels, found, self.detector.classes), "JPEG")
+            counts: dict[str, int] = {}
+            for label in found.labels:
+                counts[self.detector.classes[int(label)]] = counts.get(self.detector.classes[int(label)], 0) + 1
+            about = ", ".join(f"{count} {label}" if count > 1 else label for label, count in counts.items())
+            images.append({"address": address, "name": name, "about": about})
+        write_page(
+            output,
+            "detections.html",
+            {
+                "title": title,
+                "note": note,
+                "images": images,
+                "searched": self._searched,
+                "found": self._found,
+                "classes": len(self.detector.classes),
+                "shown": len(images),
+            },
+        )
+
+    def _prune(self) -> None:
+        self._entries.sort(key=lambda entry: (-entry[0], entry[1]))
+        del self._entries[MAX_IMAGES:]
+
+
+def write_evaluation(output: Path, done: DetectionEvaluation, *, title: str, note: str) -> None:
+    """Write the page of an evaluation: figures, a table of the classes, and their curves. Raises ReportError."""
+    classes = sorted(done.classes, key=lambda one: (np.isnan(one.eleven_point), -one.eleven_point, one.name))
+    write_page(
+        output,
+        "detection_evaluation.html",
+        {
+            "title": title,
+            "note": note,
+            "done": done,
+            "classes": [{"result": one, "curve": _curve(one)} for one in classes],
+            "notes": done.notes[:50],
+            "failed": dict(list(done.failed.items())[:50]),
+        },
+    )
+
+
+def _curve(one: ClassResult) -> str:
+    """Points of precision over recall for a polyline in a square of 100 x 100, the first upper left."""
+    recall, precision = one.recall, one.precision
+    if not len(recall):
+        return ""
+    # Where precision only falls between two hits, the end says it all: curves of many detections stay small.
+    turns = np.flatnonzero(np.diff(recall, prepend=-1, append=2)[:-1] + np.diff(recall, prepend=-1, append=2)[1:] > 0)
+    turns = turns[:: max(1, len(turns) // 400)]
+    points = zip(100 * recall[turns], 100 - 100 * precision[turns], strict=True)
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

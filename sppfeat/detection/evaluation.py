@@ -1,0 +1,191 @@
+"""Evaluation of a detector on annotated images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from sppfeat.detection.annotations import AnnotatedImages
+from sppfeat.detection.average_precision import (
+    COCO_DETECTIONS,
+    COCO_OVERLAPS,
+    Objects,
+    coco_average_precision,
+    voc_ranking,
+)
+from sppfeat.detection.detector import DetectOptions, Detector, DetectorRunner, detected, window_notes
+from sppfeat.errors import UsageError
+from sppfeat.extraction.pipeline import Describer
+from sppfeat.recipe import RunOptions
+from sppfeat.svm.metrics import ranked_average_precision
+
+
+def complete_options(overlap: float = DetectOptions.overlap) -> DetectOptions:
+    """All that suppression leaves, up to 100 per class and image (COCO's number), so that no curve ends early."""
+    return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=COCO_DETECTIONS)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class, in percent; NaN where there is no object of it.
+
+    eleven_point, area: VOC's average precision. coco: COCO's, the mean over overlaps 0.5 .. 0.95.
+    recall, precision: [R] along the ranking, as parts of 1.
+    """
+
+    name: str
+    objects: int
+    detections: int
+    eleven_point: float
+    area: float
+    coco: float
+    recall: np.ndarray
+    precision: np.ndarray
+
+
+@dataclass(frozen=True)
+class DetectionEvaluation:
+    """What a detector finds on annotated images. Means are over the classes that have objects, in percent.
+
+    failed: images left out, by name, and why. notes: what else was left out or odd. stages: seconds of work by stage.
+    """
+
+    classes: list[ClassResult]
+    overlap: float
+    images: int
+    windows: int
+    failed: dict[str, str]
+    notes: list[str]
+    seconds: float
+    stages: dict[str, float]
+
+    @property
+    def eleven_point(self) -> float:
+        """mAP as VOC 2007 has it."""
+        return _mean([one.eleven_point for one in self.classes])
+
+    @property
+    def area(self) -> float:
+        """mAP as VOC 2010 and later have it."""
+        return _mean([one.area for one in self.classes])
+
+    @property
+    def coco(self) -> float:
+        """mAP as COCO has it."""
+        return _mean([one.coco for one in self.classes])
+
+
+class Observer(Protocol):
+    """Who wants to follow; called from the thread that called `evaluate_detector`."""
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """The work is known."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is done, or failed."""
+
+    def note(self, text: str) -> None:
+        """Something to tell."""
+
+
+def evaluate_detector(
+    detector: Detector,
+    annotated: AnnotatedImages,
+    windows: Mapping[str, np.ndarray] | None = None,
+    options: DetectOptions | None = None,
+    run: RunOptions | None = None,
+    *,
+    overlap: float = 0.5,
+    describer: Describer | None = None,
+    observer: Observer | None = None,
+) -> DetectionEvaluation:
+    """Detect on annotated images and compare, by classes. windows: as in `detected`; None: proposed on the way.
+    options: None: `complete_options`.
+
+    An image that cannot be read counts as one on which nothing was found, and is reported. Annotated classes that the
+    detector does not know are left out, with a note. overlap: from which a detection is right, for VOC's figures.
+    describer: one that is at hand, for the detector's recipe.
+    """
+    began = time.perf_counter()
+    options = options or complete_options()
+    if not 0 < overlap <= 1:
+        raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
+    notes = list(annotated.notes)
+    boxes = {name: sum(one.labels.count(name) for one in annotated.images.values()) for name in annotated.classes}
+    for name, number in boxes.items():
+        if name not in detector.classes and number:
+            notes.append(f"unknown class {name!r}, which the detector was not trained for: {number} boxes left out")
+    if not any(boxes.get(name) for name in detector.classes):
+        raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
+    names = list(annotated.images)
+    runner = DetectorRunner(detector, run, describer=describer)
+    if observer is not None:
+        for note in notes:
+            observer.note(note)
+        observer.started(todo=len(names), reused=0)
+    failed: dict[str, str] = {}
+    objects: list[list[Objects]] = [[] for _ in detector.classes]
+    count = 0
+    pictures = [(name, annotated.path(name)) for name in names]
+    order: list[int] = []
+    for done in detected(runner, pictures, windows, options):
+        name = names[done.position]
+        one = annotated.images[name]
+        if done.error is not None:
+            failed[name] = done.error
+        else:
+            for note in window_notes(name, done):
+                notes.append(note)
+                if observer is not None:
+                    observer.note(note)
+        count += done.windows
+        order.append(done.position)
+        for label, known in enumerate(detector.classes):
+            of = np.array([each == known for each in one.labels], bool)
+            mine = done.labels == label
+            objects[label].append(
+                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine])
+            )
+        if observer is not None:
+            observer.row(name, done.error)
+    # As the images are listed, whatever order they came in: of equal scores the first counts first.
+    turns = np.argsort(order)
+    return DetectionEvaluation(
+        classes=[
+            _class_result(known, [objects[label][turn] for turn in turns], overlap)
+            for label, known in enumerate(detector.classes)
+        ],
+        overlap=overlap,
+        images=len(names),
+        windows=count,
+        failed={**annotated.problems, **failed},
+        notes=notes,
+        seconds=time.perf_counter() - began,
+        stages=runner.seconds,
+    )
+
+
+def _class_result(name: str, pictures: list[Objects], overlap: float) -> ClassResult:
+    targets, _, objects = voc_ranking(pictures, overlap)
+    hits = targets[targets != 0] > 0
+    found = np.cumsum(hits)
+    return ClassResult(
+        name=name,
+        objects=objects,
+        detections=len(targets),
+        eleven_point=100 * ranked_average_precision(targets, relevant=objects, method="11-point"),
+        area=100 * ranked_average_precision(targets, relevant=objects, method="area"),
+        coco=100 * float(np.mean([coco_average_precision(pictures, each) for each in COCO_OVERLAPS])),
+        recall=found / max(objects, 1),
+        precision=found / np.arange(1, len(hits) + 1),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else float("nan")

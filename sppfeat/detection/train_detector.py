@@ -1,0 +1,164 @@
+"""Training of SPP-net detectors, from annotated images to the detector's file; see `training_rounds` for how."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sppfeat.detection.annotations import AnnotatedImages
+from sppfeat.detection.detector import detection_recipe, save_detector
+from sppfeat.detection.training_rounds import Observer, Trainer, TrainingOptions, count_positives
+from sppfeat.errors import ModelError, UsageError
+from sppfeat.extraction.pipeline import Describer
+from sppfeat.files.output import DETECTOR, check_new_file
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.store.store import lock_store
+from sppfeat.windows.proposals import WindowFile, open_windows, propose_folder
+from sppfeat.windows.selective_search import ProposalOptions
+
+__all__ = ["Training", "TrainingOptions", "train_detector"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run of `train_detector` did.
+
+    file: the detector; None after an interruption, when there is none yet. positives: by class. rows: of the last
+    training. hard: negatives that each pass added. failed: images that could not be used, by name. notes: what else was
+    left out or odd. pending: images of the present pass, after an interruption.
+    """
+
+    file: str | None
+    images: int
+    classes: list[str]
+    positives: dict[str, int]
+    rows: int
+    hard: list[int]
+    failed: dict[str, str]
+    notes: list[str]
+    pending: int
+    seconds: float
+    device: str
+    stages: dict[str, float]
+
+    @property
+    def interrupted(self) -> bool:
+        return self.pending > 0
+
+
+class _Silent:
+    def started(self, *, todo: int, reused: int) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def train_detector(
+    annotated: AnnotatedImages,
+    windows: Mapping[str, np.ndarray] | None,
+    output: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    options: TrainingOptions | None = None,
+    run: RunOptions | None = None,
+    *,
+    proposals: ProposalOptions | None = None,
+    describer: Describer | None = None,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Training:
+    """Train a detector on annotated images with windows [K, 4] by image name, into the file `output`.
+
+    windows: None: they are proposed first, and kept beside the output, `det.windows.h5` for `det.h5`.
+    Stopped by `stop`, or killed, the same call goes on from the file `.OUTPUT.training` beside the output: at the same
+    image after a stop, at most half a minute earlier after a kill; and ends in the same detector. Classes without a
+    positive are left out, with a note; so are windows outside their picture. Memory is bounded by the options.
+    proposals: how the windows were, or are to be, found; kept for detecting. None: as the file of windows tells.
+    describer: one that is at hand; its recipe counts then.
+    Raises ModelError, UsageError, and what `Describer` raises.
+    """
+    began = time.perf_counter()
+    options, observer = options or TrainingOptions(), observer or _Silent()
+    path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
+    state = path.with_name(f".{path.name}.training")
+    # What a stopped training is going to replace, it was told to.
+    check_new_file(path, overwrite=overwrite or os.path.exists(state), error=ModelError, kind=DETECTOR)
+    with lock_store(path):
+        describer = describer or Describer(recipe or detection_recipe(), run)
+        if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":
+            raise UsageError("a detector needs dtype 'float32', and a fuse other than 'concat'")
+        if windows is None:
+            windows = _windows_beside(path, annotated, proposals, observer, stop)
+            if windows is None:
+                return _stopped_before(annotated, describer, time.perf_counter() - began)
+        if isinstance(windows, WindowFile):
+            proposals = proposals or windows.options
+        trainer = Trainer(annotated, windows, describer, options, observer, state)
+        if overwrite:
+            trainer.forget()
+        finished = trainer.train(stop)
+        if finished:
+            detector = trainer.detector(proposals or ProposalOptions())
+            save_detector(detector, path)
+            trainer.forget()
+    return Training(
+        file=str(path) if finished else None,
+        images=len(annotated.images),
+        classes=trainer.classes,
+        positives=trainer.positives,
+        rows=trainer.cache.count,
+        hard=trainer.hard,
+        failed={**annotated.problems, **trainer.failed},
+        notes=[*annotated.notes, *trainer.notes],
+        pending=0 if finished else max(1, int((~trainer.done).sum())),
+        seconds=time.perf_counter() - began,
+        device=str(describer.device),
+        stages={
+            **{k: getattr(describer.times, k) for k in ("decode", "forward", "pool")},
+            "solve": trainer.solve_seconds,
+        },
+    )
+
+
+def _windows_beside(
+    output: Path,
+    annotated: AnnotatedImages,
+    options: ProposalOptions | None,
+    observer: Observer,
+    stop: Callable[[], bool],
+) -> WindowFile | None:
+    """Windows of annotated images, proposed into a file beside the output or read from there; None when stopped."""
+    path = output.with_suffix(".windows.h5")
+    sources = [annotated.path(name) for name in annotated.images]
+    observer.say(f"windows are found first, and kept in {path}")
+    done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
+    return None if done.pending else open_windows(path)
+
+
+def _stopped_before(annotated: AnnotatedImages, describer: Describer, seconds: float) -> Training:
+    return Training(
+        file=None,
+        images=len(annotated.images),
+        classes=annotated.classes,
+        positives=count_positives(annotated),
+        rows=0,
+        hard=[],
+        failed=annotated.problems,
+        notes=annotated.notes,
+        pending=len(annotated.images),
+        seconds=seconds,
+        device=str(describer.device),
+        stages={},
+    )

@@ -1,0 +1,489 @@
+"""A training of an SPP-net detector under way: positives, first negatives, hard negatives, SVMs, box regression.
+
+The way of R-CNN's code (Girshick et al., CVPR 2014, which SPP-net's follows): ground truth is positive, windows that
+overlap it by less than 0.3 are negative, and of these, those that the present SVMs find hard are added, image by image,
+until few new ones turn up. All classes share the rows, and are solved together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from sppfeat.detection.annotations import AnnotatedImages, Annotation
+from sppfeat.detection.detector import Detector
+from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
+from sppfeat.errors import ModelError, UsageError
+from sppfeat.extraction.pipeline import DescribedWindows, Describer
+from sppfeat.svm.solver import CONVERGED, SvmProblem
+from sppfeat.windows.boxes import box_targets, fit_ridge
+from sppfeat.windows.selective_search import ProposalOptions
+from sppfeat.windows.windows import overlaps
+
+# R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
+HARD_SCORE: Final = -1.0001
+EASY_SCORE: Final = -1.2
+# The constant that stands for 1 beside scaled descriptors (bias_mult), so that the bias is hardly regularised.
+BIAS_FEATURE: Final = 10.0
+# Negatives drawn by lot before there is a model to find hard ones: about this many in all, and these at most a picture.
+FIRST_NEGATIVES: Final = 8000
+FIRST_PER_PICTURE: Final = 50
+# Hard negatives of one picture in one pass: the hardest. More of one picture say little new.
+HARD_PER_PICTURE: Final = 100
+# Windows of one object for box regression.
+BOX_ROWS_PER_OBJECT: Final = 20
+# Of one class; they are solved in double precision, in four times their memory.
+MAX_BOX_ROWS: Final = 8000
+# How far the SVMs may be from the best objective at the end of a pass, and amid it, where they only find negatives.
+_TOLERANCE: Final = 1e-4
+_ROUGH_TOLERANCE: Final = 1e-2
+# A pass that adds fewer than this part of the rows is the last.
+FEW_NEW: Final = 0.02
+# The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
+STATE_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge is not squared, as ours is.
+
+    c, positive_weight: of the SVMs, see `train_linear_svm`; c counts for descriptors scaled to mean norm `mean_norm`.
+    negative_overlap: windows that overlap every object of a class by less are its negatives.
+    box_regression, box_overlap, box_ridge: whether, from windows that overlap an object by at least this, and how
+    strongly regularised, boxes are learned.
+    passes: the most over the images for hard negatives. cache_bytes: memory for rows; box rows take half as much more.
+    seed: of all that is drawn by lot.
+    """
+
+    c: float = 0.001
+    positive_weight: float = 2.0
+    mean_norm: float = 20.0
+    negative_overlap: float = 0.3
+    box_regression: bool = True
+    box_overlap: float = 0.6
+    box_ridge: float = 1000.0
+    passes: int = 3
+    cache_bytes: int = 1 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("c", "positive_weight", "mean_norm", "box_ridge"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a number above 0, found {value!r}")
+        for name in ("negative_overlap", "box_overlap"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be above 0 and at most 1, found {getattr(self, name)!r}")
+        for name, low, high in (("passes", 1, 100), ("cache_bytes", 1 << 20, 1 << 40), ("seed", 0, 1 << 31)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
+
+
+class Observer(Protocol):
+    """Who wants to follow; called from the thread that called `train_detector`."""
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """A pass over the images begins."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is done, or failed."""
+
+    def note(self, text: str) -> None:
+        """Something is odd about an image or a class; there may be one for every image."""
+
+    def say(self, text: str) -> None:
+        """How far the training is."""
+
+
+class Trainer:
+    """A training under way. step 0 gathers positives, box rows and first negatives; steps 1 and on, hard negatives."""
+
+    def __init__(
+        self,
+        annotated: AnnotatedImages,
+        windows: Mapping[str, np.ndarray],
+        describer: Describer,
+        options: TrainingOptions,
+        observer: Observer,
+        state_path: Path,
+    ) -> None:
+        self._annotated, self._windows, self._describer = annotated, windows, describer
+        self._options, self._observer, self._state_path = options, observer, state_path
+        self.notes: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.positives = count_positives(annotated)
+        self.classes = [name for name in annotated.classes if self.positives[name]]
+        for name in annotated.classes:
+            if not self.positives[name]:
+                self._note(f"class {name!r} has no box that counts: it is left out")
+        if not self.classes:
+            raise UsageError("expected annotated boxes to learn from, found none that count")
+        # By lot, since images often come class by class, and the first ones form the first model.
+        names = list(annotated.images)
+        self._names = [names[at] for at in np.random.default_rng(options.seed).permutation(len(names))]
+        bare = [name for name in self._names if name not in windows or not len(windows[name])]
+        if len(bare) == len(names):
+            raise UsageError(f"expected windows of the images, found none; the first image is {names[0]}")
+        for name in sorted(bare):
+            self._note(f"{name}: has no windows; only its objects are used")
+        dim = describer.recipe.bins * (describer.dim // describer.recipe.dimensions(1))
+        wanted = sum(self.positives.values())
+        capacity = min(options.cache_bytes // (2 * (dim + 1)), 1 << 22)
+        if wanted > capacity // 2:
+            needed = 4 * (dim + 1) * wanted
+            raise UsageError(
+                f"memory for rows (cache_bytes) must be at least {needed} bytes for {wanted} objects, "
+                f"found {options.cache_bytes}"
+            )
+        self.cache = RowCache(capacity, dim + 1, len(self.classes))
+        per_class = max(16, options.cache_bytes // 2 // (2 * dim) // len(self.classes))
+        self._boxes = (
+            Reservoir(min(per_class, MAX_BOX_ROWS), dim, len(self.classes)) if options.box_regression else None
+        )
+        self._norms = np.zeros(2)  # how many, and their sum
+        self._model = np.zeros((len(self.classes), dim + 1), np.float32)
+        self._biases = np.zeros(len(self.classes), np.float32)
+        self._fresh = 0  # rows since the SVMs were trained
+        self._step = 0
+        self.hard: list[int] = []
+        self.done = np.zeros(len(self._names), bool)
+        self.solve_seconds = 0.0
+        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        self._gaps = np.zeros(0)  # relative ones of the SVMs as they are
+        self._identity = self._fingerprint()
+
+    def forget(self) -> None:
+        """Remove the state on disk."""
+        self._state_path.unlink(missing_ok=True)
+
+    def train(self, stop: Callable[[], bool]) -> bool:
+        """Go through all passes; false when stopped before the end, with the state on disk."""
+        self._restore()
+        while self._step <= self._options.passes:
+            if not self._pass(stop):
+                self._save()
+                return False
+            if self._step == 0:
+                self._drop_classes()
+                self._set_bias_feature()
+                self._solve(_TOLERANCE)
+            else:
+                added = self.hard[-1]
+                if self._fresh:
+                    self._solve(_TOLERANCE)
+                self._observer.say(
+                    f"pass {self._step}: {added} hard negatives added, {self.cache.count} rows, "
+                    f"solved in {self.solve_seconds:.1f} s so far"
+                )
+                if added <= FEW_NEW * self.cache.count:
+                    break
+            self._step += 1
+            self.done[:] = False
+            self._save_now_and_then()
+        for name, gap in zip(self.classes, self._gaps, strict=False):  # none after a restart with nothing left to solve
+            if gap > CONVERGED:
+                self._note(f"class {name!r}: its SVM did not converge (relative gap {gap:.0e})")
+        return True
+
+    def detector(self, proposals: ProposalOptions) -> Detector:
+        """The detector, after `train`. Weights are for descriptors as they are pooled."""
+        box_weights = box_biases = None
+        dim = self._model.shape[1] - 1
+        if self._boxes is not None:
+            start = time.perf_counter()
+            factor = self._factor
+            box_weights = np.zeros((len(self.classes), 4, dim), np.float32)
+            box_biases = np.zeros((len(self.classes), 4), np.float32)
+            for label in range(len(self.classes)):
+                rows, targets = self._boxes.of(label)
+                if len(rows):
+                    # The penalty counts for scaled descriptors; to scale it instead saves a copy of the rows.
+                    ridge = self._options.box_ridge / factor**2
+                    box_weights[label], box_biases[label] = fit_ridge(rows, targets, ridge)
+            self.solve_seconds += time.perf_counter() - start
+        return Detector(
+            recipe=self._describer.recipe,
+            weights_sha256=self._describer.weights_sha256,
+            classes=self.classes,
+            weights=np.ascontiguousarray(self._model[:, :-1]),
+            biases=self._biases + self._model[:, -1] * np.float32(BIAS_FEATURE / self._factor),
+            box_weights=box_weights,
+            box_biases=box_biases,
+            proposals=proposals,
+            training={
+                **asdict(self._options),
+                "images": len(self._names),
+                "failed": len(self.failed),
+                "positives": self.positives,
+                "rows": self.cache.count,
+                "hard": self.hard,
+                "mean_norm_before": float(self._norms[1] / self._norms[0]),
+            },
+            versions={},
+        )
+
+    @property
+    def _factor(self) -> float:
+        """What brings descriptors to the mean norm."""
+        return self._options.mean_norm / max(float(self._norms[1] / max(self._norms[0], 1)), 1e-12)
+
+    def _pass(self, stop: Callable[[], bool]) -> bool:
+        """Take the images that are not done in this step; false when stopped."""
+        todo = [at for at in range(len(self._names)) if not self.done[at] and self._names[at] not in self.failed]
+        self._observer.started(todo=len(todo), reused=int(self.done.sum()))
+        if self._step and len(self.hard) < self._step:
+            self.hard.append(0)
+        for done in self._describer.describe_windows(self._tasks(todo), scales="nearest", stop=stop):
+            at = todo[done.position]
+            name = self._names[at]
+            if done.descriptors is None:
+                self.failed[name] = done.error or ""
+            else:
+                self._take(at, self._annotated.images[name], done)
+            self.done[at] = True
+            self._observer.row(name, done.error)
+            self._save_now_and_then()
+        return bool(self.done[todo].all())
+
+    def _tasks(self, todo: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+        for at in todo:
+            name = self._names[at]
+            boxes = self._annotated.images[name].boxes if self._step == 0 else np.zeros((0, 4))
+            yield self._annotated.path(name), np.concatenate([boxes, self._proposed(name)])
+
+    def _proposed(self, name: str) -> np.ndarray:
+        return np.asarray(self._windows[name], np.float64) if name in self._windows else np.zeros((0, 4))
+
+    def _take(self, at: int, annotation: Annotation, done: DescribedWindows) -> None:
+        assert done.descriptors is not None
+        name = self._names[at]
+        windows = self._proposed(name)
+        good = np.ones(len(done.descriptors), bool)
+        good[list(done.window_errors)] = False
+        objects = len(annotation.boxes) if self._step == 0 else 0
+        if self._step == 0 and not good.all():
+            reason = next(iter(done.window_errors.values()))
+            self._note(f"{name}: {int((~good).sum())} windows are left out: the first {reason}")
+        labels = np.array([self.classes.index(x) if x in self.classes else -1 for x in annotation.labels], int)
+        overlap = overlaps(windows, annotation.boxes)
+        # A window on one object of a crowd is no negative, however little of the crowd it holds.
+        touched = overlaps(windows, annotation.boxes, crowd=annotation.crowd)
+        targets = np.zeros((len(windows), len(self.classes)), np.int8)
+        for label in range(len(self.classes)):
+            touching = touched[:, labels == label].max(1, initial=0)
+            targets[touching < self._options.negative_overlap, label] = -1
+        targets[~good[objects:]] = 0
+        descriptors = done.descriptors[objects:]
+        if self._step == 0:
+            generator = np.random.default_rng([self._options.seed, at])
+            self._take_objects(at, annotation, labels, done.descriptors[:objects], good[:objects])
+            self._take_first(at, descriptors, targets, generator)
+            self._take_boxes(annotation, labels, overlap, windows, good, done.descriptors, generator)
+        else:
+            self._take_hard(at, descriptors, targets)
+
+    def _take_objects(
+        self, at: int, annotation: Annotation, labels: np.ndarray, rows: np.ndarray, good: np.ndarray
+    ) -> None:
+        chosen = np.flatnonzero(~annotation.difficult & good & (labels >= 0))
+        targets = np.zeros((len(chosen), len(self.classes)), np.int8)
+        targets[np.arange(len(chosen)), labels[chosen]] = 1
+        for row, number in enumerate(chosen):
+            # An object of one class is a negative of the others, as a window there would be.
+            apart = overlaps(annotation.boxes[number : number + 1], annotation.boxes, crowd=annotation.crowd)[0]
+            for label in range(len(self.classes)):
+                if apart[labels == label].max(initial=0) < self._options.negative_overlap:
+                    targets[row, label] = -1
+        self._add(rows[chosen], targets, at, np.full(len(chosen), GROUND_TRUTH))
+        norms = np.linalg.norm(rows[chosen], axis=1)
+        self._norms += [len(norms), norms.sum()]
+
+    def _take_first(self, at: int, rows: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> None:
+        wanted = int(np.clip(FIRST_NEGATIVES // len(self._names), 2, FIRST_PER_PICTURE))
+        room = self.cache.capacity - sum(self.positives.values()) - self.cache.count
+        negative = np.flatnonzero((targets == -1).any(1))
+        chosen = generator.permutation(negative)[: min(wanted, max(0, room // 2))]
+        self._add(rows[chosen], targets[chosen], at, chosen)
+        norms = np.linalg.norm(rows[chosen], axis=1)
+        self._norms += [len(norms), norms.sum()]
+
+    def _take_boxes(
+        self,
+        annotation: Annotation,
+        labels: np.ndarray,
+        overlap: np.ndarray,
+        windows: np.ndarray,
+        good: np.ndarray,
+        descriptors: np.ndarray,
+        generator: np.random.Generator,
+    ) -> None:
+        if self._boxes is None or not len(labels):
+            return
+        # Objects stand before the windows, each its own best window.
+        both = np.concatenate([overlaps(annotation.boxes, annotation.boxes), overlap])
+        places = np.concatenate([annotation.boxes, windows])
+        nearest = both.argmax(1)
+        close = good & (both.max(1) >= self._options.box_overlap)
+        for number in np.flatnonzero(~annotation.difficult & (labels >= 0)):
+            near = generator.permutation(np.flatnonzero(close & (nearest == number)))[:BOX_ROWS_PER_OBJECT]
+            targets = box_targets(places[near], np.repeat(annotation.boxes[number : number + 1], len(near), 0))
+            self._boxes.offer(int(labels[number]), descriptors[near], targets, generator)
+
+    def _take_hard(self, at: int, rows: np.ndarray, targets: np.ndarray) -> None:
+        scores = rows @ self._model[:, :-1].T + (self._biases + self._model[:, -1] * (BIAS_FEATURE / self._factor))
+        hardness = np.where(targets == -1, scores, -np.inf).max(1, initial=-np.inf)
+        hard = self.cache.unknown(at, np.flatnonzero(hardness > HARD_SCORE))
+        if not len(hard):
+            return
+        hard = hard[np.argsort(-hardness[hard], kind="stable")[:HARD_PER_PICTURE]]
+        if len(hard) > self.cache.free:
+            self._solve(_ROUGH_TOLERANCE)
+            self._make_room(len(hard))
+            hard = hard[: self.cache.free]
+        self._add(rows[hard], targets[hard], at, hard)
+        self.hard[-1] += len(hard)
+        # Later on, each training costs more and changes less.
+        if self._fresh >= max(2000, self.cache.count // 3):
+            self._solve(_ROUGH_TOLERANCE)
+
+    def _add(self, rows: np.ndarray, targets: np.ndarray, at: int, windows: np.ndarray) -> None:
+        constant = 0.0 if self._step == 0 else BIAS_FEATURE / self._factor
+        self.cache.add(np.concatenate([rows, np.full((len(rows), 1), constant)], 1), targets, at, windows)
+        self._fresh += len(rows)
+
+    def _drop_classes(self) -> None:
+        """Leave out the classes for which nothing is left: their images may be unreadable, or all windows on them."""
+        kept = [bool((column == 1).any() and (column == -1).any()) for column in self.cache.targets.T]
+        for name, (column, keep) in zip(list(self.classes), zip(self.cache.targets.T, kept, strict=True), strict=True):
+            if not keep:
+                kind = "negative window" if (column == 1).any() else "object on a readable image"
+                self._note(f"class {name!r} has no {kind}: it is left out")
+        if not any(kept):
+            raise UsageError("expected objects and negative windows of a class, found none on readable images")
+        self._keep_classes([name for name, keep in zip(self.classes, kept, strict=True) if keep])
+
+    def _keep_classes(self, classes: list[str]) -> None:
+        kept = np.array([name in classes for name in self.classes], bool)
+        if kept.all():
+            return
+        self.cache.keep_classes(kept)
+        if self._boxes is not None:
+            self._boxes.keep_classes(kept)
+        self._model, self._biases = self._model[kept], self._biases[kept]
+        self.classes = classes
+
+    def _set_bias_feature(self) -> None:
+        self.cache.rows[:, -1] = BIAS_FEATURE / self._factor
+
+    def _solve(self, tolerance: float) -> None:
+        """Train the SVMs on all rows, from the present ones on, and drop negatives that have become easy."""
+        start = time.perf_counter()
+        targets = self.cache.targets
+        # To scale the rows by f is to scale the cost by f squared, which saves a copy of the rows.
+        problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
+        solution = problem.solve(
+            targets,
+            c=self._options.c * self._factor**2,
+            positive_weight=self._options.positive_weight,
+            start=(self._model, self._biases),
+            tolerance=tolerance,
+        )
+        self._gaps = solution.gaps
+        svm = problem.svm(solution, np.arange(len(self.classes)))
+        self._model, self._biases = svm.weights.astype(np.float32), svm.biases.astype(np.float32)
+        scores = problem.scores(solution)
+        self._fresh = 0
+        hardness = np.where(targets == -1, scores, -np.inf).max(1)
+        self.cache.keep((targets == 1).any(1) | (hardness >= EASY_SCORE))
+        self.solve_seconds += time.perf_counter() - start
+
+    def _make_room(self, wanted: int) -> None:
+        """Drop the easiest negatives, a quarter of the rows, where dropping easy ones did not suffice."""
+        if self.cache.free >= wanted:
+            return
+        rows = self.cache.rows
+        hardness = np.empty(len(rows), np.float32)
+        for first in range(0, len(rows), 4096):
+            block = slice(first, first + 4096)
+            scores = rows[block].astype(np.float32) @ self._model.T + self._biases
+            hardness[block] = np.where(self.cache.targets[block] == -1, scores, -np.inf).max(1)
+        hardness[(self.cache.targets == 1).any(1)] = np.inf
+        order = np.argsort(hardness, kind="stable")
+        kept = np.ones(len(rows), bool)
+        kept[order[: len(rows) // 4]] = False
+        kept[np.isposinf(hardness)] = True
+        self.cache.keep(kept)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self._observer.note(text)
+
+    def _fingerprint(self) -> str:
+        """What must be the same for a stopped training to go on."""
+        digest = hashlib.sha256()
+        recipe, options = self._describer.recipe, asdict(self._options)
+        digest.update(recipe.identity(self._describer.weights_sha256).encode())
+        digest.update(json.dumps([options, self.classes, self._annotated.root]).encode())
+        for name in self._names:
+            one = self._annotated.images[name]
+            digest.update(f"{name}\n{one.labels}\n".encode("utf-8", "surrogateescape"))
+            for values in (one.boxes, one.difficult, self._proposed(name)):
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    def _save_now_and_then(self) -> None:
+        if time.perf_counter() - self._saved_at >= max(STATE_SECONDS, 10 * self._save_seconds):
+            self._save()
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        arrays = {f"cache_{key}": value for key, value in self.cache.state().items()}
+        if self._boxes is not None:
+            arrays |= {f"boxes_{key}": value for key, value in self._boxes.state().items()}
+        arrays |= {"model": self._model, "biases": self._biases, "norms": self._norms, "done": self.done}
+        values = {
+            "step": self._step,
+            "fresh": self._fresh,
+            "hard": self.hard,
+            "failed": self.failed,
+            "classes": self.classes,
+            "notes": self.notes,
+        }
+        save_state(self._state_path, self._identity, arrays, values)
+        self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - start
+
+    def _restore(self) -> None:
+        found = read_state(self._state_path, self._identity)
+        if found is None:
+            return
+        arrays, values = found
+        try:
+            self._keep_classes(list(values["classes"]))
+            self.notes = list(values["notes"])
+            self.cache.restore({key: arrays[f"cache_{key}"] for key in ("rows", "targets", "origin")})
+            if self._boxes is not None:
+                self._boxes.restore({key: arrays[f"boxes_{key}"] for key in ("offered", "rows", "targets")})
+            self._model, self._biases = arrays["model"], arrays["biases"]
+            self._norms, self.done = arrays["norms"], arrays["done"].astype(bool)
+            self._step, self._fresh = int(values["step"]), int(values["fresh"])
+            self.hard, self.failed = list(values["hard"]), dict(values["failed"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ModelError(f"{self._state_path}: {error}; --overwrite starts anew") from None
+
+
+def count_positives(annotated: AnnotatedImages) -> dict[str, int]:
+    counts = dict.fromkeys(annotated.classes, 0)
+    for one in annotated.images.values():
+        for label, difficult in zip(one.labels, one.difficult, strict=True):
+            if label in counts and not difficult:
+                counts[label] += 1
+    return counts

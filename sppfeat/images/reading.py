@@ -1,0 +1,386 @@
+"""Find images, and read one safely: any size, any common colour mode, upright, as 8-bit RGB."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from sppfeat.errors import ImageError, UsageError, one_line
+from sppfeat.images.limits import check_structure, check_working_set
+
+# Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
+# Pillow before 11.3 warns when asked about AVIF.
+_AVIF: Final = "avif" in features.modules and features.check("avif")
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
+EXTENSIONS: Final = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if _AVIF else set())
+)
+LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
+
+# How files of these kinds begin; only for telling a damaged one from something else.
+_MAGIC: Final = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"RIFF": "WebP",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+}
+_AVIF_BRANDS: Final = (b"ftypavif", b"ftypavis")  # behind the length of the first box
+_ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
+_BITS_TAG: Final = 258  # TIFF 6.0, section 3
+_PHOTOMETRIC_TAG: Final = 262
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Rows that are converted at once: some copies of these, not of the image.
+_STRIP_PIXELS: Final = 4_000_000
+
+# Pillow's blocks of 16 MB stay in glibc's heap, one for each thread, when they are freed: gigabytes after some large
+# images. Above 32 MB (mallopt(3), M_MMAP_THRESHOLD) a block goes back to the system at once.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
+
+# Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+# libtiff writes its messages to descriptor 2 itself, whatever file that is, and names no image; what fails is an
+# exception of Pillow's all the same. A Pillow built without libtiff has no such function.
+with contextlib.suppress(AttributeError, OSError):
+    _libtiff = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
+    for _set_handler in (_libtiff.TIFFSetErrorHandler, _libtiff.TIFFSetWarningHandler):
+        _set_handler.restype = ctypes.c_void_p
+        _set_handler.argtypes = [ctypes.c_void_p]
+        _set_handler(None)
+
+_UNDO: Final = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+class Fingerprint(NamedTuple):
+    """What tells that a file changed: its size in bytes and modification time in nanoseconds; zeros when unreadable."""
+
+    file_size: int
+    mtime_ns: int
+
+
+NO_FINGERPRINT: Final = Fingerprint(0, 0)
+
+
+def fingerprint_of(path: str) -> Fingerprint:
+    """The fingerprint of a file as it is now; `NO_FINGERPRINT` where there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return NO_FINGERPRINT
+    return Fingerprint(info.st_size, info.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images to describe. `names` are unique POSIX paths relative to `root`, in a stable order.
+
+    problems: names already known to be no image, with the reason (a folder named x.jpg, a looping symlink, ...).
+    repeated: how many listed paths were left out because they name a file already listed.
+    """
+
+    root: str
+    names: list[str]
+    problems: dict[str, str]
+    repeated: int
+
+
+class DecodedImage(NamedTuple):
+    """8-bit RGB pixels. `size` is width and height of the upright original, before any draft shrinking."""
+
+    pixels: Image.Image
+    size: tuple[int, int]
+
+
+def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
+    """List the images of folders (recursive), single files, text lists, and `-` (a list on standard input).
+
+    Folders are walked in name order, symlinked folders included; lists keep their order, one path a line, relative
+    to the current folder. Names are relative to `root`, by default the one folder given, or the deepest folder that
+    holds all sources. Whatever looks like an image but cannot be one becomes a problem, not a gap.
+    Raises UsageError for a source that is missing or of no known kind, or that lies outside `root`.
+    """
+    if not sources:
+        raise UsageError("no source: expected folders, images, text lists or -")
+    paths: list[str] = []
+    reasons: dict[str, str] = {}
+    roots: list[str] = []
+    for source in [os.fspath(source) for source in sources]:
+        found = list(_list_source(source))
+        for path, reason in found:
+            paths.append(path)
+            if reason is not None:
+                reasons[path] = reason
+        if source != "-" and os.path.isdir(source):
+            roots.append(_absolute(source))
+        else:
+            roots.extend({os.path.dirname(path) for path, _ in found})
+    base = _absolute(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
+    prefix = base.rstrip("/") + "/"
+    unique = dict.fromkeys(paths)
+    for path in unique:
+        if not path.startswith(prefix):
+            raise UsageError(f"{path}: expected a path below the root {base}")
+    return ImageList(
+        root=base,
+        names=[path_to_name(path[len(prefix) :]) for path in unique],
+        problems={path_to_name(path[len(prefix) :]): reason for path, reason in reasons.items()},
+        repeated=len(paths) - len(unique),
+    )
+
+
+def path_to_name(relative: str) -> str:
+    r"""A file's relative path as UTF-8 text that `name_to_path` takes back: `\` becomes `\\`, a byte that is not
+    UTF-8 becomes `\xNN`."""
+    if relative.isascii() and "\\" not in relative:
+        return relative
+    escaped = relative.replace("\\", "\\\\")
+    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", escaped)
+
+
+def name_to_path(root: str, name: str) -> str:
+    """The path of the file that `name` stands for."""
+    relative = re.sub(
+        r"\\(?:\\|x([89a-f][0-9a-f]))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
+    )
+    return os.path.join(root, relative)
+
+
+def _absolute(path: str) -> str:
+    # abspath keeps two leading slashes, which POSIX allows to mean something else, and nothing here does.
+    return "/" + os.path.abspath(path).lstrip("/")
+
+
+def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
+    if source == "-":
+        if sys.stdin is None:
+            raise UsageError("-: expected a list on standard input, found it closed")
+        yield from _list_lines("standard input", sys.stdin.buffer.read())
+    elif os.path.isdir(source):
+        yield from _walk(_absolute(source))
+    elif not os.path.lexists(source):
+        raise UsageError(f"{source}: no such file or folder")
+    elif os.path.splitext(source)[1].lower() in LIST_EXTENSIONS:
+        try:
+            with open(source, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise UsageError(f"{source}: expected a readable text list, found: {error.strerror}") from None
+        yield from _list_lines(source, content)
+    elif os.path.splitext(source)[1].lower() in EXTENSIONS:
+        yield _absolute(source), None
+    else:
+        raise UsageError(
+            f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}) "
+            f"or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
+        )
+
+
+def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]:
+    # No path can hold a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
+    if b"\0" in content:
+        raise UsageError(f"{source}: expected a list in UTF-8 with one path a line, found NUL bytes")
+    for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n"):
+        line = line.removesuffix(b"\r")
+        if line:
+            yield _absolute(os.fsdecode(line)), None
+
+
+def _walk(top: str) -> Iterator[tuple[str, str | None]]:
+    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each entry carries the
+    # identities of the folders above it, which is what a looping symlink comes back to.
+    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+    while stack:
+        path, above = stack.pop()
+        is_image = path != top and os.path.splitext(path)[1].lower() in EXTENSIONS
+        try:
+            info = os.stat(path)
+            is_folder = stat.S_ISDIR(info.st_mode)
+        except OSError as error:
+            # What cannot be looked at may be a folder of images. A dangling symlink is none.
+            if is_image or error.errno != errno.ENOENT:
+                yield path, _reason_not_readable(path, error)
+            continue
+        if not is_folder:
+            if is_image:
+                yield path, None
+            continue
+        reason = "is a folder, not an image" if is_image else None
+        identity = (info.st_dev, info.st_ino)
+        entries: list[str] = []
+        if identity in above:
+            reason = "symlink loops back to a folder that holds it"
+        else:
+            try:
+                entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
+            except OSError as error:
+                reason = _reason_not_readable(path, error)
+        if reason is not None:
+            yield path, reason
+        inside = above | {identity}
+        stack.extend((os.path.join(path, entry), inside) for entry in entries)
+
+
+def _reason_not_readable(path: str, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "symlink loops"
+    if error.errno == errno.ENOENT:
+        return "symlink points to nothing" if os.path.islink(path) else "no such file"
+    return f"cannot be read: {error.strerror or error}"
+
+
+def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
+    """Open an image's header; close the image when done. Raises ImageError with the reason, without the path."""
+    try:
+        # Without O_NONBLOCK, opening a pipe that is named like an image would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(_reason_not_readable(path, error)) from None
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode) or not info.st_size:
+        os.close(descriptor)
+        if stat.S_ISDIR(info.st_mode):
+            raise ImageError("is a folder, not an image")
+        raise ImageError("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "is not a regular file")
+    file = os.fdopen(descriptor, "rb")
+    try:
+        check_structure(file)
+        image = Image.open(file, formats=_FORMATS)
+        # The image owns the file from here: closing one closes the other.
+        image._exclusive_fp = True
+        return image, Fingerprint(info.st_size, info.st_mtime_ns)
+    except ImageError:
+        file.close()
+        raise
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(12)
+        file.close()
+        kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
+        if _AVIF and start[4:] in _AVIF_BRANDS:
+            kinds = ["AVIF"]
+        if kinds:
+            raise ImageError(
+                f"cannot be decoded: damaged {kinds[0]} header, or a kind of {kinds[0]} not known"
+            ) from None
+        raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
+    except Exception as error:  # a damaged header can raise almost anything inside a decoder
+        file.close()
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+
+
+def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, int], int]:
+    """Width and height as `decode` will return them, and the EXIF orientation (1 to 8), before any pixel is decoded."""
+    if image.format == "PNG" and "exif" not in image.info:
+        _load(image)  # EXIF may stand behind the pixels; `getexif` would decode them, and their damage is not EXIF's
+    try:
+        exif = image.getexif()
+        reason = "damaged" if not exif and not _is_empty_exif(image.info.get("exif") or b"") else None
+    except Exception as error:  # a damaged EXIF block can raise almost anything inside its reader
+        exif, reason = Image.Exif(), one_line(error)
+    if reason is not None and orientation == "exif":
+        raise ImageError(f"EXIF cannot be read ({reason}); orientation 'ignore' takes the pixels as stored")
+    tag = exif.get(_ORIENTATION_TAG, 1)
+    turn = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start; but only by
+    # the TIFF's own tag, where `getexif` and the turning also follow XMP.
+    swapped = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION_TAG) in (5, 6, 7, 8)  # type: ignore[attr-defined]
+    swap = (turn >= 5 and orientation == "exif") != swapped
+    return (image.size[::-1] if swap else image.size), turn
+
+
+def _is_empty_exif(block: bytes) -> bool:
+    """Whether an EXIF block says nothing, soundly: no bytes, or a directory of no entries, as some programs write."""
+    body = block.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
+    start = int.from_bytes(body[4:8], order)
+    return not body or (body[:4] in (b"II*\0", b"MM\0*") and body[start : start + 2] == b"\0\0")
+
+
+def _load(image: Image.Image) -> None:
+    check_working_set(image)
+    try:
+        image.load()
+    except Exception as error:  # a damaged body can raise almost anything inside a decoder
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+
+
+def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
+    """Decode an opened image to 8-bit RGB, upright (`exif`) or as stored (`ignore`).
+
+    Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
+    16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
+    """
+    turned_by_pillow = image.format == "TIFF"
+    turns = turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow
+    check_working_set(image, turned=turns)
+    _load(image)
+    try:
+        pixels = _to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # what a decoder let pass can still be refused here
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+    if turns:
+        pixels = pixels.transpose((_UNDO if turned_by_pillow else _UPRIGHT)[turn])
+    return pixels
+
+
+def read_image(path: str, *, orientation: str = "exif") -> DecodedImage:
+    """Read one image at full size; see `decode`. Raises ImageError with the reason, without the path."""
+    image, _ = open_image(path)
+    with image:
+        size, turn = upright_size(image, orientation=orientation)
+        return DecodedImage(decode(image, turn, orientation=orientation), size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= rows:
+        return _convert(image, image)
+    pixels = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        pixels.paste(_convert(image.crop(box), image), box)
+    return pixels
+
+
+def _convert(strip: Image.Image, image: Image.Image) -> Image.Image:
+    """A strip of an image, or all of it, as RGB; the image knows what the pixels mean."""
+    if image.mode.startswith("I;16"):
+        # Pillow takes TIFF samples of 12 bits, and those that count from white, just as they are stored.
+        tags = getattr(image, "tag_v2", {})
+        gray = (np.asarray(strip) >> (tags.get(_BITS_TAG, (16,))[0] - 8)).astype(np.uint8)
+        return Image.fromarray(255 - gray if tags.get(_PHOTOMETRIC_TAG) == 0 else gray).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits a channel")
+    if strip.has_transparency_data:
+        rgba = strip.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return strip.convert("RGB")

@@ -1,0 +1,166 @@
+"""From a file to network inputs: the size at each scale, resizing, and batches of equal shape."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Final, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from sppfeat.errors import ImageError, one_line
+from sppfeat.images.reading import Fingerprint, decode, open_image, upright_size
+from sppfeat.recipe import Recipe
+
+# timm's and torchvision's evaluation transforms resize to 256 and keep the central 224.
+CENTER_CROP_FRACTION: Final = 0.875
+_RESAMPLING: Final = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+# A decoded picture takes 4 to 16 bytes a pixel for a moment. Larger pictures than this are decoded one at a time,
+# so that a folder of scans does not take as many times that memory as there are decoding threads.
+LARGE_PIXELS: Final = 30_000_000
+_ONE_LARGE: Final = threading.Lock()
+
+
+class PreparedImage(NamedTuple):
+    """One picture at every scale of a recipe.
+
+    inputs: uint8 arrays [height, width, 3], in the order of the recipe's scales.
+    size: width and height of the upright original.
+    """
+
+    inputs: list[np.ndarray]
+    size: tuple[int, int]
+    fingerprint: Fingerprint
+
+
+def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, minimum: int = 1) -> tuple[int, int]:
+    """Width and height of a picture of `size` at a scale; `minimum` is the backbone's shortest side.
+
+    The short side becomes the scale and the other keeps the aspect ratio, both rounded to `size_multiple`.
+    Raises ImageError when the recipe's limits forbid the picture.
+    """
+    width, height = size
+    if min(size) < recipe.min_side:
+        raise ImageError(f"{width} x {height} pixels: expected a short side of at least {recipe.min_side} (min_side)")
+    aspect = max(size) / min(size)
+    if aspect > recipe.max_aspect:
+        raise ImageError(
+            f"{width} x {height} pixels: aspect ratio {aspect:.4g} exceeds {recipe.max_aspect:g} (max_aspect)"
+        )
+    if isinstance(scale, str):
+        if min(size) < minimum:
+            raise ImageError(f"{width} x {height} pixels: the backbone needs at least {minimum} a side at native scale")
+        new_width, new_height = width, height
+    elif recipe.crop == "center":
+        # Rounded down, as torchvision does: one pixel more would shift the whole crop.
+        short = int(scale / CENTER_CROP_FRACTION)
+        new_width, new_height = (side * short // min(size) for side in size)
+    else:
+        multiple = recipe.size_multiple
+        new_width, new_height = (max(multiple, round(side * scale / min(size) / multiple) * multiple) for side in size)
+    if new_width * new_height > recipe.max_pixels:
+        raise ImageError(
+            f"{new_width} x {new_height} pixels at scale {scale}: more than {recipe.max_pixels} (max_pixels)"
+        )
+    return new_width, new_height
+
+
+def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
+    """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
+    image, fingerprint = open_image(path)
+    with image, contextlib.ExitStack() as stack:
+        for scale in recipe.scales:
+            scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
+        drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
+        if not drafted and image.width * image.height > LARGE_PIXELS:
+            stack.enter_context(_ONE_LARGE)  # before `upright_size`, which decodes some PNGs
+        size, turn = upright_size(image, orientation=recipe.orientation)
+        targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
+        if drafted:
+            # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
+            needed = (max(w for w, _ in targets), max(h for _, h in targets))
+            image.draft(None, needed if image.size == size else needed[::-1])
+            if image.width * image.height > LARGE_PIXELS:
+                stack.enter_context(_ONE_LARGE)
+        pixels = decode(image, turn, orientation=recipe.orientation)
+        return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
+
+
+def _resized(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe) -> list[np.ndarray]:
+    resample = _RESAMPLING[recipe.interpolation or "bicubic"]
+    inputs = []
+    for scale, target in zip(recipe.scales, targets, strict=True):
+        try:
+            resized = pixels if pixels.size == target else pixels.resize(target, resample)
+        except Exception as error:  # out of memory, say
+            raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
+        inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
+    return inputs
+
+
+def _center_square(image: Image.Image, side: int) -> Image.Image:
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+# A picture of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
+FULL_BATCH_PIXELS: Final = 448 * 448
+PATIENT_BATCHES: Final = 8
+
+Key = TypeVar("Key")
+
+
+class ShapeBatcher(Generic[Key]):
+    """Groups inputs of equal shape into batches, in a way that depends only on the order in which they come.
+
+    A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
+    so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as it
+    is, and so is the oldest when all that wait are as large as `PATIENT_BATCHES` full batches: a rare shape neither
+    waits for ever nor piles up.
+    """
+
+    def __init__(self, batch_size: int, *, patience: int) -> None:
+        self._batch_size = batch_size
+        self._patience = patience
+        self._count = 0
+        self._waiting = 0  # pixels
+        self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
+
+    def limit(self, batch_size: int) -> None:
+        """Make the batches to come no larger than this."""
+        self._batch_size = min(self._batch_size, batch_size)
+
+    def add(self, key: Key, pixels: np.ndarray) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Take one input [height, width, 3]; yield the batches that are now due."""
+        self._count += 1
+        _, group = self._groups.setdefault(pixels.shape, (self._count, []))
+        group.append((key, pixels))
+        area = pixels.shape[0] * pixels.shape[1]
+        self._waiting += area
+        if len(group) >= max(1, min(self._batch_size, self._batch_size * FULL_BATCH_PIXELS // area)):
+            yield self._take(pixels.shape)
+        # Groups stand in the order of their first input: only the first can be overdue.
+        while self._groups:
+            shape, (since, _) = next(iter(self._groups.items()))
+            crowded = self._waiting > PATIENT_BATCHES * self._batch_size * FULL_BATCH_PIXELS
+            if self._count - since < self._patience and not crowded:
+                break
+            yield self._take(shape)
+
+    def flush(self) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Yield every group that is left."""
+        while self._groups:
+            yield self._take(next(iter(self._groups)))
+
+    def _take(self, shape: tuple[int, ...]) -> list[tuple[Key, np.ndarray]]:
+        group = self._groups.pop(shape)[1]
+        self._waiting -= len(group) * shape[0] * shape[1]
+        return group

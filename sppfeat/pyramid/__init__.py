@@ -1,0 +1,1 @@
+"""Spatial pyramid pooling of whole feature maps and of windows on them."""

@@ -1,0 +1,173 @@
+"""HTML pages: one self-contained file each, with thumbnails and curves inside, that works offline and on a phone.
+
+The pages' templates lie in `templates/`; `base.html` holds their looks.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from sppfeat._version import __version__
+from sppfeat.errors import ImageError, ReportError, require_extra
+from sppfeat.files.names import unsafe_name
+from sppfeat.files.output import appearing, check_can_write, os_reason
+from sppfeat.images.reading import decode, open_image, upright_size
+from sppfeat.store.unit_rows import picture_of
+
+_BEGINNING: Final = b"<!doctype html>"
+THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
+
+
+def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The path, if a page may be written there; to be asked before the work that fills it.
+
+    Raises ReportError for a folder that is not there or may not be written to, and for a file that is there, unless it
+    is a page and `overwrite`; MissingExtraError without jinja2.
+    """
+    require_extra("jinja2", "report", "an HTML page")
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    if not os.path.isdir(path.parent):
+        raise ReportError(f"{path}: expected its folder {path.parent} to exist, found none")
+    if os.path.lexists(path):
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "a special file"
+            raise ReportError(f"{path}: expected a file to write a page to, found {kind}")
+        try:
+            with open(path, "rb") as file:
+                beginning = file.read(len(_BEGINNING))
+        except OSError as error:
+            raise ReportError(f"{path}: expected a file to write a page to: {os_reason(error)}") from None
+        if beginning and beginning.lower() != _BEGINNING:
+            raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
+        if beginning and not overwrite:
+            raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+    check_can_write(path, ReportError)
+    return path
+
+
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
+    """Fill a template of `templates/` and write the page; it appears whole. Text is escaped.
+
+    Raises ReportError when it cannot be written, MissingExtraError without jinja2.
+    """
+    jinja2 = require_extra("jinja2", "report", "an HTML page")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sppfeat.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(template).render({"version": __version__, **values})
+    with appearing(path, ReportError) as partial:
+        # A name may hold what no encoding takes; a browser shows the escape.
+        partial.write_text(text, "utf-8", errors="backslashreplace")
+
+
+def thumbnail(
+    root: str, name: str, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
+) -> str | None:
+    """An image as a small JPEG in a `data:` address, for the `src` of an image; None where it is not at hand.
+
+    root, name: of a row, as a store or a gallery has them; its file, never one elsewhere, whatever the name says. Links
+    that lie below the root are the user's own, and followed. side: of the square that it fits into. box: x1, y1, x2, y2
+    in pixels of the upright original, inclusive; the window of the row unless given. The part of it on the image is
+    shown, or the whole image where there is none.
+    """
+    if unsafe_name(name) is not None:
+        return None
+    try:
+        path, window = picture_of(root, name)
+        box = box or window
+        image, _ = open_image(path)
+        with image:
+            size, turn = upright_size(image, orientation="exif")
+            part = None if box is None else _part(box, size)
+            if part is None:
+                # Decoding at an eighth of the size is several times faster, and no one sees it here.
+                image.draft("RGB", (2 * side, 2 * side))
+            shown = decode(image, turn, orientation="exif")
+    except (ImageError, OSError, ValueError):  # ValueError: a path that the system cannot have
+        return None
+    if part is not None:
+        shown = shown.crop(part)
+    shown.thumbnail((side, side), Image.Resampling.BICUBIC)
+    return image_address(shown, "JPEG")
+
+
+def _part(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """The pixels of a window that lie on an image, for `crop`; None where there are none: a name may say anything."""
+    if not all(map(math.isfinite, box)):
+        return None
+    left, top = max(0, round(box[0])), max(0, round(box[1]))
+    right, bottom = min(size[0], round(box[2]) + 1), min(size[1], round(box[3]) + 1)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def image_address(image: Image.Image, kind: str) -> str:
+    """An image in a `data:` address; kind: `JPEG` or `PNG`."""
+    content = io.BytesIO()
+    image.save(content, kind, quality=82)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A curve in the units of an SVG image of PLOT_WIDTH x PLOT_HEIGHT; `macros.html` draws it.
+
+    points: x, y and text of each. path: of the line. ticks, levels: place and text along x and along y.
+    """
+
+    points: list[tuple[float, float, str]]
+    path: str
+    ticks: list[tuple[float, str]]
+    levels: list[tuple[float, str]]
+
+
+PLOT_WIDTH: Final = 560
+PLOT_HEIGHT: Final = 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 34
+
+
+def plot_line(points: Sequence[tuple[float, float]], *, ticks: Sequence[tuple[float, str]], unit: str = "") -> Plot:
+    """Lay out one curve; points: x and y, by rising x. ticks: x and what is written there, thinned where they crowd."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
+    step = _round_step((high - low) / 4 or 1.0)
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    high = high if high > low else low + step
+
+    def across(x: float) -> float:
+        share = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
+        return round(_LEFT + share * (PLOT_WIDTH - _LEFT - _RIGHT), 1)
+
+    def down(y: float) -> float:
+        return round(PLOT_HEIGHT - _BOTTOM - (y - low) / (high - low) * (PLOT_HEIGHT - _TOP - _BOTTOM), 1)
+
+    placed = [(across(x), down(y), f"{y:.1f}{unit}") for x, y in points]
+    shown: list[tuple[float, str]] = []
+    for x, text in ticks:
+        if not shown or across(x) - shown[-1][0] >= 9 * max(len(text), len(shown[-1][1])):
+            shown.append((across(x), text))
+    count = round((high - low) / step)
+    return Plot(
+        points=placed,
+        path="M" + " L".join(f"{x},{y}" for x, y, _ in placed),
+        ticks=shown,
+        levels=[(down(low + number * step), f"{low + number * step:g}{unit}") for number in range(count + 1)],
+    )
+
+
+def _round_step(length: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(length))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length * 0.999)

@@ -1,0 +1,332 @@
+"""Retrieval evaluation: rank a gallery for every query by cosine similarity, exactly, and score the rankings.
+
+What is relevant to a query comes from the folders of the names, from a part of the names, or from a file of ground
+truth. Junk rows are taken out of a ranking as if they were not there, and so are all rows of the query's own image.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from sppfeat.errors import StoreError, UsageError, unknown_name
+from sppfeat.retrieval.ground_truth import GroundTruth
+from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA
+from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
+from sppfeat.store.store import Store
+from sppfeat.store.unit_rows import UnitRows, check_same_recipe, picture_of, unit_rows
+from sppfeat.svm.metrics import AP_METHODS, precision_at, ranked_average_precision, recall_at
+from sppfeat.windows.windows import row_name, split_row_name
+
+RECALLS: Final = (1, 5, 10)
+# Scores of a block of queries with the whole gallery, in float32.
+_SCORE_BYTES: Final = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions:
+    """How retrieval is evaluated.
+
+    relevant: `folder`: the folder that holds the query's image; `regex:PATTERN`: the same text in the pattern's
+    group. Not used with ground truth. method: of average precision, see `ranked_average_precision`; None: `trapezoid`
+    with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
+    whole_queries: search by whole images also where the ground truth has a box for the query.
+    expand, alpha: alpha query expansion as in `SearchOptions`.
+    Raises UsageError, naming the field, when a value cannot be.
+    """
+
+    relevant: str = "folder"
+    method: str | None = None
+    projection: ProjectionOptions | None = None
+    expand: int = 0
+    alpha: float = DEFAULT_ALPHA
+    whole_queries: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.method not in AP_METHODS:
+            raise UsageError(unknown_name("method", self.method, AP_METHODS))
+        if self.relevant != "folder":
+            _pattern(self.relevant)
+        if self.expand < 0:
+            raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
+        if not 0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What was reached: mean average precision and recall@k over the queries, in percent.
+
+    precision: mean precision at k, of revisited ground truth; else empty. average_precisions: by query, in percent.
+    left_out: queries without any relevant row. projection: that was used. learned_here: from rows that are evaluated.
+    """
+
+    queries: int
+    gallery: int
+    mean_average_precision: float
+    recall: dict[int, float]
+    precision: dict[int, float]
+    average_precisions: dict[str, float]
+    left_out: list[str]
+    method: str
+    dim: int
+    projection: Projection | None
+    learned_here: bool
+
+
+def evaluate_retrieval(
+    gallery: Store,
+    queries: Store | None = None,
+    options: RetrievalOptions | None = None,
+    *,
+    truth: GroundTruth | None = None,
+    whitening_from: Store | None = None,
+) -> Retrieval:
+    """Rank the gallery for every query. queries: None: the gallery's own rows; the rows of a query's own image,
+    windows of it included, are left out of its ranking then.
+
+    A projection is learned from the gallery, or from `whitening_from`. Raises StoreError for stores that cannot be
+    compared, UsageError for relevance that cannot be told, and names of the ground truth that are not there.
+    """
+    options = options or RetrievalOptions()
+    for other in (queries, whitening_from):
+        if other is not None:
+            check_same_recipe(gallery, other)
+    projection = None
+    if options.projection is not None:
+        projection = learn_projection(unit_rows(whitening_from or gallery), options.projection)
+    rows = unit_rows(gallery, projection)
+    asked = rows if queries is None else unit_rows(queries, projection)
+    own: dict[str, np.ndarray] = {}
+    if truth is not None:
+        matched, asked = _matched(truth, rows, asked, whole=options.whole_queries)
+        targets = _targets_from_truth(matched, len(rows))
+        own = {one.name: np.array(one.own, np.int64) for one in matched if one.own}
+    else:
+        targets = _targets_from_keys(options.relevant, rows, asked)
+        if queries is None:
+            own = _own_rows(rows)
+    method = options.method or ("step" if truth is None else "trapezoid")
+    values: dict[str, float] = {}
+    left_out: list[str] = []
+    recalls = {k: 0.0 for k in RECALLS}
+    precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
+    for (name, target), order in zip(targets, rankings(rows, asked, own, options), strict=True):
+        if name in own:
+            target[own[name]] = 0
+        ranked = target[order]
+        if not (ranked > 0).any():
+            left_out.append(name)
+            continue
+        values[name] = 100 * ranked_average_precision(ranked, method=method)
+        for k in recalls:
+            recalls[k] += 100 * recall_at(ranked, k)
+        for k in precisions:
+            precisions[k] += 100 * precision_at(ranked, k)
+    if not values:
+        raise UsageError(f"{gallery.path}: none of the {len(asked)} queries has a relevant image in it")
+    return Retrieval(
+        queries=len(values),
+        gallery=len(rows),
+        mean_average_precision=float(np.mean(list(values.values()))),
+        recall={k: total / len(values) for k, total in recalls.items()},
+        precision={k: total / len(values) for k, total in precisions.items()},
+        average_precisions=values,
+        left_out=left_out,
+        method=method,
+        dim=rows.dim,
+        projection=projection,
+        learned_here=projection is not None
+        and (whitening_from is None or any(_same_file(whitening_from, one) for one in (gallery, queries))),
+    )
+
+
+def rankings(
+    rows: UnitRows, queries: UnitRows, own: Mapping[str, np.ndarray], options: RetrievalOptions | None = None
+) -> Iterator[np.ndarray]:
+    """For each query, all rows [N] by falling cosine similarity, equal ones in their order.
+
+    own: by name, the rows of each query's own image, which a query expansion must not take for neighbours.
+    """
+    options = options or RetrievalOptions()
+    rows = rows.in_memory()  # every block of queries passes over all of them
+    size = max(1, _SCORE_BYTES // (4 * len(rows)))
+    for start in range(0, len(queries), size):
+        units = queries.take(slice(start, start + size))
+        scores = _scores(rows, units)
+        if options.expand:
+            for at, name in enumerate(queries.names[start : start + size]):
+                if name in own:
+                    scores[at, own[name]] = -np.inf
+            nearest = np.argsort(-scores, axis=1, kind="stable")[:, : options.expand]
+            near = np.take_along_axis(scores, nearest, 1)
+            # Own rows are at -inf, and no neighbours even where there are too few others; alpha may be 0.
+            weights = np.where(np.isinf(near), 0, np.maximum(near, 0) ** options.alpha).astype(np.float32)
+            for at, (which, weight) in enumerate(zip(nearest, weights, strict=True)):
+                order = np.argsort(which)
+                units[at] += weight[order] @ rows.take(which[order])
+            scores = _scores(rows, units)
+        for one in scores:
+            yield np.argsort(-one, kind="stable")
+
+
+def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:
+    scores = np.empty((len(units), len(rows)), np.float32)
+    for start, block in rows.blocks():
+        scores[:, start : start + len(block)] = units @ block.T
+    return scores
+
+
+def _same_file(one: Store, other: Store | None) -> bool:
+    return other is not None and os.path.realpath(one.path) == os.path.realpath(other.path)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A query with its row's name, and rows of the gallery: relevant ones, junk, and those that are in no ranking of it
+    at all: the query's own image, and images that are queries alone."""
+
+    name: str
+    relevant: list[int]
+    junk: list[int]
+    own: list[int]
+
+
+def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool) -> tuple[list[_Asked], UnitRows]:
+    """The queries of ground truth by the stores' own names, and their rows among those asked, in the same order.
+
+    A name may leave out the folders and the ending, where that says which is meant. whole: take no windows.
+    Raises UsageError.
+    """
+    in_gallery, in_queries = _Names(rows, rows.names), _Names(asked, asked.names)
+    images = _Names(asked, list(dict.fromkeys(split_row_name(name)[0] for name in asked.names)))
+    own_rows = _own_rows(rows)
+    outside = [in_gallery.places[name] for one in truth.outside if (name := in_gallery.known(one)) is not None]
+    found: list[_Asked] = []
+    for query in truth.queries:
+        window = None if whole else query.window
+        if window is None:
+            name = in_queries.find(query.image, f"query {query.image!r}")
+        else:
+            name = row_name(images.find(query.image, f"query {query.image!r}"), window)
+            if name not in in_queries.places:
+                if name in asked.store.errors():
+                    raise StoreError(f"{asked.store.path}: query {name!r} could not be described")
+                raise UsageError(
+                    f"{asked.store.path}: query {query.image!r}: expected a row of its box, {name!r}, found none; "
+                    "--write-windows FILE writes the boxes, `sppfeat extract IMAGES --windows FILE` describes them, "
+                    "and --whole-queries searches by whole images"
+                )
+        about = f"ground truth of {query.image!r}"
+        relevant = [in_gallery.places[in_gallery.find(one, about)] for one in query.relevant]
+        junk = [in_gallery.places[in_gallery.find(one, about)] for one in query.junk]
+        # An image is not searched for by itself, or a part of itself.
+        own = None if truth.own_counts else in_gallery.known(query.image)
+        kept_out = {*outside} - {*relevant} | {*(() if own is None else own_rows[own].tolist())}
+        found.append(_Asked(name, relevant, junk, sorted(kept_out)))
+    places = [in_queries.places[one.name] for one in found]
+    if len(set(places)) < len(places):
+        twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
+        raise UsageError(f"{asked.store.path}: expected different queries, found {twice!r} twice")
+    return found, asked.only(np.array(places))
+
+
+class _Names:
+    """Names of a store, found whole, or by what stands between the last folder and the ending."""
+
+    def __init__(self, rows: UnitRows, names: Sequence[str]) -> None:
+        self._rows = rows
+        self.places = {name: place for place, name in enumerate(names)}
+        self._stems: dict[str, str | None] = {}
+        for name in names:
+            for short in {_stem(name), posixpath.basename(name), posixpath.splitext(name)[0]}:
+                self._stems[short] = name if short not in self._stems else None
+
+    def known(self, name: str) -> str | None:
+        return name if name in self.places else self._stems.get(name)
+
+    def find(self, name: str, about: str) -> str:
+        found = self.known(name)
+        if found is not None:
+            return found
+        store = self._rows.store
+        if name in store.errors():
+            raise StoreError(f"{store.path}: {about}: image {name!r} could not be described")
+        raise UsageError(f"{store.path}: {about}: {unknown_name('image', name, self.places)}")
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(posixpath.basename(name))[0]
+
+
+def _targets_from_truth(queries: list[_Asked], count: int) -> Iterator[tuple[str, np.ndarray]]:
+    for query in queries:
+        target = np.full(count, -1, np.int8)
+        target[query.relevant] = 1
+        target[query.junk] = 0
+        yield query.name, target
+
+
+def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterator[tuple[str, np.ndarray]]:
+    of_rows, of_queries = _keys(relevant, rows.names), _keys(relevant, asked.names)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys([*of_rows, *of_queries]))}
+    # Queries alone may be of one folder, and so may a gallery; both together tell nothing then.
+    if relevant == "folder" and len(numbers) == 1:
+        raise UsageError(
+            f"relevant folder: expected images in several folders, found {len(rows)} in one, such as {rows.names[0]!r}"
+        )
+    known = np.array([numbers[key] for key in of_rows])
+    for name, key in zip(asked.names, of_queries, strict=True):
+        yield name, np.where(known == numbers[key], 1, -1).astype(np.int8)
+
+
+def _own_rows(rows: UnitRows) -> dict[str, np.ndarray]:
+    """For each row, by name, all rows of the same image: itself, and where they are of windows, the others."""
+    found: dict[str, list[int]] = {}
+    images = [picture_of(rows.store.source_root, name)[0] for name in rows.names]
+    for row, image in enumerate(images):
+        found.setdefault(image, []).append(row)
+    of_image = {image: np.array(numbers) for image, numbers in found.items()}
+    return {name: of_image[image] for name, image in zip(rows.names, images, strict=True)}
+
+
+def _keys(relevant: str, names: Sequence[str]) -> list[str]:
+    """What images must share to be relevant to each other. Raises UsageError for a name that has no such part."""
+    if relevant == "folder":
+        return [posixpath.dirname(name) for name in names]
+    pattern = _pattern(relevant)
+    keys = []
+    for name in names:
+        found = pattern.search(name)
+        if found is None or found[1] is None:
+            raise UsageError(f"relevant {relevant!r}: expected the pattern in every name, not found in {name!r}")
+        keys.append(found[1])
+    return keys
+
+
+def _pattern(relevant: str) -> re.Pattern[str]:
+    kind, _, text = relevant.partition(":")
+    if kind != "regex":
+        raise UsageError(f"relevant must be folder or regex:PATTERN, such as 'regex:(obj\\d+)_', found {relevant!r}")
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UsageError(f"relevant {relevant!r}: not a regular expression: {error}") from None
+    if pattern.groups != 1:
+        raise UsageError(f"relevant {relevant!r}: expected one group in parentheses, found {pattern.groups}")
+    return pattern
+
+
+def percent(done: Retrieval) -> dict[str, float]:
+    """mAP, precisions and recalls by the names under which they are reported."""
+    return {
+        "mAP": done.mean_average_precision,
+        **{f"mP@{k}": value for k, value in done.precision.items()},
+        **{f"recall@{k}": value for k, value in done.recall.items()},
+    }

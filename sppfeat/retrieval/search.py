@@ -1,0 +1,446 @@
+"""Search a gallery: by pictures, which are described with the gallery's own recipe, by a store, or by descriptors."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from sppfeat.errors import GalleryError, UsageError
+from sppfeat.images.reading import find_images, name_to_path, path_to_name
+from sppfeat.recipe import RunOptions
+from sppfeat.report.pages import thumbnail, write_page
+from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
+from sppfeat.retrieval.gallery import Gallery, check_recipe
+from sppfeat.store.store import Store
+from sppfeat.store.unit_rows import Box, block_rows, normalize_rows, picture_of, to_units, unit_rows
+from sppfeat.windows.windows import window_text
+
+if TYPE_CHECKING:
+    from sppfeat.extraction.pipeline import Describer
+
+# The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
+DEFAULT_ALPHA: Final = 3.0
+MAX_ALPHA: Final = 100
+# Thumbnails of more would make a page that a phone cannot open.
+PAGE_QUERIES: Final = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a gallery is searched.
+
+    k: neighbours of a query, the nearest first. exclude_self: leave out the query's own file, and all windows of it.
+    expand: search again with the sum of the query and this many of its neighbours (alpha query expansion), each
+    weighted by its score to the power `alpha`; 0: search once.
+    Raises UsageError, naming the field, when a value cannot be.
+    """
+
+    k: int = 10
+    exclude_self: bool = False
+    expand: int = 0
+    alpha: float = DEFAULT_ALPHA
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
+        if self.expand < 0:
+            raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
+        if not 0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
+
+    path: of the image, where the folder that names are relative to, `root`, still exists; else None. box: the window on
+    it, where the row is one's.
+    """
+
+    name: str
+    score: float
+    rank: int
+    path: str | None
+    box: Box | None = None
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query and its neighbours, or why it could not be described. path: of its image. box: the part asked for.
+
+    root: the folder that `query` is relative to, where it is the name of a store's row; "" for an image given by path.
+    """
+
+    query: str
+    path: str
+    neighbors: list[Neighbor] = field(default_factory=list)
+    error: str | None = None
+    box: Box | None = None
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Answers in the order of the queries. notes: for people. describing, searching: seconds."""
+
+    answers: list[Answer]
+    notes: list[str]
+    describing: float
+    searching: float
+
+    @property
+    def failed(self) -> int:
+        """Queries that could not be described."""
+        return sum(answer.error is not None for answer in self.answers)
+
+
+def search_descriptors(
+    gallery: Gallery,
+    descriptors: np.ndarray,
+    options: SearchOptions | None = None,
+    *,
+    own_rows: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours of descriptors [Q, D] of the gallery's recipe: rows [Q, k] int64 and scores [Q, k] float32.
+
+    Scores are cosine similarities, falling; equal ones keep the order of the rows, and where the index is exact this
+    holds for the choice of the k as well. k is at most the size of the gallery. Missing neighbours, which an
+    approximate index may have, are row -1 with score -inf. own_rows: [Q, M] the rows to leave out for each query, those
+    of its own image; -1 for none.
+    Raises UsageError for other shapes, and for values that are not finite.
+    """
+    options = options or SearchOptions()
+    if descriptors.ndim != 2 or descriptors.shape[1] != gallery.dim:
+        raise UsageError(f"descriptors must be [Q, {gallery.dim}], found {list(descriptors.shape)}")
+    return search_units(gallery, _units(gallery, descriptors), options, own_rows=own_rows)
+
+
+def _units(gallery: Gallery, descriptors: np.ndarray) -> np.ndarray:
+    units = to_units(descriptors)
+    return units if gallery.projection is None else gallery.projection.apply(units)
+
+
+def search_units(
+    gallery: Gallery, units: np.ndarray, options: SearchOptions, *, own_rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, for vectors [Q, d] that are projected and of length 1."""
+    leave_out = 0 if own_rows is None else int((own_rows >= 0).sum(1).max(initial=0))
+    if options.expand:
+        rows, scores = _nearest(gallery, units, min(options.expand + leave_out, len(gallery)))
+        if leave_out and own_rows is not None:
+            rows, scores = _without(rows, scores, own_rows)
+        rows, scores = rows[:, : options.expand], scores[:, : options.expand]
+        units = _expanded(gallery, units, rows, scores, options.alpha)
+    k = min(options.k, len(gallery))
+    rows, scores = _nearest(gallery, units, min(k + leave_out, len(gallery)))
+    if leave_out and own_rows is not None:
+        rows, scores = _without(rows, scores, own_rows)
+    return rows[:, :k], scores[:, :k]
+
+
+def _nearest(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """k neighbours, equal scores in the order of the rows."""
+    size = len(gallery)
+    # One more than wanted shows whether the last score goes on beyond them.
+    scores, rows = _ask(gallery, units, min(k + 1, size))
+    if gallery.exact and scores.shape[1] > k:
+        cut = np.flatnonzero(scores[:, k - 1] == scores[:, k])
+        width = k + 1
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        while len(cut) and width < size:
+            width = min(4 * width, size)
+            more, at = _ask(gallery, units[cut], width)
+            settled = (more[:, k - 1] != more[:, -1]) | (width == size)
+            for number in np.flatnonzero(settled):
+                found[int(cut[number])] = _sorted(more[number : number + 1], at[number : number + 1])
+            cut = cut[~settled]
+        scores, rows = _sorted(scores, rows)
+        for query, (more, at) in found.items():
+            scores[query, :k], rows[query, :k] = more[0, :k], at[0, :k]
+    else:
+        scores, rows = _sorted(scores, rows)
+    return rows[:, :k], scores[:, :k]
+
+
+def _ask(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        scores, rows = gallery.index.search(units, k)
+    except (RuntimeError, MemoryError) as error:
+        raise GalleryError(f"{gallery.path}: FAISS cannot search ({faiss_reason(error)})") from None
+    missing = rows < 0
+    if rows.max(initial=-1) >= len(gallery) or not (np.isfinite(scores) | missing).all():
+        raise GalleryError(f"{gallery.path}: its index finds rows that are not there; build the gallery again")
+    scores[missing] = -np.inf
+    return scores, rows
+
+
+def _sorted(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By falling score, then rising row. FAISS gives the first, and leaves equal scores in any order."""
+    tied = (scores[:, 1:] == scores[:, :-1]).any(1)
+    if tied.any():
+        order = np.lexsort((rows[tied], -scores[tied]), axis=1)
+        rows[tied] = np.take_along_axis(rows[tied], order, 1)
+        scores[tied] = np.take_along_axis(scores[tied], order, 1)
+    return scores, rows
+
+
+def _without(rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Without each query's own rows, moved to the end as missing ones."""
+    mine = np.stack([np.isin(found, of_query) for found, of_query in zip(rows, own, strict=True)])
+    rows, scores = np.where(mine, -1, rows), np.where(mine, -np.inf, scores).astype(np.float32)
+    at_end = np.argsort(mine, axis=1, kind="stable")
+    return np.take_along_axis(rows, at_end, 1), np.take_along_axis(scores, at_end, 1)
+
+
+def _expanded(gallery: Gallery, units: np.ndarray, rows: np.ndarray, scores: np.ndarray, alpha: float) -> np.ndarray:
+    """Each query plus its neighbours, weighted by their scores to the power `alpha`, brought to length 1."""
+    expanded = units.copy()
+    weights = np.where(rows >= 0, np.maximum(scores, 0), 0).astype(np.float32) ** alpha
+    weights[rows < 0] = 0
+    try:
+        for query in range(len(units)):
+            there = rows[query][rows[query] >= 0]
+            expanded[query] += weights[query][rows[query] >= 0] @ reconstruct(gallery.index, there)
+    except (RuntimeError, AttributeError) as error:
+        raise GalleryError(f"{gallery.path}: {gallery.factory} does not keep rows to expand queries with") from error
+    return normalize_rows(expanded)
+
+
+def search_images(
+    gallery: Gallery,
+    sources: Sequence[str | os.PathLike[str]],
+    options: SearchOptions | None = None,
+    run_options: RunOptions | None = None,
+    *,
+    weights: str | None = None,
+    describer: Describer | None = None,
+    box: Box | None = None,
+) -> SearchResult:
+    """Search by pictures: of folders, files or lists, as `find_images` takes them.
+
+    They are described by the gallery's recipe; a picture that cannot be described is an answer with its reason.
+    weights: where the gallery's weights lie now, if not where they were. describer: one made by `describer_for`.
+    box: search by this part of every picture, pooled from its feature map; a picture that it reaches outside of fails.
+    Raises GalleryError when the network here is not that of the gallery, UsageError for a box that is none.
+    """
+    options = options or SearchOptions()
+    if box is not None:
+        check_box(box)
+    queries, paths, errors = _list_queries(sources)
+    describer = describer or describer_for(gallery, run_options, weights=weights)
+    started = time.perf_counter()
+    readable = [at for at in range(len(paths)) if at not in errors]
+    descriptors: dict[int, np.ndarray] = {}
+    for position, descriptor, error in _described(describer, [paths[at] for at in readable], box):
+        at = readable[position]
+        if descriptor is None:
+            errors[at] = error or ""
+        else:
+            descriptors[at] = descriptor
+    describing = time.perf_counter() - started
+    good = sorted(descriptors)
+    units = _units(gallery, np.stack([descriptors[at] for at in good]) if good else np.zeros((0, gallery.dim)))
+    files = [paths[at] for at in good]
+    own = _own_rows(gallery, files) if options.exclude_self else None
+    result = _answer(gallery, units, [queries[at] for at in good], files, options, own)
+    answers = dict(zip(good, result.answers, strict=True)) | {
+        at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
+    }
+    ordered = [replace(answers[at], box=box) for at in range(len(paths))]
+    return replace(result, answers=ordered, describing=describing)
+
+
+def _described(
+    describer: Describer, paths: list[str], box: Box | None
+) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
+    """Position, descriptor and reason of every picture, or of its part."""
+    if box is None:
+        for done in describer.describe(paths):
+            yield done.position, done.descriptor, done.error
+        return
+    for of_box in describer.describe_windows((path, np.array([box], np.float64)) for path in paths):
+        error = of_box.error or of_box.window_errors.get(0)
+        whole = of_box.descriptors
+        yield of_box.position, whole[0] if whole is not None and error is None else None, error
+
+
+def check_box(box: Box) -> None:
+    """Raise UsageError unless x1, y1, x2, y2 can be a part of a picture."""
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
+        raise UsageError(
+            f"box must be x1,y1,x2,y2 in pixels with x1 <= x2 and y1 <= y2, found {','.join(f'{v:g}' for v in box)}"
+        )
+
+
+def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
+    """Search by the described rows of a store of the gallery's recipe, block by block."""
+    options = options or SearchOptions()
+    check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, str(store.path))
+    rows = unit_rows(store, gallery.projection)
+    files = [picture_of(store.source_root, name)[0] for name in rows.names]
+    own = _own_rows(gallery, files) if options.exclude_self else None
+    answers: list[Answer] = []
+    notes: list[str] = []
+    seconds = 0.0
+    size = block_rows(store.dim)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        done = _answer(
+            gallery, rows.take(part), rows.names[part], files[part], options, own if own is None else own[part]
+        )
+        answers += [replace(answer, root=store.source_root) for answer in done.answers]
+        notes = done.notes
+        seconds += done.searching
+    return SearchResult(answers, notes, 0.0, seconds)
+
+
+def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, weights: str | None = None) -> Describer:
+    """The network that the gallery was described with. Raises GalleryError when the one here is another."""
+    from sppfeat.extraction.pipeline import Describer
+
+    recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
+    describer = Describer(recipe, run_options)
+    check_recipe(gallery, describer.recipe, describer.weights_sha256, describer.dim, "the network here")
+    return describer
+
+
+def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
+    """Write queries and their neighbours with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+    small = functools.cache(thumbnail)  # an image is often found by several queries
+
+    def of_query(answer: Answer) -> str | None:
+        if answer.error:
+            return None
+        if answer.root:
+            return small(answer.root, answer.query)
+        folder, file = os.path.split(answer.path)
+        return small(folder, path_to_name(file), box=answer.box)
+
+    shown = [
+        {
+            "query": answer.query,
+            "error": answer.error,
+            "note": "" if answer.box is None else f"part {window_text(answer.box)}",
+            "thumbnail": of_query(answer),
+            "neighbors": [
+                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": small(one.root, one.name)}
+                for one in answer.neighbors
+            ],
+        }
+        for answer in result.answers[:PAGE_QUERIES]
+    ]
+    write_page(
+        path,
+        "hits.html",
+        {
+            "gallery": str(gallery.path),
+            "count": len(gallery),
+            "factory": gallery.factory,
+            "exact": gallery.exact,
+            "notes": result.notes,
+            "answers": shown,
+            "more": len(result.answers) - len(shown),
+        },
+    )
+
+
+def _answer(
+    gallery: Gallery,
+    units: np.ndarray,
+    queries: list[str],
+    files: list[str],
+    options: SearchOptions,
+    own: np.ndarray | None,
+) -> SearchResult:
+    started = time.perf_counter()
+    rows, scores = search_units(gallery, units, options, own_rows=own)
+    notes = []
+    if options.k > len(gallery):
+        notes.append(f"k is {options.k}, the gallery has {len(gallery)} images: all are given")
+    there = [os.path.isdir(root) for root in gallery.rows.roots]
+    answers = [
+        Answer(
+            query,
+            path,
+            [
+                _neighbor(gallery, row, score, rank, there)
+                for rank, (row, score) in enumerate(zip(one, of_one, strict=True), 1)
+                if row >= 0
+            ],
+        )
+        for query, path, one, of_one in zip(queries, files, rows.tolist(), scores.tolist(), strict=True)
+    ]
+    return SearchResult(answers, notes, 0.0, time.perf_counter() - started)
+
+
+def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
+    path, box = gallery.rows.picture(row)
+    root = int(gallery.rows.root[row])
+    return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
+
+
+def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
+    """[Q, M] the rows of each query's own file, windows included, filled up with -1.
+
+    Files are told by their paths, links to folders followed.
+    """
+    table = gallery.rows
+    roots = [os.path.realpath(root) for root in table.roots]
+    known: dict[str, list[int]] = {}
+    for row, (name, root) in enumerate(zip(table.names, table.root, strict=True)):
+        known.setdefault(os.path.normpath(picture_of(roots[int(root)], name)[0]), []).append(row)
+    own = []
+    for path in paths:
+        folder = os.path.realpath(os.path.dirname(path))
+        files = {os.path.join(folder, os.path.basename(path)), os.path.realpath(path)}
+        own.append([row for file in files for row in known.get(file, ())])
+    found = np.full((len(paths), max(map(len, own), default=0)), -1, np.int64)
+    for at, rows in enumerate(own):
+        found[at, : len(rows)] = rows
+    return found
+
+
+def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str], dict[int, str]]:
+    """What the queries are called, their paths, and by their numbers why some can be none. Raises UsageError.
+
+    Files are called as they were given, the others by their names below the folder given. A source that is neither is
+    a failed query, unless there is no other.
+    """
+    queries: list[str] = []
+    paths: list[str] = []
+    errors: dict[int, str] = {}
+    seen: set[str] = set()
+    refused: UsageError | None = None
+    for source in [os.fspath(source) for source in sources]:
+        try:
+            images = find_images([source])
+        except UsageError as error:
+            refused = refused or error
+            errors[len(queries)] = str(error).removeprefix(f"{source}: ")
+            queries.append(source)
+            paths.append(source)
+            continue
+        for name in images.names:
+            path = name_to_path(images.root, name)
+            if path in seen:
+                continue
+            seen.add(path)
+            if name in images.problems:
+                errors[len(queries)] = images.problems[name]
+            queries.append(source if path == os.path.abspath(source) else name)
+            paths.append(path)
+    if refused is not None and len(errors) == len(queries):
+        raise refused
+    if not queries:
+        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
+    return queries, paths, errors

@@ -1,0 +1,261 @@
+"""PCA and whitening: shorter descriptors, in which no direction of the gallery's own variation drowns the others.
+
+Learned from unit rows x with mean m and covariance C = V diag(l) V', the largest eigenvalues first:
+
+    y = diag(s) V' (x - m),     s_i = ((1 - shrinkage) l_i + shrinkage mean(l))^(-power / 2)
+
+over the K components kept. Power 0 is PCA (s = 1), power 1 whitening (Jegou, Chum 2012, "Negative evidences and
+co-occurences in image retrieval"). Shrinkage keeps directions that few rows can tell from noise from being blown up.
+A descriptor is projected, then brought to length 1 again.
+
+Three ways to the same components, by the shape of the N rows of D values:
+
+    gram        N <= D: eigenvectors of the N x N matrix of inner products, carried over to the D dimensions
+    covariance  D < N: eigenvectors of the D x D matrix
+    randomized  both large: subspace iteration from a random start (Halko, Martinsson, Tropp 2011), which reads the
+                rows a few times and keeps only D x K values
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sppfeat.errors import GalleryError, UsageError, one_line
+from sppfeat.files.output import appearing
+from sppfeat.store.unit_rows import BLOCK_BYTES, UnitRows, normalize_rows
+
+DEFAULT_DIMS: Final = 512
+# Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomised way is faster.
+EXACT_SIDE: Final = 4096
+# More rows hardly move 512 components, and cost time: 6 readings of them in the randomised way.
+LEARNING_ROWS: Final = 50_000
+# Components beyond those wanted, and rounds, of the randomised way.
+OVERSAMPLING: Final = 32
+ROUNDS: Final = 5
+# Relative to the largest eigenvalue; what lies below is rounding of float32 products.
+RANK_TOLERANCE: Final = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionOptions:
+    """How descriptors are projected.
+
+    dims: components kept; fewer where the rows have no more. whiten: also scale the components.
+    power: of the scaling, 0 to 1. shrinkage: of the eigenvalues towards their mean, 0 to 1.
+    Raises UsageError, naming the field, when a value cannot be.
+    """
+
+    dims: int = DEFAULT_DIMS
+    whiten: bool = False
+    power: float = 1.0
+    shrinkage: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dims < 1:
+            raise UsageError(f"project must be at least 1 dimension, found {self.dims}")
+        for name, value in (("whiten_power", self.power), ("shrinkage", self.shrinkage)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} must be a number from 0 to 1, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A learned projection of D dimensions onto K.
+
+    mean: [D] float32. matrix: [D, K] float32, scaling included. eigenvalues: [K] float32, falling.
+    kept: part of the rows' variance in the K components, 0 to 1. power: 0 without whitening.
+    learned_from: the store. rows: how many of its rows were used. route: `gram`, `covariance` or `randomized`.
+    """
+
+    mean: np.ndarray
+    matrix: np.ndarray
+    eigenvalues: np.ndarray
+    kept: float
+    power: float
+    shrinkage: float
+    learned_from: str
+    rows: int
+    route: str
+
+    @property
+    def dim(self) -> int:
+        """Length of a projected descriptor, K."""
+        return int(self.matrix.shape[1])
+
+    def apply(self, units: np.ndarray) -> np.ndarray:
+        """[N, K] float32 rows of length 1, from unit rows [N, D] float32, which are overwritten."""
+        units -= self.mean
+        return normalize_rows(units @ self.matrix)
+
+
+def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -> Projection:
+    """Learn a projection from rows that are not projected themselves; from a sample when there are very many.
+
+    Raises UsageError for fewer than two rows, or rows that are all alike.
+    """
+    options = options or ProjectionOptions()
+    if rows.projection is not None:
+        raise UsageError("expected rows that are not projected yet")
+    if len(rows) < 2:
+        raise UsageError(f"{rows.store.path}: expected at least 2 described images to project, found {len(rows)}")
+    which = rows.sample(LEARNING_ROWS, options.seed)
+    mean, total = _moments(rows, which)
+    side = min(len(which), rows.dim)
+    wanted = min(options.dims, len(which) - 1, rows.dim)
+    if side > EXACT_SIDE and wanted + OVERSAMPLING < side // 2:
+        route = "randomized"
+        values, vectors = _randomized(rows, which, mean, wanted, options.seed)
+    elif len(which) <= rows.dim:
+        route = "gram"
+        values, vectors = _by_gram(rows, which, mean, wanted)
+    else:
+        route = "covariance"
+        values, vectors = _by_covariance(rows, which, mean, wanted)
+    solid = values > RANK_TOLERANCE * max(float(values[0]), 1e-12)
+    if not solid.any() or total < 1e-10:
+        raise UsageError(f"{rows.store.path}: its {len(which)} descriptors are all alike: there is nothing to project")
+    values, vectors = values[solid], vectors[:, solid]
+    # An eigenvector's sign is arbitrary; this fixes it, so that the same rows give the same projection.
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
+    power = options.power if options.whiten else 0.0
+    scales = ((1 - options.shrinkage) * values + options.shrinkage * values.mean()) ** (-power / 2)
+    return Projection(
+        mean=mean.astype(np.float32),
+        matrix=np.ascontiguousarray(vectors * scales, np.float32),
+        eigenvalues=values.astype(np.float32),
+        kept=min(1.0, float(values.sum() / total)),
+        power=power,
+        shrinkage=options.shrinkage if options.whiten else 0.0,
+        learned_from=os.path.abspath(rows.store.path),
+        rows=len(which),
+        route=route,
+    )
+
+
+def _moments(rows: UnitRows, which: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean [D] float64 of the rows, and the sum of the variances of all dimensions."""
+    total = np.zeros(rows.dim)
+    squares = 0.0
+    for _, block in rows.blocks(which):
+        total += block.sum(0, dtype=np.float64)
+        squares += float(np.einsum("nd,nd->", block, block, dtype=np.float64))
+    mean = total / len(which)
+    return mean, squares / len(which) - float(mean @ mean)
+
+
+def _by_gram(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors [D, K] by way of the inner products of the centred rows, from blocks of dimensions."""
+    count, dim = len(which), rows.dim
+    size = max(1, BLOCK_BYTES // (4 * count))
+    lengths = np.concatenate([_raw_lengths(rows, which[at : at + 1024]) for at in range(0, count, 1024)])
+    centre = mean.astype(np.float32)
+    store_rows = rows.rows[which]
+
+    def columns(start: int) -> np.ndarray:
+        part = rows.store.descriptors[store_rows, start : start + size].astype(np.float32)
+        part /= lengths[:, None]
+        part -= centre[start : start + size]
+        return part
+
+    gram = np.zeros((count, count))
+    for start in range(0, dim, size):
+        part = columns(start)
+        gram += part @ part.T
+    values, left = _leading(gram / count, wanted)
+    vectors = np.empty((dim, len(values)))
+    carry = (left / np.sqrt(np.maximum(values, 1e-30) * count)).astype(np.float32)
+    for start in range(0, dim, size):
+        vectors[start : start + size] = columns(start).T @ carry
+    return values, vectors
+
+
+def _raw_lengths(rows: UnitRows, which: np.ndarray) -> np.ndarray:
+    """What `UnitRows.take` divides the stored values of rows by, [n] float32."""
+    values = rows.store.descriptors[rows.rows[which]].astype(np.float64)
+    lengths = np.sqrt(np.einsum("nd,nd->n", values, values))
+    lengths[lengths == 0] = 1
+    single: np.ndarray = lengths.astype(np.float32)
+    return single
+
+
+def _by_covariance(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    centre = mean.astype(np.float32)
+    covariance = np.zeros((rows.dim, rows.dim))
+    for _, block in rows.blocks(which):
+        block -= centre
+        covariance += block.T @ block
+    return _leading(covariance / len(which), wanted)
+
+
+def _randomized(
+    rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Subspace iteration: each round multiplies a basis by the covariance, in one reading of the rows."""
+    centre = mean.astype(np.float32)
+    width = wanted + OVERSAMPLING
+    basis = np.random.default_rng(seed).standard_normal((rows.dim, width), np.float32)
+    for _ in range(ROUNDS):
+        image = np.zeros((rows.dim, width))
+        for _, block in rows.blocks(which):
+            block -= centre
+            image += block.T @ (block @ basis)
+        basis = np.linalg.qr(image)[0].astype(np.float32)
+    small = np.zeros((width, width))
+    for _, block in rows.blocks(which):
+        block -= centre
+        inside = block @ basis
+        small += inside.T @ inside
+    values, inner = _leading(small / len(which), wanted)
+    return values, basis @ inner
+
+
+def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest eigenvalues of a symmetric matrix, falling, and their vectors as columns."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return values[::-1][:count], vectors[:, ::-1][:, :count]
+
+
+def write_projection(path: Path, projection: Projection) -> None:
+    """Write the arrays of a projection; the rest stands in the gallery's JSON. Raises GalleryError."""
+    with appearing(path, GalleryError) as partial, open(partial, "wb") as file:
+        np.savez(file, mean=projection.mean, matrix=projection.matrix, eigenvalues=projection.eigenvalues)
+
+
+def read_arrays(path: Path, dim: int, count: int) -> dict[str, np.ndarray]:
+    """Arrays of a projection of `dim` dimensions onto `count`. Raises GalleryError for a file that is not that."""
+    expected = {"mean": (dim,), "matrix": (dim, count), "eigenvalues": (count,)}
+    try:
+        with zipfile.ZipFile(path) as file:
+            arrays = {name: _read_array(file, path, name, shape) for name, shape in expected.items()}
+    except GalleryError:
+        raise
+    except Exception as error:  # zipfile raises nearly anything on what it does not expect
+        raise GalleryError(f"{path}: expected a projection that is whole, found: {one_line(error)}") from None
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise GalleryError(f"{path}: {name} holds values that are not finite")
+    return arrays
+
+
+def _read_array(file: zipfile.ZipFile, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of this shape and no other: its length is known before it is read, and no pickle ever is."""
+    if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:  # a few bytes could stand for any number
+        raise GalleryError(f"{path}: expected {name} as it was written, found it compressed")
+    with file.open(f"{name}.npy") as member:
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(member)]
+        found, _, dtype = read_header(member)
+    if 4 * math.prod(shape) > path.stat().st_size or found != shape or dtype != np.float32:
+        raise GalleryError(f"{path}: expected {name} of {list(shape)} float32, found {list(found)} {dtype}")
+    with file.open(f"{name}.npy") as member:
+        return np.ascontiguousarray(np.lib.format.read_array(member, allow_pickle=False))

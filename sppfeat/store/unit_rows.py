@@ -1,0 +1,177 @@
+"""The described rows of a store as vectors of length 1, so that an inner product is a cosine; read block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from sppfeat.errors import StoreError, UsageError
+from sppfeat.images.reading import name_to_path
+from sppfeat.machine import available_memory
+from sppfeat.store.store import Status, Store
+from sppfeat.windows.windows import split_row_name
+
+if TYPE_CHECKING:
+    from sppfeat.retrieval.whitening import Projection
+
+# Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
+BLOCK_BYTES: Final = 1 << 25
+# Of the memory of this process, that rows may take which are asked for again and again: scores and sorting need some.
+KEPT_PART: Final = 0.4
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The described rows of a store, in its order: normalised, projected where there is a projection, normalised again.
+
+    Nothing is kept in memory but names and row numbers; values are read from the file when they are asked for.
+    rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32, by
+    `in_memory` alone.
+    """
+
+    store: Store
+    rows: np.ndarray
+    names: list[str]
+    projection: Projection | None = None
+    kept: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector, after projection."""
+        return self.store.dim if self.projection is None else self.projection.dim
+
+    def take(self, which: slice | np.ndarray) -> np.ndarray:
+        """[n, dim] float32, for positions among these rows; what is read for it is as long as the store's descriptors:
+        for many rows that are projected take `gather`. Raises StoreError for values that are not finite.
+        """
+        if self.kept is not None:
+            return np.array(self.kept[which])
+        rows = self.rows[which]
+        # A slice of the file is read in one go; a list of rows is gathered, in twice the time.
+        contiguous = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+        values = self.store.descriptors[rows[0] : rows[-1] + 1] if contiguous else self.store.descriptors[rows]
+        try:
+            units = to_units(values)
+        except UsageError as error:
+            raise StoreError(f"{self.store.path}: {error}; `sppfeat inspect --verify` names the rows") from None
+        return units if self.projection is None else self.projection.apply(units)
+
+    def blocks(self, which: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Every row, or those at the rising positions `which`, in blocks: first place, and [n, dim] float32."""
+        count = len(self) if which is None else len(which)
+        size = block_rows(max(self.dim, self.store.dim))
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            yield start, self.take(part if which is None else which[part])
+
+    def gather(self, which: np.ndarray) -> np.ndarray:
+        """[n, dim] float32, for rising positions; read and projected block by block."""
+        values = np.empty((len(which), self.dim), np.float32)
+        for start, block in self.blocks(which):
+            values[start : start + len(block)] = block
+        return values
+
+    def in_memory(self) -> UnitRows:
+        """These rows, read and projected once for all; or themselves, where they take over KEPT_PART of the memory."""
+        if self.kept is not None or 4 * len(self) * self.dim > KEPT_PART * available_memory():
+            return self
+        return dataclasses.replace(self, kept=self.gather(np.arange(len(self))))
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """Rising positions of `count` rows, or of all when there are no more."""
+        if count >= len(self):
+            return np.arange(len(self))
+        return np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+
+    def only(self, keep: np.ndarray) -> UnitRows:
+        """The rows at these positions."""
+        names = [self.names[at] for at in keep]
+        kept = None if self.kept is None else self.kept[keep]
+        return UnitRows(self.store, self.rows[keep], names, self.projection, kept)
+
+
+def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
+    """The described rows of a finished store. Failed rows are left out.
+
+    Raises StoreError for a store with rows that are still to be described, and for one without a described row.
+    """
+    counts = store.counts()
+    if counts["pending"]:
+        raise StoreError(
+            f"{store.path}: {counts['pending']} of {len(store)} images are still to be described; run its extract again"
+        )
+    if not counts["done"]:
+        raise StoreError(f"{store.path}: expected described images, found {len(store)}, all of them failed")
+    rows = np.flatnonzero(store.status == Status.DONE)
+    names = store.names if len(rows) == len(store) else [store.names[row] for row in rows]
+    return UnitRows(store, rows, names, projection)
+
+
+def to_units(values: np.ndarray) -> np.ndarray:
+    """A new array [N, D] float32 of the rows [N, D], each divided by its length; rows of zeros stay zeros.
+
+    Raises UsageError for values that are not finite.
+    """
+    units = values.astype(np.float32)
+    return normalize_rows(units)
+
+
+def normalize_rows(rows: np.ndarray) -> np.ndarray:
+    """The same as `to_units`, in place, for float32 rows."""
+    with np.errstate(over="ignore"):
+        squares = np.einsum("nd,nd->n", rows, rows)
+    odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
+    if len(odd):
+        # Squares that leave float32, either way: bring the largest value of such a row to 1 first.
+        largest = np.abs(rows[odd]).max(1, initial=0)
+        if not np.isfinite(largest).all():
+            raise UsageError(f"expected finite values, found {int((~np.isfinite(largest)).sum())} rows with others")
+        largest[largest == 0] = 1
+        rows[odd] /= largest[:, None]
+        squares[odd] = np.einsum("nd,nd->n", rows[odd], rows[odd])
+        squares[squares == 0] = 1
+    rows /= np.sqrt(squares)[:, None]
+    return rows
+
+
+def block_rows(dim: int) -> int:
+    """How many float32 rows of that length make a block."""
+    return max(1, BLOCK_BYTES // (4 * dim))
+
+
+def picture_of(root: str, name: str) -> tuple[str, Box | None]:
+    """The file that a row was made from, and its window where the row is one's."""
+    path = name_to_path(root, name)
+    image, window = split_row_name(name)
+    if window is None or os.path.lexists(path):  # an image may be called like a window
+        return path, None
+    return name_to_path(root, image), window
+
+
+def check_same_recipe(first: Store, second: Store) -> None:
+    """Raise StoreError, with the fields that differ, unless two stores hold descriptors that can be compared."""
+    if first.recipe_hash == second.recipe_hash and first.dim == second.dim:
+        return
+    raise StoreError(
+        f"{second.path}: was made by another recipe than {first.path} ({recipe_differences(first, second)})"
+    )
+
+
+def recipe_differences(first: Store, second: Store) -> str:
+    """What tells two stores' descriptors apart, in words."""
+    found: Sequence[str] = first.recipe.differences(second.recipe)
+    if first.weights_sha256 != second.weights_sha256:
+        found = [*found, f"weights: {first.weights_sha256[:12]} here, {second.weights_sha256[:12]} there"]
+    if first.dim != second.dim:
+        found = [*found, f"dimensions: {first.dim} here, {second.dim} there"]
+    return "; ".join(found) or "recipe_hash"

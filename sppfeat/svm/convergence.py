@@ -1,0 +1,60 @@
+"""How near trained SVMs came to the best possible ones, as data and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sppfeat.svm.solver import CONVERGED
+
+
+class Unconverged(NamedTuple):
+    """An SVM that did not converge: its trial, counted from 0, its class, and its relative duality gap."""
+
+    trial: int
+    label: str
+    gap: float
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """The relative duality gaps of SVMs, of which those above `CONVERGED` are not what C and the rows ask for.
+
+    classes: [K]. gaps: [T, K] of the SVMs that are used, a row a trial. choice_gap: the largest of those that C was
+    chosen with; 0 where C was given, or is not known any more.
+    """
+
+    classes: list[str]
+    gaps: np.ndarray
+    choice_gap: float = 0.0
+
+    @property
+    def not_converged(self) -> list[Unconverged]:
+        """The SVMs that are used and did not converge."""
+        return [
+            Unconverged(int(trial), self.classes[at], float(self.gaps[trial, at]))
+            for trial, at in np.argwhere(~(self.gaps <= CONVERGED))
+        ]
+
+    @property
+    def largest_gap(self) -> float:
+        """Of the SVMs that are used."""
+        return float(self.gaps.max(initial=0))
+
+    def warnings(self) -> list[str]:
+        """What is to be said, one line each; nothing where all SVMs converged."""
+        lines = []
+        if wrong := self.not_converged:
+            worst = max(wrong, key=lambda one: one.gap)
+            lines.append(
+                f"{len(wrong)} of {self.gaps.size} SVMs did not converge (largest relative gap {worst.gap:.2g}, class "
+                f"{worst.label!r}): their scores are not exact; a smaller C, or normalized descriptors, converge sooner"
+            )
+        if not self.choice_gap <= CONVERGED:
+            lines.append(
+                f"SVMs of the cross-validation did not converge (largest relative gap {self.choice_gap:.2g}): "
+                "another C might be better"
+            )
+        return lines

@@ -1,0 +1,157 @@
+"""The choice of C by cross-validation, inside the rows that are trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from sppfeat.errors import UsageError
+from sppfeat.recipe import RunOptions
+from sppfeat.svm.metrics import accuracy_per_class, average_precisions, mean_over_classes
+from sppfeat.svm.solver import SvmProblem, SvmSolution, class_targets
+
+# vissl: the costs of VISSL's VOC 2007 benchmark (facebookresearch/vissl, eval_resnet_8gpu_transfer_voc07_svm.yaml).
+# decades: of these, one a decade: on L2-normalised descriptors the value changes little within one, at half the time.
+COST_GRIDS: Final = {
+    "decades": (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+    "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
+}
+FOLDS: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvmOptions:
+    """How SVMs are trained on a store.
+
+    costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows against
+    the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of everything random.
+    Raises UsageError, naming the field, when a value cannot be.
+    """
+
+    costs: tuple[float, ...] = COST_GRIDS["decades"]
+    positive_weight: float = 1.0
+    levels: tuple[int, ...] | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, values in (("c", self.costs), ("positive_weight", (self.positive_weight,))):
+            if not values or not all(np.isfinite(value) and value > 0 for value in values):
+                raise UsageError(f"{name} must be above 0, found {','.join(map(str, values))}")
+        if self.levels is not None and (not self.levels or len(set(self.levels)) != len(self.levels)):
+            raise UsageError(f"levels must be different, found {','.join(map(str, self.levels)) or 'none'}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed must be a whole number from 0, found {self.seed!r}")
+        RunOptions(device=self.device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The C of each class [K], and the curve it was chosen from: every C and the mean value it gave, parts of 1.
+
+    The curve is empty where C was given. start: a solution at these C, of some of the rows, to begin the last fit with.
+    gap: the largest relative duality gap of all SVMs that the curve was measured with.
+    """
+
+    costs: np.ndarray
+    curve: list[tuple[float, float]]
+    start: SvmSolution | None = None
+    gap: float = 0.0
+
+
+def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
+    """One C for all classes, of the best mean per-class accuracy; the smallest of equally good ones.
+
+    labels: [M], the class of each of rows [M].
+    """
+    classes = np.unique(labels)
+    if len(options.costs) == 1:
+        return Choice(np.full(len(classes), options.costs[0]), [])
+    fold = _folds((labels[:, None] == classes).argmax(1), options.seed)
+    if not (fold > 0).any():
+        raise UsageError(
+            f"C cannot be chosen by cross-validation: expected a class of at least 2 training images, found 1 in each "
+            f"of {len(classes)}; give one C"
+        )
+    costs = sorted(options.costs)
+    values = np.full((FOLDS, len(costs)), np.nan)
+    best: tuple[float, SvmSolution] | None = None
+    gap = 0.0
+    for number in range(FOLDS):
+        fit, held = fold != number, fold == number
+        if not fit.any() or not held.any():
+            continue
+        targets, _ = class_targets(labels[fit], classes)
+        solution = None
+        for at, cost in enumerate(costs):
+            solution = problem.solve(
+                targets, rows[fit], c=cost, positive_weight=options.positive_weight, start=solution
+            )
+            gap = max(gap, float(solution.gaps.max()))
+            predicted = classes[problem.scores(solution, rows[held]).argmax(1)]
+            values[number, at] = mean_over_classes(accuracy_per_class(labels[held], predicted, classes))
+            if number == FOLDS - 1 and (best is None or _mean(values[:, at]) > best[0]):
+                best = float(_mean(values[:, at])), solution
+    mean = _mean(values)
+    chosen = np.full(len(classes), costs[int(mean.argmax())])
+    return Choice(chosen, list(zip(costs, mean.tolist(), strict=True)), best and best[1], gap)
+
+
+def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
+    """The C of each class, of its best mean average precision; the smallest of equally good ones.
+
+    targets: [M, K] of +1, -1 and 0 (left out), for rows [M]. The folds of a class have their share of its +1 each, as
+    in the benchmarks that train class by class. A class without a +1 in any fold that another could learn from gets
+    the C that is best for the others.
+    """
+    count = targets.shape[1]
+    if len(options.costs) == 1:
+        return Choice(np.full(count, options.costs[0]), [])
+    fold = np.stack([_folds(column, options.seed) for column in targets.T], 1)
+    costs = sorted(options.costs)
+    values = np.full((FOLDS, len(costs), count), np.nan)
+    start: SvmSolution | None = None
+    reached, gap = np.full(count, -np.inf), 0.0
+    for number in range(FOLDS):
+        # Every class leaves out rows of its own: a target of 0.
+        fit, held = (np.where(of, targets, 0).astype(np.int8) for of in (fold != number, fold == number))
+        solution = None
+        for at, cost in enumerate(costs):
+            solution = problem.solve(fit, rows, c=cost, positive_weight=options.positive_weight, start=solution)
+            gap = max(gap, float(solution.gaps.max()))
+            found = average_precisions(held, problem.scores(solution, rows))
+            values[number, at] = np.where(solution.solved, found, np.nan)
+            if number == FOLDS - 1:
+                mean = np.nan_to_num(_mean(values[:, at]), nan=-1.0)
+                start = solution if start is None else start.with_classes(mean > reached, solution)
+                reached = np.maximum(reached, mean)
+    mean = _mean(values)
+    overall = _mean(mean.T)
+    if np.isnan(overall).all():
+        raise UsageError(
+            f"C cannot be chosen by cross-validation: expected a class of at least 2 positive training images, found "
+            f"none among {count}; give one C"
+        )
+    best = np.where(np.isnan(mean).all(0), np.nanargmax(overall), np.nan_to_num(mean, nan=-1.0).argmax(0))
+    return Choice(np.array(costs)[best], list(zip(costs, overall.tolist(), strict=True)), start, gap)
+
+
+def _folds(kinds: np.ndarray, seed: int) -> np.ndarray:
+    """[M] fold of each row; every kind of row is spread evenly over the folds."""
+    generator = np.random.default_rng(seed)
+    fold = np.empty(len(kinds), int)
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        fold[generator.permutation(members)] = np.arange(len(members)) % FOLDS
+    return fold
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of the values that are numbers; NaN where none is."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    total = np.where(known, values, 0.0).sum(0)
+    mean: np.ndarray = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return mean

@@ -1,0 +1,351 @@
+"""Proposals: windows that may hold objects, found once for each picture (see `selective_search`) and kept in a file.
+
+The file (`sppfeat-windows`, HDF5) appears whole, when a run ends or is interrupted. Until then every finished picture
+is a line of a journal beside it, from which a killed run goes on.
+
+    /names       (N,)    UTF-8; see `sppfeat.images.reading.path_to_name`
+    /start       (N+1,)  int64, the windows of picture n are rows start[n] .. start[n+1]
+    /windows     (M, 4)  int32, x1, y1, x2, y2 in pixels of the upright original, inclusive
+    /image_size  (N, 2)  int32, width and height of the upright original
+    /error       (N,)    UTF-8, why a picture has none; else empty
+    /file_size, /file_mtime_ns  (N,) int64, the file as it was
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import h5py
+import numpy as np
+
+from sppfeat._version import __version__
+from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
+from sppfeat.files.output import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason, read_document
+from sppfeat.images.reading import Fingerprint, find_images, fingerprint_of, name_to_path
+from sppfeat.machine import available_cores
+from sppfeat.store.store import lock_store
+from sppfeat.windows.selective_search import ProposalOptions, Proposed, Proposer
+from sppfeat.windows.windows import read_windows
+
+FORMAT_VERSION: Final = 1
+
+
+class WindowFile(Mapping[str, np.ndarray]):
+    """An open file of windows: [K, 4] float64 by name, read when asked for.
+
+    names, options, source_root, method: as they were made. errors: why pictures have no windows, by name.
+    image_size: [N, 2] int32. file_size, file_mtime_ns: [N] int64.
+    """
+
+    def __init__(self, path: Path, file: h5py.File) -> None:
+        self.path = path
+        self.names: list[str] = file["names"].asstr()[:].tolist()
+        self.options = ProposalOptions(**read_document(file, "options", dict[str, Any], WindowsError))
+        self.source_root = os.fsdecode(bytes(file.attrs["source_root"]))
+        self.versions: dict[str, str] = read_document(file, "versions", dict[str, str], WindowsError)
+        self.errors = {n: e for n, e in zip(self.names, file["error"].asstr()[:].tolist(), strict=True) if e}
+        self.image_size: np.ndarray = file["image_size"][:]
+        self.file_size: np.ndarray = file["file_size"][:]
+        self.file_mtime_ns: np.ndarray = file["file_mtime_ns"][:]
+        self._start: np.ndarray = file["start"][:]
+        dataset = file["windows"]
+        rows = int(dataset.shape[0])
+        if (
+            len(self._start) != len(self.names) + 1
+            or self._start[-1] != rows
+            or self._start[0]
+            or (np.diff(self._start) < 0).any()
+        ):
+            raise ValueError("its windows do not add up")
+        columns = (self.image_size, (2,)), (self.file_size, ()), (self.file_mtime_ns, ())
+        if any(values.shape != (len(self.names), *width) or values.dtype.kind != "i" for values, width in columns):
+            raise ValueError("its columns are not of one length")
+        if dataset.dtype != np.int32 or dataset.shape != (rows, 4):
+            raise ValueError(f"windows: expected int32 [M, 4], found {dataset.dtype} {list(dataset.shape)}")
+        if rows:
+            place = dataset.id.get_offset()
+            self._windows: np.ndarray = np.memmap(path, dataset.dtype, "r", offset=place, shape=(rows, 4))
+        else:
+            self._windows = np.zeros((0, 4), np.int32)
+        self._row = {name: row for row, name in enumerate(self.names)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        row = self._row[name]
+        return np.asarray(self._windows[self._start[row] : self._start[row + 1]], np.float64)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def count(self) -> int:
+        """Windows of all pictures together."""
+        return len(self._windows)
+
+    def size_of(self, name: str) -> tuple[int, int]:
+        """Width and height of the upright picture; zeros where it could not be read."""
+        width, height = self.image_size[self._row[name]].tolist()
+        return width, height
+
+    def fingerprint(self, name: str) -> Fingerprint:
+        """The picture's file as it was."""
+        row = self._row[name]
+        return Fingerprint(int(self.file_size[row]), int(self.file_mtime_ns[row]))
+
+
+def open_windows(path: str | os.PathLike[str]) -> WindowFile:
+    """Open a file that `propose_folder` made. Raises WindowsError when it is none."""
+    with open_hdf5(path, WINDOWS, FORMAT_VERSION, WindowsError) as file:
+        return WindowFile(Path(path), file)
+
+
+def windows_from(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
+    """Windows [K, 4] by image name, from a file of `propose_folder`, or of one's own (see `read_windows`)."""
+    if os.path.splitext(path)[1].lower() in (".csv", ".json"):
+        return read_windows(path)
+    return open_windows(path)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a run of `propose_folder` did.
+
+    images: listed in the sources. proposed: in this run. reused: from before. failed: listed images without windows
+    for a reason, now or before. empty: images in which nothing was found. pending: left, after an interruption.
+    windows: of all images in the file.
+    """
+
+    file: str
+    images: int
+    proposed: int
+    reused: int
+    failed: int
+    empty: int
+    pending: int
+    windows: int
+    seconds: float
+
+
+class Observer(Protocol):
+    """Who wants to follow; called from the thread that called `propose_folder`."""
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """The work is known."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image has its windows, or failed."""
+
+
+class _Silent:
+    def started(self, *, todo: int, reused: int) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        pass
+
+
+def propose_folder(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    options: ProposalOptions | None = None,
+    *,
+    workers: int | None = None,
+    root: str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Proposals:
+    """Propose windows for the images of folders, files or lists (see `find_images`) into the file `output`.
+
+    A file that is there is resumed: unchanged images keep their windows; other options, or another root, are refused.
+    Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
+    """
+    began = time.perf_counter()
+    options, observer = options or ProposalOptions(), observer or _Silent()
+    path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
+    check_new_file(path, overwrite=overwrite or resume, error=WindowsError, kind=WINDOWS)
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    images = find_images(several, root=root)
+    if not images.names:
+        raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
+    with lock_store(path):
+        if overwrite:
+            journal = _Journal(path, options, images.root, fresh=True)
+            before: WindowFile | None = None
+        else:
+            before = open_windows(path) if path.exists() and path.stat().st_size else None
+            _check_same(path, before, options, images.root)
+            journal = _Journal(path, options, images.root, fresh=not resume)
+        files = {name: fingerprint_of(name_to_path(images.root, name)) for name in images.names}
+        done = {n for n in before or () if n not in files or (before is not None and before.fingerprint(n) == files[n])}
+        done |= {n for n in journal.places if n not in files or journal.fingerprints[n] == files[n]}
+        todo = [name for name in images.names if name not in done]
+        observer.started(todo=len(todo), reused=len(images.names) - len(todo))
+        proposed = 0
+        with journal, Proposer(options, workers=workers or available_cores()) as proposer:
+            good = [name for name in todo if name not in images.problems]
+            for name in todo:
+                if name in images.problems:
+                    journal.add(name, Proposed(np.zeros((0, 4)), (0, 0), files[name], images.problems[name]))
+                    observer.row(name, images.problems[name])
+            found = proposer.stream((name_to_path(images.root, name) for name in good), stop=stop)
+            for name, (_, result) in zip(good, found, strict=False):
+                journal.add(name, result)
+                observer.row(name, result.error)
+                proposed += result.error is None
+        written = _write(path, before, journal, options, images.root)
+        journal.remove()
+    failed = sum(name in written.errors for name in images.names)
+    known = [name for name in images.names if name in written]
+    empty = sum(not len(written[name]) for name in known) - failed
+    return Proposals(
+        file=str(path),
+        images=len(images.names),
+        proposed=proposed,
+        reused=len(images.names) - len(todo),
+        failed=failed,
+        empty=empty,
+        pending=len(images.names) - len(known),
+        windows=written.count,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions, root: str) -> None:
+    if before is None:
+        return
+    if before.options != options:
+        raise WindowsError(
+            f"{path}: was made with {_show(before.options)}, now {_show(options)}; choose another output, or remove it"
+        )
+    if before.source_root != root and os.path.isdir(before.source_root):
+        raise WindowsError(
+            f"{path}: its names are relative to {before.source_root}, these images to {root}; "
+            "choose another output, or remove it"
+        )
+
+
+def _show(options: ProposalOptions) -> str:
+    return f"{options.method}, at most {options.max_windows} windows, seed {options.seed}"
+
+
+class _Journal:
+    """Finished pictures, one JSON line each, kept until the file is written. A line that was cut short is dropped.
+
+    places: where each picture's last line starts, by name. fingerprints: of the pictures then.
+    """
+
+    def __init__(self, path: Path, options: ProposalOptions, root: str, *, fresh: bool) -> None:
+        self._path = path.with_name(f".{path.name}.journal")
+        header = json.dumps({"options": asdict(options), "root": root}).encode() + b"\n"
+        self.places: dict[str, int] = {}
+        self.fingerprints: dict[str, Fingerprint] = {}
+        try:
+            self._file = open(self._path, "w+b" if fresh or not self._path.exists() else "r+b")  # noqa: SIM115
+            if (found := self._file.readline()) != header:
+                if found.endswith(b"\n"):
+                    raise WindowsError(
+                        f"{self._path}: a search with other options, or of images elsewhere, was stopped here; "
+                        "go on with it, or --overwrite to start anew"
+                    )
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(header)
+            end = self._file.tell()
+            while (line := self._file.readline()).endswith(b"\n"):
+                entry = json.loads(line)
+                self.places[entry["name"]] = end
+                self.fingerprints[entry["name"]] = Fingerprint(*entry["file"])
+                end = self._file.tell()
+            self._file.truncate(end)
+        except OSError as error:
+            raise WindowsError(f"{self._path}: cannot be written: {os_reason(error)}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise WindowsError(f"{self._path}: expected a journal, found: {one_line(error)}; remove it") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with contextlib.suppress(OSError):  # of a full disk: what is left in the buffer has been reported
+                self._file.close()
+
+    def add(self, name: str, result: Proposed) -> None:
+        entry = {
+            "name": name,
+            "size": result.image_size,
+            "file": result.fingerprint,
+            "windows": result.windows.tolist(),
+            "error": result.error or "",
+        }
+        try:
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise WindowsError(f"{self._path}: cannot be written: {os_reason(error)}") from None
+        self.places[name] = place
+        self.fingerprints[name] = result.fingerprint
+
+    def read(self, name: str) -> dict[str, Any]:
+        self._file.seek(self.places[name])
+        entry: dict[str, Any] = json.loads(self._file.readline())
+        return entry
+
+    def remove(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _write(path: Path, before: WindowFile | None, journal: _Journal, options: ProposalOptions, root: str) -> WindowFile:
+    names = list(dict.fromkeys([*(before or ()), *journal.places]))
+    text = h5py.string_dtype()
+    with appearing_hdf5(path, WindowsError) as file:
+        columns: dict[str, list[Any]] = {"error": [], "image_size": [], "file_size": [], "file_mtime_ns": []}
+        start = [0]
+        for name in names:
+            if name in journal.places:
+                entry = journal.read(name)
+                count, print_ = len(entry["windows"]), Fingerprint(*entry["file"])
+                size, error = entry["size"], entry["error"]
+            else:
+                assert before is not None
+                count, print_ = len(before[name]), before.fingerprint(name)
+                size, error = before.size_of(name), before.errors.get(name, "")
+            start.append(start[-1] + count)
+            for key, value in zip(columns, (error, size, *print_), strict=True):
+                columns[key].append(value)
+        windows = file.create_dataset("windows", (start[-1], 4), np.int32)
+        for name, first, last in zip(names, start, start[1:], strict=False):
+            if last > first:
+                windows[first:last] = journal.read(name)["windows"] if name in journal.places else before[name]  # type: ignore[index]
+        file.create_dataset("names", data=np.asarray(names, dtype=object), dtype=text)
+        file.create_dataset("start", data=np.asarray(start, np.int64))
+        file.create_dataset("error", data=np.asarray(columns["error"], dtype=object), dtype=text)
+        file.create_dataset("image_size", data=np.asarray(columns["image_size"], np.int32).reshape(-1, 2))
+        for key in ("file_size", "file_mtime_ns"):
+            file.create_dataset(key, data=np.asarray(columns[key], np.int64))
+        cv2 = require_extra("cv2", "detect", "selective search")
+        file.attrs["format"] = WINDOWS
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["options"] = json.dumps(asdict(options))
+        file.attrs["source_root"] = np.void(os.fsencode(root))
+        file.attrs["versions"] = json.dumps({"sppfeat": __version__, "opencv": cv2.__version__})
+    return open_windows(path)

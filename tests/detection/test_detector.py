@@ -1,0 +1,518 @@
+"""Detectors: trained, stopped, saved, run and evaluated on small pictures of coloured blocks."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from test_annotations import xml
+from typer.testing import CliRunner, Result
+
+from sppfeat import ModelError, Recipe, UsageError
+from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
+from sppfeat.detection.detector import DetectOptions, DetectorRunner, detection_recipe, open_detector, save_detector
+from sppfeat.detection.evaluation import evaluate_detector
+from sppfeat.detection.row_cache import Reservoir, RowCache
+from sppfeat.detection.train_detector import TrainingOptions, train_detector
+from sppfeat.windows.proposals import open_windows, propose_folder
+from sppfeat.windows.selective_search import ProposalOptions
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
+# A random network's descriptors are weak: more cost than trained ones need.
+OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, cache_bytes=1 << 24)
+
+
+def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, float, float, float, float]]]:
+    """Pixels of 160 x 120, and its blocks as VOC has them, from 1."""
+    pixels = generator.integers(100, 150, (120, 160, 3)).astype(np.uint8)
+    objects = []
+    for name, left in (("red", 0), ("blue", 80)):
+        if generator.random() < 0.75:
+            width, height = generator.integers(36, 60, 2)
+            x, y = left + int(generator.integers(2, 78 - width)), int(generator.integers(2, 118 - height))
+            pixels[y : y + height, x : x + width] = COLORS[name]
+            objects.append((name, x + 1, y + 1, x + width, y + height))
+    return pixels, objects
+
+
+def propose_around(objects: list[tuple[str, float, float, float, float]], generator: np.random.Generator) -> np.ndarray:
+    """Windows near the objects, and elsewhere."""
+    corner = generator.integers(0, (110, 80), (60, 2))
+    windows = [np.concatenate([corner, np.minimum(corner + generator.integers(30, 60, (60, 2)), (159, 119))], 1)]
+    for _, *box in objects:
+        near = np.array(box) - 1 + generator.integers(-7, 8, (12, 4))
+        windows.append(np.clip(near, 0, [159, 119, 159, 119]))
+    return np.concatenate(windows).astype(float)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOC layout of 24 training and 12 test scenes, with windows.json beside."""
+    root = tmp_path_factory.mktemp("voc")
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    windows, names = {}, [f"{n:03}" for n in range(36)]
+    for name in names:
+        pixels, objects = draw_scene(generator)
+        Image.fromarray(pixels).save(root / f"JPEGImages/{name}.png")
+        (root / f"Annotations/{name}.xml").write_text(xml(*objects, size=(160, 120)))
+        windows[f"{name}.png"] = propose_around(objects, generator).tolist()
+    (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names[:24]))
+    (root / "ImageSets/Main/test.txt").write_text("\n".join(names[24:]))
+    (root / "windows.json").write_text(json.dumps(windows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def windows(voc: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(boxes) for name, boxes in json.loads((voc / "windows.json").read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def trained(voc: Path, windows: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "det.h5"
+    done = train_detector(read_voc(voc, "trainval"), windows, path, SMALL, OPTIONS)
+    assert not done.interrupted and done.classes == ["blue", "red"] and not done.failed
+    assert done.positives["red"] > 10 and sum(done.hard) > 0
+    assert not list(path.parent.glob(".*"))
+    return path
+
+
+def test_a_detector_finds_what_it_learned(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    detector = open_detector(trained)
+    done = evaluate_detector(detector, read_voc(voc, "test"), windows)
+    assert done.eleven_point > 65 and done.area > 65 and done.images == 12 and not done.failed
+    bare = replace(detector, box_weights=None, box_biases=None)
+    assert evaluate_detector(bare, read_voc(voc, "test"), windows).coco < done.coco
+    for one in done.classes:
+        assert one.objects and one.recall[-1] <= 1 and (np.diff(one.recall) >= 0).all()
+
+
+def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path) -> None:
+    """Not 100 of all classes together: those of low ranks count, too."""
+    bare = replace(open_detector(trained), box_weights=None, box_biases=None)
+    apart = np.array([[x, y, x + 11, y + 9] for y in range(0, 120, 10) for x in range(0, 156, 13)], float)
+    annotated = read_voc(voc, "test")
+    one = annotated.subset([next(name for name, each in annotated.images.items() if each.labels)])
+    done = evaluate_detector(bare, one, dict.fromkeys(one.images, apart))
+    assert len(apart) == 144 and [each.detections for each in done.classes] == [100, 100]
+
+
+def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    runner = DetectorRunner(open_detector(trained))
+    pictures = [(str(voc / "JPEGImages" / name), boxes) for name, boxes in windows.items()]
+    count = 0
+    for found in runner.detect(pictures):
+        assert (np.diff(found.scores) <= 0).all() and (found.scores >= -0.5).all() and found.windows >= 60
+        assert (found.boxes >= 0).all() and (found.boxes[:, 2:] <= [159, 119]).all()
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+        count += len(found.scores)
+    assert count
+    few = list(runner.detect(pictures, DetectOptions(threshold=-10, max_detections=3)))
+    assert all((np.bincount(found.labels, minlength=2) <= 3).all() for found in few)
+    assert any(len(found.scores) == 6 for found in few)
+    best = runner.detect(pictures, DetectOptions(threshold=-10))
+    for some, every in zip(few, best, strict=True):
+        for label in range(2):
+            assert (some.scores[some.labels == label] == every.scores[every.labels == label][:3]).all()
+    (nothing,) = runner.detect([(pictures[0][0], np.zeros((0, 4)))])
+    assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
+    (missing,) = runner.detect([(str(voc / "no.png"), windows["000.png"])])
+    assert missing.error == "no such file"
+
+
+def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    runner = DetectorRunner(open_detector(trained))
+    path = str(voc / "JPEGImages" / "000.png")
+    (inside,) = runner.detect([(path, windows["000.png"])])
+    (both,) = runner.detect([(path, np.concatenate([[[0, 0, 900, 9]], windows["000.png"]]))])
+    assert both.windows == inside.windows and (both.left_out, inside.left_out) == (1, 0)
+    np.testing.assert_array_equal(both.boxes, inside.boxes)
+
+
+class Counting:
+    """Counts the images that were taken."""
+
+    seen = 0
+
+    def started(self, *, todo: int, reused: int) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        self.seen += 1
+
+    def note(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def same(a: Path, b: Path) -> bool:
+    with h5py.File(a) as one, h5py.File(b) as other:
+        return all(np.array_equal(one[key][...], other[key][...]) for key in one)
+
+
+@pytest.mark.parametrize("stop_after", [5, 24, 40])
+def test_a_stopped_training_ends_in_the_same_detector(
+    trained: Path, voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, stop_after: int
+) -> None:
+    counting, path, annotated = Counting(), tmp_path / "det.h5", read_voc(voc, "trainval")
+    done = train_detector(
+        annotated, windows, path, SMALL, OPTIONS, observer=counting, stop=lambda: counting.seen >= stop_after
+    )
+    assert done.interrupted and not path.exists() and (tmp_path / ".det.h5.training").exists() and done.file is None
+    with pytest.raises(ModelError, match="a training with other images, windows, recipe or options was stopped here"):
+        train_detector(annotated, windows, path, SMALL, replace(OPTIONS, c=7.0))
+    before = counting.seen
+    done = train_detector(annotated, windows, path, SMALL, OPTIONS, observer=counting)
+    assert not done.interrupted and same(path, trained) and done.file == str(path)
+    whole = sum(len(open_detector(trained).training["hard"]) * [24]) + 24
+    assert counting.seen == whole and before >= stop_after
+    assert not (tmp_path / ".det.h5.training").exists()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[AnnotatedImages, dict[str, np.ndarray]]:
+    """60 scenes of three shapes, with windows."""
+    root, generator = tmp_path_factory.mktemp("mixed"), np.random.default_rng(1)
+    images, windows = {}, {}
+    for number in range(60):
+        width, height = ((160, 120), (224, 120), (160, 160))[number % 3]
+        pixels, objects = draw_scene(generator)
+        canvas = generator.integers(100, 150, (height, width, 3)).astype(np.uint8)
+        canvas[:120, :160] = pixels
+        name = f"{number:02}.png"
+        Image.fromarray(canvas).save(root / name)
+        boxes = np.array([box for _, *box in objects], float).reshape(-1, 4) - 1
+        none = np.zeros(len(boxes), bool)
+        images[name] = Annotation(boxes, [label for label, *_ in objects], none, none, (width, height))
+        windows[name] = propose_around(objects, generator)
+    return AnnotatedImages(str(root), images, ["blue", "red"]), windows
+
+
+def test_pictures_of_several_shapes_are_taken_in_order(
+    mixed: tuple[AnnotatedImages, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """So that a training that stops amid a pass, and again, ends in the same detector."""
+    annotated, windows = mixed
+    whole = train_detector(annotated, windows, tmp_path / "whole.h5", SMALL, OPTIONS)
+    assert sum(whole.hard) > 0
+    pending = []
+    for stop_after in (3, 10, 30):
+        counting = Counting()
+        done = train_detector(
+            annotated,
+            windows,
+            tmp_path / "det.h5",
+            SMALL,
+            OPTIONS,
+            observer=counting,
+            stop=lambda: counting.seen >= stop_after,  # noqa: B023
+        )
+        pending.append(done.pending)
+    assert sum(0 < left < 60 for left in pending) >= 2
+    done = train_detector(annotated, windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    assert (done.hard, done.rows) == (whole.hard, whole.rows) and same(tmp_path / "det.h5", tmp_path / "whole.h5")
+
+
+def test_an_overwritten_detector_that_was_stopped_goes_on(
+    trained: Path, mixed: tuple[AnnotatedImages, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    path = tmp_path / "det.h5"
+    path.write_bytes(trained.read_bytes())
+    counting = Counting()
+    stopped = train_detector(
+        *mixed, path, SMALL, OPTIONS, overwrite=True, observer=counting, stop=lambda: counting.seen >= 5
+    )
+    assert stopped.interrupted and stopped.file is None and same(path, trained)
+    assert not train_detector(*mixed, path, SMALL, OPTIONS).interrupted and not same(path, trained)
+
+
+def test_windows_on_a_crowd_are_no_negatives(
+    mixed: tuple[AnnotatedImages, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    annotated, windows = mixed
+    few = annotated.subset(list(annotated.images)[:6])
+    done = train_detector(few, windows, tmp_path / "a.h5", SMALL, OPTIONS)
+    for name, one in few.images.items():
+        everywhere = np.array([[0, 0, one.size[0] - 1, one.size[1] - 1]], float)
+        yes = np.append(np.zeros(len(one.boxes), bool), True)
+        few.images[name] = Annotation(np.concatenate([one.boxes, everywhere]), [*one.labels, "red"], yes, yes, one.size)
+    crowded = train_detector(few, windows, tmp_path / "b.h5", SMALL, OPTIONS)
+    # No window is a negative of the class whose crowd is everywhere; objects and windows of others still are.
+    assert crowded.classes == ["blue"] and done.classes == ["blue", "red"]
+    assert "class 'red' has no negative window: it is left out" in crowded.notes
+
+
+def test_the_cache_is_bounded(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
+    annotated = read_voc(voc, "trainval")
+    few = replace(OPTIONS, cache_bytes=1 << 20)
+    recipe = replace(SMALL, levels=(6, 3, 2, 1))  # 50 bins of 96 channels: 109 rows fit
+    done = train_detector(annotated, windows, tmp_path / "det.h5", recipe, few)
+    assert done.rows <= (1 << 20) // (2 * (50 * 96 + 1))
+    assert evaluate_detector(open_detector(tmp_path / "det.h5"), read_voc(voc, "test"), windows).eleven_point > 50
+    with pytest.raises(UsageError, match=r"memory for rows \(cache_bytes\) must be at least"):
+        train_detector(annotated, windows, tmp_path / "x.h5", replace(recipe, levels=(16,)), few)
+
+
+def test_an_svm_that_does_not_converge_is_noted(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppfeat.svm.newton._MAX_NEWTON", 1)
+    done = train_detector(read_voc(voc, "trainval"), windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    assert "class 'red': its SVM did not converge (relative gap 1e+00)" in done.notes
+
+
+def test_row_cache() -> None:
+    cache = RowCache(6, 3, 2)
+    cache.add(np.arange(9).reshape(3, 3), np.array([[1, -1], [-1, 0], [0, -1]]), 4, np.array([-1, 2, 5]))
+    assert cache.free == 3 and cache.unknown(4, np.array([2, 3, 5])).tolist() == [3]
+    assert cache.unknown(5, np.array([2])).tolist() == [2]
+    cache.keep(np.array([True, False, True]))
+    assert cache.rows.tolist() == [[0, 1, 2], [6, 7, 8]] and cache.origin.tolist() == [[4, -1], [4, 5]]
+    assert cache.unknown(4, np.array([2, 5])).tolist() == [2]
+    other = RowCache(6, 3, 2)
+    other.restore(cache.state())
+    assert other.rows.tolist() == cache.rows.tolist() and other.unknown(4, np.array([5])).tolist() == []
+    with pytest.raises(ValueError, match="of another kind"):
+        RowCache(6, 4, 2).restore(cache.state())
+
+
+def test_a_reservoir_samples_evenly() -> None:
+    """Of 100 rows offered, 10 stay; each about as often as any other."""
+    kept = np.zeros(100)
+    for seed in range(400):
+        reservoir = Reservoir(10, 1, 1)
+        rows = np.arange(100)[:, None]
+        reservoir.offer(0, rows, np.repeat(rows, 4, 1), np.random.default_rng(seed))
+        held, targets = reservoir.of(0)
+        assert len(set(held[:, 0].tolist())) == 10 and np.array_equal(held[:, 0], targets[:, 0])
+        kept[held[:, 0].astype(int)] += 1
+    assert kept.min() > 40 / 3 and kept.max() < 40 * 2
+
+
+def test_classes_without_objects_and_pictures_without_windows(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    annotated = read_voc(voc, "trainval")
+    annotated.classes = ["blue", "green", "red"]
+    some = {name: boxes for name, boxes in windows.items() if name not in ("000.png", "003.png")}
+    some["001.png"] = np.concatenate([some["001.png"], [[0, 0, 500, 9]]])
+    done = train_detector(annotated, some, tmp_path / "det.h5", SMALL, OPTIONS)
+    assert done.classes == ["blue", "red"] and open_detector(tmp_path / "det.h5").classes == ["blue", "red"]
+    assert "class 'green' has no box that counts: it is left out" in done.notes
+    assert "000.png: has no windows; only its objects are used" in done.notes
+    assert any(note.startswith("001.png: 1 windows are left out: the first reaches outside") for note in done.notes)
+    with pytest.raises(ModelError, match="exists already"):  # before windows are searched for hours
+        train_detector(annotated, None, tmp_path / "det.h5", SMALL, OPTIONS)
+    with pytest.raises(UsageError, match="expected windows of the images, found none"):
+        train_detector(annotated, {}, tmp_path / "x.h5", SMALL, OPTIONS)
+    with pytest.raises(UsageError, match="expected annotated boxes to learn from, found none"):
+        train_detector(replace_boxes(annotated), windows, tmp_path / "x.h5", SMALL, OPTIONS)
+
+
+def replace_boxes(annotated: AnnotatedImages) -> AnnotatedImages:
+    """The same images, all objects difficult."""
+    images = {n: replace(one, difficult=np.ones(len(one.boxes), bool)) for n, one in annotated.images.items()}
+    return replace(annotated, images=images)
+
+
+def test_a_picture_that_breaks_later_is_left_out(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, trained: Path
+) -> None:
+    annotated = read_voc(voc, "trainval")
+    content = (voc / "JPEGImages/005.png").read_bytes()
+    try:
+        (voc / "JPEGImages/005.png").write_bytes(content[: len(content) // 2])
+        done = train_detector(annotated, windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    finally:
+        (voc / "JPEGImages/005.png").write_bytes(content)
+    assert done.failed.keys() == {"005.png"} and not same(tmp_path / "det.h5", trained)
+
+
+def test_a_class_whose_images_cannot_be_read_is_left_out(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Also by a training that is stopped afterwards, and goes on."""
+    annotated = read_voc(voc, "trainval")
+    one = annotated.images["005.png"]
+    annotated.images["005.png"] = replace(one, labels=["green"] * len(one.labels))
+    annotated.classes = ["blue", "green", "red"]
+    content = (voc / "JPEGImages/005.png").read_bytes()
+    counting, path = Counting(), tmp_path / "det.h5"
+    try:
+        (voc / "JPEGImages/005.png").write_bytes(content[: len(content) // 2])
+        for most in (30, 1000):
+            done = train_detector(
+                annotated,
+                windows,
+                path,
+                SMALL,
+                OPTIONS,
+                observer=counting,
+                stop=lambda: counting.seen >= most,  # noqa: B023
+            )
+            assert done.interrupted == (most == 30) and done.classes == ["blue", "red"] and one.labels
+            assert done.notes[-1] == "class 'green' has no object on a readable image: it is left out"
+    finally:
+        (voc / "JPEGImages/005.png").write_bytes(content)
+    assert open_detector(path).classes == ["blue", "red"]
+
+
+def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    for change in ({"c": 0.0}, {"positive_weight": -1.0}, {"negative_overlap": 0.0}, {"passes": 0}, {"seed": -1}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            TrainingOptions(**change)  # type: ignore[arg-type]
+    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            DetectOptions(**change)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a detector needs dtype 'float32'"):
+        train_detector(read_voc(voc, "trainval"), windows, tmp_path / "d.h5", replace(SMALL, dtype="float16"), OPTIONS)
+
+
+def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None:
+    model = open_detector(trained)
+    save_detector(replace(model, weights_sha256="0" * 64), tmp_path / "w.h5")
+    with pytest.raises(ModelError, match="was trained with other weights of timm:test_resnet: expected sha256 0000"):
+        DetectorRunner(open_detector(tmp_path / "w.h5"))
+    with pytest.raises(ModelError, match="the detector expects descriptors of 480 values, found 4800"):
+        DetectorRunner(replace(model, recipe=replace(model.recipe, levels=(6, 3, 2, 1))))
+    for key, values in (("weights", np.zeros((2, 9))), ("biases", np.full(2, np.nan)), ("weights", None)):
+        save_detector(model, tmp_path / "x.h5")
+        with h5py.File(tmp_path / "x.h5", "r+") as file:
+            del file[key]
+            if values is not None:
+                file[key] = values
+        with pytest.raises(ModelError, match=r"x\.h5: expected a detector that is whole, found: .*" + key):
+            open_detector(tmp_path / "x.h5")
+    save_detector(model, tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5", "r+") as file:
+        file.attrs["recipe"] = replace(model.recipe, scales=(64,)).to_json()
+    with pytest.raises(ModelError, match="its recipe_hash is of another recipe"):
+        open_detector(tmp_path / "x.h5")
+
+
+def call(*arguments: str | Path) -> Result:
+    """The command line within this process, which saves seconds of imports; exit codes of errors need `run_sppfeat`."""
+    from sppfeat_cli.app import app
+
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    det, windows = tmp_path / "det.h5", voc / "windows.json"
+    options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64,128", "--levels", "2,1"]
+    done = run_sppfeat("train", "detector", voc, "-o", det, "--windows", windows, "--c", "0.1", *options)
+    # A picture on which nothing is, is named, and learned from.
+    assert done.returncode == 3 and "detector of 2 classes" in done.stdout
+    assert re.search(r"\d+\.png: \d+\.xml has no sound object", done.stderr)
+    again = call("train", "detector", voc, "-o", det, "--windows", windows)
+    assert isinstance(again.exception, ModelError) and "exists already" in str(again.exception)
+    assert "detector of 2 classes (blue, red)" in call("inspect", det).stdout
+    shown = json.loads(call("inspect", det, "--json").stdout)
+    assert shown["format"] == "detector" and shown["training"]["positives"]["red"] > 10
+
+    drawn, page = tmp_path / "drawn", tmp_path / "hits.html"
+    found = run_sppfeat(
+        "detect", det, voc / "JPEGImages", "--windows", windows, "--json", "--draw", drawn, "--html", page
+    )
+    assert found.returncode == 0, found.stderr
+    results = json.loads(found.stdout)["results"]
+    assert [one["image"] for one in results] == [f"{n:03}.png" for n in range(36)]
+    hit = next(one for one in results if one["detections"])
+    assert hit["detections"][0].keys() == {"label", "score", "box"} and len(hit["detections"][0]["box"]) == 4
+    assert len(list(drawn.glob("*.jpg"))) == 36
+    assert page.read_text().count("<figure") == sum(bool(one["detections"]) for one in results)
+    lines = call("detect", det, voc / "JPEGImages", "--windows", windows).stdout.splitlines()
+    assert len(lines) == sum(len(one["detections"]) for one in results) and lines[0].count("\t") == 3
+
+    report = tmp_path / "report.html"
+    found = run_sppfeat("evaluate", "detection", det, voc, "--windows", windows, "--json", "--report", report)
+    document = json.loads(found.stdout)
+    assert {"mAP", "per_class", "iou", "images"} <= document.keys() and document["mAP"] > 60
+    assert report.read_text().count("<polyline") == 2
+    assert document["options"]["max_detections"] == 100 and document["options"]["windows"] == str(windows)
+    assert document["options"]["split"] == "test" and document["seed"] == document["proposals"]["seed"] == 0
+    assert document["recipe"]["scales"] == [64, 128] and len(document["weights_sha256"]) == 64
+    table = call("evaluate", "detection", det, voc, "--windows", windows).stdout
+    assert table.splitlines()[0].split() == ["class", "11-point", "area", "COCO", "objects"]
+
+
+def test_command_line_finds_windows_itself(
+    voc: Path, trained: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((voc / "JPEGImages/001.png").read_bytes())
+    (tmp_path / "in/broken.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (200, 12)).save(tmp_path / "in/flat.png")
+    found = run_sppfeat("detect", trained, tmp_path / "in", "--json")
+    assert found.returncode == 3, found.stderr
+    document = json.loads(found.stdout)
+    assert document["failed"].keys() == {"broken.png"} and document["notes"] == ["flat.png: has no windows"]
+    assert [one["image"] for one in document["results"]] == ["a.png", "flat.png"]
+    assert document["results"][0]["detections"]
+    wrong = run_sppfeat("detect", trained, tmp_path / "in", "--windows", voc / "windows.json")
+    assert wrong.returncode == 2 and "the windows are of none of the 3 images" in wrong.stderr
+    assert isinstance(call("detect", voc / "windows.json", tmp_path / "in").exception, ModelError)
+    assert isinstance(call("train", "detector", "-o", tmp_path / "x.h5").exception, UsageError)
+
+
+def test_command_line_on_coco_without_windows(
+    voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Windows are found first and kept; a class that is not asked for is named; the search's options are kept."""
+    annotated = read_voc(voc, "trainval").subset([f"{n:03}.png" for n in range(8)])
+    document: dict[str, list[object]] = {"categories": [{"id": 3, "name": "red"}, {"id": 9, "name": "blue"}]}
+    document |= {"images": [], "annotations": []}
+    for number, (name, one) in enumerate(annotated.images.items()):
+        document["images"].append({"id": number, "file_name": name, "width": 160, "height": 120})
+        for label, (x1, y1, x2, y2) in zip(one.labels, one.boxes.tolist(), strict=True):
+            category = 3 if label == "red" else 9
+            box = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+            document["annotations"].append({"image_id": number, "category_id": category, "bbox": box})
+    document["annotations"].append({"image_id": 0, "category_id": 3, "bbox": ["nan", "nan", 9, 9]})
+    (tmp_path / "coco.json").write_text(json.dumps(document))
+    det = tmp_path / "det.h5"
+    data = ["--images", voc / "JPEGImages", "--annotations", tmp_path / "coco.json"]
+    options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1", "--c", "0.1"]
+    done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "red", *options)
+    assert done.returncode == 3, done.stderr
+    assert "unknown class 'blue'" in done.stderr and "annotation 8" not in done.stderr
+    assert "000.png: annotation " in done.stderr and "nan" in done.stderr
+    assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
+    found = run_sppfeat("evaluate", "detection", det, *data, "--json")
+    assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"red"}, found.stderr
+    twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "red,red", *options)
+    assert isinstance(twice.exception, UsageError) and "expected names of different classes" in str(twice.exception)
+
+    propose_folder(voc / "JPEGImages", tmp_path / "few.h5", ProposalOptions(max_windows=9), workers=1)
+    path = tmp_path / "nine.h5"
+    train_detector(annotated, open_windows(tmp_path / "few.h5"), path, replace(SMALL, scales=(64,)), OPTIONS)
+    assert open_detector(path).proposals.max_windows == 9
+
+
+def test_defaults_of_the_command_line_are_those_of_the_library() -> None:
+    import inspect
+
+    from sppfeat_cli.train_detector import detector
+
+    parameters = inspect.signature(detector).parameters
+    options, recipe = TrainingOptions(), detection_recipe()
+    for name in ("c", "positive_weight", "passes", "box_regression", "seed"):
+        assert parameters[name].default == getattr(options, name)
+    shown = {name: parameters[name].annotation.__metadata__[0].show_default for name in ("scale_list", "level_list")}
+    assert shown["scale_list"] == ",".join(map(str, recipe.scales))
+    assert shown["level_list"] == ",".join(map(str, recipe.levels))
+    assert abs(parameters["memory"].default * 1_000_000 - options.cache_bytes) < 1_000_000
+    assert isinstance(recipe, Recipe)

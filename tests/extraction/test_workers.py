@@ -1,0 +1,141 @@
+"""Several processes that fill one store; on the processor, since what they share is the file, not the cards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from sppfeat import BackboneError, DeviceError, RunOptions, UsageError, extract_folder, open_store, verify_store
+from sppfeat.engines.devices import resolve_device
+from sppfeat.extraction import run as extract_module
+from sppfeat.extraction.workers import _shares, fill_rows_with
+from sppfeat.store.store import lock_store
+
+MakeImages = Callable[..., Path]
+OPTIONS = RunOptions(device="cpu", engine="torch")
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunOptions, "devices", lambda self: ["cpu", "cpu"])
+
+
+class Log:
+    def __init__(self, stop_after: int = 1 << 30) -> None:
+        self.rows: list[tuple[str, str | None]] = []
+        self.stop = threading.Event()
+        self._stop_after = stop_after
+
+    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
+        pass
+
+    def row(self, name: str, error: str | None) -> None:
+        self.rows.append((name, error))
+        if len(self.rows) >= self._stop_after:
+            self.stop.set()
+
+
+def test_two_processes_give_what_one_gives_and_resume(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, log = make_images(60), Log(stop_after=3)
+    (folder / "bad.png").write_bytes(b"no image")
+    os.rename(folder / "0003.png", os.fsencode(folder) + b"/\xff.png")  # a name that is not UTF-8
+    extract_folder(folder, tmp_path / "one.h5", TINY, OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunOptions, "devices", lambda self: ["cpu", "cpu"])
+        first = extract_folder(folder, tmp_path / "two.h5", TINY, OPTIONS, observer=log, stop=log.stop.is_set)
+        assert first.described + first.failed == len(log.rows) >= 3 and first.pending == 61 - len(log.rows)
+        assert first.workers >= 2 and first.decode > 0 and first.forward > 0 and first.write > 0
+        second = extract_folder(folder, tmp_path / "two.h5", TINY, OPTIONS, observer=log)
+    assert (second.reused, second.pending, second.failed) == (first.described, 0, 1)
+    assert sorted(name for name, _ in log.rows) == sorted(open_store(tmp_path / "two.h5").names)
+    assert [name for name, error in log.rows if error is not None] == ["bad.png"]
+    one, two = open_store(tmp_path / "one.h5"), open_store(tmp_path / "two.h5")
+    assert verify_store(two) == [] and two.counts() == {"pending": 0, "done": 60, "failed": 1}
+    assert one.names == two.names and one.recipe_hash == two.recipe_hash
+    unit = np.spacing(np.abs(np.array(one.descriptors)))
+    assert (np.abs(np.array(one.descriptors, np.float64) - two.descriptors) <= unit).all()
+
+
+def test_the_error_of_a_process_is_that_of_the_run(make_images: MakeImages, tmp_path: Path) -> None:
+    folder, output = make_images(6), tmp_path / "f.h5"
+    extract_folder(folder, output, TINY, OPTIONS, stop=lambda: True)
+    store = open_store(output)
+    rows = {name: row for row, name in enumerate(store.names)}
+    arguments = (OPTIONS, store, str(folder), rows, store.names, False, lambda: False, extract_module.Work())
+    with lock_store(output), pytest.raises(DeviceError, match="device cuda:77: expected an NVIDIA GPU"):
+        list(fill_rows_with(["cpu", "cuda:77"], *arguments))
+    # Half of the rows were the other one's.
+    assert open_store(output).counts()["done"] <= 3
+
+
+def test_a_process_that_is_killed_leaves_its_rows(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_processes: None
+) -> None:
+    folder, output = make_images(40), tmp_path / "f.h5"
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def remember(*arguments: object, **options: object) -> object:
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr("sppfeat.extraction.workers.subprocess.Popen", remember)
+
+    class Kill(Log):
+        def row(self, name: str, error: str | None) -> None:
+            super().row(name, error)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started[0].pid, signal.SIGKILL)
+
+    with pytest.raises(BackboneError, match="the process of card 0 ended early .* rows are left for a next run"):
+        extract_folder(folder, output, TINY, OPTIONS, observer=Kill())
+    monkeypatch.undo()
+    left = open_store(output).counts()["pending"]
+    assert left > 0 and all(process.poll() is not None for process in started)
+    assert extract_folder(folder, output, TINY, OPTIONS).described == left
+    assert verify_store(open_store(output)) == []
+
+
+def test_a_process_ends_with_the_one_that_started_it() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "sppfeat.extraction.workers", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    child.communicate(b"", timeout=60)
+    assert child.returncode
+
+
+def test_windows_of_an_image_stay_together() -> None:
+    names = [f"{image}.png#0,0,{k},9" for image in "abc" for k in range(4)]
+    shares = _shares(names, 2, True)
+    assert sorted(sum(shares, [])) == sorted(names)
+    assert not {n.split("#")[0] for n in shares[0]} & {n.split("#")[0] for n in shares[1]}
+    assert _shares(list("abcde"), 2, False) == [["a", "c", "e"], ["b", "d"]]
+
+
+def test_several_devices_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="device cuda:7[78]: expected an NVIDIA GPU"):
+        extract_folder(make_images(1), tmp_path / "f.h5", TINY, RunOptions(device="cuda:77,78"))
+    with pytest.raises(UsageError, match="device cuda:0,1: expected one device here, found several"):
+        resolve_device("cuda:0,1")
+
+
+def test_prints_of_libraries_do_not_disturb_the_answers(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_processes: None
+) -> None:
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")  # oneDNN then prints every primitive on standard output
+    assert extract_folder(make_images(4), tmp_path / "f.h5", TINY, OPTIONS).described == 4

@@ -1,0 +1,510 @@
+"""The gallery: it stays whole whatever happens, names stay with their rows, and damage is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeStore
+
+from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError
+from sppfeat.retrieval import gallery as gallery_module
+from sppfeat.retrieval import gallery_files
+from sppfeat.retrieval.faiss_index import IndexOptions, core, load_faiss
+from sppfeat.retrieval.gallery import (
+    add_to_gallery,
+    create_gallery,
+    open_gallery,
+    read_names,
+    remove_from_gallery,
+    verify_gallery,
+)
+from sppfeat.retrieval.search import SearchOptions, search_store
+from sppfeat.retrieval.whitening import ProjectionOptions
+from sppfeat.store.store import Store, StoreWriter, open_store
+
+FACTORIES = ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA16,IVF4,Flat", "IVF4,SQ8,RFlat"]
+
+
+def descriptors(count: int, seed: int = 0, dim: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, dim))
+
+
+def assert_every_row_finds_itself(path: Path, *stores: Store, without: Collection[str] = ()) -> None:
+    """The one test of all: each row of the stores, as a query, finds its own name first."""
+    gallery = open_gallery(path)
+    expected = {name for store in stores for name in store.names} - set(without)
+    assert set(gallery.rows.names) == expected and gallery.index.ntotal == len(expected)
+    for store in stores:
+        for answer in search_store(gallery, store, SearchOptions(k=1)).answers:
+            if answer.query not in without:
+                assert answer.neighbors[0].name == answer.query
+                assert answer.neighbors[0].score > 0.7  # 8-bit codes cut off what training did not see
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> None:
+    first = make_store(descriptors(200), "a.h5", names=[f"a/{n}.jpg" for n in range(200)])
+    second = make_store(descriptors(90, 1), "b.h5", names=[f"b/{n}.jpg" for n in range(90)], root="/elsewhere")
+    path = tmp_path / "g"
+    create_gallery(first, path, IndexOptions(factory=factory, recall=1.0))
+    assert_every_row_finds_itself(path, first)
+    assert add_to_gallery(second, path).added == 90
+    assert_every_row_finds_itself(path, first, second)
+    gone = set(random.Random(0).sample(first.names, 40) + random.Random(1).sample(second.names, 30))
+    done = remove_from_gallery(path, sorted(gone))
+    assert (done.removed, done.rows) == (70, 220)
+    assert bool(done.notes) == (factory in ("HNSW8", "IVF4,SQ8,RFlat"))
+    assert_every_row_finds_itself(path, first, second, without=gone)
+    # Those removed can come back; the others are known to be there, unchanged.
+    again = add_to_gallery(second, path)
+    assert (again.added, again.skipped) == (30, 60)
+    assert_every_row_finds_itself(path, first, second, without=gone - set(second.names))
+    gallery = open_gallery(path)
+    assert {gallery.rows.picture(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
+    assert verify_gallery(gallery) == []
+    assert sorted(p.suffix for p in path.iterdir()) == [".faiss", ".h5", ".json"]
+
+
+def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Path) -> None:
+    first, second = (
+        make_store(descriptors(60), "a.h5"),
+        make_store(descriptors(30, 1), "b.h5", names=[f"b{n}.jpg" for n in range(30)]),
+    )
+    other = make_store(descriptors(50, 2), "c.h5")
+    path = tmp_path / "g"
+    done = create_gallery(
+        first, path, projection=ProjectionOptions(dims=9, whiten=True), whitening_from=other, overwrite=True
+    )
+    assert (
+        done.about.projection is not None
+        and done.about.projection.learned_from == str(other.path)
+        and done.about.projection.dim == 9
+    )
+    before = open_gallery(path).projection
+    add_to_gallery(second, path)
+    remove_from_gallery(path, ["b3.jpg"])
+    assert_every_row_finds_itself(path, first, second, without={"b3.jpg"})
+    after = open_gallery(path).projection
+    assert before is not None and after is not None and np.array_equal(before.matrix, after.matrix)
+    assert open_gallery(path).index.d == 9 and sorted(p.name for p in path.glob("projection*")) == ["projection-1.npz"]
+    clamped = create_gallery(first, path, projection=ProjectionOptions(dims=500), overwrite=True)
+    assert clamped.notes[0].startswith("16 dimensions are kept")
+
+
+def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) -> None:
+    store, path = make_store(descriptors(20), "a.h5"), tmp_path / "g"
+    create_gallery(store, path)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    with pytest.raises(GalleryError, match=r"holds '0000.jpg' already, with another descriptor .*index --remove"):
+        add_to_gallery(make_store(descriptors(20, 9), "b.h5"), path)
+    with pytest.raises(GalleryError, match=r"another recipe than .*c.h5 \(dimensions: 16 here, 8 there\)"):
+        add_to_gallery(make_store(descriptors(20, 9, dim=8), "c.h5"), path)
+    with pytest.raises(GalleryError, match="unknown name '0200.jpg': did you mean .*, and 1 more; nothing is removed"):
+        remove_from_gallery(path, ["0001.jpg", "0200.jpg", "0201.jpg"])
+    with pytest.raises(GalleryError, match="20 names are all that it holds"):
+        remove_from_gallery(path, store.names)
+    with pytest.raises(UsageError, match="expected names to remove, found none"):
+        remove_from_gallery(path, [])
+    with pytest.raises(UsageError, match=r"none\.txt: expected a readable list of names"):
+        read_names(tmp_path / "none.txt")
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", ["write_index", "rows", "description", "after"])
+def test_a_failure_at_any_step_leaves_the_old_gallery(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    store, path = make_store(descriptors(20), "a.h5"), tmp_path / "g"
+    create_gallery(store, path)
+    more = make_store(descriptors(5, 1), "b.h5", names=[f"b{n}.jpg" for n in range(5)])
+
+    class Killed(BaseException):
+        """As SIGKILL, but for the partial file that it would leave."""
+
+    def stop(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if at == "write_index":
+            patch.setattr(gallery_files, "_write_index", stop)
+        elif at == "rows":
+            patch.setattr(gallery_files, "_write_rows", stop)
+        elif at == "description":
+            patch.setattr(gallery_files, "_versions", stop)
+        else:
+            # The first time is before the work.
+            remove, calls = gallery_files._remove_others, iter(range(2))
+            patch.setattr(gallery_files, "_remove_others", lambda *given: (stop if next(calls) else remove)(*given))
+        with pytest.raises(Killed):
+            add_to_gallery(more, path)
+    (path / ".index-7.faiss.partial").write_bytes(b"half")
+    # Once the description is replaced, the new gallery stands, whatever files lie beside it.
+    expected = (store, more) if at == "after" else (store,)
+    assert_every_row_finds_itself(path, *expected)
+    assert add_to_gallery(more, path).added == (0 if at == "after" else 5)
+    remove_from_gallery(path, ["b0.jpg"])
+    assert_every_row_finds_itself(path, store, more, without={"b0.jpg"})
+    assert len(list(path.iterdir())) == 3  # what was left over is gone
+
+
+def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path) -> None:
+    store, path = make_store(descriptors(300, dim=64), "a.h5"), tmp_path / "g"
+    more = make_store(descriptors(4000, 1, dim=64), "b.h5", names=[f"b{n}.jpg" for n in range(4000)])
+    create_gallery(store, path)
+    moments, seen = random.Random(0), set()
+    code = "import sys\nfrom sppfeat.retrieval.gallery import *\nadd_to_gallery(open_store(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", code, str(more.path), str(path)]
+    for _ in range(6):
+        child = subprocess.Popen(command)
+        before = set(os.listdir(path))
+        # From the first new file on, the next tenth of a second is all that writing takes.
+        while set(os.listdir(path)) == before and child.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, 0.03))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        gallery = open_gallery(path)
+        seen.add(len(gallery))
+        assert len(gallery) in (300, 4300) and verify_gallery(gallery) == []
+        if len(gallery) == 4300:
+            remove_from_gallery(path, more.names)
+    assert 300 in seen
+    add_to_gallery(more, path)
+    assert_every_row_finds_itself(path, store, more)
+
+
+def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
+    """While another process adds and removes by turns, every opening gives one of the two."""
+    store, path = make_store(descriptors(30), "a.h5"), tmp_path / "g"
+    more = make_store(descriptors(10, 1), "b.h5", names=[f"b{n}.jpg" for n in range(10)])
+    create_gallery(store, path)
+    # The writer goes on until its input ends: how often it gets a core must not decide what is seen.
+    code = (
+        "import select, sys\nfrom sppfeat.retrieval.gallery import *\nfrom sppfeat import open_store\n"
+        "more = open_store(sys.argv[1])\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n"
+        "    add_to_gallery(more, sys.argv[2])\n    remove_from_gallery(sys.argv[2], more.names)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(more.path), str(path)], stdin=subprocess.PIPE)
+    seen, ends = Counter[int](), time.monotonic() + 60
+    while child.poll() is None and (len(seen) < 2 or seen.total() < 50) and time.monotonic() < ends:
+        gallery = open_gallery(path)
+        seen[len(gallery)] += 1
+        assert gallery.index.ntotal == len(gallery.rows.names) == len(gallery.rows.root)
+        assert ("b0.jpg" in gallery.rows.names) == (len(gallery) == 40)
+    child.communicate()
+    assert child.returncode == 0 and set(seen) == {30, 40}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "gallery.json").unlink(), "one that was interrupted before it was whole; build it again"),
+        (lambda path: (path / "gallery.json").write_text("{"), "a folder whose gallery.json is not that of a gallery"),
+        (lambda path: (path / "index-1.faiss").unlink(), "index-1.faiss: belongs to the gallery, and cannot be read"),
+        (lambda path: (path / "index-1.faiss").write_bytes(b"x"), r"index-1.faiss: expected \d+ bytes, found 1"),
+        (lambda path: flip(path / "index-1.faiss", 900, 1), "index-1.faiss: is damaged: its bytes do not match"),
+        (lambda path: flip(path / "rows-1.h5", 900, 1), "rows-1.h5: is damaged: its bytes do not match"),
+        (lambda path: flip(path / "index-1.faiss", 0, 4, sign=True), "index-1.faiss: expected a FAISS index"),
+        (lambda path: flip(path / "index-1.faiss", 4, 4, sign=True), "index-1.faiss: expected"),
+        (lambda path: flip(path / "index-1.faiss", 8, 8, sign=True), "index-1.faiss: expected"),
+        (lambda path: flip(path / "rows-1.h5", 0, 8, sign=True), "rows-1.h5: expected an HDF5 file, found a file that"),
+        (lambda path: change(path, format_version=9), r"its format 9 is newer than this sppfeat reads \(1\)"),
+        (lambda path: change(path, rows=7), "index-1.faiss: expected 7 rows of 16 values, found 20 of 16"),
+        (lambda path: change(path, dim=7), "index-1.faiss: expected 20 rows of 7 values, found 20 of 16"),
+        (lambda path: change(path, recipe={"recipe_version": 99}), "version 99 is newer"),
+        (lambda path: change(path, rows="20"), r"expected a gallery that is whole, found: Expected `int`.*\$.rows"),
+        (
+            lambda path: change(path, files={}),
+            r"whole, found: .*missing required field `index` - at `\$.files`",
+        ),
+        (lambda path: change(path, odd=1), "that is whole, found: .*unknown field `odd`"),
+        (lambda path: change(path, recipe_hash="0" * 64), "found a recipe that does not match its recipe_hash"),
+        (lambda path: change(path, projection=PROJECTION), "found a projection without its file"),
+        (lambda path: name_index(path, "../index-1.faiss"), "expected a file of a gallery, found '../index-1.faiss'"),
+        (lambda path: name_index(path, "rows-1.h5"), "expected a file of a gallery, found 'rows-1.h5'"),
+        (lambda path: fifo(path / "index-1.faiss"), "index-1.faiss: expected a file, found something else"),
+    ],
+)
+def test_damaged_galleries_are_refused(
+    make_store: MakeStore, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(20)), path)
+    damage(path)
+    with pytest.raises(GalleryError, match=message):
+        open_gallery(path)
+
+
+PROJECTION = {"dim": 3, "kept": 1, "power": 0, "shrinkage": 0, "learned_from": "", "rows": 9, "route": "gram"}
+
+
+def flip(file: Path, start: int, count: int, *, sign: bool = False) -> None:
+    """Other bytes in the middle of a file, which keeps its size; sign: with a checksum that says they are right."""
+    content = bytearray(file.read_bytes())
+    content[start : start + count] = bytes(255 - byte for byte in content[start : start + count])
+    file.write_bytes(content)
+    if sign:
+        resign(file.parent)
+
+
+def resign(path: Path) -> None:
+    """Sizes and checksums of the files as they are now, as whoever means harm would write them."""
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    for entry in files.values():
+        content = (path / entry["file"]).read_bytes()
+        entry |= {"bytes": len(content), "crc32": zlib.crc32(content)}
+    change(path, files=files)
+
+
+def name_index(path: Path, name: str) -> None:
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    files["index"]["file"] = name
+    change(path, files=files)
+
+
+def fifo(file: Path) -> None:
+    """Whoever opens it waits for a writer."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+def change(path: Path, **values: object) -> None:
+    about = json.loads((path / "gallery.json").read_text())
+    (path / "gallery.json").write_text(json.dumps(about | values))
+
+
+def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> None:
+    """Names one row off, in a gallery that looks whole: `--verify` holds rows against the store."""
+    store, path = make_store(descriptors(20)), tmp_path / "g"
+    create_gallery(store, path)
+    gallery = open_gallery(path)
+    rows = gallery.rows
+    gallery_files._write_rows(
+        path / "rows-1.h5",
+        gallery_files.GalleryRows(rows.names[1:] + rows.names[:1], rows.roots, rows.root, rows.checksum),
+    )
+    with pytest.raises(GalleryError, match=r"rows-1\.h5: is damaged"):
+        open_gallery(path)
+    slipped = gallery_files.GalleryRows(
+        rows.names[1:] + rows.names[:1], rows.roots, rows.root, np.roll(rows.checksum, -1)
+    )
+    gallery_files._write_rows(path / "rows-1.h5", slipped)
+    resign(path)
+    assert sum("is not that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
+
+
+def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store(descriptors(5))
+    with pytest.raises(GalleryError, match="expected its folder .* to exist"):
+        create_gallery(store, tmp_path / "none" / "g")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(GalleryError, match="found a file; it is left as it is"):
+        create_gallery(store, tmp_path / "file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(GalleryError, match=r"found 'a.jpg' in it; it is left as it is"):
+            create_gallery(store, tmp_path / "photos", overwrite=overwrite)
+    (tmp_path / "empty").mkdir()
+    create_gallery(store, tmp_path / "empty")
+    with pytest.raises(GalleryError, match="exists already; choose another output, --overwrite or --add-to"):
+        create_gallery(store, tmp_path / "empty")
+    create_gallery(store, tmp_path / "empty", overwrite=True)
+    assert_every_row_finds_itself(tmp_path / "empty", store)
+    with pytest.raises(GalleryError, match="expected a gallery, found a folder without gallery.json"):
+        open_gallery(tmp_path / "photos")
+    with pytest.raises(GalleryError, match=re.escape("found a store (a gallery is a folder)")):
+        open_gallery(store.path)
+
+
+def test_unfinished_and_empty_stores_are_refused(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store(descriptors(4))
+    with StoreWriter(store) as writer:
+        writer.reset([1])
+    with pytest.raises(StoreError, match="1 of 4 images are still to be described; run its extract again"):
+        create_gallery(open_store(store.path), tmp_path / "g")
+    with StoreWriter(store) as writer:
+        for row in range(4):
+            writer.fail(row, "broken")
+    with pytest.raises(StoreError, match="expected described images, found 4, all of them failed"):
+        create_gallery(open_store(store.path), tmp_path / "g")
+    assert not (tmp_path / "g").exists()
+
+
+def replace_index(path: Path, index: object) -> None:
+    load_faiss().write_index(index, str(path / "index-1.faiss"))
+    resign(path)
+
+
+def test_lists_in_another_file_are_refused(
+    make_store: MakeStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Adding rows to such an index would write into that file, whichever it is."""
+    faiss = load_faiss()
+    store, path, other = make_store(descriptors(200)), tmp_path / "g", tmp_path / "other"
+    for factory in ("IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8,RFlat"):
+        create_gallery(store, path, IndexOptions(factory=factory), overwrite=True)
+        index = faiss.read_index(str(path / "index-1.faiss"))
+        lists = core(index)
+        elsewhere = faiss.OnDiskInvertedLists(lists.nlist, lists.code_size, str(other))
+        elsewhere.merge_from_1(lists.invlists)
+        lists.replace_invlists(elsewhere, False)
+        replace_index(path, index)
+        before = other.read_bytes()
+        more = make_store(descriptors(9, 1), "b.h5", names=[f"b{n}.jpg" for n in range(9)])
+        with pytest.raises(GalleryError, match="lists that are kept in the index itself, found OnDiskInvertedLists"):
+            add_to_gallery(more, path)
+        assert other.read_bytes() == before
+        other.unlink()
+        with pytest.raises(GalleryError, match="expected a FAISS index that is whole, found: could not"):
+            open_gallery(path)
+        for file in path.iterdir():
+            file.unlink()
+    assert "IO_FLAG" not in capfd.readouterr().out
+
+
+def test_numbers_beyond_the_rows_are_refused(make_store: MakeStore, tmp_path: Path) -> None:
+    faiss = load_faiss()
+    store, path = make_store(descriptors(200)), tmp_path / "g"
+    create_gallery(store, path, IndexOptions(factory="IVF4,Flat"))
+    index = faiss.read_index(str(path / "index-1.faiss"))
+    ids = faiss.rev_swig_ptr(index.invlists.get_ids(2), index.invlists.list_size(2))
+    for wrong in (200, -1):
+        ids[3] = wrong
+        replace_index(path, index)
+        with pytest.raises(GalleryError, match="list 2 holds numbers of rows beyond 200"):
+            open_gallery(path)
+    flat = faiss.IndexFlatIP(16)
+    mapped = faiss.IndexIDMap(flat)
+    mapped.add_with_ids(np.float32(descriptors(200)), np.arange(200) + 7)
+    replace_index(path, mapped)
+    with pytest.raises(GalleryError, match="rows are numbered from 0"):
+        open_gallery(path)
+    index.invlists.reset()
+    replace_index(path, index)
+    with pytest.raises(GalleryError, match="expected 200 rows in its lists, found 0"):
+        open_gallery(path)
+
+
+def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(20)), path)
+    content = (path / "index-1.faiss").read_bytes()
+    count = (20 * 16).to_bytes(8, "little")
+    assert content.count(count) == 1
+    (path / "index-1.faiss").write_bytes(content.replace(count, (1 << 33).to_bytes(8, "little")))
+    resign(path)
+    before = load_faiss().get_deserialization_vector_byte_limit()
+    with pytest.raises(GalleryError, match=r"FAISS index that is whole, found: .*deserialization_vector_byte_limit"):
+        open_gallery(path)
+    assert load_faiss().get_deserialization_vector_byte_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/etc/a.jpg", "is absolute"),
+        ("a/../../b.jpg", "leads out"),
+        ("../b.jpg#0,0,1,1", "leads out"),
+        (r"\x2e\x2e/b.jpg", "an escape"),
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused(make_store: MakeStore, tmp_path: Path, name: str, reason: str) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(5)), path)
+    rows = open_gallery(path).rows
+    gallery_files._write_rows(path / "rows-1.h5", dataclasses.replace(rows, names=[*rows.names[:4], name]))
+    resign(path)
+    with pytest.raises(
+        GalleryError, match=rf"row 4 .*: expected a name below its folder, found one that .*{re.escape(reason)}"
+    ):
+        open_gallery(path)
+
+
+def test_names_that_lead_elsewhere_come_into_no_gallery(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(2)), path)
+    store = make_store(descriptors(2), "b.h5")
+    outside = dataclasses.replace(store, names=["b.jpg", "../c.jpg"])
+    for change in (lambda: create_gallery(outside, tmp_path / "new"), lambda: add_to_gallery(outside, path)):
+        with pytest.raises(GalleryError, match=r"b\.h5: row 1 \('\.\./c\.jpg'\): expected a name below its folder"):
+            change()
+    assert len(open_gallery(path)) == 2 and not (tmp_path / "new").exists()
+
+
+def test_roots_are_folders(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(5)), path)
+    rows = open_gallery(path).rows
+    for root in ("images", "/a\0b"):
+        gallery_files._write_rows(path / "rows-1.h5", dataclasses.replace(rows, roots=[root]))
+        resign(path)
+        with pytest.raises(GalleryError, match="expected the absolute path of a folder"):
+            open_gallery(path)
+
+
+def test_a_folder_is_taken_and_cleared_before_the_work(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, path = make_store(descriptors(20)), tmp_path / "g"
+    create_gallery(store, path)
+    left = ["index-9.faiss", ".index-9.faiss.partial", ".rows-9.h5.partial", ".gallery.json.partial"]
+    for name in left:
+        (path / name).write_bytes(b"x")
+    seen = []
+
+    def build(*given: object) -> None:
+        seen.extend(sorted(os.listdir(path)))
+        with pytest.raises(StoreBusyError):
+            add_to_gallery(store, path)
+        raise GalleryError("stopped")
+
+    monkeypatch.setattr(gallery_module, "build_index", build)
+    with pytest.raises(GalleryError, match="stopped"):
+        create_gallery(store, path, overwrite=True)
+    assert seen == ["gallery.json", "index-1.faiss", "rows-1.h5"]
+    assert_every_row_finds_itself(path, store)
+    monkeypatch.setattr(gallery_module, "build_index", lambda *given: pytest.fail("began to work"))
+
+    def refused(**given: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(gallery_files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(GalleryError, match="g: is not writable: Read-only file system"):
+        create_gallery(store, path, overwrite=True)
+    with pytest.raises(GalleryError, match="new: is not writable"):
+        create_gallery(store, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gallery_in_the_current_folder(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(descriptors(20))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    create_gallery(store, ".")
+    assert_every_row_finds_itself(Path("."), store)
+    assert not list(tmp_path.glob("here/.*"))
+
+
+def test_folders_that_are_not_utf_8(make_store: MakeStore, tmp_path: Path) -> None:
+    root = os.fsdecode(b"/pictures/\xff")
+    create_gallery(make_store(descriptors(5), root=root), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    assert gallery.rows.picture(0) == (f"{root}/0000.jpg", None)
+    assert gallery.about.sources[0].source_root == r"/pictures/\xff"

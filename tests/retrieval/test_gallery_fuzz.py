@@ -1,0 +1,40 @@
+"""Every file of a gallery, damaged at random: clear errors or right answers, no crash, no hang."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import MakeStore
+
+from sppfeat.retrieval.faiss_index import IndexOptions
+from sppfeat.retrieval.gallery import create_gallery
+from sppfeat.retrieval.whitening import ProjectionOptions
+
+
+def test_damage(make_store: MakeStore, tmp_path: Path) -> None:
+    """300 of each file, and of the indexes of three kinds; takes some 10 s, most of them FAISS's and HDF5's."""
+    store = make_store(np.random.default_rng(0).normal(size=(90, 16)))
+    factories = {"lists": "IVF4,SQ8", "graph": "HNSW8", "refined": "PCA6,IVF4,Flat,RFlat"}
+    for name, factory in factories.items():
+        projected = ProjectionOptions(dims=8) if name == "lists" else None
+        create_gallery(store, tmp_path / name, IndexOptions(factory=factory), projected)
+    cases = ["lists:json", "lists:projection", "lists:index", "graph:rows", "graph:index", "refined:index"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).parents[1] / "fuzz_gallery.py",
+            "300",
+            *(f"{tmp_path}/{case}" for case in cases),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0, f"ended with {done.returncode} at {last}: {done.stderr[-3000:]}"
+    for case, outcomes in json.loads(last).items():
+        assert outcomes["refused"] > 100 and outcomes["refused"] + outcomes["opened"] == 300, case

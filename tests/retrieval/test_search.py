@@ -1,0 +1,161 @@
+"""Search: exact answers equal sorting by hand, ties keep the order of rows, names stay with their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeStore
+from reference import cosine_ranking
+
+from sppfeat import GalleryError, Recipe, UsageError, extract_folder, open_store
+from sppfeat.retrieval.faiss_index import IndexOptions
+from sppfeat.retrieval.gallery import Gallery, create_gallery, open_gallery
+from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_images, search_store
+
+
+@pytest.fixture
+def gallery_of(make_store: MakeStore, tmp_path: Path) -> Callable[..., Gallery]:
+    """A gallery of rows [N, D]."""
+
+    def make(rows: np.ndarray, factory: str | None = None) -> Gallery:
+        create_gallery(make_store(rows), tmp_path / "g", IndexOptions(factory=factory), overwrite=True)
+        return open_gallery(tmp_path / "g")
+
+    return make
+
+
+def few_values(count: int, dim: int = 8, seed: int = 0) -> np.ndarray:
+    """Rows with many equal ones and many equal scores, which float32 computes exactly."""
+    generator = np.random.default_rng(seed)
+    signs = generator.choice([-1.0, 1.0], (count, dim))
+    return signs[generator.integers(0, count // 3 + 1, count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 60, 500])
+def test_ties_keep_the_order_of_rows(gallery_of: Callable[..., Gallery], count: int) -> None:
+    rows = few_values(count)
+    gallery = gallery_of(rows)
+    for queries in (1, 30):  # FAISS computes 20 and more at once in another way
+        asked = few_values(queries, seed=1)
+        expected, by_hand = cosine_ranking(asked, rows)
+        for k in (1, 3, 10, 1000):
+            found, scores = search_descriptors(gallery, asked, SearchOptions(k=k))
+            assert found.tolist() == expected[:, :k].tolist()
+            assert scores == pytest.approx(by_hand[:, :k], abs=1e-6)
+
+
+def test_exact_search_equals_sorting_by_hand(gallery_of: Callable[..., Gallery]) -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(400, 30)) * generator.uniform(0.1, 50, (400, 1))  # not of length 1
+    gallery = gallery_of(rows)
+    asked = generator.normal(size=(50, 30)) * 7
+    found, scores = search_descriptors(gallery, asked, SearchOptions(k=400))
+    expected, by_hand = cosine_ranking(asked, np.float16(rows))
+    assert scores == pytest.approx(by_hand, abs=1e-6) and (np.diff(scores, axis=1) <= 0).all()
+    # Modulo ties: where the order differs, the scores are the same in float32.
+    other = found != expected
+    assert other.mean() < 0.01
+    assert np.take_along_axis(by_hand, np.argsort(expected, 1), 1)[np.nonzero(other)[0], found[other]] == pytest.approx(
+        by_hand[other], abs=1e-6
+    )
+
+
+def test_names_are_those_of_their_rows(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
+    """Every picture of a folder, with a failed one amid them, finds itself by name and path."""
+    folder = make_images(12)
+    (folder / "0005.png").write_bytes(b"")
+    extract_folder(folder, tmp_path / "f.h5", tiny)
+    create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    assert len(gallery) == 11
+    for result in (search_images(gallery, [folder]), search_store(gallery, open_store(tmp_path / "f.h5"))):
+        good = [answer for answer in result.answers if answer.error is None]
+        assert [answer.query for answer in good] == gallery.rows.names
+        for answer in good:
+            first = answer.neighbors[0]
+            assert (first.name, first.rank, first.path) == (answer.query, 1, str(folder / answer.query))
+            assert first.score == pytest.approx(1, abs=1e-3)
+    result = search_images(gallery, [folder])
+    assert [(a.query, a.error) for a in result.answers if a.error] == [("0005.png", "empty file (0 bytes)")]
+    assert result.failed == 1
+    alone = search_images(gallery, [folder], SearchOptions(k=3, exclude_self=True))
+    for answer in alone.answers:
+        assert answer.query not in [one.name for one in answer.neighbors]
+        assert answer.error or [one.rank for one in answer.neighbors] == [1, 2, 3]
+
+
+def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: Path) -> None:
+    gallery = gallery_of(few_values(5))
+    store = open_store(gallery.about.sources[0].store)
+    result = search_store(gallery, store, SearchOptions(k=9))
+    assert result.notes == ["k is 9, the gallery has 5 images: all are given"]
+    assert [len(answer.neighbors) for answer in result.answers] == [5] * 5
+    without = search_store(gallery, store, SearchOptions(k=9, exclude_self=True))
+    assert [len(answer.neighbors) for answer in without.answers] == [4] * 5
+
+
+@pytest.mark.parametrize("expand", [0, 2])
+def test_own_windows_are_left_out(make_store: MakeStore, tmp_path: Path, expand: int) -> None:
+    """All of the query's image, whatever row it is asked by, and no other image's."""
+    names = [f"{n // 3}.jpg#{n % 3},0,9,9" if n < 12 else f"{n}.jpg" for n in range(15)]
+    store = make_store(np.repeat(np.eye(5, 8), 3, 0) + 0.1 * few_values(15), names=names, root=str(tmp_path))
+    create_gallery(store, tmp_path / "g")
+    result = search_store(open_gallery(tmp_path / "g"), store, SearchOptions(k=15, exclude_self=True, expand=expand))
+    images = [name.split("#")[0] for name in names]
+    for image, answer in zip(images, result.answers, strict=True):
+        found = [one.name for one in answer.neighbors]
+        assert sorted(found) == sorted(name for name, of in zip(names, images, strict=True) if of != image)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF2,Flat", "SQ8"])
+def test_query_expansion_equals_the_formula(gallery_of: Callable[..., Gallery], factory: str) -> None:
+    generator = np.random.default_rng(3)
+    rows = np.abs(generator.normal(size=(90, 16)))
+    gallery = gallery_of(rows, factory)
+    asked = np.abs(generator.normal(size=(4, 16)))
+    options = SearchOptions(k=5, expand=3, alpha=2.0)
+    found, scores = search_descriptors(gallery, asked, options)
+    units = np.float64(np.float16(rows))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    for query, one, of_one in zip(asked, found, scores, strict=True):
+        query = query / np.linalg.norm(query)
+        nearest = np.argsort(-(units @ query), kind="stable")[:3]
+        together = query + sum((units[row] @ query) ** 2.0 * units[row] for row in nearest)
+        expected = units @ (together / np.linalg.norm(together))
+        assert of_one == pytest.approx(np.sort(expected)[::-1][:5], abs=0.02 if factory == "SQ8" else 1e-4)
+        assert one[0] == expected.argmax() or factory == "SQ8"
+
+
+def test_expansion_with_an_index_that_faiss_reads_without_its_quantizer(gallery_of: Callable[..., Gallery]) -> None:
+    """FAISS 1.15 alone would end the process here."""
+    rows = np.random.default_rng(3).normal(size=(90, 16))
+    gallery = gallery_of(rows, "IVF4,PQ4x4fs")
+    found, scores = search_descriptors(gallery, rows[:5], SearchOptions(k=3, expand=2))
+    assert (found >= 0).all() and (scores > 0.3).all()
+
+
+def test_another_recipe_is_refused(make_store: MakeStore, gallery_of: Callable[..., Gallery]) -> None:
+    gallery = gallery_of(few_values(5))
+    other = make_store(few_values(5), "other.h5", recipe=Recipe(levels=(3, 1)))
+    with pytest.raises(GalleryError, match=r"another recipe than .*other.h5 \(levels: 6,3,2,1 here, 3,1 there\)"):
+        search_store(gallery, other)
+    other = make_store(few_values(5), "other.h5", weights="1" * 64)
+    with pytest.raises(GalleryError, match="weights: 000000000000 here, 111111111111 there"):
+        search_store(gallery, other)
+    other = make_store(few_values(5, 4), "other.h5")
+    with pytest.raises(GalleryError, match="dimensions: 8 here, 4 there"):
+        search_store(gallery, other)
+
+
+def test_bad_descriptors(gallery_of: Callable[..., Gallery]) -> None:
+    gallery = gallery_of(few_values(5))
+    with pytest.raises(UsageError, match=r"descriptors must be \[Q, 8\], found \[2, 3\]"):
+        search_descriptors(gallery, np.zeros((2, 3)))
+    with pytest.raises(UsageError, match="expected finite values, found 1 rows"):
+        search_descriptors(gallery, np.array([[np.nan] * 8, [1] * 8]))
+    for change in ({"k": 0}, {"expand": -1}, {"alpha": -1.0}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            SearchOptions(**change)  # type: ignore[arg-type]

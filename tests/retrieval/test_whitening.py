@@ -1,0 +1,130 @@
+"""PCA and whitening against a singular value decomposition, in all three ways; limits and damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeStore
+from reference import normalize, principal_components
+
+from sppfeat import GalleryError, Recipe, UsageError
+from sppfeat.retrieval import whitening
+from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection, read_arrays, write_projection
+from sppfeat.store.unit_rows import to_units, unit_rows
+
+FLOAT32 = Recipe(dtype="float32")
+
+
+def spread(count: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Rows whose variances fall from direction to direction, around a mean that is not 0, of any length."""
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(count, dim)) * 0.85 ** np.arange(dim) + generator.normal(size=dim)
+    return np.asarray(rows @ np.linalg.qr(generator.normal(size=(dim, dim)))[0] * generator.uniform(0.5, 2, (count, 1)))
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "route"), [(20, 50, "gram"), (300, 30, "covariance"), (300, 40, "randomized")]
+)
+@pytest.mark.parametrize(("whiten", "power", "shrinkage"), [(False, 1, 0.1), (True, 1, 0), (True, 0.5, 0.3)])
+def test_equals_a_singular_value_decomposition(
+    make_store: MakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    dim: int,
+    route: str,
+    whiten: bool,
+    power: float,
+    shrinkage: float,
+) -> None:
+    if route == "randomized":
+        monkeypatch.setattr(whitening, "EXACT_SIDE", 20)
+        monkeypatch.setattr(whitening, "OVERSAMPLING", 10)
+    monkeypatch.setattr(
+        "sppfeat.store.unit_rows.BLOCK_BYTES", 4 * dim * 7
+    )  # blocks of 7 rows, and a last one that is shorter
+    monkeypatch.setattr(whitening, "BLOCK_BYTES", 4 * count * 7)
+    values = spread(count, dim)
+    store = make_store(values, recipe=FLOAT32)
+    options = ProjectionOptions(dims=8, whiten=whiten, power=power, shrinkage=shrinkage)
+    found = learn_projection(unit_rows(store), options)
+    assert found.route == route and found.rows == count
+    mean, eigenvalues, vectors = principal_components(values, 8)
+    every = principal_components(values, dim)[1]
+    assert found.mean == pytest.approx(mean, abs=1e-6)
+    assert found.eigenvalues == pytest.approx(eigenvalues, rel=1e-3)
+    assert found.kept == pytest.approx(eigenvalues.sum() / every.sum(), rel=1e-4) and found.kept < 1
+    scales = ((1 - shrinkage) * eigenvalues + shrinkage * eigenvalues.mean()) ** (-power / 2) if whiten else 1
+    units = np.array([normalize(row, "l2") for row in values])
+    expected = np.array([normalize(row, "l2") for row in (units - mean) @ vectors * scales])
+    ours = unit_rows(store, found).take(slice(0, count))
+    # Up to the sign of each component, which cosines do not show.
+    assert ours @ ours.T == pytest.approx(expected @ expected.T, abs=2e-3)
+    assert np.abs(ours) == pytest.approx(np.abs(expected), abs=5e-3)
+
+
+def test_whitened_rows_have_equal_variances(make_store: MakeStore) -> None:
+    store = make_store(spread(400, 20), recipe=FLOAT32)
+    found = learn_projection(unit_rows(store), ProjectionOptions(dims=6, whiten=True, shrinkage=0))
+    units = to_units(store.descriptors) - found.mean
+    assert (units @ found.matrix).var(0) == pytest.approx(np.ones(6), rel=1e-3)
+
+
+def test_no_more_components_than_the_rows_have(make_store: MakeStore) -> None:
+    few = learn_projection(unit_rows(make_store(spread(5, 30), recipe=FLOAT32)), ProjectionOptions(dims=512))
+    assert few.dim == 4 and few.kept == pytest.approx(1)
+    twice = np.repeat(spread(5, 30), 4, 0)  # 20 rows, 5 of them different
+    assert learn_projection(unit_rows(make_store(twice, recipe=FLOAT32)), ProjectionOptions(dims=512)).dim == 4
+
+
+def test_rows_that_cannot_be_projected(make_store: MakeStore) -> None:
+    with pytest.raises(UsageError, match=r"expected at least 2 described images to project, found 1"):
+        learn_projection(unit_rows(make_store(np.ones((1, 4)))))
+    with pytest.raises(UsageError, match="its 3 descriptors are all alike"):
+        learn_projection(unit_rows(make_store(np.ones((3, 4)))))
+    for change in ({"dims": 0}, {"power": 1.5}, {"shrinkage": -0.1}, {"power": float("nan")}):
+        with pytest.raises(UsageError, match="must be"):
+            ProjectionOptions(**change)  # type: ignore[arg-type]
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "projection-1.npz"
+    good = Projection(
+        mean=np.ones(3, np.float32),
+        matrix=np.ones((3, 2), np.float32),
+        eigenvalues=np.ones(2, np.float32),
+        kept=1.0,
+        power=0.0,
+        shrinkage=0.0,
+        learned_from="",
+        rows=3,
+        route="gram",
+    )
+    write_projection(path, good)
+    assert read_arrays(path, 3, 2)["matrix"].shape == (3, 2)
+    with pytest.raises(GalleryError, match=r"expected matrix of \[3, 1\] float32, found \[3, 2\] float32"):
+        read_arrays(path, 3, 1)
+    whole = path.read_bytes()
+    for damaged in (b"", b"PK\x03\x04", whole[:-30], whole[:100] + b"\xff" + whole[101:]):
+        path.write_bytes(damaged)
+        with pytest.raises(GalleryError, match=r"projection-1\.npz: expected a projection that is whole"):
+            read_arrays(path, 3, 2)
+    arrays = {"mean": good.mean, "matrix": good.matrix, "eigenvalues": good.eigenvalues}
+    np.savez(path, **(arrays | {"mean": np.array([object()] * 3)}))  # pickled inside
+    with pytest.raises(GalleryError, match=r"expected mean of \[3\] float32, found \[3\] object"):
+        read_arrays(path, 3, 2)
+    np.savez_compressed(path, **arrays)  # a bomb would be
+    with pytest.raises(GalleryError, match="found it compressed"):
+        read_arrays(path, 3, 2)
+    np.savez(path, **(arrays | {"matrix": np.full((3, 2), np.inf, np.float32)}))
+    with pytest.raises(GalleryError, match="matrix holds values that are not finite"):
+        read_arrays(path, 3, 2)
+    with pytest.raises(GalleryError, match="expected mean of"):
+        read_arrays(path, 1 << 31, 1 << 31)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1, 1e4, 1e30])
+def test_units_at_any_length(scale: float) -> None:
+    rows = np.array([[3, 4], [0, 0], [-1, 0]], np.float32) * np.float32(scale)
+    assert to_units(rows) == pytest.approx(np.array([[0.6, 0.8], [0, 0], [-1, 0]]), rel=1e-6)
