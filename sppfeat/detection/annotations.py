@@ -1,6 +1,7 @@
 """Annotated images: boxes with class names, from PASCAL VOC (XML) and COCO (JSON), checked against the pictures.
 
-Boxes are windows, as `sppfeat.windows` has them. VOC counts pixels from 1; COCO's x, y, width, height become the pixels x .. x + width - 1.
+Boxes are windows, as `sppfeat.windows` has them. VOC counts pixels from 1; COCO's x, y, width,
+height become the pixels x .. x + width - 1.
 """
 
 from __future__ import annotations

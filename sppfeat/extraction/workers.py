@@ -1,10 +1,10 @@
 """Filling the rows of a store: by this process, or by one process a card, each its own part of the rows.
 
-A process of its own is started with `python -m sppfeat.extraction.workers DESCRIPTOR`. It is told what to do by one line
-of JSON on standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard output:
-`[place, error]` for each row that is on its way to the disk, and at last an object with its times, or with the error
-that ended it. The line `stop` makes it finish the rows in
-flight; the end of its input, which is how it learns that the process that started it is gone, ends it at once.
+A process of its own is started with `python -m sppfeat.extraction.workers DESCRIPTOR`. It is told what to do by one
+line of JSON on standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard
+output: `[place, error]` for each row that is on its way to the disk, and at last an object with its times, or with the
+error that ended it. The line `stop` makes it finish the rows in flight; the end of its
+input, which is how it learns that the process that started it is gone, ends it at once.
 """
 
 from __future__ import annotations

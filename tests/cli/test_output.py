@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_annotations import xml
+from voc_xml import xml
 
 from sppfeat import Recipe, Store
 from sppfeat.errors import SppFeatError

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from test_annotations import xml
 from typer.testing import CliRunner, Result
+from voc_xml import xml
 
 from sppfeat import ModelError, Recipe, UsageError
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
