@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sppfeat.backbones.geometry import Geometry, derive_geometry
+from sppfeat.backbones.geometry import Geometry
+from sppfeat.backbones.layer_steps import derive_geometry
 from sppfeat.backbones.tracing import Layer, TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
 from sppfeat.recipe import Recipe

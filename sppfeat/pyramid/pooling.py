@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
-from sppfeat.pyramid.processor import max_of_rois
+from sppfeat.pyramid.processor import GEM_FLOOR, max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
-# Below this, gem's power would lose its gradient (Radenovic, Tolias, Chum 2018 use the same).
-_GEM_FLOOR: Final = 1e-6
+# What NumPy knows as well; bfloat16 it does not.
+_NUMPY_DTYPES: Final = (torch.float16, torch.float32, torch.float64)
 
 
 def pool_pyramid(
@@ -73,9 +73,9 @@ def pool_rois(
         rows = _by_triton(cells[None], windows, levels)
         if rows is not None:
             return rows
-    if pooling == "max" and cells.device.type == "cpu" and len(rois) and not _wants_gradient(feature_map):
-        finest = [n for n in dict.fromkeys(levels) if not any(m > n and m % n == 0 for m in levels)]
-        return max_of_rois(cells, {level: _roi_edges(rois, level) for level in finest}, levels)
+    fast = pooling == "max" and cells.device.type == "cpu" and cells.dtype in _NUMPY_DTYPES
+    if fast and not _wants_gradient(feature_map):
+        return torch.from_numpy(max_of_rois(cells.detach().numpy(), rois.numpy(), levels))
     look_up = _max_of_blocks if pooling == "max" else _mean_of_blocks
 
     def pool(level: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ def _pool_levels(
         finer = min((n for n in pooled if n % level == 0), default=None) if pooling == "max" else None
         pooled[level] = pool(level) if finer is None else F.max_pool2d(pooled[finer], finer // level)
     rows = torch.cat([pooled[level].permute(0, 2, 3, 1).flatten(1) for level in levels], 1)
-    return rows.clamp(min=_GEM_FLOOR**gem_p).pow(1 / gem_p) if pooling == "gem" else rows
+    return rows.clamp(min=GEM_FLOOR**gem_p).pow(1 / gem_p) if pooling == "gem" else rows
 
 
 def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
     if pooling != "gem":
         return cells
     # Single precision has no room for the 10th power of a large value, nor for that of the floor.
-    return cells.double().clamp(min=_GEM_FLOOR).pow(gem_p)
+    return cells.double().clamp(min=GEM_FLOOR).pow(gem_p)
 
 
 def _roi_edges(rois: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from sppfeat.backbones.backbone import Backbone, load_backbone
-from sppfeat.backbones.geometry import Geometry, derive_geometry
+from sppfeat.backbones.geometry import Geometry
+from sppfeat.backbones.layer_steps import derive_geometry
 from sppfeat.errors import BackboneError
 from sppfeat.recipe import Recipe
 
