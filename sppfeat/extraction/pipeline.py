@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import threading
 import time
 from collections import deque
@@ -12,19 +11,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import torch
 
-from sppfeat.engines.engine import load_engine
-from sppfeat.engines.settings import exact_convolutions, quiet_pillow
+from sppfeat.backbones.network import Network
+from sppfeat.engines.devices import resolve_device
+from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, load_engine
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
 from sppfeat.images.reading import Fingerprint, fingerprint_of
 from sppfeat.images.resizing import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.machine import available_cores
-from sppfeat.pyramid.pooling import pool_pyramid, pool_rois
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.settings import quiet_pillow
 from sppfeat.windows.windows import map_windows, nearest_scales, outside, window_text
 
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
@@ -101,16 +100,9 @@ class _Row:
         return np.ones(len(self.windows), bool) if self.scale_of is None else self.scale_of == scale
 
 
-# How torch says that a picture is too small for a convolution or a pooling.
-_SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
-
-# How torch's and OpenVINO's allocators on the processor say that there is no more.
-_OUT_OF_MEMORY: Final = re.compile(
-    "out of memory|can't allocate memory|not enough memory|bad_?\\s?alloc", re.IGNORECASE
-)
-
 _Input = tuple[int, int]  # which picture, which scale
-_Task = tuple[str, np.ndarray | None]  # a picture's path, its windows
+_Task = tuple[str, np.ndarray | None]  # an image's path, its windows
+_Decoding = tuple[int, np.ndarray | None, "Future[PreparedImage | _Unreadable]"]
 
 
 class _Gate:
@@ -141,31 +133,51 @@ class _Gate:
 
 
 class Describer:
-    """Describes pictures by a recipe. The network is loaded once; `recipe` is then complete (layer, mean, ...).
+    """Describes images by a recipe, which is then complete (layer, mean, ...). The network is loaded when it is needed.
 
-    dim: length of a descriptor. device, engine: where and how the network runs. weights_sha256: of the network up to
-    the layer. workers, streams: threads that decode, and that run the network.
+    dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
+    workers: threads that decode. network: the recipe's, where it is at hand.
     Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 
-    def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
-        options = options or RunOptions()
-        self._backbone, self._engine = load_engine(recipe, options)
-        self.device, self.engine = self._engine.device, self._engine.name
-        self.recipe = self._backbone.recipe
-        smallest = self._backbone.minimum_side
+    def __init__(self, recipe: Recipe, options: RunOptions | None = None, *, network: Network | None = None) -> None:
+        self._options = options or RunOptions()
+        choose_engine(recipe, self._options)  # what cannot be is said before any work
+        self._network = network or Network(recipe)
+        description = self._network.description
+        self.device = resolve_device(self._options.device)
+        self.recipe = description.recipe
+        self.minimum_side = description.minimum_side
         for scale in self.recipe.scales:
-            if isinstance(scale, int) and scale < smallest:
-                raise UsageError(f"scale {scale}: backbone {recipe.backbone} needs at least {smallest} pixels a side")
-        self.weights_sha256 = self._backbone.weights_sha256
-        self.dim = self.recipe.dimensions(self._backbone.channels)
+            if isinstance(scale, int) and scale < self.minimum_side:
+                raise UsageError(
+                    f"scale {scale}: backbone {recipe.backbone} needs at least {self.minimum_side} pixels per side"
+                )
+        self.weights_sha256 = description.weights_sha256
+        self.dim = description.dim
         self.times = StageTimes()
-        self._geometry = functools.lru_cache(maxsize=1024)(self._backbone.geometry)
+        self._geometry = functools.lru_cache(maxsize=1024)(description.geometry)
         self._gate = _Gate()
         self._most_pixels = 0  # that went through the network in one pass
-        self.workers = options.num_workers or available_cores()
-        self.streams = self._engine.streams
-        self._batch_size = options.batch_size or self._engine.batch_size
+        self.workers = self._options.num_workers or available_cores()
+        self._engine: Engine | None = None
+        self._batch_size = 1
+
+    def _load(self) -> Engine:
+        if self._engine is None:
+            self._engine = load_engine(self._network, self._options)
+            self._batch_size = self._options.batch_size or self._engine.batch_size
+        return self._engine
+
+    @property
+    def engine(self) -> str:
+        """What runs the network, or would run it before it is loaded: `openvino` or `torch`."""
+        return choose_engine(self.recipe, self._options) if self._engine is None else self._engine.name
+
+    @property
+    def streams(self) -> int:
+        """Threads that run the network; 0 before it is loaded."""
+        return self._engine.streams if self._engine is not None else 0
 
     def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
         """Describe every path, about in order; a picture that cannot be described comes with its reason.
@@ -209,39 +221,50 @@ class Describer:
         self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool], *, together: bool
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         """together: whether pictures of one shape wait for each other."""
-        threads_before = torch.get_num_threads()
         decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        forwarders = ThreadPoolExecutor(
-            self.streams,
-            thread_name_prefix="forward",
-            initializer=torch.set_num_threads,
-            initargs=(self._engine.threads,),
-        )
         try:
-            yield from self._pipeline(iter(enumerate(tasks)), scales, decoders, forwarders, stop, together)
+            numbered = iter(enumerate(tasks))
+            # The first images are decoded while the network is loaded.
+            begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
+            if not begun:
+                return
+            engine = self._load()
+            forwarders = ThreadPoolExecutor(engine.streams, thread_name_prefix="forward")
+            try:
+                with engine.at_work():
+                    yield from self._pipeline(engine, numbered, begun, scales, decoders, forwarders, stop, together)
+            finally:
+                forwarders.shutdown(cancel_futures=True)
         finally:
             decoders.shutdown(cancel_futures=True)
-            forwarders.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads_before)
+
+    def _ahead(self, passes: int) -> int:
+        """How many images may be decoded ahead of the network, which has `passes` of them at a time."""
+        largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
+        return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
+
+    def _begin(self, tasks: Iterable[tuple[int, _Task]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
+        for index, (path, windows) in tasks:
+            yield index, windows, decoders.submit(self._prepare, path)
 
     def _pipeline(
         self,
+        engine: Engine,
         tasks: Iterator[tuple[int, _Task]],
+        decoding: deque[_Decoding],
         window_scales: str,
         decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
         together: bool,
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
-        largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
-        ahead = 4 * self.workers + self.streams * self._batch_size
-        ahead = min(ahead, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
-        decoding: deque[tuple[int, np.ndarray | None, Future[PreparedImage | _Unreadable]]] = deque()
+        ahead = self._ahead(engine.streams * self._batch_size)
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
             self._batch_size if together else 1,
-            patience=self._engine.patience * self._batch_size * len(self.recipe.scales),
+            patience=engine.patience * self._batch_size * len(self.recipe.scales),
         )
+        ending = False
         rows: dict[int, _Row] = {}
 
         def submit(batch: list[tuple[_Input, np.ndarray]]) -> None:
@@ -260,9 +283,9 @@ class Describer:
                         yield index, rows.pop(index)
 
         while True:
-            if not stop():
-                for index, (path, windows) in islice(tasks, ahead - len(decoding)):
-                    decoding.append((index, windows, decoders.submit(self._prepare, path)))
+            if not ending:
+                decoding.extend(self._begin(islice(tasks, 0 if stop() else ahead - len(decoding)), decoders))
+                ending = len(decoding) < ahead
             if not decoding:
                 break
             index, windows, future = decoding.popleft()
@@ -276,15 +299,17 @@ class Describer:
             row.left = len(wanted)
             if not wanted:
                 yield index, rows.pop(index)
-            batcher.limit(self._batch_size)
+            # Towards the end batches become smaller, so that no stream is left without.
+            share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else 4096
+            batcher.limit(min(self._batch_size, share))
             for scale in wanted:
                 for batch in batcher.add((index, scale), prepared.inputs[scale]):
                     submit(batch)
             prepared.inputs.clear()
-            yield from collect(2 * self.streams)
+            yield from collect(2 * engine.streams)
         for batch in batcher.flush():
             submit(batch)
-            yield from collect(2 * self.streams)
+            yield from collect(2 * engine.streams)
         yield from collect(0)
 
     def _row(self, prepared: PreparedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
@@ -298,7 +323,7 @@ class Describer:
         start = time.perf_counter()
         try:
             with quiet_pillow:
-                return prepare_image(path, self.recipe, minimum=self._backbone.minimum_side)
+                return prepare_image(path, self.recipe, minimum=self.minimum_side)
         except ImageError as error:
             return _Unreadable(str(error), fingerprint_of(path))
         except MemoryError:
@@ -330,7 +355,7 @@ class Describer:
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
         """What one batch gives, or its halves, down to single images; one that does not fit comes with its reason."""
-        self._engine.release()
+        self._load().release()
         found = self._pass(batch, rows)
         if not isinstance(found, str):
             return found
@@ -356,51 +381,46 @@ class Describer:
         """What one batch gives; a text where the memory does not suffice. Raises BackboneError."""
         keys = [key for key, _ in batch]
         height, width = batch[0][1].shape[:2]
+        engine = self._load()
         try:
-            with exact_convolutions, torch.inference_mode(), self._engine.lane():
+            with engine.lane():
                 described: list[tuple[_Input, np.ndarray | str]] = list(
-                    zip(keys, self._descriptors(batch, rows), strict=True)
+                    zip(keys, self._descriptors(engine, batch, rows), strict=True)
                 )
             self._most_pixels = max(self._most_pixels, len(batch) * height * width)
             return described
-        except (RuntimeError, AssertionError, MemoryError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
-                return one_line(error)  # not the error itself, which holds on to the memory of the failed pass
-            if _SIZE_REFUSED.search(str(error)):
-                reason = f"the network refused an image of {width} x {height}: {one_line(error)}"
-                return [(key, reason) for key in keys]
+        except MemoryError as error:
+            return one_line(error)  # not the error itself, which holds on to the memory of the failed pass
+        except ImageRefusedError as error:
+            reason = f"the network refused an image of {width} x {height}: {one_line(error)}"
+            return [(key, reason) for key in keys]
+        except (RuntimeError, AssertionError) as error:
             # A lost GPU, say: no fault of these images, whose rows stay pending.
             raise BackboneError(
                 f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} images of {width} x {height} "
                 f"on {self.device} ({one_line(error)})"
             ) from None
 
-    def _descriptors(self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]) -> list[np.ndarray]:
-        """Of each picture [D], or of its windows [k, D]."""
-        feature_map = self._engine.feature_map(torch.from_numpy(np.stack([pixels for _, pixels in batch])))
+    def _descriptors(
+        self, engine: Engine, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
+    ) -> list[np.ndarray]:
+        """Of each image [D], or of its windows [k, D]."""
+        maps = engine.feature_maps(np.stack([pixels for _, pixels in batch]))
         if rows[0].windows is not None:
             return [
-                self._pool_windows(one, row, key[1], pixels)
-                for one, row, (key, pixels) in zip(feature_map, rows, batch, strict=True)
+                self._pool_windows(engine, one, row, key[1], pixels)
+                for one, row, (key, pixels) in zip(maps, rows, batch, strict=True)
             ]
-        pooled = pool_pyramid(feature_map, self.recipe.levels, pooling=self.recipe.pooling, gem_p=self.recipe.gem_p)
-        return list(normalize(pooled.float(), self.recipe.normalize).cpu().numpy())
+        return list(normalize(engine.pool(maps), self.recipe.normalize))
 
-    def _pool_windows(self, feature_map: torch.Tensor, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
-        """[k, D] descriptors of the windows that one picture has at one scale."""
+    def _pool_windows(self, engine: Engine, feature_map: Any, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
+        """[k, D] descriptors of the windows that one image has at one scale."""
         start = time.perf_counter()
         assert row.windows is not None
         height, width = pixels.shape[:2]
         rows, columns = self._geometry(height, width)
         rois = map_windows(row.windows[row.rois_at(scale)], row.prepared.size, (width, height), columns, rows)
-        pooled = pool_rois(
-            feature_map,
-            torch.from_numpy(rois),
-            self.recipe.levels,
-            pooling=self.recipe.pooling,
-            gem_p=self.recipe.gem_p,
-        )
-        descriptors: np.ndarray = normalize(pooled.float(), self.recipe.normalize).cpu().numpy()
+        descriptors = normalize(engine.pool_windows(feature_map, rois), self.recipe.normalize)
         self.times.add("pool", time.perf_counter() - start)
         return descriptors
 
@@ -409,7 +429,7 @@ class Describer:
         if row.error is not None:
             return DescribedWindows(index, None, size, fingerprint, row.error, {})
         assert row.windows is not None
-        dim = self.dim if row.scale_of is None else self.recipe.bins * self._backbone.channels
+        dim = self.dim if row.scale_of is None else self.recipe.bins * self._network.description.channels
         parts = [part for part in row.parts if part is not None]
         with np.errstate(over="ignore"):
             if not parts:
@@ -445,13 +465,16 @@ class Describer:
         return Described(index, stored, size, fingerprint, None)
 
 
-def normalize(descriptors: torch.Tensor, kind: str) -> torch.Tensor:
+def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
     """Normalise rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
     if kind == "none":
         return descriptors
     if kind == "signed-sqrt-l2":
-        descriptors = descriptors.sign() * descriptors.abs().sqrt()
-    return torch.nn.functional.normalize(descriptors, dim=1)
+        descriptors = np.copysign(np.sqrt(np.abs(descriptors)), descriptors)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found, and named, by who stores it
+        lengths = np.sqrt(np.einsum("nd,nd->n", descriptors, descriptors))
+        unit: np.ndarray = descriptors / np.maximum(lengths, 1e-12)[:, None]
+    return unit
 
 
 def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:

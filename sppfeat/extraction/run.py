@@ -155,7 +155,7 @@ def extract_folder(
         # Beside several cards, this process only knows the network: it needs no place on any.
         own = replace(options, device="cpu", engine="torch") if len(devices) > 1 else options
         describer = Describer(recipe or Recipe(), own)
-        device = options.device if len(devices) > 1 else str(describer.device)
+        device = options.device if len(devices) > 1 else describer.device
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
         plan = _plan(store, rows, images, windowed=windowed, retry_failed=retry_failed)

@@ -246,10 +246,10 @@ def _of_squares(cells: np.ndarray, side: int) -> np.ndarray:
     """Maxima over squares of `side` x `side` of cells [K, n * side, n * side, C]: [K, n, n, C]."""
     if side == 1:
         return cells
-    best = cells[:, ::side]
+    best: np.ndarray = cells[:, ::side]
     for step in range(1, side):
         best = np.maximum(best, cells[:, step::side])
-    narrow = best[:, :, ::side]
+    narrow: np.ndarray = best[:, :, ::side]
     for step in range(1, side):
         narrow = np.maximum(narrow, best[:, :, step::side])
     return narrow

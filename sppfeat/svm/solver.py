@@ -79,7 +79,7 @@ class LinearSvm:
         """
         if len(descriptors.shape) != 2 or descriptors.shape[1] != self.weights.shape[1]:
             raise UsageError(f"descriptors must be [N, {self.weights.shape[1]}], found {list(descriptors.shape)}")
-        place = resolve_device(device)
+        place = torch.device(resolve_device(device))
         chosen = Rows(descriptors, rows, place)
         trained = np.isfinite(self.biases)
         weights = np.concatenate([self.weights, np.where(trained, self.biases, 0)[:, None]], 1)
@@ -206,7 +206,7 @@ class SvmProblem:
         if route == "auto":
             route = "gram" if count <= 2 * dim and 8 * count * count <= gram_bytes else "primal"
         self.route = route
-        self._device = resolve_device(device)
+        self._device = torch.device(resolve_device(device))
         self._all = Rows(descriptors, chosen, self._device)
         self._gram = self._all.to(torch.float64).gram() if route == "gram" else None
         squares = self._all.squares() if self._gram is None else self._gram.diagonal()

