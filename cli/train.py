@@ -42,8 +42,9 @@ def svm(
     from sppfeat.files.output import SVM, check_new_file
     from sppfeat.store.store import open_store
     from sppfeat.svm.cost_selection import SvmOptions
-    from sppfeat.transfer.classifier import save_classifier, train_classifier
+    from sppfeat.transfer.classifier import save_classifier
     from sppfeat.transfer.labels import read_labels
+    from sppfeat.transfer.train_classifier import train_classifier
 
     options = SvmOptions(
         costs=svm_options.costs(c, c_grid),

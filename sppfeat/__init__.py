@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from sppfeat.retrieval.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
     from sppfeat.retrieval.whitening import ProjectionOptions
     from sppfeat.store.store import Status, Store, open_store, verify_store
-    from sppfeat.svm.solver import LinearSvm, train_linear_svm
+    from sppfeat.svm.model import LinearSvm
+    from sppfeat.svm.solver import train_linear_svm
     from sppfeat.transfer.evaluation import Transfer, TransferOptions, evaluate_transfer
     from sppfeat.windows.windows import read_windows, split_row_name
 
@@ -68,7 +69,8 @@ _HOMES = {
     "pyramid.pooling": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
     "recipe": ("Recipe", "RunOptions"),
     "store.store": ("Status", "Store", "open_store", "verify_store"),
-    "svm.solver": ("LinearSvm", "train_linear_svm"),
+    "svm.model": ("LinearSvm",),
+    "svm.solver": ("train_linear_svm",),
     "transfer.evaluation": ("Transfer", "TransferOptions", "evaluate_transfer"),
     "windows.windows": ("read_windows", "split_row_name"),
 }

@@ -22,7 +22,8 @@ from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import DescribedWindows, Describer
-from sppfeat.svm.solver import CONVERGED, SvmProblem
+from sppfeat.svm.model import CONVERGED
+from sppfeat.svm.solver import SvmProblem
 from sppfeat.windows.boxes import box_targets, fit_ridge
 from sppfeat.windows.selective_search import ProposalOptions
 from sppfeat.windows.windows import overlaps

@@ -203,7 +203,7 @@ def _places(powers: np.ndarray, wide: int, height: int, width: int, edges: Edges
 
 def _look_up(tables: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Bins [U, C] from rows [4, U] of the tables."""
-    best = tables.take(places[0], axis=0)
+    best: np.ndarray = tables.take(places[0], axis=0)
     group = max(1, _GROUP_BYTES // (tables.shape[1] * tables.itemsize))
     for first in range(0, len(best), group):
         part = slice(first, first + group)

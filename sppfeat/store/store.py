@@ -272,6 +272,14 @@ def lock_store(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_complete(store: Store) -> None:
+    """Raise StoreError for a store with rows that are still to be described."""
+    if pending := store.counts()["pending"]:
+        raise StoreError(
+            f"{store.path}: {pending} of {len(store)} images are still to be described; run its extract again"
+        )
+
+
 def create_store(
     path: Path, names: Sequence[str], *, recipe: Recipe, weights_sha256: str, dim: int, source_root: str
 ) -> None:

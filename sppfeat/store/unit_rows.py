@@ -6,18 +6,15 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images.reading import name_to_path
 from sppfeat.machine import available_memory
-from sppfeat.store.store import Status, Store
+from sppfeat.store.store import Status, Store, require_complete
 from sppfeat.windows.windows import split_row_name
-
-if TYPE_CHECKING:
-    from sppfeat.retrieval.whitening import Projection
 
 # Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
 BLOCK_BYTES: Final = 1 << 25
@@ -25,6 +22,17 @@ BLOCK_BYTES: Final = 1 << 25
 KEPT_PART: Final = 0.4
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
+
+
+class Projection(Protocol):
+    """What makes vectors shorter: whitening, see `sppfeat.retrieval`."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a projected vector."""
+
+    def apply(self, units: np.ndarray) -> np.ndarray:
+        """[N, dim] float32 unit vectors of units [N, D]."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,8 @@ def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
 
     Raises StoreError for a store with rows that are still to be described, and for one without a described row.
     """
-    counts = store.counts()
-    if counts["pending"]:
-        raise StoreError(
-            f"{store.path}: {counts['pending']} of {len(store)} images are still to be described; run its extract again"
-        )
-    if not counts["done"]:
+    require_complete(store)
+    if not store.counts()["done"]:
         raise StoreError(f"{store.path}: expected described images, found {len(store)}, all of them failed")
     rows = np.flatnonzero(store.status == Status.DONE)
     names = store.names if len(rows) == len(store) else [store.names[row] for row in rows]

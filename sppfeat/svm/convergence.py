@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppfeat.svm.solver import CONVERGED
+from sppfeat.svm.model import CONVERGED
 
 
 class Unconverged(NamedTuple):

@@ -25,6 +25,7 @@ from sppfeat.engines.devices import resolve_device
 from sppfeat.errors import UsageError, unknown_name
 from sppfeat.store.subset import Matrix
 from sppfeat.svm.gram_space import GramBasis, GramSpace
+from sppfeat.svm.model import CONVERGED, LinearSvm, require_finite
 from sppfeat.svm.newton import Classes, Minimum, Space, minimize, minimize_along
 from sppfeat.svm.primal_space import PrimalSpace
 from sppfeat.svm.rows import Rows, to_tensor
@@ -32,8 +33,6 @@ from sppfeat.svm.rows import Rows, to_tensor
 ROUTES: Final = ("auto", "gram", "primal")
 # Duality gap over objective at which a class is done.
 TOLERANCE: Final = 1e-5
-# Up to which a class counts as converged: where liblinear ends at its default tolerance, about.
-CONVERGED: Final = 1e-4
 # The largest Gram matrix that is chosen by itself: 11,585 rows. Solving takes up to twice as much on top, and 1 GiB.
 GRAM_BYTES: Final = 1 << 30
 # Rows up to this size are solved in double precision from the start; larger ones in single, then the classes that need
@@ -41,58 +40,6 @@ GRAM_BYTES: Final = 1 << 30
 _DOUBLE_BYTES: Final = 1 << 28
 # Working memory of the classes that are solved at once.
 _CHUNK_BYTES: Final = 1 << 29
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSvm:
-    """Linear scorers of K classes.
-
-    weights: [K, D] float64. biases: [K] float64. classes: [K], in rising order. costs: [K], the C of each class.
-    route: `gram` or `primal`, how it was trained. gaps: [K], by how much, relative to the best possible objective,
-    each class's objective may at most lie above it.
-    """
-
-    weights: np.ndarray
-    biases: np.ndarray
-    classes: np.ndarray
-    costs: np.ndarray
-    route: str
-    gaps: np.ndarray
-
-    @property
-    def converged(self) -> np.ndarray:
-        """[K] whether each class came within a relative gap of `CONVERGED`."""
-        result: np.ndarray = self.gaps <= CONVERGED
-        return result
-
-    def scores(
-        self,
-        descriptors: Matrix,
-        rows: np.ndarray | None = None,
-        *,
-        device: str = "cpu",
-        names: Sequence[str] | None = None,
-    ) -> np.ndarray:
-        """[N, K] float32 scores of rows (None: all) of descriptors [., D]; positive means: of that class.
-
-        names: of the descriptors, for errors. Raises UsageError for rows that are not finite.
-        """
-        if len(descriptors.shape) != 2 or descriptors.shape[1] != self.weights.shape[1]:
-            raise UsageError(f"descriptors must be [N, {self.weights.shape[1]}], found {list(descriptors.shape)}")
-        place = torch.device(resolve_device(device))
-        chosen = Rows(descriptors, rows, place)
-        trained = np.isfinite(self.biases)
-        weights = np.concatenate([self.weights, np.where(trained, self.biases, 0)[:, None]], 1)
-        found = chosen.margins(to_tensor(weights, place, torch.float32)).T.cpu().numpy()
-        if not np.isfinite(found).all():
-            _require_finite(chosen, rows, names)
-        found[:, ~trained] = -np.inf
-        return found
-
-    def predict(self, descriptors: Matrix, *, device: str = "cpu") -> np.ndarray:
-        """[N] the class of the highest score; of equal scores the class that comes first."""
-        best: np.ndarray = self.classes[self.scores(descriptors, device=device).argmax(1)]
-        return best
 
 
 def train_linear_svm(
@@ -409,13 +356,23 @@ def _checked_targets(targets: np.ndarray) -> np.ndarray:
     raise UsageError(f"targets must be [N, K] of +1, -1 and 0, found {targets.dtype} {list(targets.shape)}")
 
 
+def scores_on(
+    svm: LinearSvm, device: str, descriptors: Matrix, rows: np.ndarray | None, names: Sequence[str] | None
+) -> np.ndarray:
+    """`LinearSvm.scores` by torch, on any device."""
+    place = torch.device(resolve_device(device))
+    chosen = Rows(descriptors, rows, place)
+    trained = np.isfinite(svm.biases)
+    weights = np.concatenate([svm.weights, np.where(trained, svm.biases, 0)[:, None]], 1)
+    found: np.ndarray = chosen.margins(to_tensor(weights, place, torch.float32)).T.cpu().numpy()
+    if not np.isfinite(found).all():
+        _require_finite(chosen, rows, names)
+    found[:, ~trained] = -np.inf
+    return found
+
+
 def _require_finite(rows: Rows, places: np.ndarray | None, names: Sequence[str] | None) -> None:
     """Raise UsageError that names the rows with values that are not finite; places: of the rows among the names."""
-    wrong = [
-        place.start + int(row) for place, block in rows.blocks() for row in (~block.isfinite().all(1)).nonzero()[:, 0]
-    ]
-    if wrong:
-        at = wrong[0] if places is None else int(places[wrong[0]])
-        first = f"row {at}" if names is None else names[at]
-        more = f", and {len(wrong) - 1} more row" + "s" * (len(wrong) > 2) if len(wrong) > 1 else ""
-        raise UsageError(f"{first}: expected a descriptor of finite numbers, found NaN or infinity{more}")
+    parts = [place.start + (~block.isfinite().all(1)).nonzero()[:, 0].cpu().numpy() for place, block in rows.blocks()]
+    wrong = np.concatenate(parts)
+    require_finite(wrong if places is None else places[wrong], names)

@@ -17,7 +17,7 @@ import numpy as np
 
 from sppfeat.errors import SppFeatWarning, StoreError, UsageError, unknown_name
 from sppfeat.recipe import Recipe
-from sppfeat.store.store import Store
+from sppfeat.store.store import Store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.svm.convergence import Convergence
 from sppfeat.svm.cost_selection import SvmOptions, choose_cost, choose_cost_per_class
@@ -168,14 +168,6 @@ def evaluate_transfer(
             raise UsageError(f"protocol {options.protocol}: expected no VOC folder; protocol voc2007 takes one")
         task = _task(first, failed, labels or labels_from_folders(first.names), options)
     return [_evaluate(store, task, options) for store in stores]
-
-
-def require_complete(store: Store) -> None:
-    """Raise StoreError for a store with images that are still to be described."""
-    if pending := store.counts()["pending"]:
-        raise StoreError(
-            f"{store.path}: {pending} of {len(store)} images are still to be described; run its extract again"
-        )
 
 
 def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:

@@ -10,7 +10,8 @@ import math
 from typing import Final
 
 import numpy as np
-import torch
+
+from sppfeat.windows.windows import overlaps
 
 # No box grows by more than this in one step (Faster R-CNN's code clips log sizes at log(1000 / 16) alike).
 _MAX_LOG: Final = math.log(1000 / 16)
@@ -59,12 +60,14 @@ def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.n
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, overlap: float) -> np.ndarray:
     """Numbers of the boxes [N, 4] that stay, the best score first: greedily, within each label, none overlaps a better
-    one by more than `overlap`."""
-    from torchvision.ops import batched_nms
-
-    if not len(boxes):
-        return np.zeros(0, np.int64)
-    # torchvision measures from edge to edge; a pixel is as wide as one.
-    edges = torch.from_numpy(boxes + [0, 0, 1, 1]).double()
-    kept: np.ndarray = batched_nms(edges, torch.from_numpy(scores).double(), torch.from_numpy(labels), overlap).numpy()
+    one by more than `overlap`, as intersection over union; pixels count whole."""
+    order = np.argsort(-scores, kind="stable")
+    stays = np.ones(len(boxes), bool)
+    for label in np.unique(labels):
+        ranked = order[labels[order] == label]
+        too_close = overlaps(boxes[ranked], boxes[ranked]) > overlap
+        for at in range(len(ranked)):
+            if stays[ranked[at]]:
+                stays[ranked[at + 1 :][too_close[at, at + 1 :]]] = False
+    kept: np.ndarray = order[stays[order]]
     return kept

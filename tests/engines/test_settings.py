@@ -16,8 +16,8 @@ from conftest import TINY
 from sppfeat import RunOptions
 from sppfeat.backbones.backbone import Backbone
 from sppfeat.engines.torch_settings import exact_convolutions
-from sppfeat.settings import WhileAny, quiet_pillow
 from sppfeat.extraction.pipeline import Describer
+from sppfeat.settings import WhileAny, quiet_pillow
 
 OPTIONS = RunOptions(device="cpu", engine="torch", num_workers=1)
 

@@ -27,7 +27,9 @@ from sppfeat import (
 )
 from sppfeat.store.store import StoreWriter
 from sppfeat.svm.cost_selection import SvmOptions
-from sppfeat.transfer.classifier import open_classifier, predict, save_classifier, train_classifier
+from sppfeat.transfer.classifier import open_classifier, save_classifier
+from sppfeat.transfer.prediction import predict
+from sppfeat.transfer.train_classifier import train_classifier
 
 Run = Callable[..., Any]
 
@@ -226,7 +228,7 @@ def test_svms_that_do_not_converge_are_told(
 
 def test_windows_of_another_recipe_are_described_anew(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
     """In the order of the rows; each as a store of the classifier's own recipe has it."""
-    from sppfeat.transfer.classifier import Prediction
+    from sppfeat.transfer.prediction import Prediction
 
     extract_folder(colours, tmp_path / "f.h5", tiny)
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
