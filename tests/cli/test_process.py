@@ -100,7 +100,7 @@ def test_a_store_is_never_a_standard_descriptor(tmp_path: Path, make_store: Call
 def test_what_libraries_print_is_no_result(images: Path, tmp_path: Path, as_json: bool) -> None:
     """By Python, by the descriptor, and by a child."""
     noise = (
-        "import os, sppfeat.engines.engine as d; real = d.load_backbone\n"
+        "import os, sppfeat.backbones.backbone as d; real = d.load_backbone\n"
         "def noisy(*a, **k):\n"
         "    print('noise of Python'); os.write(1, b'noise of C\\n'); os.system('echo noise of a child')\n"
         "    return real(*a, **k)\n"

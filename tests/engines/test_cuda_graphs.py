@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 from sppfeat import RunOptions, SppFeatWarning
+from sppfeat.backbones.network import Network
 from sppfeat.engines.cuda_graphs import _RECURS, MOST_SHAPES, Pass, RecurringPasses, capture_into_one_pool
 from sppfeat.engines.engine import load_engine
 
@@ -143,13 +145,14 @@ def test_no_memory_for_a_graph_is_no_failure() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_recorded_passes_on_the_card() -> None:
-    backbone, engine = load_engine(TINY, RunOptions(device="cuda"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(), engine.lane():
+    network = Network(TINY)
+    engine = load_engine(network, RunOptions(device="cuda"))
+    random = np.random.default_rng(0)
+    with engine.lane():
         for _ in range(_RECURS + 3):
-            pictures = torch.randint(0, 256, (4, 64, 96, 3), dtype=torch.uint8, generator=generator)
-            expected = backbone.feature_map(pictures.cuda())
-            torch.testing.assert_close(engine.feature_map(pictures), expected, rtol=1e-3, atol=1e-4)
+            images = random.integers(0, 256, (4, 64, 96, 3), np.uint8)
+            expected = network.backbone.feature_map(torch.from_numpy(images).cuda())
+            torch.testing.assert_close(engine.feature_maps(images), expected, rtol=1e-3, atol=1e-4)
         assert len(engine._local.passes._recorded) == 1  # type: ignore[attr-defined]
 
 

@@ -26,8 +26,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from sppfeat import Describer, Extraction, Recipe, RunOptions, Status, Store, extract_folder, open_store, verify_store
+from sppfeat.backbones import backbone
 from sppfeat.backbones.backbone import load_backbone
-from sppfeat.engines import engine
 from sppfeat.images.reading import name_to_path, path_to_name
 from sppfeat_cli.progress import LISTED
 
@@ -247,7 +247,7 @@ _load_once = functools.cache(load_backbone)
 @pytest.fixture(autouse=True)
 def one_network(monkeypatch):
     # Building the network is most of a small run's time, and nothing here is about it.
-    monkeypatch.setattr(engine, "load_backbone", _load_once)
+    monkeypatch.setattr(backbone, "load_backbone", _load_once)
 
 
 @pytest.fixture(scope="module")

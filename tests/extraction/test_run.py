@@ -34,7 +34,7 @@ from sppfeat import (
     verify_store,
 )
 from sppfeat.backbones.backbone import Backbone, load_backbone
-from sppfeat.engines.engine import TorchEngine
+from sppfeat.engines.torch_engine import TorchEngine
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.images import resizing as preprocess
 from sppfeat.images.resizing import prepare_image
@@ -468,14 +468,14 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     monkeypatch.setattr(TorchEngine, "release", watched)
-    monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (4, 1))
+    monkeypatch.setattr("sppfeat.engines.torch_engine.cpu_streams", lambda: (4, 1))
     done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch", batch_size=8))
     assert done.described == 24
     assert beside and not any(beside)
 
 
 def test_a_scale_too_small_for_the_backbone_is_refused_at_once(make_images: MakeImages, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="scale 16: backbone timm:test_resnet needs at least 32 pixels a side"):
+    with pytest.raises(UsageError, match="scale 16: backbone timm:test_resnet needs at least 32 pixels per side"):
         extract_folder(make_images(1), tmp_path / "f.h5", replace(TINY, scales=(64, 16)))
 
 
