@@ -152,31 +152,31 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     """Child process: seconds that the listed files would take if nothing but decoding and the network cost anything."""
     from concurrent.futures import ThreadPoolExecutor
 
-    import torch
+    import numpy as np
 
     from sppfeat import RunOptions
+    from sppfeat.backbones.network import Network
     from sppfeat.engines.engine import load_engine
     from sppfeat.images.resizing import prepare_image
 
     recipe = recipe_of(network_name, size, crop, precision)
-    backbone, runner = load_engine(recipe, RunOptions(device="cpu", engine=engine))
+    network = Network(recipe)
+    runner = load_engine(network, RunOptions(device="cpu", engine=engine))
     paths = Path(listing).read_text().splitlines()
 
-    def decode(path: str) -> torch.Tensor:
-        return torch.from_numpy(prepare_image(path, backbone.recipe).inputs[0].copy())[None]
+    def decode(path: str) -> np.ndarray:
+        return prepare_image(path, network.description.recipe).inputs[0][None]
 
-    def forward(picture: torch.Tensor) -> None:
-        with torch.inference_mode():
-            runner.feature_map(picture)
+    def forward(image: np.ndarray) -> None:
+        with runner.lane():
+            runner.feature_maps(image)
 
     with ThreadPoolExecutor(os.cpu_count()) as decoders:
         list(decoders.map(decode, paths[:20]))
         start = time.perf_counter()
         pictures = list(decoders.map(decode, paths))
         decoding = time.perf_counter() - start
-    with ThreadPoolExecutor(
-        runner.streams, initializer=torch.set_num_threads, initargs=(runner.threads,)
-    ) as forwarders:
+    with ThreadPoolExecutor(runner.streams) as forwarders:
         # As in a run: the first picture of each shape costs the network's preparation for it.
         start = time.perf_counter()
         list(forwarders.map(forward, pictures))

@@ -35,7 +35,8 @@ from sppfeat.pyramid import pooling as pyramid
 
 INTERPRETED = """
 import torch
-from sppfeat import pool_pyramid, pool_rois, pyramid_triton
+from sppfeat import pool_pyramid, pool_rois
+from sppfeat.pyramid import triton_kernels as pyramid_triton
 pyramid_triton._CHANNELS, pyramid_triton._CELLS = 4, 8
 maps = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
 whole = torch.tensor([[0, 0, 0, 9, 6], [1, 0, 0, 9, 6]], dtype=torch.int32)
@@ -99,7 +100,7 @@ def extraction(folder: Path, count: int) -> None:
     recipe = Recipe(precision="bfloat16", size_multiple=224)
     files = sorted(folder.rglob("*.jpg"))[:count]
     backbone = load_backbone(recipe).to(torch.device("cuda"))
-    shape = prepare_image(str(files[0]), backbone.recipe).inputs[0].shape
+    shape = prepare_image(str(files[0]), backbone.description.recipe).inputs[0].shape
     pictures = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
     with torch.inference_mode():
         eager = len(pictures) / median(lambda: backbone.feature_map(pictures))

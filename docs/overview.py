@@ -52,7 +52,7 @@ def main() -> None:
         photo.thumbnail((box[2] - box[0], box[3] - box[1]))
         canvas.paste(photo, box[:2])
     backbone = load_backbone(Recipe(scales=(448,)))
-    pixels = prepare_image(str(HERE.parent / "photos" / shown[0]), backbone.recipe).inputs[0]
+    pixels = prepare_image(str(HERE.parent / "photos" / shown[0]), backbone.description.recipe).inputs[0]
     with torch.inference_mode():
         feature_map = backbone.feature_map(torch.from_numpy(pixels.copy())[None])
     energy = feature_map[0].clamp(min=0).pow(2).mean(0).sqrt().numpy()
@@ -74,7 +74,7 @@ def main() -> None:
 
     arrow(1015, "rows")
     title(1098, "feats.h5", "16,000 values an image")
-    recipe = backbone.recipe
+    recipe = backbone.description.recipe
     with torch.inference_mode():
         for row, name in enumerate(shown):
             pixels = prepare_image(str(HERE.parent / "photos" / name), recipe).inputs[0]

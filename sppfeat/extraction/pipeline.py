@@ -163,7 +163,8 @@ class Describer:
         self._engine: Engine | None = None
         self._batch_size = 1
 
-    def _load(self) -> Engine:
+    def load(self) -> Engine:
+        """The engine; it is loaded once, when it is first needed. Raises BackboneError, DeviceError."""
         if self._engine is None:
             self._engine = load_engine(self._network, self._options)
             self._batch_size = self._options.batch_size or self._engine.batch_size
@@ -228,7 +229,7 @@ class Describer:
             begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
             if not begun:
                 return
-            engine = self._load()
+            engine = self.load()
             forwarders = ThreadPoolExecutor(engine.streams, thread_name_prefix="forward")
             try:
                 with engine.at_work():
@@ -355,7 +356,7 @@ class Describer:
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
         """What one batch gives, or its halves, down to single images; one that does not fit comes with its reason."""
-        self._load().release()
+        self.load().release()
         found = self._pass(batch, rows)
         if not isinstance(found, str):
             return found
@@ -381,7 +382,7 @@ class Describer:
         """What one batch gives; a text where the memory does not suffice. Raises BackboneError."""
         keys = [key for key, _ in batch]
         height, width = batch[0][1].shape[:2]
-        engine = self._load()
+        engine = self.load()
         try:
             with engine.lane():
                 described: list[tuple[_Input, np.ndarray | str]] = list(

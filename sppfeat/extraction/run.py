@@ -156,6 +156,8 @@ def extract_folder(
         own = replace(options, device="cpu", engine="torch") if len(devices) > 1 else options
         describer = Describer(recipe or Recipe(), own)
         device = options.device if len(devices) > 1 else describer.device
+        if overwrite and path.exists() and len(devices) == 1:
+            describer.load()  # a network that cannot run must not cost the store that is there
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
         plan = _plan(store, rows, images, windowed=windowed, retry_failed=retry_failed)

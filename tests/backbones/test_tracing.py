@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from sppfeat.backbones.description import PROBE
 from sppfeat.backbones.tracing import TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError
 
@@ -297,7 +298,7 @@ def test_channels_last_maps_are_not_taken_for_rows() -> None:
     assert (maps["permute"].channels, maps["permute"].stride) == (768, 32)
     for layer in maps.values():
         # 256 rows over the stride, and nothing else.
-        assert layer.cells * layer.stride == TracedNetwork.PROBE
+        assert layer.cells * layer.stride == PROBE
     assert not any(name.startswith("features.1.") for name in maps)
 
 

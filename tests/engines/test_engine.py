@@ -264,6 +264,7 @@ def test_the_fallback_is_said_at_the_command_line(
         with pytest.raises(SystemExit) as refused:
             main()
     assert refused.value.code == 1 and capsys.readouterr().err.startswith("sppfeat: engine openvino: backbone x")
+    assert open_store(tmp_path / "f.h5").counts()["done"] == 1  # what was there is left as it was
 
 
 def test_a_compiled_network_is_kept_and_read_back(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ import sys
 import numpy as np
 import torch
 import reference
-from sppfeat import pyramid_triton
+from sppfeat.pyramid import triton_kernels as pyramid_triton
 
 pyramid_triton._CHANNELS, pyramid_triton._CELLS = 2, 4
 random = np.random.default_rng(0)

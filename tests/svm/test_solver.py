@@ -239,7 +239,7 @@ def test_memory_does_not_grow_with_rows_times_classes() -> None:
     script = """
 import resource
 import numpy as np
-from sppfeat import svm
+from sppfeat.svm import solver as svm
 svm._CHUNK_BYTES = 1 << 26
 random = np.random.default_rng(0)
 labels = np.arange(100_000) % 300
