@@ -128,10 +128,11 @@ def _build(
     from sppfeat.retrieval.gallery import create_gallery
     from sppfeat.store.store import open_store
 
+    chosen = IndexOptions(**options)
     return create_gallery(
         open_store(store),
         output,
-        IndexOptions(**options),
+        chosen,
         projection,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
         overwrite=overwrite,

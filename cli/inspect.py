@@ -72,7 +72,7 @@ def inspect(
         typer.echo(_text(about))
     if verify and not as_json:
         for problem in problems:
-            print(f"sppfeat: {file}: {printable(problem)}", file=sys.stderr)
+            print(f"sppfeat: {printable(file)}: {printable(problem)}", file=sys.stderr)
         if not problems:
             typer.echo(f"verified: all {about['done']} described rows match their checksums")
     if problems:

@@ -7,12 +7,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sppfeat.errors import UsageError, unknown_name
 
+T = TypeVar("T")
 RECIPE_VERSION: Final = 1
 NATIVE: Final = "native"
 
@@ -134,25 +134,25 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read a recipe; unknown keys and newer versions are refused by name with UsageError."""
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r} ({error})") from None
-        if not isinstance(document, Mapping):
-            raise UsageError(f"recipe: expected a JSON object, found {text[:40]!r}")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in document.items()}
-        version = values.pop("recipe_version", None)
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise UsageError(f"recipe: expected a recipe_version from 1 to {RECIPE_VERSION}, found {version!r}")
+        from sppfeat.files.documents import decode_document  # takes longer to load than this module
+
+        def decode(shape: type[T], expected: str) -> T:
+            # Lenient, because a file of weights may have a name that is not UTF-8.
+            return decode_document(text, shape, what=f"recipe: expected {expected}", error=UsageError, lenient=True)
+
+        keys = set(decode(dict[str, object], "a JSON object"))
+        expected = f"a recipe_version from 1 to {RECIPE_VERSION}"
+        version = decode(_Version, expected).recipe_version
+        if version < 1:
+            raise UsageError(f"recipe: expected {expected}, found {version}")
         if version > RECIPE_VERSION:
             raise UsageError(
                 f"recipe: version {version} is newer than this sppfeat reads ({RECIPE_VERSION}): update sppfeat"
             )
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(keys - known - {"recipe_version"}):
             raise UsageError("recipe: " + unknown_name("key", unknown[0], sorted(known)))
-        return cls(**values)
+        return decode(cls, "valid values")
 
     def identity(self, weights_sha256: str) -> str:
         """SHA-256 of all that fixes the values: the fields, and the weights by content instead of by path."""
@@ -166,6 +166,13 @@ class Recipe:
             for field in dataclasses.fields(self)
             if field.name != "weights" and getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What of a recipe's JSON is read first."""
+
+    recipe_version: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,11 @@ def test_json_is_one_object_with_every_field_and_the_version() -> None:
     assert document["recipe_version"] == RECIPE_VERSION
 
 
+def test_weights_may_have_a_name_that_is_not_utf_8() -> None:
+    recipe = Recipe(weights="w\udcff.pth")
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
 def test_fields_that_json_leaves_out_have_their_defaults() -> None:
     assert Recipe.from_json('{"recipe_version": 1, "levels": [2, 1]}') == Recipe(levels=(2, 1))
 
@@ -92,18 +97,24 @@ def test_fields_that_json_leaves_out_have_their_defaults() -> None:
     [
         ('{"recipe_version": 1, "poolling": "max"}', "recipe: unknown key 'poolling': did you mean pooling"),
         ('{"recipe_version": 2, "of_the_future": 1}', "version 2 is newer than this sppfeat reads (1): update sppfeat"),
-        ("{}", "expected a recipe_version from 1 to 1, found None"),
+        ("{}", "expected a recipe_version from 1 to 1, found: Object missing required field `recipe_version`"),
         ('{"recipe_version": 0}', "expected a recipe_version from 1 to 1, found 0"),
-        ('{"recipe_version": true}', "expected a recipe_version from 1 to 1, found True"),
-        ('{"recipe_version": "1"}', "expected a recipe_version from 1 to 1, found '1'"),
-        ("[1]", "expected a JSON object, found '[1]'"),
-        ("{nonsense", "expected a JSON object, found '{nonsense'"),
-        ("", "expected a JSON object, found ''"),
+        ('{"recipe_version": true}', "expected a recipe_version from 1 to 1, found: Expected `int`, got `bool`"),
+        ('{"recipe_version": "1"}', "expected a recipe_version from 1 to 1, found: Expected `int`, got `str`"),
+        ("[1]", "recipe: expected a JSON object, found: Expected `object`, got `array`"),
+        ("{nonsense", "recipe: expected a JSON object, found: Expecting property name"),
+        ("", "recipe: expected a JSON object, found: Expecting value"),
         ('{"recipe_version": 1, "levels": [0]}', "levels must be"),
-        ('{"recipe_version": 1, "scales": [[224]]}', "scales must be"),
-        ('{"recipe_version": 1, "pooling": ["max"]}', "unknown pooling"),
+        (
+            '{"recipe_version": 1, "scales": [[224]]}',
+            "valid values, found: Expected `int | str`, got `array` - at `$.scales[0]`",
+        ),
+        (
+            '{"recipe_version": 1, "pooling": ["max"]}',
+            "valid values, found: Expected `str`, got `array`",
+        ),
         ('{"recipe_version": 1, "gem_p": NaN}', "gem_p must be"),
-        ('{"recipe_version": 1, "backbone": null}', "backbone must be"),
+        ('{"recipe_version": 1, "backbone": null}', "Expected `str`, got `null` - at `$.backbone`"),
     ],
 )
 def test_json_that_is_no_recipe(text: str, reason: str) -> None:

@@ -147,7 +147,7 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
     if not os.path.isdir(root):
         raise UsageError(f"{os.fspath(images)}: expected the folder of the images, found none")
     what = f"{path}: expected a COCO file with images, annotations, categories"
-    document = decode_document(content, _Coco, what=what, error=UsageError, not_finite=True)
+    document = decode_document(content, _Coco, what=what, error=UsageError, lenient=True)
     classes = {category.id: str(category.name) for category in document.categories}
     listed = {image.id: image for image in document.images}
     names = {key: _safe_name(path, image.file_name) for key, image in listed.items()}

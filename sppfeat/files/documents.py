@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 def decode_document(
-    content: bytes | str, shape: type[T], *, what: str, error: type[SppFeatError], not_finite: bool = False
+    content: bytes | str, shape: type[T], *, what: str, error: type[SppFeatError], lenient: bool = False
 ) -> T:
     """The JSON document `content` as an instance of `shape`, a msgspec.Struct or any type that msgspec knows.
 
     what: how the message names the document and says what was expected, such as `g/gallery.json: expected a gallery`.
-    not_finite: also take NaN and Infinity, which are not JSON, but what Python's json writes.
+    lenient: also take what Python's json writes beyond JSON: NaN, Infinity, and lone surrogates, of paths not in UTF-8.
     Raises `error` for text that is not JSON, and for a document of another shape, with the place that is wrong.
     """
     try:
-        if not_finite:
+        if lenient:
             return msgspec.convert(json.loads(content), shape, strict=True)
         return msgspec.json.decode(content, type=shape, strict=True)
     except (msgspec.MsgspecError, ValueError, RecursionError) as reason:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import h5py
+import msgspec
 
 from sppfeat.errors import SppFeatError, UsageError, one_line
 from sppfeat.files.documents import decode_document
@@ -33,18 +33,24 @@ DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, R
 NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
 
 
+class _Format(msgspec.Struct):
+    format: str
+
+
 def format_of(path: str | os.PathLike[str]) -> str | None:
     """Which of our formats a file or folder has, without trusting it further; None: none of them, or unreadable."""
     path = Path(path)
     try:
         if path.is_dir():
             about = path / "gallery.json"
-            found = json.loads(about.read_text("utf-8")).get("format") if about.is_file() else None
+            if not about.is_file():
+                return None
+            found = decode_document(about.read_bytes(), _Format, what=str(about), error=UsageError).format
         else:
             check_hdf5(path)
             with h5py.File(path, "r", locking=False) as file:
                 found = file.attrs.get("format")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UsageError):
         return None
     return found if isinstance(found, str) and found in NOUNS else None
 

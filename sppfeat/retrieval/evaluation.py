@@ -17,7 +17,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.retrieval.ground_truth import GroundTruth
-from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA
+from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA, MAX_EXPAND
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
 from sppfeat.store.store import Store
 from sppfeat.store.unit_rows import UnitRows, check_same_recipe, picture_of, unit_rows
@@ -53,8 +53,8 @@ class RetrievalOptions:
             raise UsageError(unknown_name("method", self.method, AP_METHODS))
         if self.relevant != "folder":
             _pattern(self.relevant)
-        if self.expand < 0:
-            raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
+        if not 0 <= self.expand <= MAX_EXPAND:
+            raise UsageError(f"expand must be from 0 to {MAX_EXPAND} neighbors, found {self.expand}")
         if not 0 <= self.alpha <= MAX_ALPHA:
             raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
 

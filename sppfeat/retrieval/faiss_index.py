@@ -65,6 +65,8 @@ class IndexOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed must be a whole number from 0, found {self.seed}")
         if self.factory is not None and not self.factory.strip():
             raise UsageError("factory must be a FAISS factory string, such as Flat or IVF256,SQ8, found nothing")
         if self.memory is not None and self.memory < 1:

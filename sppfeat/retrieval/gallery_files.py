@@ -36,7 +36,8 @@ from sppfeat.files.output import GALLERY, NOUNS, appearing, appearing_hdf5, form
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
 from sppfeat.store.store import lock_store
-from sppfeat.store.unit_rows import Box, picture_of
+from sppfeat.store.unit_rows import picture_of
+from sppfeat.windows.windows import Box
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"

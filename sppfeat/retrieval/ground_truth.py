@@ -20,8 +20,7 @@ import msgspec
 from sppfeat.errors import UsageError, one_line, unknown_name
 from sppfeat.files.documents import decode_document
 from sppfeat.images.reading import EXTENSIONS
-from sppfeat.store.unit_rows import Box
-from sppfeat.windows.windows import COLUMNS, window_text
+from sppfeat.windows.windows import COLUMNS, Box, window_text
 
 DIFFICULTIES: Final = ("easy", "medium", "hard")
 T = TypeVar("T", str, int)

@@ -20,8 +20,8 @@ from sppfeat.report.pages import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.store.store import Store
-from sppfeat.store.unit_rows import Box, block_rows, normalize_rows, picture_of, to_units, unit_rows
-from sppfeat.windows.windows import window_text
+from sppfeat.store.unit_rows import block_rows, normalize_rows, picture_of, to_units, unit_rows
+from sppfeat.windows.windows import Box, window_text
 
 if TYPE_CHECKING:
     from sppfeat.extraction.pipeline import Describer
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
 DEFAULT_ALPHA: Final = 3.0
 MAX_ALPHA: Final = 100
+# The descriptors of so many neighbors of each query are in memory at once; papers take 10 to 50.
+MAX_EXPAND: Final = 1000
 # Thumbnails of more would make a page that a phone cannot open.
 PAGE_QUERIES: Final = 200
 
@@ -51,8 +53,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
-        if self.expand < 0:
-            raise UsageError(f"expand must be at least 0 neighbors, found {self.expand}")
+        if not 0 <= self.expand <= MAX_EXPAND:
+            raise UsageError(f"expand must be from 0 to {MAX_EXPAND} neighbors, found {self.expand}")
         if not 0 <= self.alpha <= MAX_ALPHA:
             raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
 

@@ -59,6 +59,8 @@ class ProjectionOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed must be a whole number from 0, found {self.seed}")
         if self.dims < 1:
             raise UsageError(f"project must be at least 1 dimension, found {self.dims}")
         for name, value in (("whiten_power", self.power), ("shrinkage", self.shrinkage)):

@@ -212,7 +212,7 @@ def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
     if not info.st_size:
         return
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"{path}: expected a store that may be written, found one that may not")
+        raise StoreError(f"{path}: store is not writable")
     found = _other_kind(path)
     if found is not None:
         raise StoreError(f"{path}: expected a store or a new file, found {found}; it is left as it is")

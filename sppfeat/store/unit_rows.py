@@ -14,14 +14,12 @@ from sppfeat.errors import StoreError, UsageError
 from sppfeat.images.reading import name_to_path
 from sppfeat.machine import available_memory
 from sppfeat.store.store import Status, Store, require_complete
-from sppfeat.windows.windows import split_row_name
+from sppfeat.windows.windows import Box, split_row_name
 
 # Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
 BLOCK_BYTES: Final = 1 << 25
 # Of the memory of this process, that rows may take which are asked for again and again: scores and sorting need some.
 KEPT_PART: Final = 0.4
-
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
 
 
 class Projection(Protocol):

@@ -27,6 +27,8 @@ from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels, labels_from_f
 
 PROTOCOLS: Final = ("random", "caltech101", "split", "voc2007")
 MISTAKES: Final = 48
+# The splits of all trials are drawn at once; published protocols have at most 100.
+MAX_TRIALS: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class TransferOptions(SvmOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, found {value}")
+            if value is not None and name == "trials" and value > MAX_TRIALS:
+                raise UsageError(f"trials must be at most {MAX_TRIALS}, found {value}")
             if value is not None and self.protocol in ("split", "voc2007"):
                 raise UsageError(f"{name} does not apply to protocol {self.protocol}, whose parts are given")
 

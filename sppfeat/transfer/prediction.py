@@ -19,8 +19,9 @@ from sppfeat.images.reading import ImageList, find_images, name_to_path
 from sppfeat.recipe import RunOptions
 from sppfeat.store.store import Status, Store, open_store, require_complete
 from sppfeat.store.subset import DescriptorView
-from sppfeat.store.unit_rows import Box, picture_of
+from sppfeat.store.unit_rows import picture_of
 from sppfeat.transfer.classifier import Classifier
+from sppfeat.windows.windows import Box
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
 

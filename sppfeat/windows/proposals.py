@@ -21,16 +21,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Annotated, Any, Final, Protocol, Self
 
 import h5py
+import msgspec
 import numpy as np
 
 from sppfeat._version import __version__
-from sppfeat.errors import UsageError, WindowsError, one_line, require_extra
+from sppfeat.errors import UsageError, WindowsError, require_extra
+from sppfeat.files.documents import decode_document
 from sppfeat.files.output import WINDOWS, appearing_hdf5, check_new_file, open_hdf5, os_reason, read_document
 from sppfeat.images.reading import Fingerprint, find_images, fingerprint_of, name_to_path
 from sppfeat.machine import available_cores
+from sppfeat.recipe import RunOptions
 from sppfeat.store.store import lock_store
 from sppfeat.windows.selective_search import ProposalOptions, Proposed, Proposer
 from sppfeat.windows.windows import read_windows
@@ -176,6 +179,7 @@ def propose_folder(
     """
     began = time.perf_counter()
     options, observer = options or ProposalOptions(), observer or _Silent()
+    RunOptions(num_workers=workers)
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_new_file(path, overwrite=overwrite or resume, error=WindowsError, kind=WINDOWS)
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -243,6 +247,22 @@ def _show(options: ProposalOptions) -> str:
     return f"{options.method}, at most {options.max_windows} windows, seed {options.seed}"
 
 
+# What the columns of the file hold: HDF5's text ends at a zero byte.
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*\Z")]
+_Int32 = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+_Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
+class _Finished(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of the journal: a picture with its width and height, its file's fingerprint, and what was found."""
+
+    name: _Text
+    size: tuple[_Int32, _Int32]
+    file: tuple[_Int64, _Int64]
+    windows: list[tuple[_Int32, _Int32, _Int32, _Int32]]
+    error: _Text
+
+
 class _Journal:
     """Finished pictures, one JSON line each, kept until the file is written. A line that was cut short is dropped.
 
@@ -256,26 +276,32 @@ class _Journal:
         self.fingerprints: dict[str, Fingerprint] = {}
         try:
             self._file = open(self._path, "w+b" if fresh or not self._path.exists() else "r+b")  # noqa: SIM115
-            if (found := self._file.readline()) != header:
-                if found.endswith(b"\n"):
-                    raise WindowsError(
-                        f"{self._path}: a search with other options, or of images elsewhere, was stopped here; "
-                        "go on with it, or --overwrite to start anew"
-                    )
-                self._file.seek(0)
-                self._file.truncate()
-                self._file.write(header)
-            end = self._file.tell()
-            while (line := self._file.readline()).endswith(b"\n"):
-                entry = json.loads(line)
-                self.places[entry["name"]] = end
-                self.fingerprints[entry["name"]] = Fingerprint(*entry["file"])
-                end = self._file.tell()
-            self._file.truncate(end)
+            try:
+                self._begin(header)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise WindowsError(f"{self._path}: cannot be written: {os_reason(error)}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise WindowsError(f"{self._path}: expected a journal, found: {one_line(error)}; remove it") from None
+
+    def _begin(self, header: bytes) -> None:
+        """Find what is there, or write the first line."""
+        if (found := self._file.readline()) != header:
+            if found.endswith(b"\n"):
+                raise WindowsError(
+                    f"{self._path}: a search with other options, or of images elsewhere, was stopped here; "
+                    "go on with it, or --overwrite to start anew"
+                )
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(header)
+        end = self._file.tell()
+        while (line := self._file.readline()).endswith(b"\n"):
+            entry = self._decoded(line)
+            self.places[entry.name] = end
+            self.fingerprints[entry.name] = Fingerprint(*entry.file)
+            end = self._file.tell()
+        self._file.truncate(end)
 
     def __enter__(self) -> Self:
         return self
@@ -288,26 +314,24 @@ class _Journal:
                 self._file.close()
 
     def add(self, name: str, result: Proposed) -> None:
-        entry = {
-            "name": name,
-            "size": result.image_size,
-            "file": result.fingerprint,
-            "windows": result.windows.tolist(),
-            "error": result.error or "",
-        }
+        file = (result.fingerprint.file_size, result.fingerprint.mtime_ns)
+        entry = _Finished(name, result.image_size, file, result.windows.tolist(), result.error or "")
         try:
             place = self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.write(json.dumps(msgspec.structs.asdict(entry)).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise WindowsError(f"{self._path}: cannot be written: {os_reason(error)}") from None
         self.places[name] = place
         self.fingerprints[name] = result.fingerprint
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> _Finished:
         self._file.seek(self.places[name])
-        entry: dict[str, Any] = json.loads(self._file.readline())
-        return entry
+        return self._decoded(self._file.readline())
+
+    def _decoded(self, line: bytes) -> _Finished:
+        what = f"{self._path}: expected a whole journal (without it, the search starts anew)"
+        return decode_document(line, _Finished, what=what, error=WindowsError)
 
     def remove(self) -> None:
         self._file.close()
@@ -323,8 +347,8 @@ def _write(path: Path, before: WindowFile | None, journal: _Journal, options: Pr
         for name in names:
             if name in journal.places:
                 entry = journal.read(name)
-                count, print_ = len(entry["windows"]), Fingerprint(*entry["file"])
-                size, error = entry["size"], entry["error"]
+                count, print_ = len(entry.windows), Fingerprint(*entry.file)
+                size, error = entry.size, entry.error
             else:
                 assert before is not None
                 count, print_ = len(before[name]), before.fingerprint(name)
@@ -335,7 +359,7 @@ def _write(path: Path, before: WindowFile | None, journal: _Journal, options: Pr
         windows = file.create_dataset("windows", (start[-1], 4), np.int32)
         for name, first, last in zip(names, start, start[1:], strict=False):
             if last > first:
-                windows[first:last] = journal.read(name)["windows"] if name in journal.places else before[name]  # type: ignore[index]
+                windows[first:last] = journal.read(name).windows if name in journal.places else before[name]  # type: ignore[index]
         file.create_dataset("names", data=np.asarray(names, dtype=object), dtype=text)
         file.create_dataset("start", data=np.asarray(start, np.int64))
         file.create_dataset("error", data=np.asarray(columns["error"], dtype=object), dtype=text)

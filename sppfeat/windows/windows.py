@@ -5,24 +5,39 @@ A window is x1, y1, x2, y2: 0-based pixels of the upright original picture, both
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
+import io
 import math
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
 
+import msgspec
 import numpy as np
 
 from sppfeat.backbones.geometry import Geometry
 from sppfeat.errors import UsageError, one_line
+from sppfeat.files.documents import decode_document
 
 COLUMNS: Final = ("name", "x1", "y1", "x2", "y2")
 # The side of the square that a window's area comes closest to at its scale: what ImageNet networks are trained on.
 CANONICAL_SIDE: Final = 224
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
 _ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
+
+
+class _Window(msgspec.Struct):
+    """An entry of a JSON list of windows; further keys are ignored."""
+
+    name: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
 
 
 def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -36,67 +51,64 @@ def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     kind = os.path.splitext(path)[1].lower()
     if kind not in (".csv", ".json"):
         raise UsageError(f"{path}: expected a file of windows, .csv or .json")
-    found: dict[str, list[tuple[float, ...]]] = {}
+    found: dict[str, list[Box]] = {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            entries = _csv_entries(path, file) if kind == ".csv" else _json_entries(path, json.load(file))
-            for where, name, box in entries:
-                found.setdefault(_checked_name(where, name), []).append(_checked_box(where, name, box))
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        for where, name, box in _csv_entries(path, content) if kind == ".csv" else _json_entries(path, content):
+            found.setdefault(_checked_name(where, name), []).append(_checked_box(where, name, box))
     except OSError as error:
         raise UsageError(f"{path}: expected a file of windows, found: {error.strerror}") from None
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"{path}: expected a readable {kind[1:].upper()} file, found: {one_line(error)}") from None
+    except (ValueError, csv.Error) as error:
+        raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
     if not found:
         raise UsageError(f"{path}: expected windows, found none")
     return {name: np.array(boxes, np.float64) for name, boxes in found.items()}
 
 
-def _csv_entries(path: str, file: Any) -> Any:
-    rows = csv.DictReader(file)
+def _csv_entries(path: str, content: bytes) -> Iterator[tuple[str, str, Box]]:
+    rows = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline=""))
     if not set(COLUMNS) <= set(rows.fieldnames or ()):
         found = ",".join(rows.fieldnames or ()) or "nothing"
         raise UsageError(f"{path}: expected the columns {','.join(COLUMNS)}, found {found}")
     for row in rows:
-        yield f"{path}, line {rows.line_num}", row["name"], [row[column] for column in COLUMNS[1:]]
+        where, name, box = f"{path}, line {rows.line_num}", row["name"], [row[column] for column in COLUMNS[1:]]
+        try:
+            x1, y1, x2, y2 = (float(edge) for edge in box)
+        except (TypeError, ValueError):
+            raise UsageError(f"{where}: {name!r}: expected four numbers x1,y1,x2,y2, found {str(box)[:100]}") from None
+        yield where, name, (x1, y1, x2, y2)
 
 
-def _json_entries(path: str, document: Any) -> Any:
-    if isinstance(document, Mapping) and all(isinstance(boxes, list) for boxes in document.values()):
-        for name, boxes in document.items():
-            for at, box in enumerate(boxes):
-                yield f"{path}, {name!r}, window {at}", name, box
+def _json_entries(path: str, content: bytes) -> Iterator[tuple[str, str, Box]]:
+    expected = f"expected a list of objects with {','.join(COLUMNS)}"
+    if content.lstrip().startswith(b"["):
+        listed = decode_document(content, list[_Window], what=f"{path}: {expected}", error=UsageError)
+        for at, one in enumerate(listed):
+            yield f"{path}, entry {at}", one.name, (one.x1, one.y1, one.x2, one.y2)
         return
-    if not isinstance(document, list):
-        raise UsageError(f"{path}: expected a list of objects with {','.join(COLUMNS)}, or an object of lists")
-    for at, entry in enumerate(document):
-        if not isinstance(entry, Mapping) or not set(COLUMNS) <= set(entry):
-            found = ",".join(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)[:40]
-            raise UsageError(f"{path}, entry {at}: expected an object with {','.join(COLUMNS)}, found {found}")
-        yield f"{path}, entry {at}", entry["name"], [entry[column] for column in COLUMNS[1:]]
+    what = f"{path}: {expected}, or an object from name to a list of [x1, y1, x2, y2]"
+    for name, lists in decode_document(content, dict[str, msgspec.Raw], what=what, error=UsageError).items():
+        # One by one, because msgspec does not name the key at which it finds something wrong.
+        what = f"{path}, {name!r}: expected a list of [x1, y1, x2, y2]"
+        for at, box in enumerate(decode_document(bytes(lists), list[Box], what=what, error=UsageError)):
+            yield f"{path}, {name!r}, window {at}", name, box
 
 
-def _checked_name(where: str, name: Any) -> str:
-    if not isinstance(name, str) or not name or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+def _checked_name(where: str, name: str) -> str:
+    if not name or "\0" in name:
         raise UsageError(f"{where}: expected the name of a picture, found {name!r}")
     if name.startswith("/") or posixpath.normpath(name) != name or name.split("/")[0] == "..":
         raise UsageError(f"{where}: expected a name relative to the folder of the pictures, found {name!r}")
     return name
 
 
-def _checked_box(where: str, name: str, box: Any) -> tuple[float, ...]:
-    try:
-        if not isinstance(box, list) or len(box) != 4 or any(isinstance(edge, bool) for edge in box):
-            raise ValueError
-        x1, y1, x2, y2 = (float(edge) for edge in box)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{where}: {name!r}: expected four numbers x1,y1,x2,y2, found {str(box)[:100]}") from None
-    if not all(math.isfinite(edge) for edge in (x1, y1, x2, y2)):
-        raise UsageError(f"{where}: {name!r}: expected finite numbers, found {window_text((x1, y1, x2, y2))}")
+def _checked_box(where: str, name: str, box: Box) -> Box:
+    x1, y1, x2, y2 = box
+    if not all(map(math.isfinite, box)):
+        raise UsageError(f"{where}: {name!r}: expected finite numbers, found {window_text(box)}")
     if x2 < x1 or y2 < y1:
-        raise UsageError(
-            f"{where}: {name!r}: inverted: expected x1 <= x2 and y1 <= y2, found {window_text((x1, y1, x2, y2))}"
-        )
-    return x1, y1, x2, y2
+        raise UsageError(f"{where}: {name!r}: inverted: expected x1 <= x2 and y1 <= y2, found {window_text(box)}")
+    return box
 
 
 def window_text(window: Iterable[float]) -> str:
@@ -109,7 +121,7 @@ def row_name(picture: str, window: Iterable[float]) -> str:
     return f"{picture}#{window_text(window)}"
 
 
-def split_row_name(name: str) -> tuple[str, tuple[float, float, float, float] | None]:
+def split_row_name(name: str) -> tuple[str, Box | None]:
     """A row's image, and its window where the row is one's; the inverse of `row_name`.
 
     A window has four finite edges in order, as plain decimal numbers; any other name is that of a whole image.

@@ -192,6 +192,22 @@ def test_coco(tmp_path: Path) -> None:
     assert "annotation 0: unknown category_id 4; left out" in found.notes[1]
 
 
+def test_coco_classes_may_have_numbers_for_names(tmp_path: Path) -> None:
+    """A name is never taken for the id of a category, or for a number: `01` is another class than `1`."""
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "sub/a.png")
+    categories = [{"id": 1, "name": "2"}, {"id": 2, "name": "1"}, {"id": 3, "name": "01"}, {"id": 4, "name": 7}]
+    boxes = [{"image_id": 7, "category_id": number, "bbox": [number, 0, 9, 9]} for number in (1, 2, 3, 4)]
+    (tmp_path / "c.json").write_text(coco(categories=categories, annotations=boxes))
+    found = read_coco(tmp_path / "c.json", tmp_path)
+    one = found.images["sub/a.png"]
+    assert found.classes == ["2", "1", "01", "7"] and one.labels == ["2", "1", "01", "7"] and not found.notes
+    assert one.boxes[:, 0].tolist() == [1, 2, 3, 4]
+    chosen = select_classes(found, ["1"])
+    assert chosen.images["sub/a.png"].boxes[:, 0].tolist() == [2] and chosen.classes == ["1"]
+    assert [note.split(":")[0] for note in chosen.notes] == [f"unknown class '{name}'" for name in ("01", "2", "7")]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -471,29 +471,36 @@ def test_command_line_finds_windows_itself(
 def test_command_line_on_coco_without_windows(
     voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Windows are found first and kept; a class that is not asked for is named; the search's options are kept."""
+    """Windows are found first and kept; a class that is not asked for is named; the search's options are kept.
+
+    Classes are named by numbers that are other categories' ids.
+    """
     annotated = read_voc(voc, "trainval").subset([f"{n:03}.png" for n in range(8)])
-    document: dict[str, list[object]] = {"categories": [{"id": 3, "name": "red"}, {"id": 9, "name": "blue"}]}
+    document: dict[str, list[object]] = {"categories": [{"id": 2, "name": "1"}, {"id": 1, "name": "2"}]}
     document |= {"images": [], "annotations": []}
     for number, (name, one) in enumerate(annotated.images.items()):
         document["images"].append({"id": number, "file_name": name, "width": 160, "height": 120})
         for label, (x1, y1, x2, y2) in zip(one.labels, one.boxes.tolist(), strict=True):
-            category = 3 if label == "red" else 9
+            category = 2 if label == "red" else 1
             box = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
             document["annotations"].append({"image_id": number, "category_id": category, "bbox": box})
-    document["annotations"].append({"image_id": 0, "category_id": 3, "bbox": ["nan", "nan", 9, 9]})
+    document["annotations"].append({"image_id": 0, "category_id": 2, "bbox": [1, 1, 60, 60]})
+    document["annotations"].append({"image_id": 0, "category_id": 2, "bbox": ["nan", "nan", 9, 9]})
     (tmp_path / "coco.json").write_text(json.dumps(document))
     det = tmp_path / "det.h5"
     data = ["--images", voc / "JPEGImages", "--annotations", tmp_path / "coco.json"]
     options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1", "--c", "0.1"]
-    done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "red", *options)
+    done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "1", *options)
     assert done.returncode == 3, done.stderr
-    assert "unknown class 'blue'" in done.stderr and "annotation 8" not in done.stderr
+    assert "unknown class '2'" in done.stderr and "annotation 8" not in done.stderr
     assert "000.png: annotation " in done.stderr and "nan" in done.stderr
     assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
     found = run_sppfeat("evaluate", "detection", det, *data, "--json")
-    assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"red"}, found.stderr
-    twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "red,red", *options)
+    assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"1"}, found.stderr
+    table = run_sppfeat("evaluate", "detection", det, *data).stdout.splitlines()
+    reds, blues = (sum(one.labels.count(c) for one in annotated.images.values()) for c in ("red", "blue"))
+    assert reds + 1 != blues and table[1].split()[0] == "1" and table[1].split()[-1] == str(reds + 1), table
+    twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "1,1", *options)
     assert isinstance(twice.exception, UsageError) and "expected names of different classes" in str(twice.exception)
 
     propose_folder(voc / "JPEGImages", tmp_path / "few.h5", ProposalOptions(max_windows=9), workers=1)

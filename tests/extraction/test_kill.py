@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,42 @@ def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_pa
         assert child.stderr is not None
         assert child.stderr.read() == "sppfeat: interrupted\n"
     assert output.read_bytes() == before
+
+
+# Runs the command line, with a SIGINT that comes amid one of the writes of HDF5.
+INTERRUPTED = """
+import io, signal
+from sppfeat import files
+from sppfeat_cli import main
+
+class Interrupting(io.FileIO):
+    left = 4
+
+    def write(self, data):
+        Interrupting.left -= 1
+        if not Interrupting.left:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(data)
+
+files._HeldBack.__bases__ = (Interrupting,)
+main()
+"""
+
+
+def test_an_interrupt_inside_hdf5_leaves_the_store_as_it_was(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    """HDF5 would make another error of it, or crash when it closes the file."""
+    output = tmp_path / "f.h5"
+    extract_folder(make_images(3), output, TINY)
+    before = output.read_bytes()
+    words = ["extract", make_images(5), "-o", output, *TINY_FLAGS]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "") and done.stderr.endswith("sppfeat: interrupted\n"), done.stderr
+    assert "Traceback" not in done.stderr and output.read_bytes() == before
+    assert verify_store(open_store(output)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.h5", "images"]
+    again = subprocess.run(sppfeat_command(*words, "--json"), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and json.loads(again.stdout)["described"] == 2, again.stderr
 
 
 def test_two_writers_at_once(make_images: Callable[..., Path], tmp_path: Path) -> None:

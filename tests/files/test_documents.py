@@ -27,10 +27,13 @@ def test_a_wrong_one_is_named_on_one_line(content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_numbers_that_are_not_finite_are_taken_where_they_are_expected() -> None:
-    found = decode_document(b"[NaN, -Infinity, 1]", list[float], what="f", error=GalleryError, not_finite=True)
+def test_what_pythons_json_writes_beyond_json_is_taken_where_it_is_expected() -> None:
+    assert decode_document(b'"\\udcff"', str, what="f", error=GalleryError, lenient=True) == "\udcff"
+    with pytest.raises(GalleryError, match="^f, found: "):
+        decode_document(b'"\\udcff"', str, what="f", error=GalleryError)
+    found = decode_document(b"[NaN, -Infinity, 1]", list[float], what="f", error=GalleryError, lenient=True)
     assert found[0] != found[0] and found[1:] == [float("-inf"), 1.0]
     with pytest.raises(GalleryError, match="^f, found: "):
-        decode_document(b'[NaN, "1"]', list[float], what="f", error=GalleryError, not_finite=True)
+        decode_document(b'[NaN, "1"]', list[float], what="f", error=GalleryError, lenient=True)
     with pytest.raises(GalleryError, match="^f, found: "):
-        decode_document(b"[NaN", list[float], what="f", error=GalleryError, not_finite=True)
+        decode_document(b"[NaN", list[float], what="f", error=GalleryError, lenient=True)

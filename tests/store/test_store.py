@@ -297,3 +297,11 @@ def test_a_store_with_a_broken_header_may_be_overwritten(path: Path) -> None:
     content[8:60] = b"\xff" * 52
     path.write_bytes(content)
     check_output(path, overwrite=True, resume=True)
+
+
+def test_a_store_without_rights_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.chmod(0o400)
+    if os.geteuid() == 0:  # root may write to anything
+        monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(StoreError, match=r"feats\.h5: store is not writable$"):
+        check_output(path, overwrite=True, resume=True)

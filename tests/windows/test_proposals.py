@@ -18,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sppfeat import Recipe, UsageError, WindowsError, extract_folder, open_store
-from sppfeat.windows.proposals import open_windows, propose_folder, windows_from
-from sppfeat.windows.selective_search import ProposalOptions, propose
+from sppfeat.images.reading import Fingerprint
+from sppfeat.windows.proposals import _Journal, open_windows, propose_folder, windows_from
+from sppfeat.windows.selective_search import ProposalOptions, Proposed, propose
 from sppfeat.windows.windows import overlaps
 
 
@@ -139,6 +140,26 @@ def test_stopped_and_killed_runs_go_on(
     assert again.windows == whole.count
     for name, boxes in open_windows(tmp_path / "again.h5").items():
         np.testing.assert_array_equal(boxes, whole[name])
+
+
+def test_a_damaged_journal_is_refused(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    folder, path, options = make_images(1), tmp_path / "w.h5", ProposalOptions()
+    kept = _Journal(path, options, str(folder), fresh=True)
+    kept.add("a.png", Proposed(np.array([[1, 2, 3, 4]]), (9, 9), Fingerprint(1, 1), None))
+    assert kept.read("a.png").windows == [(1, 2, 3, 4)]
+    header, line = (tmp_path / ".w.h5.journal").read_bytes().splitlines(keepends=True)
+    kept.remove()
+    for old, new, reason in (
+        (b'"name"', b'"nome"', "unknown field `nome`"),
+        (b"[1, 2, 3, 4]", b"[1, 2, 3]", "Expected `array` of length 4 - at `$.windows[0]`"),
+        (b"[9, 9]", b"[9, 99999999999]", "at `$.size[1]`"),
+        (b'"error": ""', b'"error": "\\u0000"', "at `$.error`"),
+        (b"{", b"", "Expected `object`, got `str`"),
+    ):
+        (tmp_path / ".w.h5.journal").write_bytes(header + line.replace(old, new))
+        with pytest.raises(WindowsError, match=r"\.w\.h5\.journal: expected a whole journal .*found: ") as caught:
+            propose_folder(folder, path, options, root=str(folder))
+        assert reason in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path, make_images: Callable[..., Path]) -> None:
