@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -34,7 +35,7 @@ from sppfeat.backbones.backbone import load_backbone, read_weights
 from sppfeat.detection.annotations import read_coco, read_voc, read_voc_files
 from sppfeat.detection.detector import Detector, open_detector, save_detector
 from sppfeat.detection.row_cache import read_state, save_state
-from sppfeat.engines import openvino_engine
+from sppfeat.files.cache import read_entry, write_entry
 from sppfeat.files.hdf5_check import DEADLINE_SECONDS
 from sppfeat.files.output import SVM, WINDOWS, format_of
 from sppfeat.images.reading import Fingerprint, find_images
@@ -141,10 +142,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "oxford" / "a_1_query.txt").write_text("oxc1_a 1.5 2 30 40\n")
     for kind, listed in (("good", "b\nc\n"), ("ok", "d\n"), ("junk", "e\n")):
         (folder / "oxford" / f"a_1_{kind}.txt").write_text(listed)
-    network = load_backbone(Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(1,)))
-    entry = folder / "compiled" / "entry.bin"
-    openvino_engine._write_entry(entry, openvino_engine._compile(network, {}))
-    compiled = entry.read_bytes()
+    recipe = Recipe(backbone="timm:test_resnet", weights="random")
+    entry = folder / "cache" / "network.json"
+    write_entry(entry, msgspec.json.encode(load_backbone(recipe).description), kept=9)
+    kept = entry.read_bytes()
 
     def store_of(path: Path) -> object:
         format_of(path)
@@ -156,14 +157,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
             return _write(folder / "of-journal.h5", None, found, ProposalOptions(), "/nowhere")
 
     def entry_of(path: Path) -> None:
-        # A damaged entry is taken for none, and made anew. OpenVINO's threads would not outlive a fork, so that only
-        # the parent, which reads the sound one, lets it in.
-        if path.read_bytes() == compiled and os.getpid() != parent:
-            return
-        taken = openvino_engine._read_entry(path, {}) is not None
-        assert taken == (path.read_bytes() == compiled), "a damaged entry is taken"
-
-    parent = os.getpid()
+        # A damaged entry is taken for none, and made anew.
+        taken = read_entry(path) is not None
+        assert taken == (path.read_bytes() == kept), "a damaged entry is taken"
 
     images = str(folder / "images")
     found = {
@@ -187,7 +183,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "gone-names": ("gone.txt", read_names),
         "oxford-query": ("oxford/a_1_query.txt", lambda path: read_ground_truth(path.parent)),
         "oxford-list": ("oxford/a_1_good.txt", lambda path: read_ground_truth(path.parent)),
-        "compiled-network": ("compiled/entry.bin", entry_of),
+        "cache-entry": ("compiled/entry.bin", entry_of),
         "pth": ("w.pth", lambda path: read_weights(str(path))),
     }
     return {name: Kind(folder / file, read) for name, (file, read) in found.items()}

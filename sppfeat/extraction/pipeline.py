@@ -162,6 +162,8 @@ class Describer:
         self.workers = self._options.num_workers or available_cores()
         self._engine: Engine | None = None
         self._batch_size = 1
+        # Images of a shape that a batch may hold, where memory is short.
+        self._fitting: dict[tuple[int, ...], int] = {}
 
     def load(self) -> Engine:
         """The engine; it is loaded once, when it is first needed. Raises BackboneError, DeviceError."""
@@ -264,6 +266,7 @@ class Describer:
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
             self._batch_size if together else 1,
             patience=engine.patience * self._batch_size * len(self.recipe.scales),
+            most=self._fitting,
         )
         ending = False
         rows: dict[int, _Row] = {}
@@ -301,10 +304,9 @@ class Describer:
             if not wanted:
                 yield index, rows.pop(index)
             # Towards the end batches become smaller, so that no stream is left without.
-            share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else 4096
-            batcher.limit(min(self._batch_size, share))
+            share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else None
             for scale in wanted:
-                for batch in batcher.add((index, scale), prepared.inputs[scale]):
+                for batch in batcher.add((index, scale), prepared.inputs[scale], share=share):
                     submit(batch)
             prepared.inputs.clear()
             yield from collect(2 * engine.streams)
@@ -373,7 +375,8 @@ class Describer:
             )
             return [(batch[0][0], reason)]
         half = len(batch) // 2
-        self._batch_size = min(self._batch_size, half)  # of the batches to come, too
+        shape = batch[0][1].shape
+        self._fitting[shape] = min(half, self._fitting.get(shape, half))  # in the batches to come, too
         return self._attempt_alone(batch[:half], rows[:half]) + self._attempt_alone(batch[half:], rows[half:])
 
     def _pass(

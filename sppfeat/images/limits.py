@@ -6,13 +6,15 @@ damaged here passes: the decoder says what is wrong with it.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO, Final
+from itertools import pairwise
+from typing import Any, BinaryIO, Final
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sppfeat.errors import ImageError
 
@@ -41,10 +43,20 @@ MAX_RLE_BYTES: Final = 8_000_000
 MAX_RLE_PIXELS: Final = 25_000_000
 # Pillow holds what stands beside the pixels in memory, up to twice: profiles, XMP, the layers of an image editor.
 MAX_METADATA: Final = 256 << 20
+# Pillow takes no more text from a PNG (MAX_TEXT_MEMORY), but copies a chunk of it up to four times to see that.
+MAX_PNG_METADATA: Final = 64 << 20
 # Pillow reads these files whole, and the decoder copies them; real ones stay below even where they are animations.
 MAX_WHOLE_FILE: Final = 128 << 20
+# 100 megapixels of RGB in 16 bits; in the slowest packings (LZMA, Huffman codes of one bit) this takes some 8 s.
+MAX_UNPACKED: Final = 640 << 20
+# A decoder that looks for the next marker reads a hole in a file to its end, some 3 s a GB. All pixels uncompressed,
+# 178 megapixels at four bytes, are less.
+MAX_READ: Final = 1 << 30
 # Decoder's buffers, pixels and their conversion together. With Python, torch and a network it stays below 1.5 GB.
 MAX_WORKING_SET: Final = 1 << 30
+
+# Where `Image.info` of a JPEG holds what `check_structure` found.
+COEFFICIENTS: Final = "coefficients"
 
 _TIFF_SIZES: Final = {
     1: 1,
@@ -76,11 +88,32 @@ _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
 
 
-def check_structure(file: BinaryIO) -> None:
-    """Refuse an opened file whose structure is far outside its format's practice. Raises ImageError; rewinds."""
+class BoundedFile(io.FileIO):
+    """A file of which a decoder may read only `MAX_READ` bytes, counted from when `bound` was called; then OSError."""
+
+    _left: int | None = None
+
+    def bound(self) -> None:
+        self._left = MAX_READ
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer)
+        if self._left is not None:
+            self._left -= count
+            if self._left < 0:
+                raise OSError(f"more than {MAX_READ:,} bytes of pixels")
+        return count
+
+
+def check_structure(file: BinaryIO) -> int:
+    """Refuse an opened file whose structure is far outside its format's practice. Raises ImageError; rewinds.
+
+    Returns the bytes that its decoder holds of the whole image beside the pixels: the coefficients of a JPEG.
+    """
     start = file.read(34)
+    coefficients = 0
     if start.startswith(b"\xff\xd8\xff"):
-        _check_jpeg(file)
+        coefficients = _check_jpeg(file)
     elif start.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(file)
     elif start.startswith(b"GIF8"):
@@ -95,6 +128,7 @@ def check_structure(file: BinaryIO) -> None:
             kind = "WebP" if start.startswith(b"RIFF") else "AVIF"
             raise ImageError(f"{kind} file of {size:,} bytes: expected at most {MAX_WHOLE_FILE:,}")
     file.seek(0)
+    return coefficients
 
 
 def working_set(image: Image.Image, *, turned: bool = False) -> int:
@@ -111,22 +145,58 @@ def working_set(image: Image.Image, *, turned: bool = False) -> int:
     if image.format == "TIFF":
         # Pillow turns it by itself as it loads it, with libtiff's buffer still held.
         copies = 1 if _number(image, 274, 1) == 1 else 2
-        return max(pixels * result, pixels * stored * copies + _piece_bytes(image))
-    return pixels * result
+        if image.info.get("compression", "raw") != "raw":
+            return max(pixels * result, pixels * stored * copies + _piece_bytes(image))
+        # Pillow reads up to where the next piece begins, and copies the part that it has not decoded yet.
+        places = sorted(tile.offset for tile in _tiles(image))
+        read = max((behind - place for place, behind in pairwise(places)), default=0)
+        return max(pixels * result, pixels * stored + 2 * read)
+    # Of other formats `info` says what the file likes; the decoder of a JPEG is gone before anything is converted.
+    coefficients = image.info.get(COEFFICIENTS, 0) if image.format in ("JPEG", "MPO") else 0
+    return max(pixels * result, pixels * stored + coefficients)
+
+
+def _unpacked(image: Image.Image) -> int:
+    """The bytes that an opened PNG or TIFF unpacks to, be they pixels of the image or not; 0 for another format."""
+    tiles = _tiles(image)
+    if image.format == "PNG":
+        # Pillow's name of the layout: RGB, RGBA;16B, P;4, ...
+        bands, _, bits = str(tiles[0].args).partition(";") if tiles else ("", "", "")
+        return image.width * image.height * len(bands) * (2 if bits == "16B" else 1)
+    if image.format == "TIFF":
+        width, height = _number(image, 256, image.width), _number(image, 257, image.height)
+        across, down = _number(image, 322, 0), _number(image, 323, 0)
+        planes = _number(image, 277, 1) if _number(image, 284, 1) == 2 else 1
+        if across > 0 and down > 0:
+            pieces = -(-width // across) * -(-height // down) * planes
+            whole = pieces * _piece_bytes(image)
+        else:
+            pieces = -(-height // max(1, min(_number(image, 278, height), height))) * planes
+            whole = width * height * _sample_bits(image) * planes // 8
+        # Pillow goes over uncompressed pixels as often as there are offsets for.
+        return whole * max(1, -(-len(tiles) // max(1, pieces)))
+    return 0
+
+
+def _tiles(image: Image.Image) -> list[ImageFile._Tile]:
+    """What Pillow will decode, piece by piece; nothing once it has."""
+    return image.tile if isinstance(image, ImageFile.ImageFile) else []
 
 
 def _piece_bytes(image: Image.Image) -> int:
     """What libtiff decodes at once: a strip, at most the image, or a tile, which may be larger than the image."""
-    if image.info.get("compression", "raw") == "raw":
-        return 0
-    bits = _number(image, 258, 1) * _number(image, 277, 1)
-    if _number(image, 262, 0) == 6:
-        bits = max(bits, 32)  # YCbCr, which libtiff gives as RGBA
+    bits = _sample_bits(image)
     tile = _number(image, 322, 0) * _number(image, 323, 0)
     if tile:
         return tile * bits // 8
     width, height = _number(image, 256, image.width), _number(image, 257, image.height)
     return width * min(_number(image, 278, height), height) * bits // 8
+
+
+def _sample_bits(image: Image.Image) -> int:
+    """Bits of a pixel in one piece of a TIFF: all samples, or one where each has pieces of its own."""
+    bits = _number(image, 258, 1) * (1 if _number(image, 284, 1) == 2 else _number(image, 277, 1))
+    return max(bits, 32) if _number(image, 262, 0) == 6 else bits  # YCbCr, which libtiff gives as RGBA
 
 
 def _number(image: Image.Image, tag: int, default: int) -> int:
@@ -138,16 +208,23 @@ def _number(image: Image.Image, tag: int, default: int) -> int:
 
 
 def check_working_set(image: Image.Image, *, turned: bool = False) -> None:
-    """Refuse an opened image that takes more than `MAX_WORKING_SET` bytes to decode. Raises ImageError."""
+    """Refuse an opened image that takes more than `MAX_WORKING_SET` bytes to decode, or unpacks to more than
+    `MAX_UNPACKED`. Raises ImageError."""
     needed = working_set(image, turned=turned)
     if needed > MAX_WORKING_SET:
         raise ImageError(
             f"{image.width} x {image.height} pixels ({image.format}, {image.mode}): decoding takes about "
             f"{needed / 2**20:,.0f} MiB, expected at most {MAX_WORKING_SET / 2**20:,.0f}"
         )
+    unpacked = _unpacked(image)
+    if unpacked > MAX_UNPACKED:
+        raise ImageError(
+            f"{image.width} x {image.height} pixels ({image.format}, {image.mode}): they unpack to "
+            f"{unpacked / 2**20:,.0f} MiB, expected at most {MAX_UNPACKED / 2**20:,.0f}"
+        )
 
 
-def _check_jpeg(file: BinaryIO) -> None:
+def _check_jpeg(file: BinaryIO) -> int:
     file.seek(2)
     segments = skipped = 0
     frame = b""
@@ -171,17 +248,22 @@ def _check_jpeg(file: BinaryIO) -> None:
     components = file.read(1)
     # One scan of all components at once is decoded row by row, and nothing behind it is read.
     if len(frame) > 6 and (frame[0] in _PROGRESSIVE or components != frame[6:7]):
-        _check_scans(file, frame)
+        return _check_scans(file, frame)
+    return 0
 
 
-def _check_scans(file: BinaryIO, frame: bytes) -> None:
-    """frame: of a JPEG of several scans, the marker and what stands behind its length (ITU T.81, B.2.2)."""
+def _check_scans(file: BinaryIO, frame: bytes) -> int:
+    """The bytes of a JPEG's coefficients, where it has several scans.
+
+    frame: the marker and what stands behind its length (ITU T.81, B.2.2).
+    """
     height, width = int.from_bytes(frame[2:4], "big"), int.from_bytes(frame[4:6], "big")
     factors = [(factor >> 4, factor & 15) for factor in frame[8::3]]
     full = max((h for h, _ in factors), default=1) * max((v for _, v in factors), default=1)
     # libjpeg keeps the coefficients (16 bits) of the whole image beside the pixels, whatever size a draft has.
     samples = width * height * sum(h * v for h, v in factors) // max(1, full)
-    needed = 2 * samples + width * height * (1 if len(factors) == 1 else 4)
+    coefficients = 2 * samples
+    needed = coefficients + width * height * (1 if len(factors) == 1 else 4)
     if needed > MAX_WORKING_SET:
         raise ImageError(
             f"{width} x {height} pixels (JPEG of several scans): decoding takes about {needed / 2**20:,.0f} MiB, "
@@ -191,13 +273,14 @@ def _check_scans(file: BinaryIO, frame: bytes) -> None:
     start, size = file.tell(), os.fstat(file.fileno()).st_size
     # Within the pixels 0xFF is escaped, so that counting the marker's bytes counts all scans, and perhaps some more.
     if size - start <= _MOST_WALKED and 1 + _count_scans(file) <= most:
-        return
+        return coefficients
     file.seek(start)
     scans = _walk_scans(file.read(_MOST_WALKED))
     if scans is None:
         raise ImageError(f"JPEG of several scans in more than {_MOST_WALKED:,} bytes")
     if scans > most:
         raise ImageError(f"progressive JPEG of {scans:,} scans: expected at most {most}")
+    return coefficients
 
 
 def _count_scans(file: BinaryIO) -> int:
@@ -228,21 +311,38 @@ def _walk_scans(content: bytes) -> int | None:
 
 def _check_png(file: BinaryIO) -> None:
     file.seek(8)
-    data = other = metadata = 0
+    data = other = metadata = packed = 0
+    most_packed = MAX_UNPACKED
     while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
         if head[4:] in (b"IDAT", b"fdAT", b"fcTL"):
             data += 1
+            packed += int.from_bytes(head[:4], "big") if head[4:] == b"IDAT" else 0
+            # Pillow skips what follows the pixels by reading it into memory, twice.
+            if packed > most_packed:
+                raise ImageError(f"PNG with {packed:,} bytes of packed pixels: expected at most {most_packed:,}")
         else:
             other += 1
+            if head[4:] == b"IHDR":
+                header = file.read(10)
+                most_packed = _most_packed(header)
+                file.seek(-len(header), os.SEEK_CUR)
             metadata += int.from_bytes(head[:4], "big")
-            if metadata > MAX_METADATA:
-                raise ImageError(f"PNG with {metadata:,} bytes of metadata: expected at most {MAX_METADATA:,}")
+            if metadata > MAX_PNG_METADATA:
+                raise ImageError(f"PNG with {metadata:,} bytes of metadata: expected at most {MAX_PNG_METADATA:,}")
         if data > MAX_PNG_DATA_CHUNKS or other > MAX_PNG_OTHER_CHUNKS:
             kind, most = (
                 ("data", MAX_PNG_DATA_CHUNKS) if data > MAX_PNG_DATA_CHUNKS else ("other", MAX_PNG_OTHER_CHUNKS)
             )
             raise ImageError(f"PNG of more than {most:,} {kind} chunks")
         file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+
+
+def _most_packed(header: bytes) -> int:
+    """Bytes that a PNG's pixels can take, from the first ten of its header: packing adds little (RFC 1951, 3.2.4)."""
+    height = int.from_bytes(header[4:8], "big")
+    bits = int.from_bytes(header[8:9], "big") * {2: 3, 4: 2, 6: 4}.get(int.from_bytes(header[9:], "big"), 1)
+    row = 1 + int.from_bytes(header[:4], "big") * bits // 8
+    return height * row * 5 // 4 + _BLOCK
 
 
 def _check_gif(file: BinaryIO, start: bytes) -> None:

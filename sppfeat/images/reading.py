@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import ctypes
 import errno
+import io
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from sppfeat.errors import ImageError, UsageError, one_line
-from sppfeat.images.limits import check_structure, check_working_set
+from sppfeat.images.limits import COEFFICIENTS, BoundedFile, check_structure, check_working_set
 
 # Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
 # Pillow before 11.3 warns when asked about AVIF.
@@ -265,10 +266,13 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         if stat.S_ISDIR(info.st_mode):
             raise ImageError("is a folder, not an image")
         raise ImageError("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "is not a regular file")
-    file = os.fdopen(descriptor, "rb")
+    bounded = BoundedFile(descriptor, "rb")
+    file = io.BufferedReader(bounded)
     try:
-        check_structure(file)
+        coefficients = check_structure(file)
+        bounded.bound()
         image = Image.open(file, formats=_FORMATS)
+        image.info[COEFFICIENTS] = coefficients
         # The image owns the file from here: closing one closes the other.
         image._exclusive_fp = True
         return image, Fingerprint(info.st_size, info.st_mtime_ns)

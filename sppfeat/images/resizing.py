@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError, one_line
+from sppfeat.images.limits import MAX_WORKING_SET, working_set
 from sppfeat.images.reading import Fingerprint, decode, open_image, upright_size
+from sppfeat.machine import available_cores, available_memory
 from sppfeat.recipe import Recipe
 
 # timm's and torchvision's evaluation transforms resize to 256 and keep the central 224.
@@ -22,11 +26,39 @@ _RESAMPLING: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+# What decoding takes for each core, with which photographs of 30 megapixels never wait for each other.
+CORE_BYTES: Final = 256 << 20
 
-# A decoded picture takes 4 to 16 bytes a pixel for a moment. Larger pictures than this are decoded one at a time,
-# so that a folder of scans does not take as many times that memory as there are decoding threads.
-LARGE_PIXELS: Final = 30_000_000
-_ONE_LARGE: Final = threading.Lock()
+
+class DecodingMemory:
+    """Bytes that images under decoding take together, at most; one that takes more by itself is decoded alone.
+
+    Whoever waits holds back those behind, so that a large image does not wait for ever.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._most)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+@functools.cache
+def _decoding_memory() -> DecodingMemory:
+    """Of this process: as much as the largest image takes, and on machines of many cores what those keep busy with."""
+    return DecodingMemory(max(MAX_WORKING_SET, min(available_cores() * CORE_BYTES, available_memory() // 4)))
 
 
 class PreparedImage(NamedTuple):
@@ -80,16 +112,16 @@ def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedIma
         for scale in recipe.scales:
             scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
         drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
-        if not drafted and image.width * image.height > LARGE_PIXELS:
-            stack.enter_context(_ONE_LARGE)  # before `upright_size`, which decodes some PNGs
+        if not drafted:
+            # Before `upright_size`, which decodes some PNGs and alone knows whether the image is turned.
+            stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
         size, turn = upright_size(image, orientation=recipe.orientation)
         targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
         if drafted:
             # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
-            if image.width * image.height > LARGE_PIXELS:
-                stack.enter_context(_ONE_LARGE)
+            stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
         pixels = decode(image, turn, orientation=recipe.orientation)
         return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
 
@@ -124,28 +156,29 @@ class ShapeBatcher(Generic[Key]):
     A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
     so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as it
     is, and so is the oldest when all that wait are as large as `PATIENT_BATCHES` full batches: a rare shape neither
-    waits for ever nor piles up.
+    waits for ever nor piles up. `most`, which may change meanwhile, says of which shapes a batch may hold fewer.
     """
 
-    def __init__(self, batch_size: int, *, patience: int) -> None:
+    def __init__(
+        self, batch_size: int, *, patience: int, most: Mapping[tuple[int, ...], int] = MappingProxyType({})
+    ) -> None:
         self._batch_size = batch_size
         self._patience = patience
+        self._most = most
         self._count = 0
         self._waiting = 0  # pixels
         self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
 
-    def limit(self, batch_size: int) -> None:
-        """Make the batches to come no larger than this."""
-        self._batch_size = min(self._batch_size, batch_size)
-
-    def add(self, key: Key, pixels: np.ndarray) -> Iterator[list[tuple[Key, np.ndarray]]]:
-        """Take one input [height, width, 3]; yield the batches that are now due."""
+    def add(self, key: Key, pixels: np.ndarray, *, share: int | None = None) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Take one input [height, width, 3]; yield the batches that are now due. share: of how many, where fewer than
+        usual are due."""
         self._count += 1
         _, group = self._groups.setdefault(pixels.shape, (self._count, []))
         group.append((key, pixels))
         area = pixels.shape[0] * pixels.shape[1]
         self._waiting += area
-        if len(group) >= max(1, min(self._batch_size, self._batch_size * FULL_BATCH_PIXELS // area)):
+        full = min(share or self._batch_size, self._most.get(pixels.shape, self._batch_size), self._batch_size)
+        if len(group) >= max(1, min(full, self._batch_size * FULL_BATCH_PIXELS // area)):
             yield self._take(pixels.shape)
         # Groups stand in the order of their first input: only the first can be overdue.
         while self._groups:

@@ -376,6 +376,30 @@ def test_out_of_memory_halves_batches_and_loses_no_row(
     assert sum(size for size in sizes if size <= fits) == 40
 
 
+def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for eight small images at a time, or one large one, which comes first."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(96):
+        Image.new("RGB", (640, 64) if i < 48 else (64, 64), (i, i, i)).save(folder / f"{i:02}.png")
+    feature_map, passes = Backbone.feature_map, list[tuple[int, int]]()
+
+    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+        passes.append((pictures.shape[2], len(pictures)))
+        if pictures.shape[2] > 64 and len(pictures) > 1:
+            raise MemoryError
+        return feature_map(self, pictures)
+
+    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (1, 1))
+    options = RunOptions(device="cpu", engine="torch", batch_size=8)
+    assert extract_folder(folder, tmp_path / "f.h5", TINY, options).described == 96
+    assert [size for width, size in passes if width == 64] == [8] * 6
+    assert [size for width, size in passes if width == 640][-8:] == [1] * 8
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
 )

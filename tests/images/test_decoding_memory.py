@@ -10,12 +10,14 @@ import sys
 import time
 import zlib
 
+import fuzz_images
 import numpy as np
 import pytest
 from PIL import Image
 
 from sppfeat.errors import ImageError
-from sppfeat.images.limits import MAX_WORKING_SET, check_structure, working_set
+from sppfeat.images import limits as decoding_limits
+from sppfeat.images.limits import MAX_WORKING_SET, check_structure, check_working_set, working_set
 from sppfeat.images.reading import _FORMATS, decode, open_image, read_image
 
 NEEDS_AVIF = pytest.mark.skipif("AVIF" not in _FORMATS, reason="this Pillow reads no AVIF")
@@ -46,9 +48,15 @@ HOSTILE = {
         2 * 10**9 + 100,
         "PNG with 2,000,000,013 bytes of meta",
     ),
+    "text": (PNG[:33] + struct.pack(">I", 70 << 20) + b"iTXt", 80 << 20, "PNG with 73,400,333 bytes of meta"),
     "tag": (tiff(b"II*\0", *TAG, (700, 7, 2 * 10**9, 300)), 3 << 30, "TIFF with 2,000,000,008 bytes of metadata"),
     "other TIFF magic": (tiff(b"II\0*", *TAG, (322, 3, 1, 1), (323, 3, 1, 1)), 0, "TIFF tiles of 1 x 1 pixels"),
     "junk": (b"GIF89a" + bytes(7), 40 << 20, "GIF with more than 65,536 fill bytes"),
+    "behind the pixels": (
+        PNG[:-12] + struct.pack(">I", 1 << 30) + b"IDAT",
+        3 << 29,
+        r"PNG with 1,073,7\d\d,\d\d\d bytes of packed pixels: expected at most 1,0",
+    ),
     "blocks behind junk": (b"GIF89a" + bytes(8) + b"!\xfe" + b"\1a" * 20_000, 0, "GIF of more than 10,000 blocks"),
     "cut-off rows": (run_length(13000, 13000), 0, "run-length BMP of 13000 x 13000 pixels"),
     "rows from the top": (run_length(13000, -13000), 0, "run-length BMP of 13000 x 13000 pixels"),
@@ -85,6 +93,20 @@ def test_a_jpeg_is_not_read_to_the_end_of_a_hole(tmp_path, progressive):
     begun = time.thread_time()
     assert read_image(str(path)).size == (64, 48)
     assert time.thread_time() - begun < 4
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"restart_marker_blocks": 4}), ("GIF", {})])
+def test_a_hole_in_the_midst_of_the_pixels_is_not_read_to_its_end(tmp_path, monkeypatch, kind, options):
+    monkeypatch.setattr(decoding_limits, "MAX_READ", 1 << 24)
+    path = tmp_path / "image"
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (640, 640), np.uint8))
+    pixels.save(path, kind, **options)
+    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, 1 << 40)
+    begun = time.thread_time()
+    with pytest.raises(ImageError, match="cannot be decoded: more than 16,777,216 bytes of pixels"):
+        read_image(str(path))
+    assert time.thread_time() - begun < 2
 
 
 def test_a_jpeg_inside_a_tiff_is_not_read_to_the_end_of_a_hole(tmp_path):
@@ -153,6 +175,91 @@ def test_turning_takes_one_copy_more(tmp_path, kind, mode, side):
         assert working_set(image) <= MAX_WORKING_SET < working_set(image, turned=True)
         with pytest.raises(ImageError, match="decoding takes about 1,5"):
             decode(image, 6, orientation="exif")
+
+
+GRAY = (258, 4, 1, 8), (262, 4, 1, 1), (277, 4, 1, 1)
+SIDES = (256, 4, 1, 4000), (257, 4, 1, 4000)
+# Tags, offsets of the pieces, and what the reason must say.
+MULTIPLIED = {
+    "wide tiles": (
+        [(256, 4, 1, 64), (257, 4, 1, 640), (259, 4, 1, 1), (322, 4, 1, 1 << 24), (323, 4, 1, 16)],
+        [2000] * 40,
+        r"64 x 640 pixels \(TIFF, L\): they unpack to 10,240 MiB, expected at most 640",
+    ),
+    "wide tiles, deflated": (
+        [(256, 4, 1, 64), (257, 4, 1, 640), (259, 4, 1, 8), (322, 4, 1, 1 << 24), (323, 4, 1, 16)],
+        [2000] * 40,
+        r"64 x 640 pixels \(TIFF, L\): they unpack to 10,240 MiB",
+    ),
+    "the same strips again and again": (
+        [*SIDES, (259, 4, 1, 1), (278, 4, 1, 2000)],
+        [2000] * 4000,
+        r"4000 x 4000 pixels \(TIFF, L\): they unpack to 30,518 MiB",
+    ),
+    "strips far apart": (
+        [*SIDES, (259, 4, 1, 1), (278, 4, 1, 2000)],
+        [2000, 3_000_002_000],
+        r"4000 x 4000 pixels \(TIFF, L\): decoding takes about 5,737 MiB",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_a_tiff_takes_no_more_than_its_pixels(tmp_path, name):
+    tags, places, reason = MULTIPLIED[name]
+    first = 324 if tags[-1][0] == 323 else 273
+    lists = [(first, 4, len(places), 300), (325 if first == 324 else 279, 4, len(places), 300)]
+    content = tiff(b"II*\0", *sorted([*GRAY, *tags, *lists]))[:300] + struct.pack(f"<{len(places)}I", *places)
+    path = tmp_path / "image.tif"
+    path.write_bytes(content)
+    os.truncate(path, max(places) + 300_000_000)
+    begun = time.thread_time()
+    with pytest.raises(ImageError, match=reason):
+        read_image(str(path))
+    assert time.thread_time() - begun < 2
+
+
+@pytest.mark.parametrize(("side", "passes"), [(9000, True), (10_000, False)])
+def test_16_bits_of_four_channels_unpack_to_twice_as_much(tmp_path, side, passes):
+    path = tmp_path / "image.png"
+    path.write_bytes(fuzz_images.seeds()["PNG deep rgba"])
+    image, _ = open_image(str(path))
+    with image:
+        image._size = (side, side)
+        assert working_set(image) <= MAX_WORKING_SET
+        if passes:
+            check_working_set(image)
+        else:
+            with pytest.raises(ImageError, match="they unpack to 763 MiB, expected at most 640"):
+                check_working_set(image)
+
+
+def test_what_sound_images_unpack_to_is_their_pixels(tmp_path, monkeypatch):
+    seeds = fuzz_images.seeds() | {"TIFF planar": by_plane(64, 48)}
+    expected = {"PNG rgb": 3, "PNG rgba": 4, "PNG deep": 2, "PNG palette": 1, "PNG interlaced": 3}
+    expected |= {"TIFF raw": 3, "TIFF strips": 3, "TIFF tiff_lzw": 3, "TIFF jpeg": 3, "TIFF deep": 2, "TIFF planar": 3}
+    expected |= {"TIFF tiles, raw": 1, "TIFF tiles, deflate": 1}
+    for kind, depth in expected.items():
+        path = tmp_path / "image"
+        path.write_bytes(seeds[kind])
+        monkeypatch.setattr(decoding_limits, "MAX_UNPACKED", 64 * 48 * depth)
+        assert read_image(str(path)).size == (64, 48), kind
+        monkeypatch.setattr(decoding_limits, "MAX_UNPACKED", 64 * 48 * depth - 1)
+        with pytest.raises(ImageError, match="they unpack to"):
+            read_image(str(path))
+
+
+def by_plane(width: int, height: int) -> bytes:
+    """An uncompressed TIFF of three planes in strips of 16 rows, which Pillow cannot write."""
+    strips = 3 * height // 16
+    size = width * 16
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 2, 277: 3, 278: 16, 284: 2}
+    entries = [(tag, 4, 1, value) for tag, value in tags.items() if tag != 258]
+    entries += [(258, 3, 3, 400), (273, 4, strips, 500), (279, 4, strips, 600)]
+    content = tiff(b"II*\0", *sorted(entries))[:400].ljust(400, b"\0") + struct.pack("<3H", 8, 8, 8)
+    content = content.ljust(500, b"\0") + struct.pack(f"<{strips}I", *(1000 + size * i for i in range(strips)))
+    content = content.ljust(600, b"\0") + struct.pack(f"<{strips}I", *[size] * strips)
+    return content.ljust(1000, b"\0") + bytes(strips * size)
 
 
 def test_tags_of_another_type_are_no_traceback(tmp_path):

@@ -162,24 +162,52 @@ def test_libtiff_writes_nothing_itself(tmp_path):
         assert (run.stderr == "") == silent
 
 
-def test_a_small_draft_of_a_large_jpeg_waits_for_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "LARGE_PIXELS", 1000 * 1000)
-    path = tmp_path / "image.jpg"
-    Image.new("RGB", (1600, 1200)).save(path)
-    done = {}
+@pytest.mark.parametrize(
+    ("name", "draft", "waits"),
+    [
+        ("baseline.jpg", True, False),
+        ("baseline.jpg", False, True),
+        ("progressive.jpg", True, True),  # coefficients of the whole image, behind whatever draft
+        ("small.png", False, False),
+        ("small.webp", False, True),
+    ],
+)
+def test_an_image_waits_for_the_memory_that_decoding_takes(tmp_path, monkeypatch, name, draft, waits):
+    memory = preprocess.DecodingMemory(2 << 20)
+    monkeypatch.setattr(preprocess, "_decoding_memory", lambda: memory)
+    side = 1600 if name.endswith("jpg") else 300
+    Image.new("RGB", (side, side)).save(tmp_path / name, progressive=name == "progressive.jpg")
+    recipe = Recipe(scales=(64,), jpeg_draft=draft)
+    thread = threading.Thread(target=preprocess.prepare_image, args=(str(tmp_path / name), recipe), daemon=True)
+    with memory.take(1 << 20):
+        thread.start()
+        thread.join(0.3 if waits else 10)
+        assert thread.is_alive() == waits
+    thread.join(10)
+    assert not thread.is_alive()
 
-    def prepare(draft: bool) -> None:
-        recipe = Recipe(scales=(64,), jpeg_draft=draft)
-        done[draft] = preprocess.prepare_image(str(path), recipe).size
 
-    with preprocess._ONE_LARGE:
-        drafted, full = (threading.Thread(target=prepare, args=(draft,)) for draft in (True, False))
-        drafted.start()
-        full.start()
-        drafted.join(10)
-        assert done == {True: (1600, 1200)}
-    full.join(10)
-    assert done[False] == (1600, 1200)
+def test_images_under_decoding_take_no_more_than_their_memory_or_one_is_alone():
+    memory, taken, peaks = preprocess.DecodingMemory(10), list[int](), list[list[int]]()
+    lock = threading.Lock()
+
+    def decode(amount: int) -> None:
+        with memory.take(amount):
+            with lock:
+                taken.append(amount)
+                peaks.append(list(taken))
+            time.sleep(0.001)
+            with lock:
+                taken.remove(amount)
+
+    threads = [threading.Thread(target=decode, args=(amount,)) for amount in [3, 4, 20, 1, 6, 2] * 8]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(peaks) == 48
+    assert all(sum(peak) <= 10 or peak == [20] for peak in peaks)
+    assert any(len(peak) > 1 for peak in peaks)
 
 
 def test_the_images_to_be_damaged_are_sound_and_what_they_are_called(tmp_path):
