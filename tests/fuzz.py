@@ -183,7 +183,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "gone-names": ("gone.txt", read_names),
         "oxford-query": ("oxford/a_1_query.txt", lambda path: read_ground_truth(path.parent)),
         "oxford-list": ("oxford/a_1_good.txt", lambda path: read_ground_truth(path.parent)),
-        "cache-entry": ("compiled/entry.bin", entry_of),
+        "cache-entry": ("cache/network.json", entry_of),
         "pth": ("w.pth", lambda path: read_weights(str(path))),
     }
     return {name: Kind(folder / file, read) for name, (file, read) in found.items()}

@@ -22,7 +22,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = [
     *("store", "svm", "detector", "windows-h5", "training-state", "gallery-rows", "windows-csv", "windows-json"),
     *("labels", "image-list", "coco", "ground-truth", "voc-xml", "voc-labels", "voc-list", "safetensors"),
-    *("windows-journal", "gone-names", "oxford-query", "oxford-list", "compiled-network", "pth"),
+    *("windows-journal", "gone-names", "oxford-query", "oxford-list", "cache-entry", "pth"),
 ]
 
 

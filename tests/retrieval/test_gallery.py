@@ -192,11 +192,11 @@ def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
     store, path = make_store(descriptors(30), "a.h5"), tmp_path / "g"
     more = make_store(descriptors(10, 1), "b.h5", names=[f"b{n}.jpg" for n in range(10)])
     create_gallery(store, path)
-    # The writer goes on until its input ends: how often it gets a core must not decide what is seen.
+    # The writer goes on until its input ends, and rests between: how often either gets a core must not decide.
     code = (
-        "import select, sys\nfrom sppfeat.retrieval.gallery import *\nfrom sppfeat import open_store\n"
-        "more = open_store(sys.argv[1])\nwhile not select.select([sys.stdin], [], [], 0)[0]:\n"
-        "    add_to_gallery(more, sys.argv[2])\n    remove_from_gallery(sys.argv[2], more.names)\n"
+        "import select, sys, time\nfrom sppfeat.retrieval.gallery import *\nfrom sppfeat import open_store\n"
+        "more = open_store(sys.argv[1])\nwhile not select.select([sys.stdin], [], [], 0.2)[0]:\n"
+        "    add_to_gallery(more, sys.argv[2])\n    time.sleep(0.2)\n    remove_from_gallery(sys.argv[2], more.names)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(more.path), str(path)], stdin=subprocess.PIPE)
     seen, ends = Counter[int](), time.monotonic() + 60
