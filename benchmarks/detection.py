@@ -40,8 +40,8 @@ from sppfeat.detection.detector import DetectorRunner, detection_recipe, open_de
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
 from sppfeat.images.reading import Fingerprint, read_image
+from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import open_windows, propose_folder
-from sppfeat.windows.windows import overlaps
 
 SIDE = 224
 RACCOON_WINDOWS = 500

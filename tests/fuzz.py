@@ -46,8 +46,8 @@ from sppfeat.store.store import StoreWriter, create_store
 from sppfeat.transfer.classifier import open_classifier
 from sppfeat.transfer.labels import read_labels, read_voc_labels
 from sppfeat.windows.proposals import _Journal, _write, open_windows
+from sppfeat.windows.reading import read_windows
 from sppfeat.windows.selective_search import ProposalOptions, Proposed
-from sppfeat.windows.windows import read_windows
 
 # A store is opened twice, and a file that hangs HDF5 is given up only after a while.
 SECONDS = 2 * DEADLINE_SECONDS + 4

@@ -24,9 +24,8 @@ from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import DescribedWindows, Describer
 from sppfeat.svm.model import CONVERGED
 from sppfeat.svm.solver import SvmProblem
-from sppfeat.windows.boxes import box_targets, fit_ridge
+from sppfeat.windows.boxes import box_targets, fit_ridge, overlaps
 from sppfeat.windows.selective_search import ProposalOptions
-from sppfeat.windows.windows import overlaps
 
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
 HARD_SCORE: Final = -1.0001

@@ -24,7 +24,8 @@ from sppfeat.images.resizing import PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
-from sppfeat.windows.windows import map_windows, nearest_scales, outside, window_text
+from sppfeat.store.row_names import window_text
+from sppfeat.windows.mapping import map_windows, nearest_scales, outside
 
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29

@@ -19,6 +19,7 @@ from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.workers import Work, fill_rows, fill_rows_with
 from sppfeat.images.reading import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.store.row_names import row_name, split_row_name
 from sppfeat.store.store import (
     Status,
     Store,
@@ -29,7 +30,6 @@ from sppfeat.store.store import (
     lock_store,
     open_store,
 )
-from sppfeat.windows.windows import row_name, split_row_name
 
 Source = str | os.PathLike[str]
 

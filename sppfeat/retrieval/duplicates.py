@@ -16,9 +16,9 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.report.pages import thumbnail, write_page
+from sppfeat.store.row_names import Box
 from sppfeat.store.store import Store
 from sppfeat.store.unit_rows import UnitRows, block_rows, picture_of, unit_rows
-from sppfeat.windows.windows import Box
 
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.

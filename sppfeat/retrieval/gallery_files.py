@@ -35,9 +35,9 @@ from sppfeat.files.names import unsafe_name
 from sppfeat.files.output import GALLERY, NOUNS, appearing, appearing_hdf5, format_of, open_hdf5, os_reason, sync_folder
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
+from sppfeat.store.row_names import Box
 from sppfeat.store.store import lock_store
 from sppfeat.store.unit_rows import picture_of
-from sppfeat.windows.windows import Box
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"

@@ -20,7 +20,8 @@ import msgspec
 from sppfeat.errors import UsageError, one_line, unknown_name
 from sppfeat.files.documents import decode_document
 from sppfeat.images.reading import EXTENSIONS
-from sppfeat.windows.windows import COLUMNS, Box, window_text
+from sppfeat.store.row_names import Box, window_text
+from sppfeat.windows.reading import COLUMNS
 
 DIFFICULTIES: Final = ("easy", "medium", "hard")
 T = TypeVar("T", str, int)
@@ -32,7 +33,7 @@ _OXFORD_PREFIX: Final = "oxc1_"
 class JudgedQuery:
     """A query: its image, the names of the gallery that are relevant to it, and those that do not count.
 
-    window: the part of the image that is searched by, see `sppfeat.windows.windows`; None: all of it.
+    window: the part of the image that is searched by, see `sppfeat.windows`; None: all of it.
     """
 
     image: str

@@ -19,9 +19,9 @@ from sppfeat.recipe import RunOptions
 from sppfeat.report.pages import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
+from sppfeat.store.row_names import Box, window_text
 from sppfeat.store.store import Store
 from sppfeat.store.unit_rows import block_rows, normalize_rows, picture_of, to_units, unit_rows
-from sppfeat.windows.windows import Box, window_text
 
 if TYPE_CHECKING:
     from sppfeat.extraction.pipeline import Describer

@@ -17,11 +17,11 @@ from sppfeat.files.names import unsafe_name
 from sppfeat.files.output import STORE, format_of
 from sppfeat.images.reading import ImageList, find_images, name_to_path
 from sppfeat.recipe import RunOptions
+from sppfeat.store.row_names import Box
 from sppfeat.store.store import Status, Store, open_store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.store.unit_rows import picture_of
 from sppfeat.transfer.classifier import Classifier
-from sppfeat.windows.windows import Box
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
 

@@ -1,4 +1,4 @@
-"""Boxes that detections end in: regression from windows, and suppression of those that say the same.
+"""Boxes: areas and overlaps, regression from windows, and suppression of those that say the same.
 
 Box regression: Girshick, Donahue, Darrell, Malik, "Rich feature hierarchies for accurate object detection and semantic
 segmentation", CVPR 2014 (arXiv:1311.2524), appendix C.
@@ -11,10 +11,28 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.windows.windows import overlaps
-
 # No box grows by more than this in one step (Faster R-CNN's code clips log sizes at log(1000 / 16) alike).
 _MAX_LOG: Final = math.log(1000 / 16)
+
+
+def overlaps(windows: np.ndarray, others: np.ndarray, *, crowd: np.ndarray | None = None) -> np.ndarray:
+    """[K, G] intersection over union of windows [K, 4] with others [G, 4]; pixels count whole, as in VOC's devkit.
+
+    crowd: [G] bool, others that hold many objects: with these, the part of the window inside them, as COCO has it.
+    """
+    low = np.maximum(windows[:, None, :2], others[None, :, :2])
+    high = np.minimum(windows[:, None, 2:], others[None, :, 2:])
+    common = np.clip(high - low + 1, 0, None).prod(2)
+    own = areas(windows)[:, None]
+    whole = own + areas(others)[None] - common
+    result: np.ndarray = common / (whole if crowd is None else np.where(crowd, own, whole))
+    return result
+
+
+def areas(windows: np.ndarray) -> np.ndarray:
+    """[K] pixels of windows [K, 4]."""
+    result: np.ndarray = (windows[:, 2] - windows[:, 0] + 1) * (windows[:, 3] - windows[:, 1] + 1)
+    return result
 
 
 def box_targets(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ from sppfeat.images.reading import Fingerprint, find_images, fingerprint_of, nam
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
 from sppfeat.store.store import lock_store
+from sppfeat.windows.reading import read_windows
 from sppfeat.windows.selective_search import ProposalOptions, Proposed, Proposer
-from sppfeat.windows.windows import read_windows
 
 FORMAT_VERSION: Final = 1
 

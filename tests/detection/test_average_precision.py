@@ -19,8 +19,7 @@ from sppfeat.detection.average_precision import (
     voc_average_precision,
     voc_ranking,
 )
-from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, suppress
-from sppfeat.windows.windows import overlaps
+from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps, suppress
 
 
 def random_boxes(generator: np.random.Generator, count: int, side: int = 60) -> np.ndarray:

@@ -18,7 +18,7 @@ from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_
 from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
 from sppfeat.retrieval.ground_truth import GroundTruth, JudgedQuery, read_ground_truth, write_query_windows
 from sppfeat.retrieval.whitening import ProjectionOptions
-from sppfeat.windows.windows import read_windows
+from sppfeat.windows.reading import read_windows
 
 
 def clustered(count: int, things: int, *, seed: int = 0, dim: int = 12, noise: float = 1.0) -> np.ndarray:

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from sppfeat import Recipe, UsageError, WindowsError, extract_folder, open_store
 from sppfeat.images.reading import Fingerprint
+from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import _Journal, open_windows, propose_folder, windows_from
 from sppfeat.windows.selective_search import ProposalOptions, Proposed, propose
-from sppfeat.windows.windows import overlaps
 
 
 @pytest.fixture

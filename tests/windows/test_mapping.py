@@ -21,7 +21,9 @@ from sppfeat import Describer, Recipe, UsageError, extract_folder, open_store
 from sppfeat.backbones.backbone import load_backbone
 from sppfeat.backbones.geometry import Geometry
 from sppfeat.pyramid.pooling import pool_rois
-from sppfeat.windows.windows import map_windows, nearest_scales, outside, read_windows, row_name, split_row_name
+from sppfeat.store.row_names import row_name, split_row_name
+from sppfeat.windows.mapping import map_windows, nearest_scales, outside
+from sppfeat.windows.reading import read_windows
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,75 @@
+"""Windows mapped onto feature maps, and to the scales that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from sppfeat.backbones.geometry import Geometry
+from sppfeat.errors import UsageError
+from sppfeat.windows.boxes import areas
+
+# The side of the square that a window's area comes closest to at its scale: what ImageNet networks are trained on.
+CANONICAL_SIDE: Final = 224
+
+
+def outside(windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[K] whether windows [K, 4] reach outside a picture of `size`, width and height."""
+    width, height = size
+    result: np.ndarray = (windows[:, :2] < 0).any(1) | (windows[:, 2] > width - 1) | (windows[:, 3] > height - 1)
+    return result
+
+
+def map_windows(
+    windows: np.ndarray,
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    columns: Geometry,
+    rows: Geometry,
+) -> np.ndarray:
+    """Rois [K, 4] int64 (cells x1, y1, x2, y2, inclusive) of windows [K, 4] on a feature map.
+
+    size: width and height of the upright original. input_size: of the network's input, which the original was resized
+    to. columns, rows: the map's geometry along x and y, see `Backbone.geometry`.
+
+    With stride S and offset o of the map, an edge at input pixel x lies at cell floor((x - o) / S) + 1 on the left and
+    top, ceil((x - o) / S) - 1 on the right and bottom: the cells whose centres are strictly inside (He et al. 2014,
+    section 4 and appendix A, where o is 0). Where no centre is, the roi is the cell nearest the window's middle. Edges
+    on the picture's border go to the map's: else a network with o = 0 would lose its first cells, and a window of the
+    whole picture would not be described as the picture is.
+    """
+    windows = np.asarray(windows, np.float64)
+    if windows.ndim != 2 or windows.shape[1] != 4:
+        raise UsageError(f"windows must be [K, 4], found {list(windows.shape)}")
+    first_x, last_x = _map_axis(windows[:, 0], windows[:, 2], size[0], input_size[0], columns)
+    first_y, last_y = _map_axis(windows[:, 1], windows[:, 3], size[1], input_size[1], rows)
+    return np.stack([first_x, first_y, last_x, last_y], 1)
+
+
+def _map_axis(
+    first: np.ndarray, last: np.ndarray, length: int, input_length: int, axis: Geometry
+) -> tuple[np.ndarray, np.ndarray]:
+    ratio = input_length / length
+    # Resizing keeps the picture's outer edges, which are half a pixel outside the first and the last centre.
+    begin, end = ((edge + 0.5) * ratio - 0.5 - axis.offset for edge in (first, last))
+    low = np.floor(begin / axis.stride) + 1
+    high = np.ceil(end / axis.stride) - 1
+    low[first <= 0] = 0
+    high[last >= length - 1] = axis.size - 1
+    between = low > high
+    low[between] = high[between] = np.floor((begin + end)[between] / (2 * axis.stride) + 0.5)
+    cells = np.clip(np.stack([low, high]), 0, axis.size - 1).astype(np.int64)
+    return cells[0], cells[1]
+
+
+def nearest_scales(windows: np.ndarray, size: tuple[int, int], input_sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[K] for each window, which of the input sizes brings its area closest to 224 x 224; the first of equals.
+
+    windows: [K, 4] on an original of `size`. input_sizes: width and height of the resized picture, one a scale.
+    """
+    area = areas(windows) / (size[0] * size[1])
+    scaled = area[:, None] * np.array([[width * height for width, height in input_sizes]], np.float64)
+    result: np.ndarray = np.abs(scaled - CANONICAL_SIDE**2).argmin(1)
+    return result
