@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from sppfeat import Describer, Recipe, Store, extract_folder, open_store
-from sppfeat.images.reading import find_images, name_to_path
+from sppfeat.images.sources import find_images, name_to_path
 
 HABIT = dict(crop="center", levels=(1,), pooling="avg", layer="bn2")
 

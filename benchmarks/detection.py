@@ -36,10 +36,12 @@ from PIL import Image
 
 from sppfeat import DescribedWindows, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
 from sppfeat.detection.annotations import AnnotatedImages, read_voc, read_voc_files
-from sppfeat.detection.detector import DetectorRunner, detection_recipe, open_detector
+from sppfeat.detection.detecting import DetectorRunner
+from sppfeat.detection.detector import detection_recipe, open_detector
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
-from sppfeat.images.reading import Fingerprint, read_image
+from sppfeat.images.reading import read_image
+from sppfeat.images.sources import Fingerprint
 from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import open_windows, propose_folder
 

@@ -46,7 +46,7 @@ def make_rows(generator: np.random.Generator, centres: np.ndarray, count: int) -
 def make_data(folder: Path, count: int) -> None:
     """A store of `count` rows, and queries of the same clusters that are not in it, with their true neighbours."""
     from sppfeat import Recipe, open_store
-    from sppfeat.store.store import create_store
+    from sppfeat.store.writing import create_store
 
     generator = np.random.default_rng(0)
     weights = np.arange(1, DIM + 1, dtype=np.float32) ** -DECAY
@@ -145,7 +145,7 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
     from sppfeat.retrieval.faiss_index import IndexOptions
     from sppfeat.retrieval.gallery import create_gallery, open_gallery
     from sppfeat.retrieval.search import SearchOptions, search_descriptors
-    from sppfeat.store.store import create_store
+    from sppfeat.store.writing import create_store
 
     path = Path(folder, f"small-{count}-{dim}.h5")
     names = [f"{number:07}.jpg" for number in range(count)]

@@ -10,10 +10,11 @@ from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Windows
 
 if TYPE_CHECKING:
-    from sppfeat.detection.detector import Detections, Detector
+    from sppfeat.detection.detecting import Detections
+    from sppfeat.detection.detector import Detector
     from sppfeat.detection.drawing import DetectionPage, DrawingFolder
     from sppfeat.errors import ReportError
-    from sppfeat.images.reading import ImageList
+    from sppfeat.images.sources import ImageList
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +48,8 @@ def detect(
 
     Without --windows, they are found on the way, as those were that the detector was trained with.
     """
-    from sppfeat.detection.detector import DetectOptions, detect_images, open_detector
+    from sppfeat.detection.detecting import DetectOptions, detect_images
+    from sppfeat.detection.detector import open_detector
     from sppfeat.detection.drawing import DetectionPage, DrawingFolder
     from sppfeat.errors import ReportError
     from sppfeat.recipe import RunOptions

@@ -31,7 +31,7 @@ def duplicates(
     """
     from sppfeat.report.pages import check_page
     from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
-    from sppfeat.store.store import open_store
+    from sppfeat.store.reading import open_store
 
     page = check_page(html, overwrite=overwrite) if html is not None else None
     with _Bar(quiet) as bar:

@@ -90,7 +90,7 @@ def retrieval(
     """
     from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
     from sppfeat.retrieval.ground_truth import read_ground_truth, write_query_windows
-    from sppfeat.store.store import open_store
+    from sppfeat.store.reading import open_store
 
     truth = read_ground_truth(ground_truth, difficulty=difficulty) if ground_truth is not None else None
     if write_windows is not None:

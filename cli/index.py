@@ -126,7 +126,7 @@ def _build(
 ) -> "Change":
     from sppfeat.retrieval.faiss_index import IndexOptions
     from sppfeat.retrieval.gallery import create_gallery
-    from sppfeat.store.store import open_store
+    from sppfeat.store.reading import open_store
 
     chosen = IndexOptions(**options)
     return create_gallery(
@@ -143,7 +143,7 @@ def _change(
     store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str
 ) -> "Change":
     from sppfeat.retrieval.gallery import add_to_gallery, read_names, remove_from_gallery
-    from sppfeat.store.store import open_store
+    from sppfeat.store.reading import open_store
 
     if store is not None and add_to is not None:
         return add_to_gallery(open_store(store), add_to, device=device)

@@ -23,8 +23,8 @@ def inspect(
 ) -> None:
     """Show what a file of sppfeat holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
-    from sppfeat.files.output import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
-    from sppfeat.store.store import open_store, verify_store
+    from sppfeat.files.formats import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
+    from sppfeat.store.reading import open_store, verify_store
 
     kind = format_of(file)
     if kind == GALLERY and not failures:

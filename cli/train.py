@@ -39,8 +39,9 @@ def svm(
     C is chosen by 3-fold cross-validation. The model keeps the recipe of the descriptors, for `sppfeat predict`.
     """
     from sppfeat.errors import ModelError
-    from sppfeat.files.output import SVM, check_new_file
-    from sppfeat.store.store import open_store
+    from sppfeat.files.formats import SVM
+    from sppfeat.files.output import check_new_file
+    from sppfeat.store.reading import open_store
     from sppfeat.svm.cost_selection import SvmOptions
     from sppfeat.transfer.classifier import save_classifier
     from sppfeat.transfer.labels import read_labels

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sppfeat.detection.detector import DetectOptions, DetectorRunner, detected, open_detector
+from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected
+from sppfeat.detection.detector import open_detector
 from sppfeat.detection.drawing import draw_detections
 from sppfeat.images.reading import read_image
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from sppfeat.retrieval.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
     from sppfeat.retrieval.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
     from sppfeat.retrieval.whitening import ProjectionOptions
+    from sppfeat.store.reading import Status, Store, open_store, verify_store
     from sppfeat.store.row_names import split_row_name
-    from sppfeat.store.store import Status, Store, open_store, verify_store
     from sppfeat.svm.model import LinearSvm
     from sppfeat.svm.solver import train_linear_svm
     from sppfeat.transfer.evaluation import Transfer, TransferOptions, evaluate_transfer

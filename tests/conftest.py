@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from sppfeat import Recipe, Store, open_store
-from sppfeat.images.reading import Fingerprint
-from sppfeat.store.store import StoreWriter, create_store
+from sppfeat.images.sources import Fingerprint
+from sppfeat.store.writing import StoreWriter, create_store
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 

@@ -36,13 +36,13 @@ from sppfeat.detection.annotations import read_coco, read_voc, read_voc_files
 from sppfeat.detection.detector import Detector, open_detector, save_detector
 from sppfeat.detection.row_cache import read_state, save_state
 from sppfeat.files.cache import read_entry, write_entry
+from sppfeat.files.formats import SVM, WINDOWS, format_of
 from sppfeat.files.hdf5_check import DEADLINE_SECONDS
-from sppfeat.files.output import SVM, WINDOWS, format_of
-from sppfeat.images.reading import Fingerprint, find_images
+from sppfeat.images.sources import Fingerprint, find_images
 from sppfeat.retrieval.gallery import read_names
 from sppfeat.retrieval.gallery_files import read_rows
 from sppfeat.retrieval.ground_truth import read_ground_truth
-from sppfeat.store.store import StoreWriter, create_store
+from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.transfer.classifier import open_classifier
 from sppfeat.transfer.labels import read_labels, read_voc_labels
 from sppfeat.windows.proposals import _Journal, _write, open_windows

@@ -20,11 +20,13 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from sppfeat.detection.detector import Detections, Detector
+from sppfeat.detection.detecting import Detections
+from sppfeat.detection.detector import Detector
 from sppfeat.detection.evaluation import ClassResult, DetectionEvaluation
 from sppfeat.errors import ImageError, ReportError, one_line
 from sppfeat.files.output import check_can_write, os_reason
-from sppfeat.images.reading import ImageList, name_to_path, read_image
+from sppfeat.images.reading import read_image
+from sppfeat.images.sources import ImageList, name_to_path
 from sppfeat.report.pages import image_address, write_page
 
 # Long side of images in a page: twice the width they are shown at on a wide screen.

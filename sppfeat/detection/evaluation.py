@@ -18,7 +18,8 @@ from sppfeat.detection.average_precision import (
     coco_average_precision,
     voc_ranking,
 )
-from sppfeat.detection.detector import DetectOptions, Detector, DetectorRunner, detected, window_notes
+from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, window_notes
+from sppfeat.detection.detector import Detector
 from sppfeat.errors import UsageError
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.recipe import RunOptions

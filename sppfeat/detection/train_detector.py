@@ -15,9 +15,10 @@ from sppfeat.detection.detector import detection_recipe, save_detector
 from sppfeat.detection.training_rounds import Observer, Trainer, TrainingOptions, count_positives
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import Describer
-from sppfeat.files.output import DETECTOR, check_new_file
+from sppfeat.files.formats import DETECTOR
+from sppfeat.files.output import check_new_file
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store.store import lock_store
+from sppfeat.store.writing import lock_store
 from sppfeat.windows.proposals import WindowFile, open_windows, propose_folder
 from sppfeat.windows.selective_search import ProposalOptions
 

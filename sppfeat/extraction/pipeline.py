@@ -19,8 +19,8 @@ from sppfeat.backbones.network import Network
 from sppfeat.engines.devices import resolve_device
 from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, load_engine
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
-from sppfeat.images.reading import Fingerprint, fingerprint_of
 from sppfeat.images.resizing import PreparedImage, ShapeBatcher, prepare_image
+from sppfeat.images.sources import Fingerprint, fingerprint_of
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow

@@ -1,36 +1,24 @@
-"""Find images, and read one safely: any size, any common colour mode, upright, as 8-bit RGB."""
+"""Reading one image safely: any size, any common colour mode, upright, as 8-bit RGB."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import ctypes
-import errno
 import io
 import logging
 import os
-import re
 import stat
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError
 
-from sppfeat.errors import ImageError, UsageError, one_line
+from sppfeat.errors import ImageError, one_line
 from sppfeat.images.limits import COEFFICIENTS, BoundedFile, check_structure, check_working_set
+from sppfeat.images.sources import AVIF, Fingerprint, reason_not_readable
 
 # Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
-# Pillow before 11.3 warns when asked about AVIF.
-_AVIF: Final = "avif" in features.modules and features.check("avif")
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
-EXTENSIONS: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if _AVIF else set())
-)
-LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
-
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if AVIF else ()))
 # How files of these kinds begin; only for telling a damaged one from something else.
 _MAGIC: Final = {
     b"\xff\xd8\xff": "JPEG",
@@ -72,41 +60,7 @@ with contextlib.suppress(AttributeError, OSError):
         _set_handler.restype = ctypes.c_void_p
         _set_handler.argtypes = [ctypes.c_void_p]
         _set_handler(None)
-
 _UNDO: Final = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-
-
-class Fingerprint(NamedTuple):
-    """What tells that a file changed: its size in bytes and modification time in nanoseconds; zeros when unreadable."""
-
-    file_size: int
-    mtime_ns: int
-
-
-NO_FINGERPRINT: Final = Fingerprint(0, 0)
-
-
-def fingerprint_of(path: str) -> Fingerprint:
-    """The fingerprint of a file as it is now; `NO_FINGERPRINT` where there is none."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return NO_FINGERPRINT
-    return Fingerprint(info.st_size, info.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """Images to describe. `names` are unique POSIX paths relative to `root`, in a stable order.
-
-    problems: names already known to be no image, with the reason (a folder named x.jpg, a looping symlink, ...).
-    repeated: how many listed paths were left out because they name a file already listed.
-    """
-
-    root: str
-    names: list[str]
-    problems: dict[str, str]
-    repeated: int
 
 
 class DecodedImage(NamedTuple):
@@ -116,150 +70,13 @@ class DecodedImage(NamedTuple):
     size: tuple[int, int]
 
 
-def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
-    """List the images of folders (recursive), single files, text lists, and `-` (a list on standard input).
-
-    Folders are walked in name order, symlinked folders included; lists keep their order, one path a line, relative
-    to the current folder. Names are relative to `root`, by default the one folder given, or the deepest folder that
-    holds all sources. Whatever looks like an image but cannot be one becomes a problem, not a gap.
-    Raises UsageError for a source that is missing or of no known kind, or that lies outside `root`.
-    """
-    if not sources:
-        raise UsageError("no source: expected folders, images, text lists or -")
-    paths: list[str] = []
-    reasons: dict[str, str] = {}
-    roots: list[str] = []
-    for source in [os.fspath(source) for source in sources]:
-        found = list(_list_source(source))
-        for path, reason in found:
-            paths.append(path)
-            if reason is not None:
-                reasons[path] = reason
-        if source != "-" and os.path.isdir(source):
-            roots.append(_absolute(source))
-        else:
-            roots.extend({os.path.dirname(path) for path, _ in found})
-    base = _absolute(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
-    prefix = base.rstrip("/") + "/"
-    unique = dict.fromkeys(paths)
-    for path in unique:
-        if not path.startswith(prefix):
-            raise UsageError(f"{path}: expected a path below the root {base}")
-    return ImageList(
-        root=base,
-        names=[path_to_name(path[len(prefix) :]) for path in unique],
-        problems={path_to_name(path[len(prefix) :]): reason for path, reason in reasons.items()},
-        repeated=len(paths) - len(unique),
-    )
-
-
-def path_to_name(relative: str) -> str:
-    r"""A file's relative path as UTF-8 text that `name_to_path` takes back: `\` becomes `\\`, a byte that is not
-    UTF-8 becomes `\xNN`."""
-    if relative.isascii() and "\\" not in relative:
-        return relative
-    escaped = relative.replace("\\", "\\\\")
-    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", escaped)
-
-
-def name_to_path(root: str, name: str) -> str:
-    """The path of the file that `name` stands for."""
-    relative = re.sub(
-        r"\\(?:\\|x([89a-f][0-9a-f]))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
-    )
-    return os.path.join(root, relative)
-
-
-def _absolute(path: str) -> str:
-    # abspath keeps two leading slashes, which POSIX allows to mean something else, and nothing here does.
-    return "/" + os.path.abspath(path).lstrip("/")
-
-
-def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
-    if source == "-":
-        if sys.stdin is None:
-            raise UsageError("-: expected a list on standard input, found it closed")
-        yield from _list_lines("standard input", sys.stdin.buffer.read())
-    elif os.path.isdir(source):
-        yield from _walk(_absolute(source))
-    elif not os.path.lexists(source):
-        raise UsageError(f"{source}: no such file or folder")
-    elif os.path.splitext(source)[1].lower() in LIST_EXTENSIONS:
-        try:
-            with open(source, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise UsageError(f"{source}: expected a readable text list, found: {error.strerror}") from None
-        yield from _list_lines(source, content)
-    elif os.path.splitext(source)[1].lower() in EXTENSIONS:
-        yield _absolute(source), None
-    else:
-        raise UsageError(
-            f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}) "
-            f"or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
-        )
-
-
-def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]:
-    # No path can hold a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
-    if b"\0" in content:
-        raise UsageError(f"{source}: expected a list in UTF-8 with one path a line, found NUL bytes")
-    for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n"):
-        line = line.removesuffix(b"\r")
-        if line:
-            yield _absolute(os.fsdecode(line)), None
-
-
-def _walk(top: str) -> Iterator[tuple[str, str | None]]:
-    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each entry carries the
-    # identities of the folders above it, which is what a looping symlink comes back to.
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
-    while stack:
-        path, above = stack.pop()
-        is_image = path != top and os.path.splitext(path)[1].lower() in EXTENSIONS
-        try:
-            info = os.stat(path)
-            is_folder = stat.S_ISDIR(info.st_mode)
-        except OSError as error:
-            # What cannot be looked at may be a folder of images. A dangling symlink is none.
-            if is_image or error.errno != errno.ENOENT:
-                yield path, _reason_not_readable(path, error)
-            continue
-        if not is_folder:
-            if is_image:
-                yield path, None
-            continue
-        reason = "is a folder, not an image" if is_image else None
-        identity = (info.st_dev, info.st_ino)
-        entries: list[str] = []
-        if identity in above:
-            reason = "symlink loops back to a folder that holds it"
-        else:
-            try:
-                entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
-            except OSError as error:
-                reason = _reason_not_readable(path, error)
-        if reason is not None:
-            yield path, reason
-        inside = above | {identity}
-        stack.extend((os.path.join(path, entry), inside) for entry in entries)
-
-
-def _reason_not_readable(path: str, error: OSError) -> str:
-    if error.errno == errno.ELOOP:
-        return "symlink loops"
-    if error.errno == errno.ENOENT:
-        return "symlink points to nothing" if os.path.islink(path) else "no such file"
-    return f"cannot be read: {error.strerror or error}"
-
-
 def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
     """Open an image's header; close the image when done. Raises ImageError with the reason, without the path."""
     try:
         # Without O_NONBLOCK, opening a pipe that is named like an image would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ImageError(_reason_not_readable(path, error)) from None
+        raise ImageError(reason_not_readable(path, error)) from None
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode) or not info.st_size:
         os.close(descriptor)
@@ -284,7 +101,7 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         start = file.read(12)
         file.close()
         kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
-        if _AVIF and start[4:] in _AVIF_BRANDS:
+        if AVIF and start[4:] in _AVIF_BRANDS:
             kinds = ["AVIF"]
         if kinds:
             raise ImageError(

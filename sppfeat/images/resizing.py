@@ -14,7 +14,8 @@ from PIL import Image
 
 from sppfeat.errors import ImageError, one_line
 from sppfeat.images.limits import MAX_WORKING_SET, working_set
-from sppfeat.images.reading import Fingerprint, decode, open_image, upright_size
+from sppfeat.images.reading import decode, open_image, upright_size
+from sppfeat.images.sources import Fingerprint
 from sppfeat.machine import available_cores, available_memory
 from sppfeat.recipe import Recipe
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.report.pages import thumbnail, write_page
+from sppfeat.store.reading import Store
 from sppfeat.store.row_names import Box
-from sppfeat.store.store import Store
 from sppfeat.store.unit_rows import UnitRows, block_rows, picture_of, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95

@@ -19,7 +19,7 @@ import msgspec
 
 from sppfeat.errors import UsageError, one_line, unknown_name
 from sppfeat.files.documents import decode_document
-from sppfeat.images.reading import EXTENSIONS
+from sppfeat.images.sources import EXTENSIONS
 from sppfeat.store.row_names import Box, window_text
 from sppfeat.windows.reading import COLUMNS
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images.reading import find_images, name_to_path, path_to_name
+from sppfeat.images.sources import find_images, name_to_path, path_to_name
 from sppfeat.recipe import RunOptions
 from sppfeat.report.pages import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
+from sppfeat.store.reading import Store
 from sppfeat.store.row_names import Box, window_text
-from sppfeat.store.store import Store
 from sppfeat.store.unit_rows import block_rows, normalize_rows, picture_of, to_units, unit_rows
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.recipe import Recipe
-from sppfeat.store.store import Store
+from sppfeat.store.reading import Store
 
 
 class Matrix(Protocol):

@@ -11,10 +11,10 @@ from typing import Final, Protocol
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
-from sppfeat.images.reading import name_to_path
+from sppfeat.images.sources import name_to_path
 from sppfeat.machine import available_memory
+from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name
-from sppfeat.store.store import Status, Store, require_complete
 
 # Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
 BLOCK_BYTES: Final = 1 << 25

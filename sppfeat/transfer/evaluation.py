@@ -17,7 +17,7 @@ import numpy as np
 
 from sppfeat.errors import SppFeatWarning, StoreError, UsageError, unknown_name
 from sppfeat.recipe import Recipe
-from sppfeat.store.store import Store, require_complete
+from sppfeat.store.reading import Store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.svm.convergence import Convergence
 from sppfeat.svm.cost_selection import SvmOptions, choose_cost, choose_cost_per_class

@@ -13,12 +13,12 @@ import numpy as np
 
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import DescribedWindows, Describer
+from sppfeat.files.formats import STORE, format_of
 from sppfeat.files.names import unsafe_name
-from sppfeat.files.output import STORE, format_of
-from sppfeat.images.reading import ImageList, find_images, name_to_path
+from sppfeat.images.sources import ImageList, find_images, name_to_path
 from sppfeat.recipe import RunOptions
+from sppfeat.store.reading import Status, Store, open_store, require_complete
 from sppfeat.store.row_names import Box
-from sppfeat.store.store import Status, Store, open_store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.store.unit_rows import picture_of
 from sppfeat.transfer.classifier import Classifier

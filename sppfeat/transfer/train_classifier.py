@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from sppfeat.errors import SppFeatWarning, UsageError
-from sppfeat.store.store import Store, require_complete
+from sppfeat.store.reading import Store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.svm.cost_selection import SvmOptions, choose_cost
 from sppfeat.svm.solver import SvmProblem, class_targets

@@ -13,7 +13,7 @@ import pytest
 from conftest import MakeStore
 
 from sppfeat import Recipe, open_store
-from sppfeat.store.store import StoreWriter
+from sppfeat.store.writing import StoreWriter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ESCAPES = "\x1b[2J\x1b]0;title\x07\r\x9b1m\u202e"

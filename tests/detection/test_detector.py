@@ -18,7 +18,8 @@ from voc_xml import xml
 
 from sppfeat import ModelError, Recipe, UsageError
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
-from sppfeat.detection.detector import DetectOptions, DetectorRunner, detection_recipe, open_detector, save_detector
+from sppfeat.detection.detecting import DetectOptions, DetectorRunner
+from sppfeat.detection.detector import detection_recipe, open_detector, save_detector
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.row_cache import Reservoir, RowCache
 from sppfeat.detection.train_detector import TrainingOptions, train_detector

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sppfeat import ImageError, ReportError
-from sppfeat.detection.detector import Detections, Detector, detection_recipe, save_detector
+from sppfeat.detection.detecting import Detections
+from sppfeat.detection.detector import Detector, detection_recipe, save_detector
 from sppfeat.detection.drawing import (
     DetectionPage,
     DrawingFolder,
@@ -25,7 +26,7 @@ from sppfeat.detection.drawing import (
     layout_label,
     place_labels,
 )
-from sppfeat.images.reading import find_images
+from sppfeat.images.sources import find_images
 from sppfeat.windows.selective_search import ProposalOptions
 
 Blind = tuple[list[str | Path], Path]

@@ -39,7 +39,7 @@ from sppfeat.extraction.pipeline import Describer
 from sppfeat.images import resizing as preprocess
 from sppfeat.images.resizing import prepare_image
 from sppfeat.pyramid.pooling import pool_pyramid
-from sppfeat.store.store import lock_store
+from sppfeat.store.writing import lock_store
 
 MakeImages = Callable[..., Path]
 

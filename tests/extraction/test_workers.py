@@ -19,7 +19,7 @@ from sppfeat import BackboneError, DeviceError, RunOptions, UsageError, extract_
 from sppfeat.engines.devices import resolve_device
 from sppfeat.extraction import run as extract_module
 from sppfeat.extraction.workers import _shares, fill_rows_with
-from sppfeat.store.store import lock_store
+from sppfeat.store.writing import lock_store
 
 MakeImages = Callable[..., Path]
 OPTIONS = RunOptions(device="cpu", engine="torch")

@@ -15,8 +15,8 @@ from torchvision import transforms
 
 from sppfeat.errors import ImageError
 from sppfeat.images import resizing as preprocess
-from sppfeat.images.reading import fingerprint_of
 from sppfeat.images.resizing import FULL_BATCH_PIXELS, ShapeBatcher, prepare_image, scaled_size
+from sppfeat.images.sources import fingerprint_of
 from sppfeat.recipe import Recipe
 
 PHOTOS = Path(__file__).parents[2] / "photos"

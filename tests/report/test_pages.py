@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from sppfeat import GalleryError, ModelError, ReportError, Store
+from sppfeat.files.formats import SVM
 from sppfeat.files.names import unsafe_name
-from sppfeat.files.output import SVM, check_new_file
+from sppfeat.files.output import check_new_file
 from sppfeat.report.pages import check_page, thumbnail
 from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
 from sppfeat.retrieval.gallery import create_gallery, open_gallery

@@ -34,7 +34,8 @@ from sppfeat.retrieval.gallery import (
 )
 from sppfeat.retrieval.search import SearchOptions, search_store
 from sppfeat.retrieval.whitening import ProjectionOptions
-from sppfeat.store.store import Store, StoreWriter, open_store
+from sppfeat.store.reading import Store, open_store
+from sppfeat.store.writing import StoreWriter
 
 FACTORIES = ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA16,IVF4,Flat", "IVF4,SQ8,RFlat"]
 

@@ -12,7 +12,7 @@ from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
 from sppfeat.retrieval.faiss_index import IndexOptions, build_index
 from sppfeat.retrieval.whitening import ProjectionOptions, learn_projection
 from sppfeat.store import unit_rows as rows_module
-from sppfeat.store.store import Store
+from sppfeat.store.reading import Store
 from sppfeat.store.unit_rows import UnitRows, picture_of, unit_rows
 
 

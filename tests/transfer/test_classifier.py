@@ -25,7 +25,7 @@ from sppfeat import (
     open_store,
     train_linear_svm,
 )
-from sppfeat.store.store import StoreWriter
+from sppfeat.store.writing import StoreWriter
 from sppfeat.svm.cost_selection import SvmOptions
 from sppfeat.transfer.classifier import open_classifier, save_classifier
 from sppfeat.transfer.prediction import predict
@@ -195,7 +195,7 @@ def test_an_output_that_cannot_be_is_found_before_training(
 
     extract_folder(colours, tmp_path / "f.h5", tiny)
     (tmp_path / "photo.jpg").write_bytes(b"a photograph")
-    monkeypatch.setattr("sppfeat.transfer.classifier.train_classifier", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("sppfeat.transfer.train_classifier.train_classifier", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(ModelError, match=re.escape(str(tmp_path / output))):
         app(["train", "svm", str(tmp_path / "f.h5"), "-o", str(tmp_path / output)])
     assert (tmp_path / "photo.jpg").read_bytes() == b"a photograph"

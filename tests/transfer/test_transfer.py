@@ -25,9 +25,9 @@ from sppfeat import (
     extract_folder,
     open_store,
 )
-from sppfeat.images.reading import Fingerprint
+from sppfeat.images.sources import Fingerprint
 from sppfeat.report.pages import check_page
-from sppfeat.store.store import StoreWriter, create_store
+from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.transfer.evaluation import TransferOptions, evaluate_transfer
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.page import write_transfer_report

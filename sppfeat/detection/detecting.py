@@ -1,0 +1,307 @@
+"""SPP-net detection: one feature map for each image and scale, every window pooled from it, linear scores, boxes.
+
+Source: He, Zhang, Ren, Sun, "Spatial Pyramid Pooling in Deep Convolutional Networks for Visual Recognition", ECCV 2014
+(arXiv:1406.4729), section 4.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+
+from sppfeat.detection.detector import Detector
+from sppfeat.errors import ModelError, UsageError
+from sppfeat.extraction.pipeline import Describer
+from sppfeat.images.sources import ImageList, find_images, name_to_path
+from sppfeat.machine import available_cores
+from sppfeat.recipe import RunOptions
+from sppfeat.windows.boxes import moved_boxes, suppress
+from sppfeat.windows.selective_search import Proposer
+
+# Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.
+MAX_BEFORE_SUPPRESSION: Final = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions:
+    """Which detections are given.
+
+    threshold: least score; 0 is the border that the SVMs draw between objects and windows, of which there are far more,
+    so that most objects lie below it. overlap: of two detections of a class that overlap by more, the better one stays.
+    max_detections: the most of each class in an image; the best stay.
+    """
+
+    threshold: float = -0.5
+    overlap: float = 0.3
+    max_detections: int = 100
+
+    def __post_init__(self) -> None:
+        if np.isnan(self.threshold):
+            raise UsageError("threshold must be a number, found NaN")
+        if not 0 <= self.overlap <= 1:
+            raise UsageError(f"overlap must be a number from 0 to 1, found {self.overlap!r}")
+        if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= MAX_BEFORE_SUPPRESSION:
+            raise UsageError(
+                f"max_detections must be a whole number from 1 to {MAX_BEFORE_SUPPRESSION}, "
+                f"found {self.max_detections!r}"
+            )
+
+
+class Detections(NamedTuple):
+    """What was found on one picture, the best first, or why it could not be searched.
+
+    labels: [n] numbers of classes. scores: [n] float32. boxes: [n, 4] float64 windows inside the picture.
+    windows: how many were scored. left_out: how many reach outside the picture, or could not be described.
+    position: counts the pictures given.
+    """
+
+    position: int
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    image_size: tuple[int, int]
+    windows: int
+    left_out: int
+    error: str | None
+
+
+class DetectorRunner:
+    """A detector with its network at hand. Raises ModelError where the network is not the one it was trained with.
+
+    describer: one that is at hand, for the detector's recipe.
+    seconds: of work by stage (decode, forward, pool, score, suppress), summed over threads; pool is a part of forward.
+    """
+
+    def __init__(
+        self, detector: Detector, options: RunOptions | None = None, *, describer: Describer | None = None
+    ) -> None:
+        self.detector = detector
+        self._describer = describer or Describer(detector.recipe, options)
+        self.device = self._describer.device
+        if self._describer.weights_sha256 != detector.weights_sha256:
+            raise ModelError(
+                f"the detector was trained with other weights of {detector.recipe.backbone}: expected sha256 "
+                f"{detector.weights_sha256[:12]}, found {self._describer.weights_sha256[:12]}"
+            )
+        dim = detector.recipe.bins * (self._describer.dim // detector.recipe.dimensions(1))
+        if detector.weights.shape[1] != dim:
+            raise ModelError(f"the detector expects descriptors of {detector.weights.shape[1]} values, found {dim}")
+        self._score_seconds = self._suppress_seconds = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of work by stage."""
+        times = self._describer.times
+        return {
+            "decode": times.decode,
+            "forward": times.forward,
+            "pool": times.pool,
+            "score": self._score_seconds,
+            "suppress": self._suppress_seconds,
+        }
+
+    def detect(
+        self,
+        pictures: Iterable[tuple[str, np.ndarray]],
+        options: DetectOptions | None = None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Detections]:
+        """Detect on every picture, given as path and windows [K, 4], about in order.
+
+        Windows that reach outside their picture are left out. A picture that cannot be read comes with its reason.
+        """
+        options = options or DetectOptions()
+        windows_of: dict[int, np.ndarray] = {}
+
+        def remembered() -> Iterator[tuple[str, np.ndarray]]:
+            for position, (path, windows) in enumerate(pictures):
+                windows_of[position] = windows
+                yield path, windows
+
+        for done in self._describer.describe_windows(remembered(), scales="nearest", stop=stop):
+            windows = windows_of.pop(done.position)
+            if done.descriptors is None:
+                nothing = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 4))
+                yield Detections(done.position, *nothing, done.image_size, 0, 0, done.error)
+                continue
+            good = np.setdiff1d(np.arange(len(windows)), list(done.window_errors))
+            found = self._found(done.descriptors[good], windows[good], done.image_size, options)
+            yield Detections(done.position, *found, done.image_size, len(good), len(windows) - len(good), None)
+
+    def _found(
+        self, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        detector = self.detector
+        start = time.perf_counter()
+        scores = descriptors @ detector.weights.T + detector.biases
+        labels, chosen = [], []
+        for label in range(len(detector.classes)):
+            above = np.flatnonzero(scores[:, label] >= options.threshold)
+            best = above[np.argsort(-scores[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
+            labels.append(np.full(len(best), label))
+            chosen.append(best)
+        boxes = []
+        for label, rows in enumerate(chosen):
+            if detector.box_weights is None or detector.box_biases is None:
+                boxes.append(windows[rows])
+            else:
+                moves = descriptors[rows] @ detector.box_weights[label].T + detector.box_biases[label]
+                boxes.append(moved_boxes(windows[rows], moves, size))
+        all_labels, all_boxes = np.concatenate(labels), np.concatenate(boxes)
+        all_scores = scores[np.concatenate(chosen), all_labels]
+        middle = time.perf_counter()
+        kept = suppress(all_boxes, all_scores, all_labels, options.overlap)
+        # Each class keeps its best, whatever the others score.
+        kept = kept[_ranks(all_labels[kept]) < options.max_detections]
+        self._score_seconds += middle - start
+        self._suppress_seconds += time.perf_counter() - middle
+        return all_labels[kept], all_scores[kept], all_boxes[kept]
+
+
+def _ranks(labels: np.ndarray) -> np.ndarray:
+    """[N] how many earlier ones have the same label."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return ranks
+
+
+def detected(
+    runner: DetectorRunner,
+    pictures: Sequence[tuple[str, str]],
+    windows: Mapping[str, np.ndarray] | None,
+    options: DetectOptions | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Detections]:
+    """Detect on pictures, given as name and path. windows: [K, 4] by name; those without have none.
+
+    None: windows are proposed on the way, as those were that the detector was trained with, by one process for each
+    core; see `Proposer` for what that asks of a script.
+    """
+    if windows is not None:
+        given = (
+            (path, np.asarray(windows[name], np.float64) if name in windows else np.zeros((0, 4)))
+            for name, path in pictures
+        )
+        yield from runner.detect(given, options, stop=stop)
+        return
+    with Proposer(runner.detector.proposals, workers=available_cores()) as proposer:
+        reasons: dict[int, str] = {}
+
+        def proposed() -> Iterator[tuple[str, np.ndarray]]:
+            for position, (path, one) in enumerate(proposer.stream((path for _, path in pictures), stop=stop)):
+                if one.error is not None:
+                    reasons[position] = one.error
+                yield path, np.asarray(one.windows, np.float64)
+
+        for done in runner.detect(proposed(), options):
+            yield done._replace(error=done.error or reasons.pop(done.position, None))
+
+
+@dataclass(frozen=True)
+class Detecting:
+    """What a run of `detect_images` did.
+
+    images: listed. searched: of them, in this run. failed: those that could not be, by name, and why. notes: images
+    without windows, or with some outside the picture. stages: seconds of work by stage, summed over threads.
+    """
+
+    images: int
+    searched: int
+    found: int
+    failed: dict[str, str]
+    notes: list[str]
+    seconds: float
+    device: str
+    stages: dict[str, float]
+
+
+class Observer(Protocol):
+    """Who wants the results; called from the thread that called `detect_images`."""
+
+    def listed(self, images: ImageList) -> None:
+        """The images are known, and nothing is done yet: who cannot take their results raises."""
+
+    def started(self, *, todo: int, reused: int) -> None:
+        """The work is known."""
+
+    def row(self, name: str, error: str | None) -> None:
+        """One image is done, or failed for a reason."""
+
+    def found(self, path: str, name: str, found: Detections) -> None:
+        """What is on an image; called before its `row`."""
+
+
+def detect_images(
+    detector: Detector,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    windows: Mapping[str, np.ndarray] | None = None,
+    options: DetectOptions | None = None,
+    run: RunOptions | None = None,
+    *,
+    observer: Observer,
+    stop: Callable[[], bool] = lambda: False,
+) -> Detecting:
+    """Detect on the images of folders, files or lists (see `find_images`); results go to the observer as they come.
+
+    windows: as in `detected`, by names relative to the folder of the sources. Raises UsageError, ModelError, and what
+    `Describer` raises. An image that cannot be read is reported, not raised.
+    """
+    began = time.perf_counter()
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    images = find_images(several)
+    if not images.names:
+        raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
+    if windows is not None and not set(windows) & set(images.names):
+        raise UsageError(
+            f"the windows are of none of the {len(images.names)} images below {images.root}: expected names such as "
+            f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
+        )
+    observer.listed(images)
+    runner = DetectorRunner(detector, run)
+    names = [name for name in images.names if name not in images.problems]
+    pictures = [(name, name_to_path(images.root, name)) for name in names]
+    failed = dict(images.problems)
+    notes: list[str] = []
+    count = searched = 0
+    observer.started(todo=len(images.names), reused=0)
+    for name, reason in images.problems.items():
+        observer.row(name, reason)
+    for done in detected(runner, pictures, windows, options, stop=stop):
+        name, path = pictures[done.position]
+        if done.error is not None:
+            failed[name] = done.error
+        else:
+            searched += 1
+            count += len(done.scores)
+            notes += window_notes(name, done)
+            observer.found(path, name, done)
+        observer.row(name, done.error)
+    return Detecting(
+        images=len(images.names),
+        searched=searched,
+        found=count,
+        failed=failed,
+        notes=sorted(notes),
+        seconds=time.perf_counter() - began,
+        device=str(runner.device),
+        stages=runner.seconds,
+    )
+
+
+def window_notes(name: str, done: Detections) -> list[str]:
+    """What is odd about the windows of a picture that was searched."""
+    notes = []
+    if done.left_out:
+        notes.append(f"{name}: {done.left_out} windows reach outside the picture and are left out")
+    if not done.windows:
+        notes.append(f"{name}: has no windows")
+    return notes

@@ -1,0 +1,93 @@
+"""The formats of our files: which one a file has, and opening it without trusting it.
+
+Every HDF5 file of ours has the root attributes `format` and `format_version`; a gallery is a folder with a
+`gallery.json` that has both keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import h5py
+import msgspec
+
+from sppfeat.errors import SppFeatError, UsageError, one_line
+from sppfeat.files.documents import decode_document
+from sppfeat.files.hdf5_check import check_hdf5, hdf5_reason
+
+T = TypeVar("T")
+STORE = "sppfeat-store"
+SVM = "sppfeat-svm"
+DETECTOR = "sppfeat-detector"
+WINDOWS = "sppfeat-windows"
+GALLERY = "sppfeat-gallery"
+# What h5py, NumPy and conversions raise where a file does not hold what it should.
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+# How messages call them.
+NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
+
+
+class _Format(msgspec.Struct):
+    format: str
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Which of our formats a file or folder has, without trusting it further; None: none of them, or unreadable."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            about = path / "gallery.json"
+            if not about.is_file():
+                return None
+            found = decode_document(about.read_bytes(), _Format, what=str(about), error=UsageError).format
+        else:
+            check_hdf5(path)
+            with h5py.File(path, "r", locking=False) as file:
+                found = file.attrs.get("format")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UsageError):
+        return None
+    return found if isinstance(found, str) and found in NOUNS else None
+
+
+@contextlib.contextmanager
+def open_hdf5(
+    path: str | os.PathLike[str], kind: str | None, version: int, error: type[SppFeatError]
+) -> Iterator[h5py.File]:
+    """Open one of our HDF5 files for reading; whatever is wrong with it, also within the block, is raised as `error`.
+
+    kind: its format, one of NOUNS; None: a part of a gallery, which does not say. version: the newest format version
+    that is understood.
+    """
+    path, noun = Path(path), "an HDF5 file" if kind is None else NOUNS[kind]
+    try:
+        check_hdf5(path)
+        with h5py.File(path, "r", locking=False) as file:
+            if kind is None:
+                yield file
+                return
+            found = file.attrs.get("format")
+            if found != kind:
+                what = NOUNS.get(str(found), f"an HDF5 file with format {found!r}")
+                raise error(f"{path}: expected {noun} (format {kind!r}), found {what}")
+            number = int(file.attrs["format_version"])
+            if number > version:
+                raise error(f"{path}: its format {number} is newer than this sppfeat reads ({version}): update sppfeat")
+            yield file
+    except FileNotFoundError:
+        raise error(f"{path}: expected {noun}, found no such file") from None
+    except IsADirectoryError:
+        raise error(f"{path}: expected {noun}, found a folder") from None
+    except OSError as reason:
+        raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
+    except (*DAMAGE, UsageError) as reason:
+        raise error(f"{path}: expected {noun} that is whole, found: {one_line(reason)}") from None
+
+
+def read_document(file: h5py.File, name: str, shape: type[T], error: type[SppFeatError]) -> T:
+    """The JSON document in a root attribute of an open HDF5 file, as an instance of `shape`. Raises `error`."""
+    what = f"{file.filename}: expected a JSON document {name!r}"
+    return decode_document(str(file.attrs[name]), shape, what=what, error=error)
