@@ -61,8 +61,9 @@ def transfer(
     from sppfeat.errors import ReportError, UsageError
     from sppfeat.report.pages import check_page
     from sppfeat.store.reading import open_store
-    from sppfeat.transfer.evaluation import TransferOptions, evaluate_transfer
+    from sppfeat.transfer.evaluation import evaluate_transfer
     from sppfeat.transfer.labels import read_labels, read_voc_labels
+    from sppfeat.transfer.options import TransferOptions
     from sppfeat.transfer.page import write_transfer_report
 
     options = TransferOptions(

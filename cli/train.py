@@ -42,7 +42,7 @@ def svm(
     from sppfeat.files.formats import SVM
     from sppfeat.files.output import check_new_file
     from sppfeat.store.reading import open_store
-    from sppfeat.svm.cost_selection import SvmOptions
+    from sppfeat.svm.options import SvmOptions
     from sppfeat.transfer.classifier import save_classifier
     from sppfeat.transfer.labels import read_labels
     from sppfeat.transfer.train_classifier import train_classifier

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from sppfeat.store.row_names import split_row_name
     from sppfeat.svm.model import LinearSvm
     from sppfeat.svm.solver import train_linear_svm
-    from sppfeat.transfer.evaluation import Transfer, TransferOptions, evaluate_transfer
+    from sppfeat.transfer.evaluation import Transfer, evaluate_transfer
+    from sppfeat.transfer.options import TransferOptions
     from sppfeat.windows.reading import read_windows
 
 _HOMES = {

@@ -12,7 +12,8 @@ import numpy as np
 
 from sppfeat.detection.annotations import AnnotatedImages
 from sppfeat.detection.detector import detection_recipe, save_detector
-from sppfeat.detection.training_rounds import Observer, Trainer, TrainingOptions, count_positives
+from sppfeat.detection.training_options import TrainingOptions
+from sppfeat.detection.training_rounds import Observer, Trainer, count_positives
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.files.formats import DETECTOR

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,6 +20,7 @@ import numpy as np
 from sppfeat.detection.annotations import AnnotatedImages, Annotation
 from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
+from sppfeat.detection.training_options import TrainingOptions
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction.pipeline import DescribedWindows, Describer
 from sppfeat.svm.model import CONVERGED
@@ -48,43 +49,6 @@ _ROUGH_TOLERANCE: Final = 1e-2
 FEW_NEW: Final = 0.02
 # The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
 STATE_SECONDS: Final = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge is not squared, as ours is.
-
-    c, positive_weight: of the SVMs, see `train_linear_svm`; c counts for descriptors scaled to mean norm `mean_norm`.
-    negative_overlap: windows that overlap every object of a class by less are its negatives.
-    box_regression, box_overlap, box_ridge: whether, from windows that overlap an object by at least this, and how
-    strongly regularised, boxes are learned.
-    passes: the most over the images for hard negatives. cache_bytes: memory for rows; box rows take half as much more.
-    seed: of all that is drawn by lot.
-    """
-
-    c: float = 0.001
-    positive_weight: float = 2.0
-    mean_norm: float = 20.0
-    negative_overlap: float = 0.3
-    box_regression: bool = True
-    box_overlap: float = 0.6
-    box_ridge: float = 1000.0
-    passes: int = 3
-    cache_bytes: int = 1 << 30
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("c", "positive_weight", "mean_norm", "box_ridge"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise UsageError(f"{name} must be a number above 0, found {value!r}")
-        for name in ("negative_overlap", "box_overlap"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"{name} must be above 0 and at most 1, found {getattr(self, name)!r}")
-        for name, low, high in (("passes", 1, 100), ("cache_bytes", 1 << 20, 1 << 40), ("seed", 0, 1 << 31)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
 
 
 class Observer(Protocol):

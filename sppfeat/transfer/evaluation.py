@@ -15,51 +15,18 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import SppFeatWarning, StoreError, UsageError, unknown_name
+from sppfeat.errors import SppFeatWarning, StoreError, UsageError
 from sppfeat.recipe import Recipe
 from sppfeat.store.reading import Store, require_complete
 from sppfeat.store.subset import DescriptorView
 from sppfeat.svm.convergence import Convergence
-from sppfeat.svm.cost_selection import SvmOptions, choose_cost, choose_cost_per_class
+from sppfeat.svm.cost_selection import choose_cost, choose_cost_per_class
 from sppfeat.svm.metrics import accuracy_per_class, average_precisions, mean_over_classes
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels, labels_from_folders
+from sppfeat.transfer.options import TransferOptions
 
-PROTOCOLS: Final = ("random", "caltech101", "split", "voc2007")
 MISTAKES: Final = 48
-# The splits of all trials are drawn at once; published protocols have at most 100.
-MAX_TRIALS: Final = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferOptions(SvmOptions):
-    """How a transfer evaluation is done.
-
-    protocol: `random`, half of each class to train and the rest to test, 5 trials; `caltech101`, 30 rows a class to
-    train, up to 50 of the rest to test, 10 trials (Fei-Fei, Fergus, Perona 2004; the SPP-net paper); `split`, by the
-    first folder of the names, `train` or `test`, or by the labels file; where there is no `test`, `val`, `valid` or
-    `validation` is tested; `voc2007`, the lists of a VOC folder, where an image can be of several classes.
-    per_class, max_test, trials: of the random protocols; None: those of the protocol.
-    Raises UsageError, naming the field, when a value cannot be.
-    """
-
-    protocol: str = "random"
-    per_class: int | None = None
-    max_test: int | None = None
-    trials: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.protocol not in PROTOCOLS:
-            raise UsageError(unknown_name("protocol", self.protocol, PROTOCOLS))
-        for name in ("per_class", "max_test", "trials"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, found {value}")
-            if value is not None and name == "trials" and value > MAX_TRIALS:
-                raise UsageError(f"trials must be at most {MAX_TRIALS}, found {value}")
-            if value is not None and self.protocol in ("split", "voc2007"):
-                raise UsageError(f"{name} does not apply to protocol {self.protocol}, whose parts are given")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from sppfeat.errors import SppFeatWarning, UsageError
 from sppfeat.store.reading import Store, require_complete
 from sppfeat.store.subset import DescriptorView
-from sppfeat.svm.cost_selection import SvmOptions, choose_cost
+from sppfeat.svm.cost_selection import choose_cost
+from sppfeat.svm.options import SvmOptions
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.classifier import Classifier
 from sppfeat.transfer.evaluation import labelled_names

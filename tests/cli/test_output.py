@@ -18,7 +18,7 @@ from voc_xml import xml
 
 from sppfeat import Recipe, Store
 from sppfeat.errors import SppFeatError
-from sppfeat.transfer.evaluation import TransferOptions
+from sppfeat.transfer.options import TransferOptions
 from sppfeat.windows.proposals import open_windows
 from sppfeat_cli.output import finite, options_document, print_json
 from sppfeat_cli.progress import LISTED, Progress

@@ -26,7 +26,7 @@ from sppfeat import (
     train_linear_svm,
 )
 from sppfeat.store.writing import StoreWriter
-from sppfeat.svm.cost_selection import SvmOptions
+from sppfeat.svm.options import SvmOptions
 from sppfeat.transfer.classifier import open_classifier, save_classifier
 from sppfeat.transfer.prediction import predict
 from sppfeat.transfer.train_classifier import train_classifier

@@ -28,8 +28,9 @@ from sppfeat import (
 from sppfeat.images.sources import Fingerprint
 from sppfeat.report.pages import check_page
 from sppfeat.store.writing import StoreWriter, create_store
-from sppfeat.transfer.evaluation import TransferOptions, evaluate_transfer
+from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
+from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report
 
 DIM = 40
@@ -307,7 +308,8 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
     from sklearn.metrics import average_precision_score
     from sklearn.svm import LinearSVC
 
-    from sppfeat.svm.cost_selection import FOLDS, SvmOptions, _folds, choose_cost_per_class
+    from sppfeat.svm.cost_selection import FOLDS, _folds, choose_cost_per_class
+    from sppfeat.svm.options import SvmOptions
     from sppfeat.svm.solver import SvmProblem
 
     _, store, targets, parts = voc

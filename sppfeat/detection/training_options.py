@@ -1,0 +1,46 @@
+"""How a detector is trained: the options, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sppfeat.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge is not squared, as ours is.
+
+    c, positive_weight: of the SVMs, see `train_linear_svm`; c counts for descriptors scaled to mean norm `mean_norm`.
+    negative_overlap: windows that overlap every object of a class by less are its negatives.
+    box_regression, box_overlap, box_ridge: whether, from windows that overlap an object by at least this, and how
+    strongly regularised, boxes are learned.
+    passes: the most over the images for hard negatives. cache_bytes: memory for rows; box rows take half as much more.
+    seed: of all that is drawn by lot.
+    """
+
+    c: float = 0.001
+    positive_weight: float = 2.0
+    mean_norm: float = 20.0
+    negative_overlap: float = 0.3
+    box_regression: bool = True
+    box_overlap: float = 0.6
+    box_ridge: float = 1000.0
+    passes: int = 3
+    cache_bytes: int = 1 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("c", "positive_weight", "mean_norm", "box_ridge"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a number above 0, found {value!r}")
+        for name in ("negative_overlap", "box_overlap"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be above 0 and at most 1, found {getattr(self, name)!r}")
+        for name, low, high in (("passes", 1, 100), ("cache_bytes", 1 << 20, 1 << 40), ("seed", 0, 1 << 31)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
