@@ -10,11 +10,9 @@ from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Windows
 
 if TYPE_CHECKING:
-    from sppfeat.detection.detecting import Detections
-    from sppfeat.detection.detector import Detector
-    from sppfeat.detection.drawing import DetectionPage, DrawingFolder
+    from sppfeat.detection import DetectionPage, Detections, Detector, DrawingFolder
     from sppfeat.errors import ReportError
-    from sppfeat.images.sources import ImageList
+    from sppfeat.images import ImageList
 
 
 def register(app: typer.Typer) -> None:
@@ -48,13 +46,11 @@ def detect(
 
     Without --windows, they are found on the way, as those were that the detector was trained with.
     """
-    from sppfeat.detection.detecting import DetectOptions, detect_images
-    from sppfeat.detection.detector import open_detector
-    from sppfeat.detection.drawing import DetectionPage, DrawingFolder
+    from sppfeat.detection import DetectionPage, DetectOptions, DrawingFolder, detect_images, open_detector
     from sppfeat.errors import ReportError
     from sppfeat.recipe import RunOptions
-    from sppfeat.report.pages import check_page
-    from sppfeat.windows.proposals import windows_from
+    from sppfeat.report import check_page
+    from sppfeat.windows import windows_from
 
     options = DetectOptions(threshold=threshold, overlap=overlap, max_detections=max_detections)
     run = RunOptions(device=device, engine=engine)

@@ -8,7 +8,7 @@ import typer
 from sppfeat_cli.output import print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval.duplicates import Duplicates
+    from sppfeat.retrieval import Duplicates
 
 
 def register(app: typer.Typer) -> None:
@@ -29,9 +29,9 @@ def duplicates(
 
     The first of a group is the image with the most pixels; scores are cosine similarities with it.
     """
-    from sppfeat.report.pages import check_page
-    from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
-    from sppfeat.store.reading import open_store
+    from sppfeat.report import check_page
+    from sppfeat.retrieval import find_duplicates, write_duplicates_page
+    from sppfeat.store import open_store
 
     page = check_page(html, overwrite=overwrite) if html is not None else None
     with _Bar(quiet) as bar:

@@ -59,11 +59,10 @@ def transfer(
     C is chosen by 3-fold cross-validation inside the training images. Several stores are compared on the same splits.
     """
     from sppfeat.errors import ReportError, UsageError
-    from sppfeat.report.pages import check_page
-    from sppfeat.store.reading import open_store
+    from sppfeat.report import check_page
+    from sppfeat.store import open_store
+    from sppfeat.transfer import TransferOptions, read_labels, read_voc_labels
     from sppfeat.transfer.evaluation import evaluate_transfer
-    from sppfeat.transfer.labels import read_labels, read_voc_labels
-    from sppfeat.transfer.options import TransferOptions
     from sppfeat.transfer.page import write_transfer_report
 
     options = TransferOptions(

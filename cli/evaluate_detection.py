@@ -11,7 +11,7 @@ from sppfeat_cli.progress import Progress
 from sppfeat_cli.train_detector import Annotations, Images, VocRoot, Windows
 
 if TYPE_CHECKING:
-    from sppfeat.detection.evaluation import DetectionEvaluation
+    from sppfeat.detection import DetectionEvaluation
 
 
 def register(evaluate: typer.Typer) -> None:
@@ -47,14 +47,11 @@ def detection(
     Difficult objects count neither way, a second detection of one object is wrong. What is odd in the annotations is
     named and left out; exit code 3 then. An image counts up to 100 detections of each class.
     """
-    from sppfeat.detection.annotations import read_annotations
-    from sppfeat.detection.detector import open_detector
-    from sppfeat.detection.drawing import write_evaluation
-    from sppfeat.detection.evaluation import complete_options, evaluate_detector
+    from sppfeat.detection import complete_options, evaluate_detector, open_detector, read_annotations, write_evaluation
     from sppfeat.errors import ReportError
     from sppfeat.recipe import RunOptions
-    from sppfeat.report.pages import check_page
-    from sppfeat.windows.proposals import windows_from
+    from sppfeat.report import check_page
+    from sppfeat.windows import windows_from
 
     run = RunOptions(device=device, engine=engine)
     page = check_page(report, overwrite=overwrite) if report is not None else None

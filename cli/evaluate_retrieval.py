@@ -9,7 +9,7 @@ from sppfeat_cli.index import projection_options
 from sppfeat_cli.output import counted, options_document, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval.evaluation import Retrieval
+    from sppfeat.retrieval import Retrieval
 
 
 def retrieval(
@@ -88,9 +88,8 @@ def retrieval(
 
       sppfeat evaluate retrieval --ground-truth gnd.json --gallery gallery.h5 --queries queries.h5
     """
-    from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
-    from sppfeat.retrieval.ground_truth import read_ground_truth, write_query_windows
-    from sppfeat.store.reading import open_store
+    from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval, read_ground_truth, write_query_windows
+    from sppfeat.store import open_store
 
     truth = read_ground_truth(ground_truth, difficulty=difficulty) if ground_truth is not None else None
     if write_windows is not None:
@@ -138,7 +137,7 @@ def retrieval(
 
 
 def _document(done: "Retrieval") -> dict[str, Any]:
-    from sppfeat.retrieval.evaluation import percent
+    from sppfeat.retrieval import percent
 
     return {
         "queries": done.queries,
@@ -161,7 +160,7 @@ def _document(done: "Retrieval") -> dict[str, Any]:
 
 
 def _text(done: "Retrieval") -> str:
-    from sppfeat.retrieval.evaluation import percent
+    from sppfeat.retrieval import percent
 
     lines = ["  ".join(f"{name} {value:.2f} %" for name, value in percent(done).items())]
     about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.method}"

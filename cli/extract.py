@@ -22,7 +22,7 @@ from sppfeat_cli.output import counted, integers, numbers, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.extraction.run import Extraction
+    from sppfeat.extraction import Extraction
 
 _WHAT, _HOW, _STORE = "What is described (kept in the store as its recipe)", "How fast", "The store"
 
@@ -175,8 +175,8 @@ def extract(
     )
     options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
 
-    from sppfeat.extraction.run import extract_folder
-    from sppfeat.windows.proposals import windows_from
+    from sppfeat.extraction import extract_folder
+    from sppfeat.windows import windows_from
 
     boxes = windows_from(windows) if windows is not None else None
     unit, failures = "image" if boxes is None else "window", f"`sppfeat inspect {output} --failures`"

@@ -9,8 +9,7 @@ from sppfeat.errors import UsageError
 from sppfeat_cli.output import byte_count, human_bytes, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval.gallery import Change
-    from sppfeat.retrieval.whitening import ProjectionOptions
+    from sppfeat.retrieval import Change, ProjectionOptions
 
 _WHICH = "expected index STORE -o GALLERY, index STORE --add-to GALLERY, or index --remove NAMES.txt --from GALLERY"
 # What is fixed once a gallery is built.
@@ -124,9 +123,8 @@ def _build(
     whitening_from: str | None,
     overwrite: bool,
 ) -> "Change":
-    from sppfeat.retrieval.faiss_index import IndexOptions
-    from sppfeat.retrieval.gallery import create_gallery
-    from sppfeat.store.reading import open_store
+    from sppfeat.retrieval import IndexOptions, create_gallery
+    from sppfeat.store import open_store
 
     chosen = IndexOptions(**options)
     return create_gallery(
@@ -142,8 +140,8 @@ def _build(
 def _change(
     store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str
 ) -> "Change":
-    from sppfeat.retrieval.gallery import add_to_gallery, read_names, remove_from_gallery
-    from sppfeat.store.reading import open_store
+    from sppfeat.retrieval import add_to_gallery, read_names, remove_from_gallery
+    from sppfeat.store import open_store
 
     if store is not None and add_to is not None:
         return add_to_gallery(open_store(store), add_to, device=device)
@@ -154,7 +152,7 @@ def projection_options(
     project: int | None, whiten: bool, power: float, shrinkage: float, whitening_from: str | None, seed: int = 0
 ) -> "ProjectionOptions | None":
     """What --project, --whiten and the flags that go with them ask for; None: no projection."""
-    from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
+    from sppfeat.retrieval import DEFAULT_DIMS, ProjectionOptions
 
     if project is None and not whiten:
         if whitening_from is not None:

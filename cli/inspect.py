@@ -23,8 +23,8 @@ def inspect(
 ) -> None:
     """Show what a file of sppfeat holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
-    from sppfeat.files.formats import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
-    from sppfeat.store.reading import open_store, verify_store
+    from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
+    from sppfeat.store import open_store, verify_store
 
     kind = format_of(file)
     if kind == GALLERY and not failures:
@@ -80,7 +80,7 @@ def inspect(
 
 
 def _inspect_svm(file: str, as_json: bool) -> None:
-    from sppfeat.transfer.classifier import open_classifier
+    from sppfeat.transfer import open_classifier
 
     model = open_classifier(file)
     about: dict[str, Any] = {
@@ -111,7 +111,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
 
 
 def _inspect_detector(file: str, as_json: bool) -> None:
-    from sppfeat.detection.detector import open_detector
+    from sppfeat.detection import open_detector
 
     model = open_detector(file)
     about: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _inspect_detector(file: str, as_json: bool) -> None:
 
 
 def _inspect_windows(file: str, failures: bool, as_json: bool) -> None:
-    from sppfeat.windows.proposals import open_windows
+    from sppfeat.windows import open_windows
 
     found = open_windows(file)
     empty = sum(not len(windows) for windows in found.values()) - len(found.errors)
@@ -194,7 +194,7 @@ def _versions(versions: dict[str, str]) -> str:
 def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
     from msgspec import to_builtins
 
-    from sppfeat.retrieval.gallery import open_gallery, verify_gallery
+    from sppfeat.retrieval import open_gallery, verify_gallery
 
     gallery = open_gallery(path)
     problems = verify_gallery(gallery) if verify else []

@@ -19,7 +19,7 @@ from sppfeat.errors import SppFeatError, UsageError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from sppfeat.svm.convergence import Convergence
+    from sppfeat.svm import Convergence
 
 
 def print_json(document: Mapping[str, Any]) -> None:

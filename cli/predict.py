@@ -36,8 +36,8 @@ def predict(
 
     Images are described by the model's own recipe. A store that was made by it is taken as it is.
     """
-    from sppfeat.transfer.classifier import open_classifier
-    from sppfeat.transfer.prediction import predict as predictions
+    from sppfeat.transfer import open_classifier
+    from sppfeat.transfer import predict as predictions
 
     classifier = open_classifier(model)
     options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)

@@ -10,7 +10,7 @@ from sppfeat.recipe import RunOptions
 from sppfeat_cli.output import numbers, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval.search import SearchResult
+    from sppfeat.retrieval import SearchResult
 
 
 def register(app: typer.Typer) -> None:
@@ -67,11 +67,10 @@ def search(
     Query images are described with the gallery's own recipe. One that cannot be described is reported, the others are
     answered, and the exit code is 3.
     """
-    from sppfeat.files.formats import STORE, format_of
-    from sppfeat.report.pages import check_page
-    from sppfeat.retrieval.gallery import open_gallery
-    from sppfeat.retrieval.search import SearchOptions, search_images, search_store, write_hits_page
-    from sppfeat.store.reading import open_store
+    from sppfeat.files import STORE, format_of
+    from sppfeat.report import check_page
+    from sppfeat.retrieval import SearchOptions, open_gallery, search_images, search_store, write_hits_page
+    from sppfeat.store import open_store
 
     options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
     run_options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)

@@ -31,7 +31,7 @@ Levels = Annotated[
 
 def costs(c: str | None, grid: str | None) -> tuple[float, ...]:
     """The costs that the two options name."""
-    from sppfeat.svm.options import COST_GRIDS
+    from sppfeat.svm import COST_GRIDS
 
     if c is not None and grid is not None:
         raise UsageError("--c and --c-grid: expected one of them, found both")

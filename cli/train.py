@@ -39,12 +39,10 @@ def svm(
     C is chosen by 3-fold cross-validation. The model keeps the recipe of the descriptors, for `sppfeat predict`.
     """
     from sppfeat.errors import ModelError
-    from sppfeat.files.formats import SVM
-    from sppfeat.files.output import check_new_file
-    from sppfeat.store.reading import open_store
-    from sppfeat.svm.options import SvmOptions
-    from sppfeat.transfer.classifier import save_classifier
-    from sppfeat.transfer.labels import read_labels
+    from sppfeat.files import SVM, check_new_file
+    from sppfeat.store import open_store
+    from sppfeat.svm import SvmOptions
+    from sppfeat.transfer import read_labels, save_classifier
     from sppfeat.transfer.train_classifier import train_classifier
 
     options = SvmOptions(

@@ -87,11 +87,10 @@ def detector(
     command goes on; until it ends, there is no detector (null in the JSON). What is odd in the annotations is named and
     left out; exit code 3 then.
     """
-    from sppfeat.detection.annotations import read_annotations, select_classes
-    from sppfeat.detection.detector import detection_recipe
-    from sppfeat.detection.train_detector import TrainingOptions, train_detector
+    from sppfeat.detection import TrainingOptions, detection_recipe, read_annotations, select_classes
+    from sppfeat.detection.train_detector import train_detector
     from sppfeat.recipe import RunOptions
-    from sppfeat.windows.proposals import windows_from
+    from sppfeat.windows import windows_from
 
     given: dict[str, Any] = {
         "backbone": backbone,

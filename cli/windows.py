@@ -10,7 +10,7 @@ from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.windows.proposals import Proposals
+    from sppfeat.windows import Proposals
 
 
 def register(app: typer.Typer) -> None:
@@ -46,8 +46,7 @@ def windows(
 
     Run the same command again to resume: unchanged images keep their windows.
     """
-    from sppfeat.windows.proposals import propose_folder
-    from sppfeat.windows.selective_search import ProposalOptions
+    from sppfeat.windows import ProposalOptions, propose_folder
 
     options = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
     with Progress(quiet=quiet, all_listed_by=f"`sppfeat inspect {output} --failures`") as progress:

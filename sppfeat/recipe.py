@@ -134,7 +134,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read a recipe; unknown keys and newer versions are refused by name with UsageError."""
-        from sppfeat.files.documents import decode_document  # takes longer to load than this module
+        from sppfeat.files import decode_document
 
         def decode(shape: type[T], expected: str) -> T:
             # Lenient, because a file of weights may have a name that is not UTF-8.

@@ -1,1 +1,9 @@
 """Pretrained networks: the registry, their weights, where a network is cut, and the geometry of its feature maps."""
+
+from __future__ import annotations
+
+from sppfeat.backbones.description import Description, network_versions
+from sppfeat.backbones.geometry import Geometry
+from sppfeat.backbones.network import Network
+
+__all__ = ["Description", "Geometry", "Network", "network_versions"]

@@ -20,8 +20,7 @@ import msgspec
 from sppfeat._version import __version__
 from sppfeat.backbones.geometry import Geometry, Step, follow
 from sppfeat.errors import BackboneError, SppFeatError
-from sppfeat.files.cache import cache_folder, cache_key, read_entry, write_entry
-from sppfeat.files.documents import decode_document
+from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, write_entry
 from sppfeat.recipe import Recipe
 
 # Of a few kB each.

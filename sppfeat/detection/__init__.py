@@ -1,1 +1,28 @@
 """SPP-net object detection: annotations, training, the detector, its evaluation, and drawings."""
+
+from __future__ import annotations
+
+from sppfeat.detection.annotations import read_annotations, select_classes
+from sppfeat.detection.detecting import Detections, DetectOptions, detect_images
+from sppfeat.detection.detector import Detector, detection_recipe, open_detector
+from sppfeat.detection.drawing import DetectionPage, DrawingFolder, write_evaluation
+from sppfeat.detection.evaluation import DetectionEvaluation, complete_options, evaluate_detector
+from sppfeat.detection.training_options import TrainingOptions
+
+__all__ = [
+    "DetectOptions",
+    "DetectionEvaluation",
+    "DetectionPage",
+    "Detections",
+    "Detector",
+    "DrawingFolder",
+    "TrainingOptions",
+    "complete_options",
+    "detect_images",
+    "detection_recipe",
+    "evaluate_detector",
+    "open_detector",
+    "read_annotations",
+    "select_classes",
+    "write_evaluation",
+]

@@ -19,11 +19,9 @@ import msgspec
 import numpy as np
 
 from sppfeat.errors import ImageError, UsageError, one_line
-from sppfeat.files.documents import decode_document
-from sppfeat.files.names import unsafe_name
-from sppfeat.images.reading import open_image, upright_size
-from sppfeat.images.sources import EXTENSIONS, find_images, name_to_path, path_to_name
-from sppfeat.store.row_names import window_text
+from sppfeat.files import decode_document, unsafe_name
+from sppfeat.images import EXTENSIONS, find_images, name_to_path, open_image, path_to_name, upright_size
+from sppfeat.store import window_text
 
 _MAX_XML_BYTES: Final = 1 << 24
 # VOC's fullest image has 56 objects of some 10 elements; a tree of all that 16 MB can hold would take gigabytes.

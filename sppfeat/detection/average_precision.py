@@ -12,8 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.svm.metrics import ranked_average_precision
-from sppfeat.windows.boxes import overlaps
+from sppfeat.svm import ranked_average_precision
+from sppfeat.windows import overlaps
 
 COCO_OVERLAPS: Final = tuple(np.linspace(0.5, 0.95, 10).tolist())
 COCO_DETECTIONS: Final = 100  # of a class in an image, the best, as its `maxDets`

@@ -16,12 +16,11 @@ import numpy as np
 
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction.pipeline import Describer
-from sppfeat.images.sources import ImageList, find_images, name_to_path
+from sppfeat.extraction import Describer
+from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
-from sppfeat.windows.boxes import moved_boxes, suppress
-from sppfeat.windows.selective_search import Proposer
+from sppfeat.windows import Proposer, moved_boxes, suppress
 
 # Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400

@@ -14,10 +14,9 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import ModelError
-from sppfeat.files.formats import DETECTOR, open_hdf5, read_document
-from sppfeat.files.output import appearing_hdf5
+from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5, read_document
 from sppfeat.recipe import Recipe
-from sppfeat.windows.selective_search import ProposalOptions
+from sppfeat.windows import ProposalOptions
 
 FORMAT_VERSION: Final = 1
 

@@ -24,10 +24,9 @@ from sppfeat.detection.detecting import Detections
 from sppfeat.detection.detector import Detector
 from sppfeat.detection.evaluation import ClassResult, DetectionEvaluation
 from sppfeat.errors import ImageError, ReportError, one_line
-from sppfeat.files.output import check_can_write, os_reason
-from sppfeat.images.reading import read_image
-from sppfeat.images.sources import ImageList, name_to_path
-from sppfeat.report.pages import image_address, write_page
+from sppfeat.files import check_can_write, os_reason
+from sppfeat.images import ImageList, name_to_path, read_image
+from sppfeat.report import image_address, write_page
 
 # Long side of images in a page: twice the width they are shown at on a wide screen.
 PAGE_SIDE: Final = 640

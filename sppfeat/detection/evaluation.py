@@ -21,9 +21,9 @@ from sppfeat.detection.average_precision import (
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, window_notes
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import UsageError
-from sppfeat.extraction.pipeline import Describer
+from sppfeat.extraction import Describer
 from sppfeat.recipe import RunOptions
-from sppfeat.svm.metrics import ranked_average_precision
+from sppfeat.svm import ranked_average_precision
 
 
 def complete_options(overlap: float = DetectOptions.overlap) -> DetectOptions:

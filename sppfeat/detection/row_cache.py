@@ -15,9 +15,7 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import ModelError, one_line
-from sppfeat.files.formats import DAMAGE, read_document
-from sppfeat.files.hdf5_check import check_hdf5
-from sppfeat.files.output import appearing_hdf5
+from sppfeat.files import DAMAGE, appearing_hdf5, check_hdf5, read_document
 
 _COPY_ROWS: Final = 4096
 GROUND_TRUTH: Final = -1

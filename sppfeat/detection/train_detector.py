@@ -15,13 +15,11 @@ from sppfeat.detection.detector import detection_recipe, save_detector
 from sppfeat.detection.training_options import TrainingOptions
 from sppfeat.detection.training_rounds import Observer, Trainer, count_positives
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction.pipeline import Describer
-from sppfeat.files.formats import DETECTOR
-from sppfeat.files.output import check_new_file
+from sppfeat.extraction import Describer
+from sppfeat.files import DETECTOR, check_new_file
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store.writing import lock_store
-from sppfeat.windows.proposals import WindowFile, open_windows, propose_folder
-from sppfeat.windows.selective_search import ProposalOptions
+from sppfeat.store import lock_store
+from sppfeat.windows import ProposalOptions, WindowFile, open_windows, propose_folder
 
 __all__ = ["Training", "TrainingOptions", "train_detector"]
 

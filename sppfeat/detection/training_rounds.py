@@ -22,11 +22,10 @@ from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.detection.training_options import TrainingOptions
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction.pipeline import DescribedWindows, Describer
-from sppfeat.svm.model import CONVERGED
+from sppfeat.extraction import DescribedWindows, Describer
+from sppfeat.svm import CONVERGED
 from sppfeat.svm.solver import SvmProblem
-from sppfeat.windows.boxes import box_targets, fit_ridge, overlaps
-from sppfeat.windows.selective_search import ProposalOptions
+from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, overlaps
 
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
 HARD_SCORE: Final = -1.0001

@@ -1,1 +1,8 @@
 """What computes feature maps: PyTorch or OpenVINO, on the devices of this machine."""
+
+from __future__ import annotations
+
+from sppfeat.engines.devices import resolve_device
+from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, load_engine
+
+__all__ = ["Engine", "ImageRefusedError", "choose_engine", "load_engine", "resolve_device"]

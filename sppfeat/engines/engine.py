@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from sppfeat.backbones.network import Network
+from sppfeat.backbones import Network
 from sppfeat.engines.devices import resolve_device
 from sppfeat.errors import BackboneError, MissingExtraError, SppFeatWarning, UsageError
 from sppfeat.machine import available_cores

@@ -18,11 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from sppfeat._version import __version__
-from sppfeat.backbones.description import Description, network_versions
-from sppfeat.backbones.network import Network
+from sppfeat.backbones import Description, Network, network_versions
 from sppfeat.errors import BackboneError, one_line, require_extra
-from sppfeat.files.cache import cache_folder, cache_key, read_entry, write_entry
-from sppfeat.pyramid.processor import pool_maps, pool_windows
+from sppfeat.files import cache_folder, cache_key, read_entry, write_entry
+from sppfeat.pyramid import pool_maps, pool_windows
 
 # What OpenVINO may differ by from torch, relative to the map's length: 1e-4 is promised, about 2e-6 is usual. bfloat16
 # keeps 8 bits; over some dozens of layers, the two libraries' roundings part by up to a few percent.

@@ -1,1 +1,8 @@
 """From a source of images to a store: the plan, the pipeline, and the processes that fill rows."""
+
+from __future__ import annotations
+
+from sppfeat.extraction.pipeline import Described, DescribedWindows, Describer
+from sppfeat.extraction.run import Extraction, extract_folder
+
+__all__ = ["Described", "DescribedWindows", "Describer", "Extraction", "extract_folder"]

@@ -15,17 +15,15 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from sppfeat.backbones.network import Network
-from sppfeat.engines.devices import resolve_device
-from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, load_engine
+from sppfeat.backbones import Network
+from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
-from sppfeat.images.resizing import PreparedImage, ShapeBatcher, prepare_image
-from sppfeat.images.sources import Fingerprint, fingerprint_of
+from sppfeat.images import Fingerprint, PreparedImage, ShapeBatcher, fingerprint_of, prepare_image
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
-from sppfeat.store.row_names import window_text
-from sppfeat.windows.mapping import map_windows, nearest_scales, outside
+from sppfeat.store import window_text
+from sppfeat.windows import map_windows, nearest_scales, outside
 
 # Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29

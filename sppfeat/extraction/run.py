@@ -13,15 +13,24 @@ from typing import Protocol
 
 import numpy as np
 
-from sppfeat.engines.devices import resolve_device
+from sppfeat.engines import resolve_device
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.workers import Work, fill_rows, fill_rows_with
-from sppfeat.images.sources import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
+from sppfeat.images import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store.reading import Status, Store, open_store
-from sppfeat.store.row_names import row_name, split_row_name
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_store
+from sppfeat.store import (
+    Status,
+    Store,
+    StoreWriter,
+    check_output,
+    create_store,
+    extend_store,
+    lock_store,
+    open_store,
+    row_name,
+    split_row_name,
+)
 
 Source = str | os.PathLike[str]
 

@@ -26,12 +26,10 @@ import numpy as np
 from sppfeat import errors
 from sppfeat.errors import BackboneError, SppFeatError, one_line
 from sppfeat.extraction.pipeline import Described, Describer
-from sppfeat.images.sources import name_to_path
+from sppfeat.images import name_to_path
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store.reading import Store, open_store
-from sppfeat.store.row_names import split_row_name
-from sppfeat.store.writing import StoreWriter
+from sppfeat.store import Store, StoreWriter, open_store, split_row_name
 
 # A killed run loses at most this much work; a flush waits for the disk.
 FLUSH_SECONDS: Final = 0.25

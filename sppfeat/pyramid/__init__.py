@@ -1,1 +1,7 @@
 """Spatial pyramid pooling of whole feature maps and of windows on them."""
+
+from __future__ import annotations
+
+from sppfeat.pyramid.processor import pool_maps, pool_windows
+
+__all__ = ["pool_maps", "pool_windows"]

@@ -18,10 +18,9 @@ from PIL import Image
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
-from sppfeat.files.names import unsafe_name
-from sppfeat.files.output import appearing, check_can_write, os_reason
-from sppfeat.images.reading import decode, open_image, upright_size
-from sppfeat.store.unit_rows import picture_of
+from sppfeat.files import appearing, check_can_write, os_reason, unsafe_name
+from sppfeat.images import decode, open_image, upright_size
+from sppfeat.store import picture_of
 
 _BEGINNING: Final = b"<!doctype html>"
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel

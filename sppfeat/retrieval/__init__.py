@@ -1,1 +1,56 @@
 """Galleries and their search: whitening, index, gallery, duplicates, and the evaluation of rankings."""
+
+from __future__ import annotations
+
+from sppfeat.retrieval.duplicates import Duplicates, find_duplicates, write_duplicates_page
+from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
+from sppfeat.retrieval.faiss_index import IndexOptions
+from sppfeat.retrieval.gallery import (
+    Change,
+    Gallery,
+    add_to_gallery,
+    create_gallery,
+    open_gallery,
+    read_names,
+    remove_from_gallery,
+    verify_gallery,
+)
+from sppfeat.retrieval.ground_truth import read_ground_truth, write_query_windows
+from sppfeat.retrieval.search import (
+    SearchOptions,
+    SearchResult,
+    search_descriptors,
+    search_images,
+    search_store,
+    write_hits_page,
+)
+from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
+
+__all__ = [
+    "Change",
+    "DEFAULT_DIMS",
+    "Duplicates",
+    "Gallery",
+    "IndexOptions",
+    "ProjectionOptions",
+    "Retrieval",
+    "RetrievalOptions",
+    "SearchOptions",
+    "SearchResult",
+    "add_to_gallery",
+    "create_gallery",
+    "evaluate_retrieval",
+    "find_duplicates",
+    "open_gallery",
+    "percent",
+    "read_ground_truth",
+    "read_names",
+    "remove_from_gallery",
+    "search_descriptors",
+    "search_images",
+    "search_store",
+    "verify_gallery",
+    "write_duplicates_page",
+    "write_hits_page",
+    "write_query_windows",
+]

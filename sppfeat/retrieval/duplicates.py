@@ -15,10 +15,8 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import UsageError
-from sppfeat.report.pages import thumbnail, write_page
-from sppfeat.store.reading import Store
-from sppfeat.store.row_names import Box
-from sppfeat.store.unit_rows import UnitRows, block_rows, picture_of, unit_rows
+from sppfeat.report import thumbnail, write_page
+from sppfeat.store import Box, Store, UnitRows, block_rows, picture_of, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.

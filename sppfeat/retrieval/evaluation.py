@@ -19,10 +19,8 @@ from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.retrieval.ground_truth import GroundTruth
 from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA, MAX_EXPAND
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
-from sppfeat.store.reading import Store
-from sppfeat.store.row_names import row_name, split_row_name
-from sppfeat.store.unit_rows import UnitRows, check_same_recipe, picture_of, unit_rows
-from sppfeat.svm.metrics import AP_METHODS, precision_at, ranked_average_precision, recall_at
+from sppfeat.store import Store, UnitRows, check_same_recipe, picture_of, row_name, split_row_name, unit_rows
+from sppfeat.svm import AP_METHODS, precision_at, ranked_average_precision, recall_at
 
 RECALLS: Final = (1, 5, 10)
 # Scores of a block of queries with the whole gallery, in float32.

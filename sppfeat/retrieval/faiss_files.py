@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError
-from sppfeat.files.output import os_reason
+from sppfeat.files import os_reason
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss, typed
 
 # Where an index keeps further ones: transforms, refinement, lists' centres, graphs.

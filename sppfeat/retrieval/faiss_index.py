@@ -26,7 +26,7 @@ import numpy as np
 
 from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageError, one_line, require_extra
 from sppfeat.machine import available_memory
-from sppfeat.store.unit_rows import UnitRows
+from sppfeat.store import UnitRows
 
 # At the 10 to 20 GB/s that two cores read, an exact search of one query through this much takes 0.05 to 0.1 s: no more
 # than describing the query.

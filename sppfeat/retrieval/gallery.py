@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
-from sppfeat.files.formats import GALLERY
+from sppfeat.files import GALLERY
 from sppfeat.recipe import Recipe
 from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import (
@@ -54,8 +54,7 @@ from sppfeat.retrieval.gallery_files import (
     write_generation,
 )
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection, read_arrays
-from sppfeat.store.reading import Store, open_store
-from sppfeat.store.unit_rows import UnitRows, check_same_recipe, unit_rows
+from sppfeat.store import Store, UnitRows, check_same_recipe, open_store, unit_rows
 
 
 @dataclass(frozen=True)

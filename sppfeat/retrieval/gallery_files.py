@@ -30,15 +30,21 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, one_line
-from sppfeat.files.documents import decode_document
-from sppfeat.files.formats import GALLERY, NOUNS, format_of, open_hdf5
-from sppfeat.files.names import unsafe_name
-from sppfeat.files.output import appearing, appearing_hdf5, os_reason, sync_folder
+from sppfeat.files import (
+    GALLERY,
+    NOUNS,
+    appearing,
+    appearing_hdf5,
+    decode_document,
+    format_of,
+    open_hdf5,
+    os_reason,
+    sync_folder,
+    unsafe_name,
+)
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
-from sppfeat.store.row_names import Box
-from sppfeat.store.unit_rows import picture_of
-from sppfeat.store.writing import lock_store
+from sppfeat.store import Box, lock_store, picture_of
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"

@@ -18,10 +18,10 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from sppfeat.errors import UsageError, one_line, unknown_name
-from sppfeat.files.documents import decode_document
-from sppfeat.images.sources import EXTENSIONS
-from sppfeat.store.row_names import Box, window_text
-from sppfeat.windows.reading import COLUMNS
+from sppfeat.files import decode_document
+from sppfeat.images import EXTENSIONS
+from sppfeat.store import Box, window_text
+from sppfeat.windows import COLUMNS
 
 DIFFICULTIES: Final = ("easy", "medium", "hard")
 T = TypeVar("T", str, int)

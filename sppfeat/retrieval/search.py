@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images.sources import find_images, name_to_path, path_to_name
+from sppfeat.images import find_images, name_to_path, path_to_name
 from sppfeat.recipe import RunOptions
-from sppfeat.report.pages import thumbnail, write_page
+from sppfeat.report import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.store.reading import Store
-from sppfeat.store.row_names import Box, window_text
-from sppfeat.store.unit_rows import block_rows, normalize_rows, picture_of, to_units, unit_rows
+from sppfeat.store import Box, Store, block_rows, normalize_rows, picture_of, to_units, unit_rows, window_text
 
 if TYPE_CHECKING:
-    from sppfeat.extraction.pipeline import Describer
+    from sppfeat.extraction import Describer
 
 # The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
 DEFAULT_ALPHA: Final = 3.0
@@ -308,7 +306,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
 
 def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, weights: str | None = None) -> Describer:
     """The network that the gallery was described with. Raises GalleryError when the one here is another."""
-    from sppfeat.extraction.pipeline import Describer
+    from sppfeat.extraction import Describer
 
     recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
     describer = Describer(recipe, run_options)

@@ -28,8 +28,8 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line
-from sppfeat.files.output import appearing
-from sppfeat.store.unit_rows import BLOCK_BYTES, UnitRows, normalize_rows
+from sppfeat.files import appearing
+from sppfeat.store import BLOCK_BYTES, UnitRows, normalize_rows
 
 DEFAULT_DIMS: Final = 512
 # Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomised way is faster.

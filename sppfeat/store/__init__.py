@@ -1,1 +1,45 @@
 """The HDF5 store: its layout, writing and reading, checks, and views of its rows."""
+
+from __future__ import annotations
+
+from sppfeat.store.reading import Status, Store, open_store, require_complete, verify_store
+from sppfeat.store.row_names import Box, row_name, split_row_name, window_text
+from sppfeat.store.subset import DescriptorView, Matrix
+from sppfeat.store.unit_rows import (
+    BLOCK_BYTES,
+    UnitRows,
+    block_rows,
+    check_same_recipe,
+    normalize_rows,
+    picture_of,
+    to_units,
+    unit_rows,
+)
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_store
+
+__all__ = [
+    "BLOCK_BYTES",
+    "Box",
+    "DescriptorView",
+    "Matrix",
+    "Status",
+    "Store",
+    "StoreWriter",
+    "UnitRows",
+    "block_rows",
+    "check_output",
+    "check_same_recipe",
+    "create_store",
+    "extend_store",
+    "lock_store",
+    "normalize_rows",
+    "open_store",
+    "picture_of",
+    "require_complete",
+    "row_name",
+    "split_row_name",
+    "to_units",
+    "unit_rows",
+    "verify_store",
+    "window_text",
+]

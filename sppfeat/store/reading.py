@@ -24,9 +24,7 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, one_line
-from sppfeat.files.formats import DAMAGE, STORE, read_document
-from sppfeat.files.hdf5_check import check_hdf5, hdf5_reason
-from sppfeat.files.names import unsafe_name
+from sppfeat.files import DAMAGE, STORE, check_hdf5, hdf5_reason, read_document, unsafe_name
 from sppfeat.recipe import Recipe
 
 FORMAT_VERSION: Final = 1

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
-from sppfeat.images.sources import name_to_path
+from sppfeat.images import name_to_path
 from sppfeat.machine import available_memory
 from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name

@@ -25,10 +25,8 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError
-from sppfeat.files.formats import DAMAGE, STORE
-from sppfeat.files.hdf5_check import check_hdf5
-from sppfeat.files.output import appearing, new_hdf5, os_reason, partial_path
-from sppfeat.images.sources import NO_FINGERPRINT, Fingerprint
+from sppfeat.files import DAMAGE, STORE, appearing, check_hdf5, new_hdf5, os_reason, partial_path
+from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 from sppfeat.store.reading import _COLUMNS, ERROR_BYTES, FORMAT_VERSION, Status, Store
 

@@ -1,1 +1,31 @@
 """Linear SVMs of all classes at once: the solver, the choice of C, and the metrics that judge them."""
+
+from __future__ import annotations
+
+from sppfeat.svm.convergence import Convergence
+from sppfeat.svm.metrics import (
+    AP_METHODS,
+    accuracy_per_class,
+    average_precisions,
+    mean_over_classes,
+    precision_at,
+    ranked_average_precision,
+    recall_at,
+)
+from sppfeat.svm.model import CONVERGED, LinearSvm
+from sppfeat.svm.options import COST_GRIDS, SvmOptions
+
+__all__ = [
+    "AP_METHODS",
+    "CONVERGED",
+    "COST_GRIDS",
+    "Convergence",
+    "LinearSvm",
+    "SvmOptions",
+    "accuracy_per_class",
+    "average_precisions",
+    "mean_over_classes",
+    "precision_at",
+    "ranked_average_precision",
+    "recall_at",
+]

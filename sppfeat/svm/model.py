@@ -8,9 +8,9 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.engines.devices import resolve_device
+from sppfeat.engines import resolve_device
 from sppfeat.errors import UsageError
-from sppfeat.store.subset import Matrix
+from sppfeat.store import Matrix
 
 # Up to which a class counts as converged: where liblinear ends at its default tolerance, about.
 CONVERGED: Final = 1e-4

@@ -21,9 +21,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sppfeat.engines.devices import resolve_device
+from sppfeat.engines import resolve_device
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.store.subset import Matrix
+from sppfeat.store import Matrix
 from sppfeat.svm.gram_space import GramBasis, GramSpace
 from sppfeat.svm.model import CONVERGED, LinearSvm, require_finite
 from sppfeat.svm.newton import Classes, Minimum, Space, minimize, minimize_along

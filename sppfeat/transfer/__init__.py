@@ -1,1 +1,10 @@
 """How well descriptors tell classes apart: protocols, labels, the classifier, and its page."""
+
+from __future__ import annotations
+
+from sppfeat.transfer.classifier import open_classifier, save_classifier
+from sppfeat.transfer.labels import read_labels, read_voc_labels
+from sppfeat.transfer.options import TransferOptions
+from sppfeat.transfer.prediction import predict
+
+__all__ = ["TransferOptions", "open_classifier", "predict", "read_labels", "read_voc_labels", "save_classifier"]

@@ -16,11 +16,9 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import ModelError
-from sppfeat.files.formats import SVM, open_hdf5
-from sppfeat.files.output import appearing_hdf5, check_new_file
+from sppfeat.files import SVM, appearing_hdf5, check_new_file, open_hdf5
 from sppfeat.recipe import Recipe
-from sppfeat.svm.convergence import Convergence
-from sppfeat.svm.model import LinearSvm
+from sppfeat.svm import Convergence, LinearSvm
 
 FORMAT_VERSION: Final = 1
 

@@ -17,11 +17,9 @@ import numpy as np
 
 from sppfeat.errors import SppFeatWarning, StoreError, UsageError
 from sppfeat.recipe import Recipe
-from sppfeat.store.reading import Store, require_complete
-from sppfeat.store.subset import DescriptorView
-from sppfeat.svm.convergence import Convergence
+from sppfeat.store import DescriptorView, Store, require_complete
+from sppfeat.svm import Convergence, accuracy_per_class, average_precisions, mean_over_classes
 from sppfeat.svm.cost_selection import choose_cost, choose_cost_per_class
-from sppfeat.svm.metrics import accuracy_per_class, average_precisions, mean_over_classes
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels, labels_from_folders
 from sppfeat.transfer.options import TransferOptions

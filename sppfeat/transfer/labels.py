@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import UsageError, one_line
-from sppfeat.files.output import os_reason
+from sppfeat.files import os_reason
 
 # The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
 TEST_PARTS: Final = ("test", "val", "valid", "validation")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.svm.options import SvmOptions
+from sppfeat.svm import SvmOptions
 
 PROTOCOLS: Final = ("random", "caltech101", "split", "voc2007")
 # The splits of all trials are drawn at once; published protocols have at most 100.

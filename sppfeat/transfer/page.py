@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from sppfeat.report.pages import plot_line, thumbnail, write_page
+from sppfeat.report import plot_line, thumbnail, write_page
 from sppfeat.transfer.evaluation import Transfer
 
 MISTAKES_SHOWN: Final = 24

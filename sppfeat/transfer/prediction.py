@@ -12,15 +12,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction.pipeline import DescribedWindows, Describer
-from sppfeat.files.formats import STORE, format_of
-from sppfeat.files.names import unsafe_name
-from sppfeat.images.sources import ImageList, find_images, name_to_path
+from sppfeat.extraction import DescribedWindows, Describer
+from sppfeat.files import STORE, format_of, unsafe_name
+from sppfeat.images import ImageList, find_images, name_to_path
 from sppfeat.recipe import RunOptions
-from sppfeat.store.reading import Status, Store, open_store, require_complete
-from sppfeat.store.row_names import Box
-from sppfeat.store.subset import DescriptorView
-from sppfeat.store.unit_rows import picture_of
+from sppfeat.store import Box, DescriptorView, Status, Store, open_store, picture_of, require_complete
 from sppfeat.transfer.classifier import Classifier
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them

@@ -7,10 +7,9 @@ import warnings
 import numpy as np
 
 from sppfeat.errors import SppFeatWarning, UsageError
-from sppfeat.store.reading import Store, require_complete
-from sppfeat.store.subset import DescriptorView
+from sppfeat.store import DescriptorView, Store, require_complete
+from sppfeat.svm import SvmOptions
 from sppfeat.svm.cost_selection import choose_cost
-from sppfeat.svm.options import SvmOptions
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.classifier import Classifier
 from sppfeat.transfer.evaluation import labelled_names

@@ -1,1 +1,29 @@
 """Windows on images: reading, naming, mapping onto a feature map, proposals, and the boxes they end in."""
+
+from __future__ import annotations
+
+from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps, suppress
+from sppfeat.windows.mapping import map_windows, nearest_scales, outside
+from sppfeat.windows.proposals import Proposals, WindowFile, open_windows, propose_folder, windows_from
+from sppfeat.windows.reading import COLUMNS, read_windows
+from sppfeat.windows.selective_search import ProposalOptions, Proposer
+
+__all__ = [
+    "COLUMNS",
+    "ProposalOptions",
+    "Proposals",
+    "Proposer",
+    "WindowFile",
+    "box_targets",
+    "fit_ridge",
+    "map_windows",
+    "moved_boxes",
+    "nearest_scales",
+    "open_windows",
+    "outside",
+    "overlaps",
+    "propose_folder",
+    "read_windows",
+    "suppress",
+    "windows_from",
+]

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.backbones.geometry import Geometry
+from sppfeat.backbones import Geometry
 from sppfeat.errors import UsageError
 from sppfeat.windows.boxes import areas
 

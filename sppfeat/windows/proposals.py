@@ -29,13 +29,11 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, require_extra
-from sppfeat.files.documents import decode_document
-from sppfeat.files.formats import WINDOWS, open_hdf5, read_document
-from sppfeat.files.output import appearing_hdf5, check_new_file, os_reason
-from sppfeat.images.sources import Fingerprint, find_images, fingerprint_of, name_to_path
+from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, decode_document, open_hdf5, os_reason, read_document
+from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
-from sppfeat.store.writing import lock_store
+from sppfeat.store import lock_store
 from sppfeat.windows.reading import read_windows
 from sppfeat.windows.selective_search import ProposalOptions, Proposed, Proposer
 

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from sppfeat.errors import UsageError, one_line
-from sppfeat.files.documents import decode_document
-from sppfeat.store.row_names import Box, window_text
+from sppfeat.files import decode_document
+from sppfeat.store import Box, window_text
 
 COLUMNS: Final = ("name", "x1", "y1", "x2", "y2")
 

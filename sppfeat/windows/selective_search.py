@@ -24,8 +24,7 @@ import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError, UsageError, WindowsError, one_line, require_extra, unknown_name
-from sppfeat.images.reading import read_image
-from sppfeat.images.sources import Fingerprint, fingerprint_of
+from sppfeat.images import Fingerprint, fingerprint_of, read_image
 
 METHODS: Final = ("selective-search", "selective-search-quality")
 # R-CNN's code (selective_search_boxes.m): pictures 500 wide, boxes at least 20 wide.

@@ -1,0 +1,72 @@
+"""The house: what each room is for, what others may import of it, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sppfeat
+
+ROOT = Path(sppfeat.__file__).parent
+CLI = ROOT.parent / "cli"
+ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+# What takes seconds to import, or is an extra: modules that need one import it by themselves, when they compute.
+HEAVY = ("torch", "torchvision", "timm", "openvino", "faiss", "cv2", "jinja2", "tqdm", "sklearn", "ray")
+
+
+def imported(path: Path) -> list[tuple[str, str]]:
+    """Modules and names that a file imports from sppfeat."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sppfeat."):
+            found += [(str(node.module), alias.name) for alias in node.names]
+    return found
+
+
+def loads_torch(module: str) -> bool:
+    """Whether a module of sppfeat imports torch where it is imported itself, directly or through others."""
+    path = ROOT.parent / f"{module.replace('.', '/')}.py"
+    if not path.exists():
+        return False
+    for node in ast.parse(path.read_text("utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        if any(name.split(".")[0] == "torch" or (name != module and loads_torch(name)) for name in names):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_light(room: str) -> None:
+    """In a fresh interpreter."""
+    code = f"import sys, sppfeat.{room}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for_and_what_it_hands_on(room: str) -> None:
+    module = importlib.import_module(f"sppfeat.{room}")
+    assert module.__doc__ and module.__doc__.split("\n")[0].endswith(".")
+    assert module.__all__ == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_others_come_in_by_the_door() -> None:
+    """From another room only what its door hands on; and modules that load torch by their own names."""
+    wrong = []
+    for path in [*ROOT.rglob("*.py"), *CLI.glob("*.py")]:
+        own = path.parent.name
+        for module, name in imported(path):
+            parts = module.split(".")
+            if len(parts) == 2 and parts[1] in ROOMS:
+                if name not in importlib.import_module(module).__all__:
+                    wrong.append(f"{path.name}: {module} hands on no {name}")
+            elif len(parts) == 3 and parts[1] != own and path != ROOT / "__init__.py" and not loads_torch(module):
+                wrong.append(f"{path.name}: {module} is behind the door of {parts[1]}")
+    assert wrong == []
