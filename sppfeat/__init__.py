@@ -26,32 +26,36 @@ if TYPE_CHECKING:
         UsageError,
         WindowsError,
     )
-    from sppfeat.extraction.pipeline import Described, DescribedWindows, Describer
-    from sppfeat.extraction.run import Extraction, extract_folder
+    from sppfeat.extraction import Described, DescribedWindows, Describer, Extraction, extract_folder
     from sppfeat.pyramid.pooling import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
-    from sppfeat.retrieval.duplicates import Duplicates, find_duplicates
-    from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval
-    from sppfeat.retrieval.faiss_index import IndexOptions
-    from sppfeat.retrieval.gallery import Gallery, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
-    from sppfeat.retrieval.search import SearchOptions, SearchResult, search_descriptors, search_images, search_store
-    from sppfeat.retrieval.whitening import ProjectionOptions
-    from sppfeat.store.reading import Status, Store, open_store, verify_store
-    from sppfeat.store.row_names import split_row_name
-    from sppfeat.svm.model import LinearSvm
+    from sppfeat.retrieval import (
+        Duplicates,
+        Gallery,
+        IndexOptions,
+        ProjectionOptions,
+        Retrieval,
+        RetrievalOptions,
+        SearchOptions,
+        SearchResult,
+        add_to_gallery,
+        create_gallery,
+        evaluate_retrieval,
+        find_duplicates,
+        open_gallery,
+        remove_from_gallery,
+        search_descriptors,
+        search_images,
+        search_store,
+    )
+    from sppfeat.store import Status, Store, open_store, split_row_name, verify_store
+    from sppfeat.svm import LinearSvm
     from sppfeat.svm.solver import train_linear_svm
+    from sppfeat.transfer import TransferOptions
     from sppfeat.transfer.evaluation import Transfer, evaluate_transfer
-    from sppfeat.transfer.options import TransferOptions
-    from sppfeat.windows.reading import read_windows
+    from sppfeat.windows import read_windows
 
 _HOMES = {
-    "retrieval.whitening": ("ProjectionOptions",),
-    "retrieval.search": ("SearchOptions", "SearchResult", "search_descriptors", "search_images", "search_store"),
-    "retrieval.evaluation": ("Retrieval", "RetrievalOptions", "evaluate_retrieval"),
-    "retrieval.faiss_index": ("IndexOptions",),
-    "retrieval.gallery": ("Gallery", "add_to_gallery", "create_gallery", "open_gallery", "remove_from_gallery"),
-    "retrieval.duplicates": ("Duplicates", "find_duplicates"),
-    "extraction.pipeline": ("Described", "DescribedWindows", "Describer"),
     "errors": (
         "BackboneError",
         "DeviceError",
@@ -67,14 +71,56 @@ _HOMES = {
         "UsageError",
         "WindowsError",
     ),
-    "extraction.run": ("Extraction", "extract_folder"),
-    "pyramid.pooling": ("SpatialPyramidPool", "pool_pyramid", "pool_rois"),
-    "recipe": ("Recipe", "RunOptions"),
-    "store.store": ("Status", "Store", "open_store", "verify_store"),
-    "svm.model": ("LinearSvm",),
+    "extraction": (
+        "Described",
+        "DescribedWindows",
+        "Describer",
+        "Extraction",
+        "extract_folder",
+    ),
+    "pyramid.pooling": (
+        "SpatialPyramidPool",
+        "pool_pyramid",
+        "pool_rois",
+    ),
+    "recipe": (
+        "Recipe",
+        "RunOptions",
+    ),
+    "retrieval": (
+        "Duplicates",
+        "Gallery",
+        "IndexOptions",
+        "ProjectionOptions",
+        "Retrieval",
+        "RetrievalOptions",
+        "SearchOptions",
+        "SearchResult",
+        "add_to_gallery",
+        "create_gallery",
+        "evaluate_retrieval",
+        "find_duplicates",
+        "open_gallery",
+        "remove_from_gallery",
+        "search_descriptors",
+        "search_images",
+        "search_store",
+    ),
+    "store": (
+        "Status",
+        "Store",
+        "open_store",
+        "split_row_name",
+        "verify_store",
+    ),
+    "svm": ("LinearSvm",),
     "svm.solver": ("train_linear_svm",),
-    "transfer.evaluation": ("Transfer", "TransferOptions", "evaluate_transfer"),
-    "windows.windows": ("read_windows", "split_row_name"),
+    "transfer": ("TransferOptions",),
+    "transfer.evaluation": (
+        "Transfer",
+        "evaluate_transfer",
+    ),
+    "windows": ("read_windows",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -16,6 +16,7 @@ import random
 import resource
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,17 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
-import msgspec
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from sppfeat import Recipe, SppFeatError, open_store, verify_store
-from sppfeat.backbones.backbone import load_backbone, read_weights
 from sppfeat.detection.annotations import read_coco, read_voc, read_voc_files
 from sppfeat.detection.detector import Detector, open_detector, save_detector
 from sppfeat.detection.row_cache import read_state, save_state
+from sppfeat.files import hdf5_check
 from sppfeat.files.cache import read_entry, write_entry
 from sppfeat.files.formats import SVM, WINDOWS, format_of
 from sppfeat.files.hdf5_check import DEADLINE_SECONDS
@@ -129,9 +128,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "voc" / "Annotations" / "a.xml").write_text(annotation)
     Image.new("RGB", (40, 40)).save(folder / "voc" / "JPEGImages" / "a.jpg")
     (main / "train.txt").write_text("a\nb\n")
-    tensors = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3)}
-    save_file(tensors, folder / "w.safetensors")
-    torch.save(tensors, folder / "w.pth")
+    save_file({"a.weight": np.ones((3, 4), np.float32), "a.bias": np.ones(3, np.float32)}, folder / "w.safetensors")
+    # By another process: every damaged HDF5 file is looked at in a fork of this one, which torch would make slow.
+    code = "import sys, torch; torch.save({'a.weight': torch.ones(3, 4), 'a.bias': torch.ones(3)}, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder / "w.pth"], check=True)
 
     journal = _Journal(folder / "j.h5", ProposalOptions(), "/nowhere", fresh=True)
     with contextlib.closing(journal._file):
@@ -142,9 +142,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "oxford" / "a_1_query.txt").write_text("oxc1_a 1.5 2 30 40\n")
     for kind, listed in (("good", "b\nc\n"), ("ok", "d\n"), ("junk", "e\n")):
         (folder / "oxford" / f"a_1_{kind}.txt").write_text(listed)
-    recipe = Recipe(backbone="timm:test_resnet", weights="random")
     entry = folder / "cache" / "network.json"
-    write_entry(entry, msgspec.json.encode(load_backbone(recipe).description), kept=9)
+    write_entry(entry, b'{"channels": 320}' * 50, kept=9)
     kept = entry.read_bytes()
 
     def store_of(path: Path) -> object:
@@ -155,6 +154,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
         found = _Journal(folder / "j.h5", ProposalOptions(), "/nowhere", fresh=False)
         with contextlib.closing(found._file):
             return _write(folder / "of-journal.h5", None, found, ProposalOptions(), "/nowhere")
+
+    def weights_of(path: Path) -> object:
+        from sppfeat.backbones.backbone import read_weights
+
+        return read_weights(str(path))
 
     def entry_of(path: Path) -> None:
         # A damaged entry is taken for none, and made anew.
@@ -178,13 +182,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "voc-xml": ("xml/a.xml", lambda path: read_voc_files(images, path.parent)),
         "voc-labels": ("voc/ImageSets/Main/a_test.txt", lambda path: read_voc_labels(path.parents[2])),
         "voc-list": ("voc/ImageSets/Main/train.txt", lambda path: read_voc(path.parents[2], "train")),
-        "safetensors": ("w.safetensors", lambda path: read_weights(str(path))),
         "windows-journal": (".j.h5.journal", journal_of),
         "gone-names": ("gone.txt", read_names),
         "oxford-query": ("oxford/a_1_query.txt", lambda path: read_ground_truth(path.parent)),
         "oxford-list": ("oxford/a_1_good.txt", lambda path: read_ground_truth(path.parent)),
         "cache-entry": ("cache/network.json", entry_of),
-        "pth": ("w.pth", lambda path: read_weights(str(path))),
+        "safetensors": ("w.safetensors", weights_of),
+        "pth": ("w.pth", weights_of),
     }
     return {name: Kind(folder / file, read) for name, (file, read) in found.items()}
 
@@ -319,7 +323,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="Files of each kind.")
     parser.add_argument("--kind", help="One kind alone.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--impatient", action="store_true", help="Give files that hang HDF5 up after one second.")
     options = parser.parse_args()
+    if options.impatient:
+        hdf5_check.DEADLINE_SECONDS = 1  # type: ignore[misc]
     findings: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in kinds(Path(folder)).items():

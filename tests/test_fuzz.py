@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fuzz
 import pytest
 
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Kind]:
-    return fuzz.kinds(tmp_path_factory.mktemp("fuzz"))
-
-
-@pytest.fixture(autouse=True)
-def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few of these files do hang HDF5, until they are given up: after one second here, not eight."""
-    monkeypatch.setattr("sppfeat.files.hdf5_check.DEADLINE_SECONDS", 1)
-
-
 NAMES = [
     *("store", "svm", "detector", "windows-h5", "training-state", "gallery-rows", "windows-csv", "windows-json"),
-    *("labels", "image-list", "coco", "ground-truth", "voc-xml", "voc-labels", "voc-list", "safetensors"),
-    *("windows-journal", "gone-names", "oxford-query", "oxford-list", "cache-entry", "pth"),
+    *("labels", "image-list", "coco", "ground-truth", "voc-xml", "voc-labels", "voc-list"),
+    *("windows-journal", "gone-names", "oxford-query", "oxford-list", "cache-entry", "safetensors", "pth"),
 ]
 
 
-def test_every_kind_is_damaged(kinds: dict[str, fuzz.Kind]) -> None:
-    assert list(kinds) == NAMES
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """In a process of its own, as small as can be: every damaged HDF5 file is looked at in a fork of it."""
+    done = subprocess.run([sys.executable, fuzz.__file__, "--impatient"], capture_output=True, text=True, timeout=280)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_files_end_in_clean_errors(kinds: dict[str, fuzz.Kind], name: str) -> None:
-    assert fuzz.fuzz(name, kinds[name], 300, seed=0) == []
+def test_damaged_files_end_in_clean_errors(printed: str, name: str) -> None:
+    assert f"{name}: 300 files, 0 findings\n" in printed, printed
+
+
+def test_every_kind_is_damaged(printed: str) -> None:
+    assert [line.partition(":")[0] for line in printed.splitlines() if ", 0 findings" in line] == NAMES
 
 
 def test_a_finding_is_found(tmp_path: Path) -> None:
