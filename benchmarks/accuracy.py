@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from sppfeat import Describer, Recipe, Store, extract_folder, open_store
-from sppfeat.images.sources import find_images, name_to_path
+from sppfeat.images.sources import find_images
 
 HABIT = dict(crop="center", levels=(1,), pooling="avg", layer="bn2")
 
@@ -115,12 +115,12 @@ def measure(data: Path, rounds: int, only: str, keep: Path | None) -> dict[str, 
             figures[name] = Figures(transfer, retrieval, dim, [])
             print(f"  {name}: {transfer:.2f} {retrieval:.2f}", flush=True)
     images = find_images([data / "caltech101-subset" / "test"])
-    paths = [name_to_path(images.root, name) for name in images.names[:: len(images.names) // 64][:64]]
+    few = images.items[:: len(images.items) // 64][:64]
     describers = {name: Describer(recipe) for name, recipe in chosen.items()}
     for _ in range(rounds):
         for name, describer in describers.items():
             start = time.perf_counter()
-            count = sum(1 for _ in describer.describe(paths))
+            count = sum(1 for _ in describer.describe(few))
             figures[name].rates.append(count / (time.perf_counter() - start))
     return figures
 

@@ -34,14 +34,14 @@ import torch
 from extract import processor
 from PIL import Image
 
-from sppfeat import DescribedWindows, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
+from sppfeat import Described, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
 from sppfeat.detection.annotations import AnnotatedImages, read_voc, read_voc_files
 from sppfeat.detection.detecting import DetectorRunner
 from sppfeat.detection.detector import detection_recipe, open_detector
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
+from sppfeat.images import Fingerprint, Item
 from sppfeat.images.reading import read_image
-from sppfeat.images.sources import Fingerprint
 from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import open_windows, propose_folder
 
@@ -77,16 +77,14 @@ class WarpingDescriber(Describer):
         super().__init__(recipe, options)
         self._folder = folder
 
-    def describe_windows(
-        self,
-        pictures: Iterable[tuple[str, np.ndarray]],
-        *,
-        scales: str = "all",
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[DescribedWindows]:
-        for position, (path, windows) in enumerate(pictures):
+    def describe(
+        self, items: Iterable[Item | str], *, scales: str = "all", stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Described]:
+        for position, item in enumerate(items):
             if stop():
                 return
+            assert isinstance(item, Item) and item.windows is not None
+            path, windows = item.path, item.windows
             kept = self._folder / f"{Path(path).stem}.npz" if self._folder is not None else None
             known, rows = np.zeros((0, 4)), np.zeros((0, 0), np.float32)
             if kept is not None and kept.exists():
@@ -103,7 +101,7 @@ class WarpingDescriber(Describer):
                     np.savez(kept.with_suffix(".partial.npz"), windows=known, rows=rows)
                     kept.with_suffix(".partial.npz").replace(kept)
             chosen = rows[[places[tuple(window)] for window in windows.tolist()]].astype(np.float32)
-            yield DescribedWindows(position, chosen, Image.open(path).size, Fingerprint(0, 0), None, {})
+            yield Described(position, chosen, Image.open(path).size, Fingerprint(0, 0), None, {})
 
     def warped(self, path: str, windows: np.ndarray) -> np.ndarray:
         """[K, D] descriptors of windows [K, 4]."""
@@ -175,14 +173,14 @@ def part_rcnn(data: Data) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     describer = WarpingDescriber(detection_recipe(scales=(SIDE,)), folder=folder)
     tasks = [
-        (each.path(name), np.concatenate([one.boxes if each is train else np.zeros((0, 4)), windows[name]]))
+        each.item(name, np.concatenate([one.boxes if each is train else np.zeros((0, 4)), windows[name]]))
         for each in (train, test)
         for name, one in each.images.items()
     ]
     start = time.perf_counter()
     count = 0
-    for done in describer.describe_windows(tasks):
-        count += len(done.descriptors) if done.descriptors is not None else 0
+    for done in describer.describe(tasks):
+        count += len(done.rows) if done.rows is not None else 0
         if done.position % 10 == 9:
             print(f"rcnn: {done.position + 1} of {len(tasks)}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return {"windows": count}
@@ -233,13 +231,13 @@ def part_time(data: Data) -> dict[str, Any]:
     few = windows[:200]
     rcnn.warped(str(path), few[:8])
     for describer in sides.values():
-        list(describer.describe_windows([(str(path), windows)], scales="nearest"))
+        list(describer.describe([Item.at(path, windows)], scales="nearest"))
     taken: dict[str, list[float]] = {name: [] for name in (*sides, "rcnn")}
     for _ in range(3):
         for name, describer in sides.items():
             start = time.perf_counter()
             for _ in range(4):  # images one after the other, as a user with one image has it
-                list(describer.describe_windows([(str(path), windows)], scales="nearest"))
+                list(describer.describe([Item.at(path, windows)], scales="nearest"))
             taken[name].append((time.perf_counter() - start) / 4)
         start = time.perf_counter()
         rcnn.warped(str(path), few)
@@ -249,7 +247,7 @@ def part_time(data: Data) -> dict[str, Any]:
     many = {}  # several images at once keep all cores busy to the end of each
     for name, describer in sides.items():
         start = time.perf_counter()
-        list(describer.describe_windows([(str(path), windows)] * 8, scales="nearest"))
+        list(describer.describe([Item.at(path, windows)] * 8, scales="nearest"))
         many[name] = (time.perf_counter() - start) / 8
     result["in a row"] = many
     return result
@@ -313,7 +311,7 @@ def part_stages(data: Data) -> dict[str, Any]:
         runner = DetectorRunner(detector)
         names = list(test.images)
         start = time.perf_counter()
-        list(runner.detect([(test.path(name), windows[name]) for name in names]))
+        list(runner.detect([test.item(name, windows[name]) for name in names]))
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
         print(json.dumps({"images": len(names), "seconds": seconds, "stages": runner.seconds, "peak": peak}))
@@ -324,7 +322,7 @@ def part_stages(data: Data) -> dict[str, Any]:
     names = list(test.images)[:8]
     start = time.perf_counter()
     for name in names:
-        propose(test.path(name))
+        propose(test.item(name).path)
     search = (time.perf_counter() - start) / len(names)
     command = [sys.executable, __file__, str(data.data), "--work", str(data.work), "stages"]
     child = subprocess.run(

@@ -197,9 +197,9 @@ def stages(folder: str) -> dict[str, Any]:
         rounds["decode"].append(describer.times.decode - before[0])
         rounds["forward"].append(describer.times.forward - before[1])
         (done,) = describer.describe([picture])
-        assert done.descriptor is not None
+        assert done.rows is not None
         started = time.perf_counter()
-        search_descriptors(gallery, done.descriptor[None], SearchOptions(k=K))
+        search_descriptors(gallery, done.rows, SearchOptions(k=K))
         rounds["search"].append(time.perf_counter() - started)
     found = {name: 1000 * float(np.median(values[3:])) for name, values in rounds.items()}
     return {"opening": 1000 * opening, "loading": 1000 * loading, **found}

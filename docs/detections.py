@@ -15,7 +15,7 @@ from PIL import Image
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected
 from sppfeat.detection.detector import open_detector
 from sppfeat.detection.drawing import draw_detections
-from sppfeat.images.reading import read_image
+from sppfeat.images import Item, read_image
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 SHOWN = ("animals/cat.jpg", "people/photographer.jpg")
@@ -24,11 +24,11 @@ HEIGHT, GAP = 420, 12
 
 def main() -> None:
     detector = open_detector(sys.argv[1])
-    pictures = [(name, str(PHOTOS / name)) for name in SHOWN]
+    items = [Item.at(PHOTOS / name) for name in SHOWN]
     options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else DetectOptions.threshold)
     panels: dict[int, Image.Image] = {}
-    for found in detected(DetectorRunner(detector), pictures, None, options):
-        picture = read_image(pictures[found.position][1]).pixels
+    for found in detected(DetectorRunner(detector), items, None, options):
+        picture = read_image(items[found.position].path).pixels
         small = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
         panels[found.position] = draw_detections(small, found, detector.classes)
     width = sum(panel.width for panel in panels.values()) + GAP * (len(panels) - 1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UsageError,
         WindowsError,
     )
-    from sppfeat.extraction import Described, DescribedWindows, Describer, Extraction, extract_folder
+    from sppfeat.extraction import Described, Describer, Extraction, extract_folder
     from sppfeat.pyramid.pooling import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
     from sppfeat.retrieval import (
@@ -73,7 +73,6 @@ _HOMES = {
     ),
     "extraction": (
         "Described",
-        "DescribedWindows",
         "Describer",
         "Extraction",
         "extract_folder",
@@ -127,7 +126,6 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "BackboneError",
     "Described",
-    "DescribedWindows",
     "Describer",
     "DeviceError",
     "Duplicates",

@@ -20,7 +20,7 @@ import numpy as np
 
 from sppfeat.errors import ImageError, UsageError, one_line
 from sppfeat.files import decode_document, unsafe_name
-from sppfeat.images import EXTENSIONS, find_images, name_to_path, open_image, path_to_name, upright_size
+from sppfeat.images import EXTENSIONS, Item, find_images, name_to_path, open_image, path_to_name, upright_size
 from sppfeat.store import window_text
 
 _MAX_XML_BYTES: Final = 1 << 24
@@ -62,9 +62,9 @@ class AnnotatedImages:
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def path(self, name: str) -> str:
-        """The file of an image."""
-        return name_to_path(self.root, name)
+    def item(self, name: str, windows: np.ndarray | None = None) -> Item:
+        """An image, with windows [K, 4] on it."""
+        return Item(self.root, name, windows)
 
     def subset(self, names: Iterable[str]) -> AnnotatedImages:
         """Some of the images only; the classes stay."""

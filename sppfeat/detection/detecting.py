@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Describer
-from sppfeat.images import ImageList, find_images, name_to_path
+from sppfeat.images import ImageList, Item, find_images
 from sppfeat.machine import available_cores
+from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
 from sppfeat.windows import Proposer, moved_boxes, suppress
 
@@ -106,31 +107,31 @@ class DetectorRunner:
 
     def detect(
         self,
-        pictures: Iterable[tuple[str, np.ndarray]],
+        items: Iterable[Item],
         options: DetectOptions | None = None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Detections]:
-        """Detect on every picture, given as path and windows [K, 4], about in order.
+        """Detect on the windows of every item, about in order.
 
-        Windows that reach outside their picture are left out. A picture that cannot be read comes with its reason.
+        Windows that reach outside their image are left out. An image that cannot be read comes with its reason.
         """
         options = options or DetectOptions()
         windows_of: dict[int, np.ndarray] = {}
 
-        def remembered() -> Iterator[tuple[str, np.ndarray]]:
-            for position, (path, windows) in enumerate(pictures):
-                windows_of[position] = windows
-                yield path, windows
+        def remembered() -> Iterator[Item]:
+            for position, item in enumerate(items):
+                windows_of[position] = np.zeros((0, 4)) if item.windows is None else item.windows
+                yield replace(item, windows=windows_of[position])
 
-        for done in self._describer.describe_windows(remembered(), scales="nearest", stop=stop):
+        for done in self._describer.describe(remembered(), scales="nearest", stop=stop):
             windows = windows_of.pop(done.position)
-            if done.descriptors is None:
+            if done.rows is None:
                 nothing = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 4))
                 yield Detections(done.position, *nothing, done.image_size, 0, 0, done.error)
                 continue
-            good = np.setdiff1d(np.arange(len(windows)), list(done.window_errors))
-            found = self._found(done.descriptors[good], windows[good], done.image_size, options)
+            good = np.setdiff1d(np.arange(len(windows)), list(done.row_errors))
+            found = self._found(done.rows[good], windows[good], done.image_size, options)
             yield Detections(done.position, *found, done.image_size, len(good), len(windows) - len(good), None)
 
     def _found(
@@ -174,32 +175,30 @@ def _ranks(labels: np.ndarray) -> np.ndarray:
 
 def detected(
     runner: DetectorRunner,
-    pictures: Sequence[tuple[str, str]],
+    items: Sequence[Item],
     windows: Mapping[str, np.ndarray] | None,
     options: DetectOptions | None = None,
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Detections]:
-    """Detect on pictures, given as name and path. windows: [K, 4] by name; those without have none.
+    """Detect on images. windows: [K, 4] by name; those without have none.
 
     None: windows are proposed on the way, as those were that the detector was trained with, by one process for each
     core; see `Proposer` for what that asks of a script.
     """
     if windows is not None:
-        given = (
-            (path, np.asarray(windows[name], np.float64) if name in windows else np.zeros((0, 4)))
-            for name, path in pictures
-        )
+        none = np.zeros((0, 4))
+        given = (replace(item, windows=np.asarray(windows.get(item.name, none), np.float64)) for item in items)
         yield from runner.detect(given, options, stop=stop)
         return
     with Proposer(runner.detector.proposals, workers=available_cores()) as proposer:
         reasons: dict[int, str] = {}
 
-        def proposed() -> Iterator[tuple[str, np.ndarray]]:
-            for position, (path, one) in enumerate(proposer.stream((path for _, path in pictures), stop=stop)):
+        def proposed() -> Iterator[Item]:
+            for position, (item, one) in enumerate(proposer.stream(items, stop=stop)):
                 if one.error is not None:
                     reasons[position] = one.error
-                yield path, np.asarray(one.windows, np.float64)
+                yield replace(item, windows=np.asarray(one.windows, np.float64))
 
         for done in runner.detect(proposed(), options):
             yield done._replace(error=done.error or reasons.pop(done.position, None))
@@ -223,19 +222,13 @@ class Detecting:
     stages: dict[str, float]
 
 
-class Observer(Protocol):
-    """Who wants the results; called from the thread that called `detect_images`."""
+class DetectionObserver(Observer):
+    """Takes the results of `detect_images` as they come."""
 
     def listed(self, images: ImageList) -> None:
         """The images are known, and nothing is done yet: who cannot take their results raises."""
 
-    def started(self, *, todo: int, reused: int) -> None:
-        """The work is known."""
-
-    def row(self, name: str, error: str | None) -> None:
-        """One image is done, or failed for a reason."""
-
-    def found(self, path: str, name: str, found: Detections) -> None:
+    def found(self, item: Item, found: Detections) -> None:
         """What is on an image; called before its `row`."""
 
 
@@ -246,7 +239,7 @@ def detect_images(
     options: DetectOptions | None = None,
     run: RunOptions | None = None,
     *,
-    observer: Observer,
+    observer: DetectionObserver,
     stop: Callable[[], bool] = lambda: False,
 ) -> Detecting:
     """Detect on the images of folders, files or lists (see `find_images`); results go to the observer as they come.
@@ -257,35 +250,31 @@ def detect_images(
     began = time.perf_counter()
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several)
-    if not images.names:
+    if not images.items:
         raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
     if windows is not None and not set(windows) & set(images.names):
         raise UsageError(
-            f"the windows are of none of the {len(images.names)} images below {images.root}: expected names such as "
+            f"the windows are of none of the {len(images.items)} images below {images.root}: expected names such as "
             f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
         )
     observer.listed(images)
     runner = DetectorRunner(detector, run)
-    names = [name for name in images.names if name not in images.problems]
-    pictures = [(name, name_to_path(images.root, name)) for name in names]
-    failed = dict(images.problems)
+    failed: dict[str, str] = {}
     notes: list[str] = []
     count = searched = 0
-    observer.started(todo=len(images.names), reused=0)
-    for name, reason in images.problems.items():
-        observer.row(name, reason)
-    for done in detected(runner, pictures, windows, options, stop=stop):
-        name, path = pictures[done.position]
+    observer.started(todo=len(images.items), reused=0)
+    for done in detected(runner, images.items, windows, options, stop=stop):
+        item = images.items[done.position]
         if done.error is not None:
-            failed[name] = done.error
+            failed[item.name] = done.error
         else:
             searched += 1
             count += len(done.scores)
-            notes += window_notes(name, done)
-            observer.found(path, name, done)
-        observer.row(name, done.error)
+            notes += window_notes(item.name, done)
+            observer.found(item, done)
+        observer.row(item.name, done.error)
     return Detecting(
-        images=len(images.names),
+        images=len(images.items),
         searched=searched,
         found=count,
         failed=failed,
@@ -297,10 +286,10 @@ def detect_images(
 
 
 def window_notes(name: str, done: Detections) -> list[str]:
-    """What is odd about the windows of a picture that was searched."""
+    """What is odd about the windows of an image that was searched."""
     notes = []
     if done.left_out:
-        notes.append(f"{name}: {done.left_out} windows reach outside the picture and are left out")
+        notes.append(f"{name}: {done.left_out} windows reach outside the image and are skipped")
     if not done.windows:
         notes.append(f"{name}: has no windows")
     return notes

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected,
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import UsageError
 from sppfeat.extraction import Describer
+from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
 from sppfeat.svm import ranked_average_precision
 
@@ -81,19 +81,6 @@ class DetectionEvaluation:
         return _mean([one.coco for one in self.classes])
 
 
-class Observer(Protocol):
-    """Who wants to follow; called from the thread that called `evaluate_detector`."""
-
-    def started(self, *, todo: int, reused: int) -> None:
-        """The work is known."""
-
-    def row(self, name: str, error: str | None) -> None:
-        """One image is done, or failed."""
-
-    def note(self, text: str) -> None:
-        """Something to tell."""
-
-
 def evaluate_detector(
     detector: Detector,
     annotated: AnnotatedImages,
@@ -125,16 +112,16 @@ def evaluate_detector(
         raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
     names = list(annotated.images)
     runner = DetectorRunner(detector, run, describer=describer)
-    if observer is not None:
-        for note in notes:
-            observer.note(note)
-        observer.started(todo=len(names), reused=0)
+    observer = observer or Observer()
+    for note in notes:
+        observer.note(note)
+    observer.started(todo=len(names), reused=0)
     failed: dict[str, str] = {}
     objects: list[list[Objects]] = [[] for _ in detector.classes]
     count = 0
-    pictures = [(name, annotated.path(name)) for name in names]
+    items = [annotated.item(name) for name in names]
     order: list[int] = []
-    for done in detected(runner, pictures, windows, options):
+    for done in detected(runner, items, windows, options):
         name = names[done.position]
         one = annotated.images[name]
         if done.error is not None:
@@ -142,8 +129,7 @@ def evaluate_detector(
         else:
             for note in window_notes(name, done):
                 notes.append(note)
-                if observer is not None:
-                    observer.note(note)
+                observer.note(note)
         count += done.windows
         order.append(done.position)
         for label, known in enumerate(detector.classes):
@@ -152,8 +138,7 @@ def evaluate_detector(
             objects[label].append(
                 Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine])
             )
-        if observer is not None:
-            observer.row(name, done.error)
+        observer.row(name, done.error)
     # As the images are listed, whatever order they came in: of equal scores the first counts first.
     turns = np.argsort(order)
     return DetectionEvaluation(

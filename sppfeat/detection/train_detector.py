@@ -13,10 +13,11 @@ import numpy as np
 from sppfeat.detection.annotations import AnnotatedImages
 from sppfeat.detection.detector import detection_recipe, save_detector
 from sppfeat.detection.training_options import TrainingOptions
-from sppfeat.detection.training_rounds import Observer, Trainer, count_positives
+from sppfeat.detection.training_rounds import Trainer, count_positives
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Describer
 from sppfeat.files import DETECTOR, check_new_file
+from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.windows import ProposalOptions, WindowFile, open_windows, propose_folder
@@ -51,20 +52,6 @@ class Training:
         return self.pending > 0
 
 
-class _Silent:
-    def started(self, *, todo: int, reused: int) -> None:
-        pass
-
-    def row(self, name: str, error: str | None) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-
 def train_detector(
     annotated: AnnotatedImages,
     windows: Mapping[str, np.ndarray] | None,
@@ -90,7 +77,7 @@ def train_detector(
     Raises ModelError, UsageError, and what `Describer` raises.
     """
     began = time.perf_counter()
-    options, observer = options or TrainingOptions(), observer or _Silent()
+    options, observer = options or TrainingOptions(), observer or Observer()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     state = path.with_name(f".{path.name}.training")
     # What a stopped training is going to replace, it was told to.
@@ -141,7 +128,7 @@ def _windows_beside(
 ) -> WindowFile | None:
     """Windows of annotated images, proposed into a file beside the output or read from there; None when stopped."""
     path = output.with_suffix(".windows.h5")
-    sources = [annotated.path(name) for name in annotated.images]
+    sources = [annotated.item(name).path for name in annotated.images]
     observer.say(f"windows are found first, and kept in {path}")
     done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
     return None if done.pending else open_windows(path)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.detection.training_options import TrainingOptions
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction import DescribedWindows, Describer
+from sppfeat.extraction import Described, Describer
+from sppfeat.images import Item
+from sppfeat.progress import Observer
 from sppfeat.svm import CONVERGED
 from sppfeat.svm.solver import SvmProblem
 from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, overlaps
@@ -48,22 +50,6 @@ _ROUGH_TOLERANCE: Final = 1e-2
 FEW_NEW: Final = 0.02
 # The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
 STATE_SECONDS: Final = 30.0
-
-
-class Observer(Protocol):
-    """Who wants to follow; called from the thread that called `train_detector`."""
-
-    def started(self, *, todo: int, reused: int) -> None:
-        """A pass over the images begins."""
-
-    def row(self, name: str, error: str | None) -> None:
-        """One image is done, or failed."""
-
-    def note(self, text: str) -> None:
-        """Something is odd about an image or a class; there may be one for every image."""
-
-    def say(self, text: str) -> None:
-        """How far the training is."""
 
 
 class Trainer:
@@ -204,10 +190,10 @@ class Trainer:
         self._observer.started(todo=len(todo), reused=int(self.done.sum()))
         if self._step and len(self.hard) < self._step:
             self.hard.append(0)
-        for done in self._describer.describe_windows(self._tasks(todo), scales="nearest", stop=stop):
+        for done in self._describer.describe(self._items(todo), scales="nearest", stop=stop):
             at = todo[done.position]
             name = self._names[at]
-            if done.descriptors is None:
+            if done.rows is None:
                 self.failed[name] = done.error or ""
             else:
                 self._take(at, self._annotated.images[name], done)
@@ -216,24 +202,24 @@ class Trainer:
             self._save_now_and_then()
         return bool(self.done[todo].all())
 
-    def _tasks(self, todo: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+    def _items(self, todo: list[int]) -> Iterator[Item]:
         for at in todo:
             name = self._names[at]
             boxes = self._annotated.images[name].boxes if self._step == 0 else np.zeros((0, 4))
-            yield self._annotated.path(name), np.concatenate([boxes, self._proposed(name)])
+            yield self._annotated.item(name, np.concatenate([boxes, self._proposed(name)]))
 
     def _proposed(self, name: str) -> np.ndarray:
         return np.asarray(self._windows[name], np.float64) if name in self._windows else np.zeros((0, 4))
 
-    def _take(self, at: int, annotation: Annotation, done: DescribedWindows) -> None:
-        assert done.descriptors is not None
+    def _take(self, at: int, annotation: Annotation, done: Described) -> None:
+        assert done.rows is not None
         name = self._names[at]
         windows = self._proposed(name)
-        good = np.ones(len(done.descriptors), bool)
-        good[list(done.window_errors)] = False
+        good = np.ones(len(done.rows), bool)
+        good[list(done.row_errors)] = False
         objects = len(annotation.boxes) if self._step == 0 else 0
         if self._step == 0 and not good.all():
-            reason = next(iter(done.window_errors.values()))
+            reason = next(iter(done.row_errors.values()))
             self._note(f"{name}: {int((~good).sum())} windows are left out: the first {reason}")
         labels = np.array([self.classes.index(x) if x in self.classes else -1 for x in annotation.labels], int)
         overlap = overlaps(windows, annotation.boxes)
@@ -244,12 +230,12 @@ class Trainer:
             touching = touched[:, labels == label].max(1, initial=0)
             targets[touching < self._options.negative_overlap, label] = -1
         targets[~good[objects:]] = 0
-        descriptors = done.descriptors[objects:]
+        descriptors = done.rows[objects:]
         if self._step == 0:
             generator = np.random.default_rng([self._options.seed, at])
-            self._take_objects(at, annotation, labels, done.descriptors[:objects], good[:objects])
+            self._take_objects(at, annotation, labels, done.rows[:objects], good[:objects])
             self._take_first(at, descriptors, targets, generator)
-            self._take_boxes(annotation, labels, overlap, windows, good, done.descriptors, generator)
+            self._take_boxes(annotation, labels, overlap, windows, good, done.rows, generator)
         else:
             self._take_hard(at, descriptors, targets)
 

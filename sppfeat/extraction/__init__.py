@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sppfeat.extraction.pipeline import Described, DescribedWindows, Describer
+from sppfeat.extraction.pipeline import Described, Describer
 from sppfeat.extraction.run import Extraction, extract_folder
 
-__all__ = ["Described", "DescribedWindows", "Describer", "Extraction", "extract_folder"]
+__all__ = ["Described", "Describer", "Extraction", "extract_folder"]

@@ -18,42 +18,39 @@ import numpy as np
 from sppfeat.backbones import Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
-from sppfeat.images import Fingerprint, PreparedImage, ShapeBatcher, fingerprint_of, prepare_image
+from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
 from sppfeat.windows import map_windows, nearest_scales, outside
 
-# Decoded pictures that wait for the network take at most about this much; at `native` scale they are large.
+# Decoded images that wait for the network take at most about this much; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
 
 
 class Described(NamedTuple):
-    """One picture's outcome: its descriptor, or why there is none. `position` counts the paths given."""
+    """The outcome for one item: its rows, or why it has none.
 
-    position: int
-    descriptor: np.ndarray | None
-    image_size: tuple[int, int]
-    fingerprint: Fingerprint
-    error: str | None
-
-
-class DescribedWindows(NamedTuple):
-    """The outcome for one picture's K windows: [K, D] descriptors, or why the picture has none.
-
-    window_errors: why single windows could not be described, by their number; their rows are of no use.
+    position: counts the items given. rows: [R, D], one row, or one for each window. image_size: width and height of the
+    upright original. row_errors: why single rows could not be described, by their number; what stands in them is of no
+    use.
     """
 
     position: int
-    descriptors: np.ndarray | None
+    rows: np.ndarray | None
     image_size: tuple[int, int]
     fingerprint: Fingerprint
     error: str | None
-    window_errors: dict[int, str]
+    row_errors: dict[int, str]
+
+    def row(self, at: int = 0) -> tuple[np.ndarray | None, str | None]:
+        """The descriptor [D] of one row, or why there is none."""
+        error = self.error or self.row_errors.get(at)
+        return (None if error is not None or self.rows is None else self.rows[at]), error
 
 
-# How the scales of a recipe serve windows: every window is pooled at all of them and fused, as a whole picture is; or
+# How the scales of a recipe serve windows: every window is pooled at all of them and fused, as a whole image is; or
 # each at the one scale that brings its area closest to 224 x 224, as SPP-net detects.
 WINDOW_SCALES: Final = ("all", "nearest")
 
@@ -79,9 +76,9 @@ class _Unreadable(NamedTuple):
 
 @dataclass
 class _Row:
-    """A picture on its way: what its scales have given so far.
+    """An image on its way: what its scales have given so far.
 
-    windows: [K, 4], or None where the whole picture is described. scale_of: [K] the scale of each window, or None where
+    windows: [K, 4], or None where the whole image is described. scale_of: [K] the scale of each window, or None where
     every scale serves all.
     """
 
@@ -93,15 +90,14 @@ class _Row:
     error: str | None = None
 
     def rois_at(self, scale: int) -> np.ndarray | None:
-        """[K] which windows are pooled at a scale; None: the whole picture is."""
+        """[K] which windows are pooled at a scale; None: the whole image is."""
         if self.windows is None:
             return None
         return np.ones(len(self.windows), bool) if self.scale_of is None else self.scale_of == scale
 
 
-_Input = tuple[int, int]  # which picture, which scale
-_Task = tuple[str, np.ndarray | None]  # an image's path, its windows
-_Decoding = tuple[int, np.ndarray | None, "Future[PreparedImage | _Unreadable]"]
+_Input = tuple[int, int]  # which image, which scale
+_Decoding = tuple[int, Item, "Future[PreparedImage | _Unreadable]"]
 
 
 class _Gate:
@@ -181,51 +177,35 @@ class Describer:
         """Threads that run the network; 0 before it is loaded."""
         return self._engine.streams if self._engine is not None else 0
 
-    def describe(self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False) -> Iterator[Described]:
-        """Describe every path, about in order; a picture that cannot be described comes with its reason.
+    def describe(
+        self, items: Iterable[Item | str], *, scales: str = "all", stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Described]:
+        """Describe every item, or the image at every path, about in order; one that cannot be described comes with its
+        reason.
 
-        Once `stop()` is true no further picture is begun, and those begun are still given. Memory does not depend on
-        how many paths there are. How pictures are batched depends on their order alone.
-        """
-        for index, row in self._run(((path, None) for path in paths), "all", stop, together=True):
-            if isinstance(row, _Unreadable):
-                yield Described(index, None, (0, 0), row.fingerprint, row.reason)
-            else:
-                yield self._fused(index, row)
-
-    def describe_windows(
-        self,
-        pictures: Iterable[tuple[str, np.ndarray]],
-        *,
-        scales: str = "all",
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[DescribedWindows]:
-        """Describe windows [K, 4] of every picture, given as path and windows, from one forward pass for each scale.
-
-        Windows are pixels x1, y1, x2, y2 of the upright original, inclusive; K may be 0. scales: `all` pools each
-        window at every scale, normalises and fuses as `describe` does, so that a window of the whole picture has the
-        picture's descriptor; `nearest` pools each at the one scale that brings its area closest to 224 x 224.
-        A window that reaches outside its picture comes with a reason. Otherwise as `describe`, but pictures go through
-        the network one by one: so those that can be read come in order, and rows of few pictures are held at a time.
-        Raises UsageError for a recipe that crops.
+        Windows are pooled from one forward pass for each scale. scales: `all` pools each window at every scale,
+        normalises and fuses as for a whole image, so that a window of the whole image has the image's descriptor;
+        `nearest` pools each at the one scale that brings its area closest to 224 x 224. A window that reaches outside
+        its image comes with a reason. Images with windows go through the network one by one: so those that can be read
+        come in order, and rows of few images are held at a time.
+        Once `stop()` is true no further image is begun, and those begun are still given. Memory does not depend on
+        how many items there are. How images are batched depends on their order alone.
+        Raises UsageError for windows where the recipe crops.
         """
         if scales not in WINDOW_SCALES:
             raise UsageError(unknown_name("scales", scales, WINDOW_SCALES))
-        if self.recipe.crop != "none":
-            raise UsageError(f"windows need crop 'none', found {self.recipe.crop!r}")
-        for index, row in self._run(pictures, scales, stop, together=False):
+        for index, row in self._run((Item.at(each) if isinstance(each, str) else each for each in items), scales, stop):
             if isinstance(row, _Unreadable):
-                yield DescribedWindows(index, None, (0, 0), row.fingerprint, row.reason, {})
+                yield Described(index, None, (0, 0), row.fingerprint, row.reason, {})
             else:
-                yield self._fused_windows(index, row)
+                yield self._fused(index, row)
 
     def _run(
-        self, tasks: Iterable[_Task], scales: str, stop: Callable[[], bool], *, together: bool
+        self, items: Iterable[Item], scales: str, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
-        """together: whether pictures of one shape wait for each other."""
         decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            numbered = iter(enumerate(tasks))
+            numbered = iter(enumerate(items))
             # The first images are decoded while the network is loaded.
             begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
             if not begun:
@@ -234,7 +214,7 @@ class Describer:
             forwarders = ThreadPoolExecutor(engine.streams, thread_name_prefix="forward")
             try:
                 with engine.at_work():
-                    yield from self._pipeline(engine, numbered, begun, scales, decoders, forwarders, stop, together)
+                    yield from self._pipeline(engine, numbered, begun, scales, decoders, forwarders, stop)
             finally:
                 forwarders.shutdown(cancel_futures=True)
         finally:
@@ -245,25 +225,26 @@ class Describer:
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
         return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
 
-    def _begin(self, tasks: Iterable[tuple[int, _Task]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
-        for index, (path, windows) in tasks:
-            yield index, windows, decoders.submit(self._prepare, path)
+    def _begin(self, items: Iterable[tuple[int, Item]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
+        for index, item in items:
+            if item.windows is not None and self.recipe.crop != "none":
+                raise UsageError(f"windows need crop 'none', found {self.recipe.crop!r}")
+            yield index, item, decoders.submit(self._prepare, item)
 
     def _pipeline(
         self,
         engine: Engine,
-        tasks: Iterator[tuple[int, _Task]],
+        items: Iterator[tuple[int, Item]],
         decoding: deque[_Decoding],
         window_scales: str,
         decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
-        together: bool,
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         ahead = self._ahead(engine.streams * self._batch_size)
         forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
         batcher: ShapeBatcher[_Input] = ShapeBatcher(
-            self._batch_size if together else 1,
+            self._batch_size,
             patience=engine.patience * self._batch_size * len(self.recipe.scales),
             most=self._fitting,
         )
@@ -287,16 +268,16 @@ class Describer:
 
         while True:
             if not ending:
-                decoding.extend(self._begin(islice(tasks, 0 if stop() else ahead - len(decoding)), decoders))
+                decoding.extend(self._begin(islice(items, 0 if stop() else ahead - len(decoding)), decoders))
                 ending = len(decoding) < ahead
             if not decoding:
                 break
-            index, windows, future = decoding.popleft()
+            index, item, future = decoding.popleft()
             prepared = future.result()
             if isinstance(prepared, _Unreadable):
                 yield index, prepared
                 continue
-            row = rows[index] = self._row(prepared, windows, window_scales)
+            row = rows[index] = self._row(prepared, item.windows, window_scales)
             # A scale that no window takes needs no pass.
             wanted = [s for s in range(len(row.parts)) if (chosen := row.rois_at(s)) is None or chosen.any()]
             row.left = len(wanted)
@@ -305,6 +286,9 @@ class Describer:
             # Towards the end batches become smaller, so that no stream is left without.
             share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else None
             for scale in wanted:
+                if item.windows is not None:
+                    submit([((index, scale), prepared.inputs[scale])])
+                    continue
                 for batch in batcher.add((index, scale), prepared.inputs[scale], share=share):
                     submit(batch)
             prepared.inputs.clear()
@@ -321,15 +305,17 @@ class Describer:
             scale_of = nearest_scales(windows, prepared.size, sizes)
         return _Row(prepared, windows, scale_of, [None] * len(prepared.inputs))
 
-    def _prepare(self, path: str) -> PreparedImage | _Unreadable:
+    def _prepare(self, item: Item) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
+        if item.problem is not None:
+            return _Unreadable(item.problem, item.fingerprint())
         try:
             with quiet_pillow:
-                return prepare_image(path, self.recipe, minimum=self.minimum_side)
+                return prepare_image(item.path, self.recipe, minimum=self.minimum_side)
         except ImageError as error:
-            return _Unreadable(str(error), fingerprint_of(path))
+            return _Unreadable(str(error), item.fingerprint())
         except MemoryError:
-            return _Unreadable("cannot be decoded: it does not fit into memory", fingerprint_of(path))
+            return _Unreadable("cannot be decoded: it does not fit into memory", item.fingerprint())
         finally:
             self.times.add("decode", time.perf_counter() - start)
 
@@ -427,11 +413,12 @@ class Describer:
         self.times.add("pool", time.perf_counter() - start)
         return descriptors
 
-    def _fused_windows(self, index: int, row: _Row) -> DescribedWindows:
+    def _fused(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
         if row.error is not None:
-            return DescribedWindows(index, None, size, fingerprint, row.error, {})
-        assert row.windows is not None
+            return Described(index, None, size, fingerprint, row.error, {})
+        if row.windows is None:
+            return self._fused_whole(index, row)
         dim = self.dim if row.scale_of is None else self.recipe.bins * self._network.description.channels
         parts = [part for part in row.parts if part is not None]
         with np.errstate(over="ignore"):
@@ -445,27 +432,25 @@ class Describer:
                     if part is not None:
                         stored[row.scale_of == scale] = part
         errors = {
-            int(at): f"reaches outside the picture of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
+            int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
         }
         # A sum is not finite where a value is not, and needs no array of answers.
         if not np.isfinite(stored.sum(dtype=np.float32)):
             for at in np.flatnonzero(~np.isfinite(stored).all(1)):
                 errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
-        return DescribedWindows(index, stored, size, fingerprint, None, errors)
+        return Described(index, stored, size, fingerprint, None, errors)
 
-    def _fused(self, index: int, row: _Row) -> Described:
+    def _fused_whole(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
-        if row.error is not None:
-            return Described(index, None, size, fingerprint, row.error)
         descriptor = fuse([part for part in row.parts if part is not None], self.recipe.fuse)
         with np.errstate(over="ignore"):
             stored = descriptor.astype(self.recipe.dtype)
         if not np.isfinite(stored).all():
             largest = float(np.abs(descriptor).max())
             reason = f"the descriptor is not finite as {self.recipe.dtype} (largest value {largest:.3g})"
-            return Described(index, None, size, fingerprint, reason)
-        return Described(index, stored, size, fingerprint, None)
+            return Described(index, None, size, fingerprint, reason, {})
+        return Described(index, stored[None], size, fingerprint, None, {})
 
 
 def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:

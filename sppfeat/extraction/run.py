@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from sppfeat.engines import resolve_device
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer
+from sppfeat.extraction.plan import make_plan, with_windows
 from sppfeat.extraction.workers import Work, fill_rows, fill_rows_with
-from sppfeat.images import NO_FINGERPRINT, ImageList, find_images, fingerprint_of, name_to_path, path_to_name
+from sppfeat.images import ImageList, find_images, path_to_name
+from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import (
-    Status,
     Store,
     StoreWriter,
     check_output,
@@ -28,8 +27,7 @@ from sppfeat.store import (
     extend_store,
     lock_store,
     open_store,
-    row_name,
-    split_row_name,
+    row_names,
 )
 
 Source = str | os.PathLike[str]
@@ -95,24 +93,6 @@ class Extraction:
         return self.described / self.seconds if self.seconds > 0 else 0.0
 
 
-class Observer(Protocol):
-    """Who wants to follow an extraction; called from the thread that called `extract_folder`."""
-
-    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
-        """The work is known: images to describe, rows kept, names whose file is gone."""
-
-    def row(self, name: str, error: str | None) -> None:
-        """One image, or one window, is described, or failed for a reason."""
-
-
-class _Silent:
-    def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
-        pass
-
-    def row(self, name: str, error: str | None) -> None:
-        pass
-
-
 def extract_folder(
     sources: Source | Sequence[Source],
     output: Source,
@@ -139,7 +119,7 @@ def extract_folder(
     `Describer` raise. An image that cannot be described is a failed row, not an error.
     """
     began = time.perf_counter()
-    observer = observer or _Silent()
+    observer = observer or Observer()
     options = options or RunOptions()
     devices = options.devices()
     for each in devices:
@@ -148,9 +128,8 @@ def extract_folder(
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_output(path, overwrite=overwrite, resume=resume)
     images, without_windows = _list(sources, path if resume and not overwrite else None, root, windows)
-    if not images.names:
+    if not images.items:
         raise UsageError(f"{_show_sources(sources)}: expected images, found none")
-    windowed = windows is not None
     with lock_store(path):
         check_output(path, overwrite=overwrite, resume=resume)
         # Beside several cards, this process only knows the network: it needs no place on any.
@@ -161,35 +140,36 @@ def extract_folder(
             describer.load()  # a network that cannot run must not cost the store that is there
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
-        plan = _plan(store, rows, images, windowed=windowed, retry_failed=retry_failed)
-        observer.started(todo=len(plan.todo), reused=plan.reused, gone=plan.gone, device=device)
+        plan = make_plan(store, rows, images, retry_failed=retry_failed)
+        observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
         described = failed = changed = 0
         work = Work()
         with StoreWriter(store) as writer:
             writer.reset(sorted(plan.redo))
-            readable = [name for name in plan.todo if name not in images.problems]
-            for name in plan.todo:
-                if name in images.problems:
-                    writer.fail(rows[name], images.problems[name])
-                    observer.row(name, images.problems[name])
-                    failed += 1
-            for name in plan.lost:
-                writer.fail(rows[name], "the file is gone")
+            for item, of_item in plan.todo:
+                if item.problem is not None:
+                    for row, name in zip(of_item, row_names(item), strict=True):
+                        writer.fail(row, item.problem)
+                        observer.row(name, item.problem)
+                        failed += 1
+            for row in plan.lost:
+                writer.fail(row, "the file is gone")
+            readable = [todo for todo in plan.todo if todo.item.problem is None]
             if len(devices) > 1:
                 writer.flush()
-                filled = fill_rows_with(devices, options, store, images.root, rows, readable, windowed, stop, work)
+                filled = fill_rows_with(devices, options, store, readable, stop, work)
             else:
-                filled = fill_rows(writer, describer, images.root, rows, readable, windowed, stop, work)
+                filled = fill_rows(writer, describer, readable, stop, work)
             with contextlib.closing(filled):  # also when the observer raises: processes must not outlive the lock
                 for name, error in filled:
                     described += error is None
                     failed += error is not None
                     changed += error is None and rows[name] in plan.changed
                     observer.row(name, error)
-        pending = len(plan.todo) - described - failed
+        pending = plan.rows - described - failed
         return Extraction(
             store=str(path),
-            images=len(images.names),
+            images=sum(len(row_names(item)) for item in images.items),
             described=described,
             reused=plan.reused,
             failed=failed + plan.failed_before,
@@ -210,81 +190,30 @@ def extract_folder(
         )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """todo: names to describe, in order. redo: rows of them that were done or failed before. lost: pending, and gone.
-
-    changed: rows of `redo` that were done, with another file.
-    """
-
-    todo: list[str]
-    redo: set[int]
-    changed: set[int]
-    reused: int
-    failed_before: int
-    gone: list[str]
-    lost: list[str]
-
-
 def _list(
     sources: Source | Sequence[Source],
     resumed: Path | None,
     root: str | None,
     windows: Mapping[str, np.ndarray] | None,
 ) -> tuple[ImageList, int | None]:
-    """The rows, and how many images have no window, where windows are described."""
+    """The items, and how many images have no window, where windows are described."""
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     found, without_windows = find_images(several, root=root), None
     if windows is not None:
-        without_windows = sum(name not in windows or not len(windows[name]) for name in found.names)
-        found = _window_rows(found, windows)
+        found, without_windows = with_windows(found, windows)
     if root is None and resumed is not None and resumed.exists() and resumed.stat().st_size:
         before = open_store(resumed).source_root
         if _is_below(found.root, before):
-            return _rebased(found, before), without_windows
+            return found.below(before), without_windows
     return found, without_windows
 
 
-def _window_rows(images: ImageList, windows: Mapping[str, np.ndarray]) -> ImageList:
-    """The windows' rows instead of the images'; those of pictures that are not among the images have a problem."""
-    known = set(images.names)
-    if not known & set(windows):
-        raise UsageError(
-            f"the windows are of none of the {len(known)} images below {images.root}: "
-            f"expected names such as {images.names[0] if images.names else ''!r}, found {next(iter(windows), '')!r}"
-        )
-    problems: dict[str, str] = {}
-    names: dict[str, None] = {}
-    count = 0
-    for picture, boxes in windows.items():
-        reason = images.problems.get(picture)
-        if picture not in known:
-            reason = f"its picture is not among the images of the sources ({picture})"
-        for box in boxes:
-            name = row_name(picture, box)
-            names[name] = None
-            count += 1
-            if reason is not None:
-                problems[name] = reason
-    return ImageList(root=images.root, names=list(names), problems=problems, repeated=count - len(names))
-
-
-def _rebased(found: ImageList, root: str) -> ImageList:
-    """The same images, named from a folder further up."""
-    prefix = path_to_name(os.path.relpath(found.root, root)) + "/"
-    return ImageList(
-        root=root,
-        names=[prefix + name for name in found.names],
-        problems={prefix + name: reason for name, reason in found.problems.items()},
-        repeated=found.repeated,
-    )
-
-
 def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh: bool) -> Store:
+    listed = [name for item in images.items for name in row_names(item)]
     if fresh or not path.exists() or not path.stat().st_size:
         create_store(
             path,
-            images.names,
+            listed,
             recipe=describer.recipe,
             weights_sha256=describer.weights_sha256,
             dim=describer.dim,
@@ -310,8 +239,8 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
             "choose another output, give a root that holds both, or --overwrite"
         )
     known = set(names)
-    new = [name for name in images.names if name not in known]
-    if moved and names is store.names and len(new) == len(images.names):
+    new = [name for name in listed if name not in known]
+    if moved and names is store.names and len(new) == len(listed):
         raise StoreError(
             f"{path}: none of its {len(store)} names is among these images; choose another output, or --overwrite"
         )
@@ -323,41 +252,6 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
 
 def _is_below(folder: str, root: str) -> bool:
     return folder.startswith(root.rstrip("/") + "/")
-
-
-def _plan(store: Store, rows: dict[str, int], images: ImageList, *, windowed: bool, retry_failed: bool) -> _Plan:
-    fingerprint = functools.lru_cache(maxsize=1)(fingerprint_of)  # an image's windows stand together
-    status = store.status.tolist()
-    files = list(zip(store.file_size.tolist(), store.file_mtime_ns.tolist(), strict=True))
-    todo: list[str] = []
-    gone: list[str] = []
-    redo: set[int] = set()
-    reused = failed_before = 0
-    for name in images.names:
-        row = rows[name]
-        file = fingerprint(name_to_path(images.root, split_row_name(name)[0] if windowed else name))
-        no_image = name in images.problems
-        if status[row] == Status.PENDING:
-            todo.append(name)
-        elif status[row] == Status.DONE and file == NO_FINGERPRINT:
-            gone.append(name)
-        elif status[row] == Status.DONE and file == files[row] and not no_image:
-            reused += 1
-        elif status[row] == Status.FAILED and (no_image or (file == files[row] and not retry_failed)):
-            failed_before += 1
-        else:
-            todo.append(name)
-            redo.add(row)
-    listed = set(images.names)
-    gone += [n for n in store.names if n not in listed and not _is_there(images.root, n)]
-    lost = [name for name in gone if status[rows[name]] == Status.PENDING]
-    changed = {row for row in redo if status[row] == Status.DONE}
-    return _Plan(todo, redo, changed, reused, failed_before, gone, lost)
-
-
-def _is_there(root: str, name: str) -> bool:
-    """Whether a row's file is there: the image of that name, or the one that its window is on."""
-    return any(os.path.lexists(name_to_path(root, each)) for each in (name, split_row_name(name)[0]))
 
 
 def _show_sources(sources: Source | Sequence[Source]) -> str:

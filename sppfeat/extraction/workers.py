@@ -18,18 +18,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Final
 
 import numpy as np
 
 from sppfeat import errors
 from sppfeat.errors import BackboneError, SppFeatError, one_line
-from sppfeat.extraction.pipeline import Described, Describer
-from sppfeat.images import name_to_path
+from sppfeat.extraction.pipeline import Describer
+from sppfeat.extraction.plan import Todo
+from sppfeat.images import Item
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store import Store, StoreWriter, open_store, split_row_name
+from sppfeat.store import Store, StoreWriter, open_store, row_names
 
 # A killed run loses at most this much work; a flush waits for the disk.
 FLUSH_SECONDS: Final = 0.25
@@ -53,30 +54,29 @@ class Work:
 
 
 def fill_rows(
-    writer: StoreWriter,
-    describer: Describer,
-    root: str,
-    rows: dict[str, int],
-    names: list[str],
-    windowed: bool,
-    stop: Callable[[], bool],
-    work: Work,
+    writer: StoreWriter, describer: Describer, todo: list[Todo], stop: Callable[[], bool], work: Work
 ) -> Generator[Outcome, None, None]:
-    """Describe the images (or windows) of these names, and write each into its row; `work` is what it took."""
+    """Describe items, and write each of their rows into its place; `work` is what it took.
+
+    All windows of an image come together.
+    """
     before = dataclasses.replace(describer.times)
     last_flush = time.perf_counter()
     try:
-        for name, done in _described(describer, root, names, windowed, stop):
-            start = time.perf_counter()
-            if done.descriptor is None:
-                writer.fail(rows[name], done.error or "", done.fingerprint)
-            else:
-                writer.write(rows[name], done.descriptor, done.image_size, done.fingerprint)
-            if start - last_flush > FLUSH_SECONDS:
-                writer.flush()
-                last_flush = time.perf_counter()
-            work.write += time.perf_counter() - start
-            yield name, done.error
+        for done in describer.describe((item for item, _ in todo), stop=stop):
+            item, rows = todo[done.position]
+            for at, (row, name) in enumerate(zip(rows, row_names(item), strict=True)):
+                start = time.perf_counter()
+                descriptor, error = done.row(at)
+                if descriptor is None:
+                    writer.fail(row, error or "", done.fingerprint)
+                else:
+                    writer.write(row, descriptor, done.image_size, done.fingerprint)
+                if start - last_flush > FLUSH_SECONDS:
+                    writer.flush()
+                    last_flush = time.perf_counter()
+                work.write += time.perf_counter() - start
+                yield name, error
         start = time.perf_counter()
         writer.flush()
         work.write += time.perf_counter() - start
@@ -92,39 +92,8 @@ def fill_rows(
         )
 
 
-def _described(
-    describer: Describer, root: str, names: list[str], windowed: bool, stop: Callable[[], bool]
-) -> Iterator[tuple[str, Described]]:
-    """What became of each row, with its name; all windows of an image come together."""
-    if not windowed:
-        for done in describer.describe((name_to_path(root, name) for name in names), stop=stop):
-            yield names[done.position], done
-        return
-    rows_of: dict[str, list[str]] = {}
-    for name in names:
-        rows_of.setdefault(split_row_name(name)[0], []).append(name)
-    pictures = list(rows_of)
-    tasks = (
-        (name_to_path(root, picture), np.array([split_row_name(row)[1] for row in rows_of[picture]], np.float64))
-        for picture in pictures
-    )
-    for found in describer.describe_windows(tasks, stop=stop):
-        for at, name in enumerate(rows_of[pictures[found.position]]):
-            error = found.error or found.window_errors.get(at)
-            descriptor = None if error is not None or found.descriptors is None else found.descriptors[at]
-            yield name, Described(found.position, descriptor, found.image_size, found.fingerprint, error)
-
-
 def fill_rows_with(
-    devices: list[str],
-    options: RunOptions,
-    store: Store,
-    root: str,
-    rows: dict[str, int],
-    names: list[str],
-    windowed: bool,
-    stop: Callable[[], bool],
-    work: Work,
+    devices: list[str], options: RunOptions, store: Store, todo: list[Todo], stop: Callable[[], bool], work: Work
 ) -> Generator[Outcome, None, None]:
     """`fill_rows` by one process for each device. Hold `lock_store`: it keeps others out for all of them.
 
@@ -132,7 +101,8 @@ def fill_rows_with(
     """
     each = options.num_workers or max(1, available_cores() // len(devices))
     heard: queue.Queue[tuple[int, Any]] = queue.Queue()
-    parts = _shares(names, len(devices), windowed)
+    parts = [todo[number :: len(devices)] for number in range(len(devices))]
+    names = [[name for item, _ in part for name in row_names(item)] for part in parts]
     children = [_Child(number, heard) for number in range(len(devices))]
     failure: SppFeatError | None = None
     try:
@@ -140,11 +110,9 @@ def fill_rows_with(
             child.send(
                 {
                     "store": str(store.path),
-                    "root": os.fsencode(root).hex(),
                     "recipe": store.recipe.to_json(),
                     "options": dataclasses.asdict(dataclasses.replace(options, device=device, num_workers=each)),
-                    "rows": [[rows[name], name] for name in part],
-                    "windowed": windowed,
+                    "todo": [_told(one) for one in part],
                 }
             )
         left, stopped = len(children), False
@@ -158,7 +126,7 @@ def fill_rows_with(
             except queue.Empty:
                 continue
             if isinstance(message, list):
-                yield parts[number][message[0]], message[1]
+                yield names[number][message[0]], message[1]
                 continue
             left -= 1
             if "error" in message:
@@ -173,15 +141,16 @@ def fill_rows_with(
             child.end()
 
 
-def _shares(names: list[str], count: int, windowed: bool) -> list[list[str]]:
-    """Every `count`-th name; all windows of an image stay together."""
-    if not windowed:
-        return [names[part::count] for part in range(count)]
-    numbers: dict[str, int] = {}
-    shares: list[list[str]] = [[] for _ in range(count)]
-    for name in names:
-        shares[numbers.setdefault(split_row_name(name)[0], len(numbers)) % count].append(name)
-    return shares
+def _told(todo: Todo) -> list[Any]:
+    """An item and its rows as JSON has them; a root can hold bytes that are no text."""
+    item, rows = todo
+    return [os.fsencode(item.root).hex(), item.name, None if item.windows is None else item.windows.tolist(), rows]
+
+
+def _heard(told: list[Any]) -> Todo:
+    root, name, windows, rows = told
+    boxes = None if windows is None else np.array(windows, np.float64).reshape(-1, 4)
+    return Todo(Item(os.fsdecode(bytes.fromhex(root)), name, boxes), rows)
 
 
 class _Child:
@@ -261,12 +230,10 @@ def main() -> None:
     work = Work()
     try:
         describer = Describer(Recipe.from_json(task["recipe"]), RunOptions(**task["options"]))
-        rows = {name: row for row, name in task["rows"]}
-        places = {name: place for place, name in enumerate(rows)}
+        todo = [_heard(one) for one in task["todo"]]
+        places = {name: place for place, name in enumerate(name for item, _ in todo for name in row_names(item))}
         with StoreWriter(open_store(task["store"])) as writer:
-            root = os.fsdecode(bytes.fromhex(task["root"]))
-            filled = fill_rows(writer, describer, root, rows, list(rows), task["windowed"], stop.is_set, work)
-            for name, error in filled:
+            for name, error in fill_rows(writer, describer, todo, stop.is_set, work):
                 say([places[name], error])
         say(dataclasses.asdict(work))
     except SppFeatError as error:

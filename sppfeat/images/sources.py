@@ -9,9 +9,10 @@ import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
+import numpy as np
 from PIL import features
 
 from sppfeat.errors import UsageError
@@ -43,18 +44,66 @@ def fingerprint_of(path: str) -> Fingerprint:
     return Fingerprint(info.st_size, info.st_mtime_ns)
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What travels from a source to a store: an image, or its windows where these are what is described.
+
+    name: a POSIX path relative to `root`. windows: [K, 4] x1, y1, x2, y2, pixels of the upright original, inclusive
+    ends; None: the whole image. problem: why there is no image to read, where the source knows (a folder named x.jpg, a
+    looping symlink, ...).
+    """
+
+    root: str
+    name: str
+    windows: np.ndarray | None = None
+    problem: str | None = None
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str], windows: np.ndarray | None = None) -> Item:
+        """The image at a path, or windows on it."""
+        folder, name = os.path.split(os.path.abspath(path))
+        return cls(folder, path_to_name(name), windows)
+
+    @property
+    def path(self) -> str:
+        """The file that holds the image."""
+        return name_to_path(self.root, self.name)
+
+    def fingerprint(self) -> Fingerprint:
+        """What the file is like now."""
+        return fingerprint_of(self.path)
+
+
 @dataclass(frozen=True)
 class ImageList:
-    """Images to describe. `names` are unique POSIX paths relative to `root`, in a stable order.
+    """The images of sources, in a stable order, with unique names relative to `root`.
 
-    problems: names already known to be no image, with the reason (a folder named x.jpg, a looping symlink, ...).
     repeated: how many listed paths were left out because they name a file already listed.
     """
 
     root: str
-    names: list[str]
-    problems: dict[str, str]
+    items: list[Item]
     repeated: int
+
+    @property
+    def names(self) -> list[str]:
+        """Of all items."""
+        return [item.name for item in self.items]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Names already known to be no image, with the reason."""
+        return {item.name: item.problem for item in self.items if item.problem is not None}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name, listed or not."""
+        return os.path.lexists(name_to_path(self.root, name))
+
+    def below(self, root: str) -> ImageList:
+        """The same images, named from a folder further up."""
+        prefix = path_to_name(os.path.relpath(self.root, root)) + "/"
+        items = [replace(item, root=root, name=prefix + item.name) for item in self.items]
+        return ImageList(root, items, self.repeated)
 
 
 def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
@@ -86,12 +135,8 @@ def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None =
     for path in unique:
         if not path.startswith(prefix):
             raise UsageError(f"{path}: expected a path below the root {base}")
-    return ImageList(
-        root=base,
-        names=[path_to_name(path[len(prefix) :]) for path in unique],
-        problems={path_to_name(path[len(prefix) :]): reason for path, reason in reasons.items()},
-        repeated=len(paths) - len(unique),
-    )
+    items = [Item(base, path_to_name(path[len(prefix) :]), problem=reasons.get(path)) for path in unique]
+    return ImageList(base, items, repeated=len(paths) - len(unique))
 
 
 def path_to_name(relative: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images import find_images, name_to_path, path_to_name
+from sppfeat.images import Item, find_images, path_to_name
 from sppfeat.recipe import RunOptions
 from sppfeat.report import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
@@ -235,13 +235,16 @@ def search_images(
     options = options or SearchOptions()
     if box is not None:
         check_box(box)
-    queries, paths, errors = _list_queries(sources)
+    queries, items, errors = _list_queries(sources)
+    paths = [item.path for item in items]
     describer = describer or describer_for(gallery, run_options, weights=weights)
     started = time.perf_counter()
-    readable = [at for at in range(len(paths)) if at not in errors]
+    readable = [at for at in range(len(items)) if at not in errors]
+    windows = None if box is None else np.array([box], np.float64)
     descriptors: dict[int, np.ndarray] = {}
-    for position, descriptor, error in _described(describer, [paths[at] for at in readable], box):
-        at = readable[position]
+    for done in describer.describe(replace(items[at], windows=windows) for at in readable):
+        at = readable[done.position]
+        descriptor, error = done.row()
         if descriptor is None:
             errors[at] = error or ""
         else:
@@ -257,20 +260,6 @@ def search_images(
     }
     ordered = [replace(answers[at], box=box) for at in range(len(paths))]
     return replace(result, answers=ordered, describing=describing)
-
-
-def _described(
-    describer: Describer, paths: list[str], box: Box | None
-) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
-    """Position, descriptor and reason of every picture, or of its part."""
-    if box is None:
-        for done in describer.describe(paths):
-            yield done.position, done.descriptor, done.error
-        return
-    for of_box in describer.describe_windows((path, np.array([box], np.float64)) for path in paths):
-        error = of_box.error or of_box.window_errors.get(0)
-        whole = of_box.descriptors
-        yield of_box.position, whole[0] if whole is not None and error is None else None, error
 
 
 def check_box(box: Box) -> None:
@@ -410,14 +399,14 @@ def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
     return found
 
 
-def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str], dict[int, str]]:
-    """What the queries are called, their paths, and by their numbers why some can be none. Raises UsageError.
+def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:
+    """What the queries are called, their items, and by their numbers why some can be none. Raises UsageError.
 
     Files are called as they were given, the others by their names below the folder given. A source that is neither is
     a failed query, unless there is no other.
     """
     queries: list[str] = []
-    paths: list[str] = []
+    items: list[Item] = []
     errors: dict[int, str] = {}
     seen: set[str] = set()
     refused: UsageError | None = None
@@ -428,19 +417,19 @@ def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str],
             refused = refused or error
             errors[len(queries)] = str(error).removeprefix(f"{source}: ")
             queries.append(source)
-            paths.append(source)
+            items.append(Item("", source))
             continue
-        for name in images.names:
-            path = name_to_path(images.root, name)
+        for item in images.items:
+            path = item.path
             if path in seen:
                 continue
             seen.add(path)
-            if name in images.problems:
-                errors[len(queries)] = images.problems[name]
-            queries.append(source if path == os.path.abspath(source) else name)
-            paths.append(path)
+            if item.problem is not None:
+                errors[len(queries)] = item.problem
+            queries.append(source if path == os.path.abspath(source) else item.name)
+            items.append(item)
     if refused is not None and len(errors) == len(queries):
         raise refused
     if not queries:
         raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
-    return queries, paths, errors
+    return queries, items, errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sppfeat.store.reading import Status, Store, open_store, require_complete, verify_store
-from sppfeat.store.row_names import Box, row_name, split_row_name, window_text
+from sppfeat.store.row_names import Box, row_name, row_names, split_row_name, window_text
 from sppfeat.store.subset import DescriptorView, Matrix
 from sppfeat.store.unit_rows import (
     BLOCK_BYTES,
@@ -37,6 +37,7 @@ __all__ = [
     "picture_of",
     "require_complete",
     "row_name",
+    "row_names",
     "split_row_name",
     "to_units",
     "unit_rows",

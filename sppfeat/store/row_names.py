@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from sppfeat.images import Item
+
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
 _ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
 
@@ -22,6 +24,11 @@ def window_text(window: Iterable[float]) -> str:
 def row_name(picture: str, window: Iterable[float]) -> str:
     """The name of a window's row in a store: `photo.jpg#x1,y1,x2,y2`."""
     return f"{picture}#{window_text(window)}"
+
+
+def row_names(item: Item) -> list[str]:
+    """The names of an item's rows: its own, or one for each window."""
+    return [item.name] if item.windows is None else [row_name(item.name, window) for window in item.windows]
 
 
 def split_row_name(name: str) -> tuple[str, Box | None]:

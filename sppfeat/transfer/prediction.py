@@ -12,11 +12,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.extraction import DescribedWindows, Describer
+from sppfeat.extraction import Described, Describer
 from sppfeat.files import STORE, format_of, unsafe_name
-from sppfeat.images import ImageList, find_images, name_to_path
+from sppfeat.images import ImageList, Item, find_images
 from sppfeat.recipe import RunOptions
-from sppfeat.store import Box, DescriptorView, Status, Store, open_store, picture_of, require_complete
+from sppfeat.store import Box, DescriptorView, Status, Store, open_store, picture_of, require_complete, split_row_name
 from sppfeat.transfer.classifier import Classifier
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
@@ -92,29 +92,43 @@ class _Row(NamedTuple):
 
 
 def _describe_images(images: ImageList, describer: Describer) -> Iterator[_Row]:
-    yield from (_Row(name, None, reason) for name, reason in images.problems.items())
-    names = [name for name in images.names if name not in images.problems]
-    for one in describer.describe(name_to_path(images.root, name) for name in names):
-        yield _Row(names[one.position], one.descriptor, one.error)
+    for one in describer.describe(images.items):
+        yield _Row(images.items[one.position].name, *one.row())
 
 
 def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
     """The images or windows that a store's rows are named after; windows in the order of the rows."""
-    for kind, group in groupby((_place(store, name) for name in store.names), key=lambda place: place.kind):
-        places = list(group)
-        if kind == "refused":
-            yield from (_Row(place.name, None, place.refused) for place in places)
-        elif kind == "window":
-            yield from _describe_windows(store, places, describer)
-        else:
-            for one in describer.describe(place.path for place in places):
-                yield _Row(places[one.position].name, one.descriptor, one.error)
+    items: list[Item] = []
+    names: list[list[str]] = []
+    for _, group in groupby((_row_item(store, name) for name in store.names), key=lambda row: (row.path, row.kind)):
+        rows = list(group)
+        first = rows[0]
+        if first.kind == "window":
+            windows = np.array([row.window for row in rows], np.float64)
+            items.append(Item(store.source_root, first.image, windows))
+            names.append([row.name for row in rows])
+        else:  # a name that stands more than once is described as often
+            items += [Item(store.source_root, row.image, problem=row.refused) for row in rows]
+            names += [[row.name] for row in rows]
+    if describer.recipe.crop != "none" and any(item.windows is not None for item in items):
+        raise UsageError(
+            f"{store.path}: expected images, found windows: the recipe of the classifier crops "
+            f"({describer.recipe.crop}), and windows have no crop"
+        )
+    ready: dict[int, Described] = {}
+    position = 0
+    for one in describer.describe(items):
+        ready[one.position] = one
+        while (done := ready.pop(position, None)) is not None:
+            yield from (_Row(name, *done.row(at)) for at, name in enumerate(names[position]))
+            position += 1
 
 
-class _Place(NamedTuple):
-    """The file that a row is named after, its window where it is one's, and why the name is not followed, if so."""
+class _RowItem(NamedTuple):
+    """The image that a row is named after, its window where it is one's, and why the name is not followed, if so."""
 
     name: str
+    image: str
     path: str
     window: Box | None = None
     refused: str | None = None
@@ -124,30 +138,11 @@ class _Place(NamedTuple):
         return "refused" if self.refused is not None else "image" if self.window is None else "window"
 
 
-def _place(store: Store, name: str) -> _Place:
+def _row_item(store: Store, name: str) -> _RowItem:
     if (reason := unsafe_name(name)) is not None:
-        return _Place(name, "", refused=f"the name {reason}, and is not followed")
-    return _Place(name, *picture_of(store.source_root, name))
-
-
-def _describe_windows(store: Store, places: list[_Place], describer: Describer) -> Iterator[_Row]:
-    if describer.recipe.crop != "none":
-        raise UsageError(
-            f"{store.path}: expected images, found windows: the recipe of the classifier crops "
-            f"({describer.recipe.crop}), and windows have no crop"
-        )
-    images = [list(group) for _, group in groupby(places, key=lambda place: place.path)]
-    tasks = ((group[0].path, np.array([place.window for place in group], np.float64)) for group in images)
-    ready: dict[int, DescribedWindows] = {}
-    position = 0
-    for one in describer.describe_windows(tasks):
-        ready[one.position] = one  # an image that cannot be read comes before others that were begun earlier
-        while (done := ready.pop(position, None)) is not None:
-            for at, place in enumerate(images[position]):
-                error = done.error or done.window_errors.get(at)
-                good = done.descriptors is not None and error is None
-                yield _Row(place.name, done.descriptors[at] if good and done.descriptors is not None else None, error)
-            position += 1
+        return _RowItem(name, name, "", refused=f"the name {reason}, and is not followed")
+    path, window = picture_of(store.source_root, name)
+    return _RowItem(name, name if window is None else split_row_name(name)[0], path, window)
 
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Protocol, Self
+from typing import Annotated, Any, Final, Self
 
 import h5py
 import msgspec
@@ -30,8 +30,9 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, require_extra
 from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, decode_document, open_hdf5, os_reason, read_document
-from sppfeat.images import Fingerprint, find_images, fingerprint_of, name_to_path
+from sppfeat.images import Fingerprint, find_images
 from sppfeat.machine import available_cores
+from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
 from sppfeat.store import lock_store
 from sppfeat.windows.reading import read_windows
@@ -141,24 +142,6 @@ class Proposals:
     seconds: float
 
 
-class Observer(Protocol):
-    """Who wants to follow; called from the thread that called `propose_folder`."""
-
-    def started(self, *, todo: int, reused: int) -> None:
-        """The work is known."""
-
-    def row(self, name: str, error: str | None) -> None:
-        """One image has its windows, or failed."""
-
-
-class _Silent:
-    def started(self, *, todo: int, reused: int) -> None:
-        pass
-
-    def row(self, name: str, error: str | None) -> None:
-        pass
-
-
 def propose_folder(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
@@ -177,13 +160,13 @@ def propose_folder(
     Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
     """
     began = time.perf_counter()
-    options, observer = options or ProposalOptions(), observer or _Silent()
+    options, observer = options or ProposalOptions(), observer or Observer()
     RunOptions(num_workers=workers)
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_new_file(path, overwrite=overwrite or resume, error=WindowsError, kind=WINDOWS)
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several, root=root)
-    if not images.names:
+    if not images.items:
         raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
     with lock_store(path):
         if overwrite:
@@ -193,22 +176,16 @@ def propose_folder(
             before = open_windows(path) if path.exists() and path.stat().st_size else None
             _check_same(path, before, options, images.root)
             journal = _Journal(path, options, images.root, fresh=not resume)
-        files = {name: fingerprint_of(name_to_path(images.root, name)) for name in images.names}
+        files = {item.name: item.fingerprint() for item in images.items}
         done = {n for n in before or () if n not in files or (before is not None and before.fingerprint(n) == files[n])}
         done |= {n for n in journal.places if n not in files or journal.fingerprints[n] == files[n]}
-        todo = [name for name in images.names if name not in done]
+        todo = [item for item in images.items if item.name not in done]
         observer.started(todo=len(todo), reused=len(images.names) - len(todo))
         proposed = 0
         with journal, Proposer(options, workers=workers or available_cores()) as proposer:
-            good = [name for name in todo if name not in images.problems]
-            for name in todo:
-                if name in images.problems:
-                    journal.add(name, Proposed(np.zeros((0, 4)), (0, 0), files[name], images.problems[name]))
-                    observer.row(name, images.problems[name])
-            found = proposer.stream((name_to_path(images.root, name) for name in good), stop=stop)
-            for name, (_, result) in zip(good, found, strict=False):
-                journal.add(name, result)
-                observer.row(name, result.error)
+            for item, result in proposer.stream(todo, stop=stop):
+                journal.add(item.name, result)
+                observer.row(item.name, result.error)
                 proposed += result.error is None
         written = _write(path, before, journal, options, images.root)
         journal.remove()

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError, UsageError, WindowsError, one_line, require_extra, unknown_name
-from sppfeat.images import Fingerprint, fingerprint_of, read_image
+from sppfeat.images import Fingerprint, Item, fingerprint_of, read_image
 
 METHODS: Final = ("selective-search", "selective-search-quality")
 # R-CNN's code (selective_search_boxes.m): pictures 500 wide, boxes at least 20 wide.
@@ -142,32 +142,38 @@ class Proposer:
         self._pool.shutdown(cancel_futures=True)
 
     def stream(
-        self, paths: Iterable[str], *, stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[str, Proposed]]:
-        """Every path with its windows, in order; once `stop()` is true no further picture is begun.
+        self, items: Iterable[Item], *, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Item, Proposed]]:
+        """Every image with its windows, in order; once `stop()` is true no further image is begun.
 
         Raises WindowsError when a worker process dies (of too little memory, say).
         """
-        waiting: deque[tuple[str, Future[Proposed]]] = deque()
-        paths = iter(paths)
+        waiting: deque[tuple[Item, Future[Proposed]]] = deque()
+        items = iter(items)
         while True:
-            path = waiting[0][0] if waiting else None
+            item = waiting[0][0] if waiting else None
             try:
                 while len(waiting) < 4 * self._workers and not stop():
-                    path = next(paths, None)
-                    if path is None:
+                    item = next(items, None)
+                    if item is None:
                         break
-                    waiting.append((path, self._pool.submit(propose, path, self._options)))
+                    waiting.append((item, self._pool.submit(_propose_item, item, self._options)))
                 if not waiting:
                     return
-                path, future = waiting.popleft()
+                item, future = waiting.popleft()
                 proposed = future.result()
             except BrokenProcessPool:
                 raise WindowsError(
-                    f"{path}: a process that proposed windows died, on this picture or one of the "
+                    f"{item.path if item else ''}: a process that proposed windows died, on this image or one of the "
                     f"{4 * self._workers} around it; too little memory?"
                 ) from None
-            yield path, proposed
+            yield item, proposed
+
+
+def _propose_item(item: Item, options: ProposalOptions) -> Proposed:
+    if item.problem is not None:
+        return Proposed(np.zeros((0, 4), np.int32), (0, 0), item.fingerprint(), item.problem)
+    return propose(item.path, options)
 
 
 def _begin_worker() -> None:

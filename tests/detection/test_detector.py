@@ -23,6 +23,7 @@ from sppfeat.detection.detector import detection_recipe, open_detector, save_det
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.row_cache import Reservoir, RowCache
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
+from sppfeat.images import Item
 from sppfeat.windows.proposals import open_windows, propose_folder
 from sppfeat.windows.selective_search import ProposalOptions
 
@@ -111,7 +112,7 @@ def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path)
 
 def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     runner = DetectorRunner(open_detector(trained))
-    pictures = [(str(voc / "JPEGImages" / name), boxes) for name, boxes in windows.items()]
+    pictures = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in windows.items()]
     count = 0
     for found in runner.detect(pictures):
         assert (np.diff(found.scores) <= 0).all() and (found.scores >= -0.5).all() and found.windows >= 60
@@ -126,17 +127,17 @@ def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.nd
     for some, every in zip(few, best, strict=True):
         for label in range(2):
             assert (some.scores[some.labels == label] == every.scores[every.labels == label][:3]).all()
-    (nothing,) = runner.detect([(pictures[0][0], np.zeros((0, 4)))])
+    (nothing,) = runner.detect([replace(pictures[0], windows=None)])
     assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
-    (missing,) = runner.detect([(str(voc / "no.png"), windows["000.png"])])
+    (missing,) = runner.detect([Item.at(voc / "no.png", windows["000.png"])])
     assert missing.error == "no such file"
 
 
 def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     runner = DetectorRunner(open_detector(trained))
     path = str(voc / "JPEGImages" / "000.png")
-    (inside,) = runner.detect([(path, windows["000.png"])])
-    (both,) = runner.detect([(path, np.concatenate([[[0, 0, 900, 9]], windows["000.png"]]))])
+    (inside,) = runner.detect([Item.at(path, windows["000.png"])])
+    (both,) = runner.detect([Item.at(path, np.concatenate([[[0, 0, 900, 9]], windows["000.png"]]))])
     assert both.windows == inside.windows and (both.left_out, inside.left_out) == (1, 0)
     np.testing.assert_array_equal(both.boxes, inside.boxes)
 

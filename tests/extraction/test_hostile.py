@@ -263,7 +263,7 @@ def alone(hostile) -> dict[str, np.ndarray]:
     describer = Describer(RECIPE, RunOptions(device="cpu", num_workers=1, batch_size=1))
     found = {name: next(iter(describer.describe([hostile.path(name)]))) for name in hostile.good}
     assert [name for name, row in found.items() if row.error] == []
-    return {name: row.descriptor for name, row in found.items()}
+    return {name: done.row()[0] for name, done in found.items()}
 
 
 def check(store: Store, hostile: Hostile, alone: dict[str, np.ndarray]) -> None:

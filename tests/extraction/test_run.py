@@ -135,9 +135,7 @@ def test_resume_describes_only_what_is_new_or_changed(make_images: MakeImages, t
     assert store.names[:8] == list(before) and store.names[8:] == ["00.png"]  # row numbers stay what they were
     for name in before:
         assert np.array_equal(before[name], after[name]) == (name != "0002.png")
-    assert same_within_one_unit(
-        after["00.png"], Describer(TINY).describe([str(folder / "00.png")]).__next__().descriptor
-    )
+    assert same_within_one_unit(after["00.png"], Describer(TINY).describe([str(folder / "00.png")]).__next__().row()[0])
     assert verify_store(store) == []
 
 
@@ -396,7 +394,8 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
     monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (1, 1))
     options = RunOptions(device="cpu", engine="torch", batch_size=8)
     assert extract_folder(folder, tmp_path / "f.h5", TINY, options).described == 96
-    assert [size for width, size in passes if width == 64] == [8] * 6
+    small_batches = [size for width, size in passes if width == 64]
+    assert small_batches[:3] == [8] * 3 and sum(small_batches) == 48  # smaller only towards the end
     assert [size for width, size in passes if width == 640][-8:] == [1] * 8
 
 

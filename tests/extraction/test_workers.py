@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from conftest import TINY
 
 from sppfeat import BackboneError, DeviceError, RunOptions, UsageError, extract_folder, open_store, verify_store
 from sppfeat.engines.devices import resolve_device
-from sppfeat.extraction import run as extract_module
-from sppfeat.extraction.workers import _shares, fill_rows_with
+from sppfeat.extraction.plan import Todo
+from sppfeat.extraction.workers import Work, _heard, _told, fill_rows_with
+from sppfeat.images import Item
 from sppfeat.store.writing import lock_store
 
 MakeImages = Callable[..., Path]
@@ -72,8 +74,8 @@ def test_the_error_of_a_process_is_that_of_the_run(make_images: MakeImages, tmp_
     folder, output = make_images(6), tmp_path / "f.h5"
     extract_folder(folder, output, TINY, OPTIONS, stop=lambda: True)
     store = open_store(output)
-    rows = {name: row for row, name in enumerate(store.names)}
-    arguments = (OPTIONS, store, str(folder), rows, store.names, False, lambda: False, extract_module.Work())
+    todo = [Todo(Item(str(folder), name), [row]) for row, name in enumerate(store.names)]
+    arguments = (OPTIONS, store, todo, lambda: False, Work())
     with lock_store(output), pytest.raises(DeviceError, match="device cuda:77: expected an NVIDIA GPU"):
         list(fill_rows_with(["cpu", "cuda:77"], *arguments))
     # Half of the rows were the other one's.
@@ -119,12 +121,13 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     assert child.returncode
 
 
-def test_windows_of_an_image_stay_together() -> None:
-    names = [f"{image}.png#0,0,{k},9" for image in "abc" for k in range(4)]
-    shares = _shares(names, 2, True)
-    assert sorted(sum(shares, [])) == sorted(names)
-    assert not {n.split("#")[0] for n in shares[0]} & {n.split("#")[0] for n in shares[1]}
-    assert _shares(list("abcde"), 2, False) == [["a", "c", "e"], ["b", "d"]]
+def test_an_item_is_told_to_a_process_whole() -> None:
+    """Bytes in a root that are no text, and every digit of its windows, included."""
+    item = Item("/a\udcff", "b\\xff.png", np.array([[0.125, 1 / 3, 7, 9]]))
+    again = _heard(json.loads(json.dumps(_told(Todo(item, [3])))))
+    assert (again.item.root, again.item.name, again.rows) == (item.root, item.name, [3])
+    assert again.item.windows is not None and np.array_equal(again.item.windows, item.windows)  # type: ignore[arg-type]
+    assert _heard(_told(Todo(Item("/", "a.png"), [0]))).item.windows is None
 
 
 def test_several_devices_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None:

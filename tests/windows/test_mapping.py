@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from sppfeat import Describer, Recipe, UsageError, extract_folder, open_store
 from sppfeat.backbones.backbone import load_backbone
 from sppfeat.backbones.geometry import Geometry
+from sppfeat.images import Item
 from sppfeat.pyramid.pooling import pool_rois
 from sppfeat.store.row_names import row_name, split_row_name
 from sppfeat.windows.mapping import map_windows, nearest_scales, outside
@@ -233,16 +234,16 @@ def test_a_window_of_the_whole_picture_has_the_pictures_descriptor(
     paths = [str(path) for path in sorted(make_images(4).iterdir())]
     recipe = Recipe(backbone=backbone, weights="random", scales=(64, 96), levels=(2, 1), fuse=fuse, dtype="float32")
     describer = Describer(recipe)
-    whole = {done.position: done.descriptor for done in describer.describe(paths)}
+    whole = {done.position: done.row()[0] for done in describer.describe(paths)}
     tasks = []
     for path in paths:
         width, height = size_of(path)
-        tasks.append((path, np.array([[5, 5, 30, 30], [0, 0, width - 1, height - 1]])))
-    for done in describer.describe_windows(tasks):
-        assert done.descriptors is not None and done.descriptors.shape == (2, describer.dim)
-        assert not done.window_errors
-        np.testing.assert_array_equal(done.descriptors[1], whole[done.position])
-        assert not np.array_equal(done.descriptors[0], whole[done.position])
+        tasks.append(Item.at(path, np.array([[5, 5, 30, 30], [0, 0, width - 1, height - 1]])))
+    for done in describer.describe(tasks):
+        assert done.rows is not None and done.rows.shape == (2, describer.dim)
+        assert not done.row_errors
+        np.testing.assert_array_equal(done.rows[1], whole[done.position])
+        assert not np.array_equal(done.rows[0], whole[done.position])
 
 
 def test_windows_are_pooled_at_their_nearest_scale(make_images: Callable[..., Path], tiny: Recipe) -> None:
@@ -251,26 +252,26 @@ def test_windows_are_pooled_at_their_nearest_scale(make_images: Callable[..., Pa
     windows = np.array([[0, 0, width - 1, height - 1], [8, 8, 12, 12], [3, 3, 25, 25]], float)
     scales = (128, 224, 448)
     rows = [
-        next(iter(Describer(Recipe(**{**vars(tiny), "scales": (s,)})).describe_windows([(path, windows)]))).descriptors
+        next(iter(Describer(Recipe(**{**vars(tiny), "scales": (s,)})).describe([Item.at(path, windows)]))).rows
         for s in scales
     ]
     describer = Describer(Recipe(**{**vars(tiny), "scales": scales}))
-    (done,) = describer.describe_windows([(path, windows)], scales="nearest")
+    (done,) = describer.describe([Item.at(path, windows)], scales="nearest")
     sizes = [
         (round(width * s / min(width, height) / 32) * 32, round(height * s / min(width, height) / 32) * 32)
         for s in scales
     ]
     chosen = nearest_scales(windows, (width, height), sizes)
-    assert done.descriptors is not None and len(set(chosen)) == 2
+    assert done.rows is not None and len(set(chosen)) == 2
     for at, scale in enumerate(chosen):
-        np.testing.assert_array_equal(done.descriptors[at], rows[scale][at])
+        np.testing.assert_array_equal(done.rows[at], rows[scale][at])
 
 
 def test_no_windows_need_no_pass(make_images: Callable[..., Path], tiny: Recipe) -> None:
     paths = [str(path) for path in sorted(make_images(2).iterdir())]
     describer = Describer(tiny)
-    found = list(describer.describe_windows([(path, np.zeros((0, 4))) for path in paths]))
-    assert [done.descriptors.shape for done in found if done.descriptors is not None] == [(0, describer.dim)] * 2
+    found = list(describer.describe([Item.at(path, np.zeros((0, 4))) for path in paths]))
+    assert [done.rows.shape for done in found if done.rows is not None] == [(0, describer.dim)] * 2
     assert describer.times.forward == 0
 
 
@@ -278,14 +279,14 @@ def test_describing_windows_says_what_is_wrong(make_images: Callable[..., Path],
     path = str(sorted(make_images(1).iterdir())[0])
     width, height = size_of(path)
     windows = np.array([[0, 0, 9, 9], [0, 0, width, 9], [-1, 0, 4, 4]], float)
-    tasks = [(path, windows), (str(tmp_path / "no.png"), windows)]
-    good, missing = sorted(Describer(tiny).describe_windows(tasks), key=lambda done: done.position)
-    assert good.window_errors.keys() == {1, 2} and missing.descriptors is None and missing.error == "no such file"
-    assert good.window_errors[1] == f"reaches outside the picture of {width} x {height} pixels: 0,0,{width},9"
+    tasks = [Item.at(path, windows), Item.at(tmp_path / "no.png", windows)]
+    good, missing = sorted(Describer(tiny).describe(tasks), key=lambda done: done.position)
+    assert good.row_errors.keys() == {1, 2} and missing.rows is None and missing.error == "no such file"
+    assert good.row_errors[1] == f"reaches outside the image of {width} x {height} pixels: 0,0,{width},9"
     with pytest.raises(UsageError, match="windows need crop 'none', found 'center'"):
-        next(Describer(Recipe(**{**vars(tiny), "crop": "center"})).describe_windows([(path, windows)]))
+        next(Describer(Recipe(**{**vars(tiny), "crop": "center"})).describe([Item.at(path, windows)]))
     with pytest.raises(UsageError, match="unknown scales 'both'"):
-        next(Describer(tiny).describe_windows([(path, windows)], scales="both"))
+        next(Describer(tiny).describe([Item.at(path, windows)], scales="both"))
 
 
 def write_windows(path: Path, windows: dict[str, list[list[float]]]) -> Path:
@@ -327,7 +328,7 @@ def test_windows_of_other_pictures(make_images: Callable[..., Path], tiny: Recip
     done = extract_folder(folder, tmp_path / "w.h5", tiny, windows=some)
     assert (done.described, done.failed) == (1, 1)
     assert open_store(tmp_path / "w.h5").errors() == {
-        "cat.jpg#0,0,3,3": "its picture is not among the images of the sources (cat.jpg)"
+        "cat.jpg#0,0,3,3": "its image is not among the images of the sources (cat.jpg)"
     }
 
 
@@ -343,7 +344,7 @@ def test_command_line(
     options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1"]
     done = run_sppfeat("extract", folder, "-o", tmp_path / "w.h5", "--windows", file, *options)
     assert done.returncode == 3 and "3 windows (2 described, 1 failed)" in done.stdout
-    assert "failed: 0001.png#0,0,900,9: reaches outside the picture" in done.stderr
+    assert "failed: 0001.png#0,0,900,9: reaches outside the image" in done.stderr
     broken = tmp_path / "w.csv"
     broken.write_text("name,x1,y1,x2,y2\n0000.png,9,2,3,4\n")
     wrong = CliRunner().invoke(app, ["extract", str(folder), "-o", str(tmp_path / "x.h5"), "--windows", str(broken)])
