@@ -85,7 +85,7 @@ def one_index(folder: str, factory: str | None, memory: int | None) -> dict[str,
     """Build one index of the rows, and ask it: all at once, and one by one."""
     from sppfeat import open_store
     from sppfeat.retrieval.faiss_index import IndexOptions, build_index
-    from sppfeat.store.unit_rows import to_units, unit_rows
+    from sppfeat.store.unit_vectors import to_units, unit_rows
 
     data = np.load(Path(folder, "queries.npz"))
     queries, truth = to_units(data["queries"]), data["truth"]

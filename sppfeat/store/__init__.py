@@ -5,7 +5,7 @@ from __future__ import annotations
 from sppfeat.store.reading import Status, Store, open_store, require_complete, verify_store
 from sppfeat.store.row_names import Box, row_name, row_names, split_row_name, window_text
 from sppfeat.store.subset import DescriptorView, Matrix
-from sppfeat.store.unit_rows import (
+from sppfeat.store.unit_vectors import (
     BLOCK_BYTES,
     UnitRows,
     block_rows,

@@ -117,7 +117,7 @@ def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_pa
 # Runs the command line, with a SIGINT that comes amid one of the writes of HDF5.
 INTERRUPTED = """
 import io, signal
-from sppfeat import files
+from sppfeat.files import output
 from sppfeat_cli import main
 
 class Interrupting(io.FileIO):
@@ -129,7 +129,7 @@ class Interrupting(io.FileIO):
             signal.raise_signal(signal.SIGINT)
         return super().write(data)
 
-files._HeldBack.__bases__ = (Interrupting,)
+output._HeldBack.__bases__ = (Interrupting,)
 main()
 """
 

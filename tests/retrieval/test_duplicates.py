@@ -41,7 +41,7 @@ def test_groups_equal_a_naive_search(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, threshold: float, block: int
 ) -> None:
     """Chains of pairs across blocks, too: at 0.55 rows hang together over others."""
-    monkeypatch.setattr("sppfeat.store.unit_rows.BLOCK_BYTES", 4 * 6 * block)
+    monkeypatch.setattr("sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * 6 * block)
     monkeypatch.setattr("sppfeat.retrieval.duplicates.TILE", 7)
     monkeypatch.setattr("sppfeat.retrieval.duplicates.WAITING_PAIRS", block)
     generator = np.random.default_rng(0)

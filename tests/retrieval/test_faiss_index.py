@@ -19,7 +19,7 @@ from sppfeat.retrieval.faiss_index import (
     measure,
     true_neighbors,
 )
-from sppfeat.store.unit_rows import unit_rows
+from sppfeat.store.unit_vectors import unit_rows
 
 
 def clustered(count: int, clusters: int = 40, dim: int = 32, seed: int = 0) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_sizes_of_the_rule(make_store: MakeStore) -> None:
 
 
 def test_true_neighbors_equal_numpy(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sppfeat.store.unit_rows.BLOCK_BYTES", 4 * 32 * 37)  # many blocks, the last one shorter
+    monkeypatch.setattr("sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * 32 * 37)  # many blocks, the last one shorter
     rows = unit_rows(make_store(clustered(500)))
     which = rows.sample(60, 0)
     units = rows.take(slice(None))

@@ -12,7 +12,7 @@ from reference import normalize, principal_components
 from sppfeat import GalleryError, Recipe, UsageError
 from sppfeat.retrieval import whitening
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection, read_arrays, write_projection
-from sppfeat.store.unit_rows import to_units, unit_rows
+from sppfeat.store.unit_vectors import to_units, unit_rows
 
 FLOAT32 = Recipe(dtype="float32")
 
@@ -42,7 +42,7 @@ def test_equals_a_singular_value_decomposition(
         monkeypatch.setattr(whitening, "EXACT_SIDE", 20)
         monkeypatch.setattr(whitening, "OVERSAMPLING", 10)
     monkeypatch.setattr(
-        "sppfeat.store.unit_rows.BLOCK_BYTES", 4 * dim * 7
+        "sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * dim * 7
     )  # blocks of 7 rows, and a last one that is shorter
     monkeypatch.setattr(whitening, "BLOCK_BYTES", 4 * count * 7)
     values = spread(count, dim)

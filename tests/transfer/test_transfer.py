@@ -414,12 +414,14 @@ def test_levels_that_cannot_be_cut_out(make_images: Callable[..., Path], tmp_pat
 def test_rows_left_out_are_never_copied(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a row failed, the largest block that is read stays a block, not the matrix."""
     from sppfeat.store.subset import DescriptorView
+    from sppfeat.svm import model
     from sppfeat.svm import rows as svm_rows
 
     store = make_store()
     with StoreWriter(store) as writer:
         writer.fail(3, "broken")
     monkeypatch.setattr(svm_rows, "_BLOCK_BYTES", 8 * DIM * 5)
+    monkeypatch.setattr(model, "_BLOCK_BYTES", 4 * DIM * 5)
     read: list[int] = []
     plain = DescriptorView.__getitem__
 
@@ -430,7 +432,7 @@ def test_rows_left_out_are_never_copied(make_store: Callable[..., Store], monkey
 
     monkeypatch.setattr(DescriptorView, "__getitem__", counted)
     evaluate_transfer([open_store(store.path)], TransferOptions(trials=1))
-    assert 5 in read and max(read) == 10  # rows of double and of single precision
+    assert 5 in read and max(read) <= 10  # rows of double and of single precision
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from conftest import MakeStore
 from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
 from sppfeat.retrieval.faiss_index import IndexOptions, build_index
 from sppfeat.retrieval.whitening import ProjectionOptions, learn_projection
-from sppfeat.store import unit_rows as rows_module
+from sppfeat.store import unit_vectors as rows_module
 from sppfeat.store.reading import Store
-from sppfeat.store.unit_rows import UnitRows, picture_of, unit_rows
+from sppfeat.store.unit_vectors import UnitRows, picture_of, unit_rows
 
 
 @pytest.fixture
