@@ -171,7 +171,9 @@ def keep_description(asked: Recipe, found: Description) -> None:
         steps=found.steps,
         no_geometry=found.no_geometry,
     )
-    write_entry(_entry(asked), msgspec.json.encode(kept), kept=_KEPT_ENTRIES)
+    # Stores and models hold the recipe filled in: it names the same network.
+    for named in {_entry(asked), _entry(recipe)}:
+        write_entry(named, msgspec.json.encode(kept), kept=_KEPT_ENTRIES)
 
 
 def _entry(recipe: Recipe) -> Path:

@@ -1,0 +1,86 @@
+"""What is kept of a network: as good as the network itself, or made anew."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import save_file
+from timm import create_model
+
+from sppfeat import Recipe
+from sppfeat.backbones import backbone as backbone_module
+from sppfeat.backbones.description import read_description
+from sppfeat.backbones.network import Network
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sppfeat" / "networks"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [TINY, Recipe(), Recipe(layer="conv_head", mean=(0.1, 0.2, 0.3)), replace(TINY, backbone="timm:resnetblur18")],
+    ids=["tiny", "default", "another layer", "no geometry"],
+)
+def test_what_is_read_back_is_what_was_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Network(recipe).description
+    monkeypatch.setattr(backbone_module, "load_backbone", None)  # it would fail
+    assert Network(recipe).description == found
+    # A store holds the recipe filled in; and what is done with the maps makes no other network.
+    assert Network(found.recipe).description == found
+    other = replace(recipe, levels=(2, 1), scales=(96, 128), pooling="avg")
+    again = Network(other).description
+    assert again.recipe == replace(found.recipe, levels=(2, 1), scales=(96, 128), pooling="avg")
+    assert again.weights_sha256 == found.weights_sha256
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "flipped", "foreign", "folder"])
+def test_one_that_does_not_hold_is_made_anew(own_cache: Path, damage: str) -> None:
+    found = Network(TINY).description
+    for kept in own_cache.glob("*.json"):
+        good = kept.read_bytes()
+        half = len(good) // 2
+        if damage in ("gone", "folder"):
+            kept.unlink()
+            if damage == "folder":
+                kept.mkdir()
+        elif damage == "foreign" and os.geteuid() == 0:
+            os.chown(kept, 12345, 12345)
+        else:
+            flipped = good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :]
+            kept.write_bytes({"empty": b"", "cut": good[:half], "flipped": flipped}.get(damage, b"foreign"))
+    assert read_description(TINY) is None
+    assert Network(TINY).description == found
+    assert damage == "folder" or read_description(TINY) == found
+
+
+def test_a_file_of_weights_that_changed_is_another_network(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    recipe = Recipe(backbone="timm:test_resnet", weights=str(path), layer="layer1")
+    state = {name: value.contiguous() for name, value in create_model("test_resnet").state_dict().items()}
+    save_file(state, path)
+    first = Network(recipe).description
+    assert read_description(recipe) == first
+    name = next(iter(state))
+    save_file({**state, name: torch.flip(state[name], [0]).contiguous()}, path)
+    assert read_description(recipe) is None
+    assert Network(recipe).description.weights_sha256 != first.weights_sha256
+
+
+def test_other_versions_are_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    Network(TINY).description  # noqa: B018
+    monkeypatch.setattr("sppfeat.backbones.description.network_versions", lambda: {"torch": "0"})
+    assert read_description(TINY) is None
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Network(TINY).description == Network(TINY).description
