@@ -225,9 +225,9 @@ def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Galler
     Raises GalleryError when it is not a whole gallery, DeviceError.
     """
     path = Path(path)
-    load_faiss()
     while True:
         about = read_about(path)
+        load_faiss()  # after a path that is no gallery has been refused
         try:
             return _open(path, about, device)
         except GalleryError:
