@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _DETECT = options.Defaults("sppfeat.detection:DetectOptions")
 _EVALUATION = options.Defaults("sppfeat.detection:evaluate_detector")
-# JSON keys are older than the options' names, and stay.
+# JSON keys are a contract: they keep their names when an option is renamed.
 _KEYS = {"nms": "overlap"}
 
 

@@ -71,7 +71,7 @@ class Progress:
             return
         self.stop.set()
         self._signalled = time.monotonic()
-        print("sppfeat: finishing images in flight; press again to stop at once", file=sys.stderr)
+        print("sppfeat: finishing images in flight; interrupt again to stop at once", file=sys.stderr)
 
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
         """The work is known. gone: what was described before and no longer exists."""

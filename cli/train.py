@@ -36,7 +36,7 @@ def svm(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train one linear SVM per class, against the rest, on all labelled images of a store.
+    """Train one linear SVM per class, against the rest, on all labeled images of a store.
 
     C is chosen by 3-fold cross-validation. The model keeps the recipe of the descriptors, for `sppfeat predict`.
     """
