@@ -375,7 +375,7 @@ def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> N
     for change in ({"c": 0.0}, {"positive_weight": -1.0}, {"negative_overlap": 0.0}, {"passes": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(change))):
             TrainingOptions(**change)  # type: ignore[arg-type]
-    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
+    for change in ({"threshold": float("nan")}, {"nms": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
         with pytest.raises(UsageError, match=next(iter(change))):
             DetectOptions(**change)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a detector needs dtype 'float32'"):
