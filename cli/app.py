@@ -63,20 +63,20 @@ def _options(
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    # Said here, since typer turns the exception into a silent exit; os.write, since the handler may run amid a print.
+    # Printed here because typer exits silently on the exception; os.write because the handler may interrupt a print.
     os.write(2, b"sppfeat: interrupted\n")
     raise KeyboardInterrupt
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **options: object) -> None:
-    # Ours are for the user; a library's own are for its programmers, and tell nothing at a command line.
+    # Our warnings are for users; those of libraries are for programmers.
     if issubclass(category, SppFeatWarning):
         print(f"sppfeat: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def run() -> None:
-    """Run the command that the arguments name, and leave with its exit code."""
-    # Until an extraction is under way and can finish its images in flight, both signals end the program alike.
+    """Run the command named by the arguments, and exit with its exit code."""
+    # Both signals end the program, until work is under way that can finish its images in flight (see `Progress`).
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning

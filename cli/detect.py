@@ -1,18 +1,21 @@
-"""`sppfeat detect`: find objects on images."""
+"""`sppfeat detect`: detect objects in images."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.recipe import RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
-from sppfeat_cli.train_detector import Windows
 
 if TYPE_CHECKING:
     from sppfeat.detection import DetectionPage, Detections, Detector, DrawingFolder
     from sppfeat.errors import ReportError
     from sppfeat.images import ImageList
+
+_DETECT = options.Defaults("sppfeat.detection:DetectOptions")
 
 
 def register(app: typer.Typer) -> None:
@@ -20,48 +23,50 @@ def register(app: typer.Typer) -> None:
 
 
 def detect(
-    detector: Annotated[
-        str, typer.Argument(metavar="DETECTOR", help="What `sppfeat train detector` made.", show_default=False)
-    ],
-    sources: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Folders, images, text lists, or -.", show_default=False)
-    ],
-    windows: Windows = None,
-    threshold: Annotated[float, typer.Option(help="Least score; higher gives fewer, surer ones.")] = -0.5,
-    overlap: Annotated[
-        float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
-    ] = 0.3,
-    max_detections: Annotated[int, typer.Option(help="Most detections of each class in an image.")] = 100,
+    detector: options.DetectorFile,
+    sources: options.Sources,
+    windows: options.Windows = None,
+    threshold: Annotated[
+        float, typer.Option(metavar="X", help="Minimum score; a higher one gives fewer but surer detections.")
+    ] = _DETECT.threshold,
+    nms: options.Nms = _DETECT.nms,
+    max_detections: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of detections per class and image.")
+    ] = _DETECT.max_detections,
     draw: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Draw what is found on copies of the images, in this folder.")
+        str | None,
+        typer.Option(metavar="DIR", help="Also draw the detections on copies of the images.", show_default=False),
     ] = None,
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page of what is found.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier drawings and the page.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but results and errors.")] = False,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    device: options.Device = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Find objects on images: boxes in pixels of the upright image, both ends inclusive, with label and score.
+    """Detect objects in images: print the label, score and box of each.
 
-    Without --windows, they are found on the way, as those were that the detector was trained with.
+    Boxes are x1,y1,x2,y2 in pixels of the upright image, both ends inclusive. Without --windows, windows are proposed
+    on the fly, in the same way as for the detector's training.
     """
+    run = RunOptions(device=device, engine=engine)
+    options.check_sources(sources)
+
     from sppfeat.detection import DetectionPage, DetectOptions, DrawingFolder, detect_images, open_detector
     from sppfeat.errors import ReportError
-    from sppfeat.recipe import RunOptions
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
 
-    options = DetectOptions(threshold=threshold, overlap=overlap, max_detections=max_detections)
-    run = RunOptions(device=device, engine=engine)
+    chosen = DetectOptions(threshold=threshold, nms=nms, max_detections=max_detections)
     page_path = check_page(html, overwrite=overwrite) if html is not None else None
     model = open_detector(detector)
+    options.check_proposals(windows)
     boxes = windows_from(windows) if windows is not None else None
     page = DetectionPage(model) if page_path is not None else None
     drawings = DrawingFolder(draw, sources, overwrite=overwrite) if draw is not None else None
     with Progress(quiet=quiet) as progress:
         results = _Results(progress, model, drawings, page, as_json)
-        done = detect_images(model, sources, boxes, options, run, observer=results, stop=progress.stop.is_set)
+        done = detect_images(model, sources, boxes, chosen, run, observer=results, stop=progress.stop.is_set)
         for note in done.notes:
             progress.note(note)
     if as_json:
@@ -79,11 +84,11 @@ def detect(
     elif not quiet:
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
         print(
-            f"{counted(done.found, 'detection')} on {counted(done.searched, 'image')}, "
+            f"{counted(done.found, 'detection')} in {counted(done.searched, 'image')}, "
             f"{done.seconds:.1f} s on {done.device}; busy: {stages}",
             file=sys.stderr,
         )
-    # What is written beside the results comes after them, and fails alone.
+    # Drawings and the page come after the results, which their failure does not affect.
     unwritten = results.unwritten
     if page is not None and page_path is not None:
         try:
@@ -103,9 +108,9 @@ def detect(
 
 
 class _Results:
-    """Prints or keeps what is found, and draws it.
+    """Prints or collects detections, and draws them.
 
-    not_drawn: images that could not be drawn, and why. unwritten: why the drawings ended early.
+    not_drawn: images that could not be drawn, and why. unwritten: errors that stopped the drawing.
     """
 
     def __init__(

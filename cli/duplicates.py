@@ -1,14 +1,17 @@
-"""`sppfeat duplicates`: groups of near-duplicates."""
+"""`sppfeat duplicates`: find near-duplicates."""
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli import options
+from sppfeat_cli.output import counted, print_json, printable
+from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Duplicates
+
+_DUPLICATES = options.Defaults("sppfeat.retrieval:find_duplicates")
 
 
 def register(app: typer.Typer) -> None:
@@ -16,51 +19,34 @@ def register(app: typer.Typer) -> None:
 
 
 def duplicates(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="As `sppfeat extract` made it.", show_default=False)],
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which images belong together.")] = 0.95,
-    html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Store made by `sppfeat extract`.", show_default=False)],
+    threshold: Annotated[
+        float, typer.Option(metavar="X", help="Minimum cosine similarity of duplicates.")
+    ] = _DUPLICATES.threshold,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find groups of near-duplicates, the largest first, by comparing every pair of images.
 
-    The first of a group is the image with the most pixels; scores are cosine similarities with it.
+    The first image of a group has the most pixels; scores are cosine similarities to it.
     """
     from sppfeat.report import check_page
     from sppfeat.retrieval import find_duplicates, write_duplicates_page
     from sppfeat.store import open_store
 
     page = check_page(html, overwrite=overwrite) if html is not None else None
-    with _Bar(quiet) as bar:
-        found = find_duplicates(open_store(store), threshold, progress=bar.show)
+    opened = open_store(store)
+    with Progress(quiet=quiet) as progress:
+        found = find_duplicates(opened, threshold, progress=progress.part)
     if as_json:
         print_json(_document(found))
     else:
         typer.echo(_text(found))
-    # After the groups, which a page that cannot be written does not cost.
+    # The page comes after the groups, which its failure does not affect.
     if page is not None:
         write_duplicates_page(page, found)
-
-
-class _Bar:
-    """Progress on standard error, where that is a terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=100, unit="%", disable=True if quiet else None, file=sys.stderr, leave=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def show(self, part: float) -> None:
-        self._bar.update(100 * part - self._bar.n)
 
 
 def _document(found: "Duplicates") -> dict[str, Any]:
@@ -87,6 +73,7 @@ def _text(found: "Duplicates") -> str:
             width, height = one.size
             lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(one.path or one.name)}")
     lines.append(
-        f"{len(found.groups)} groups at {found.threshold:g} among {found.images} images; {found.spare} of them could go"
+        f"{counted(len(found.groups), 'group')} at {found.threshold:g} in {counted(found.images, 'image')}; "
+        f"{found.spare} removable (keeps one per group)"
     )
     return "\n".join(lines)

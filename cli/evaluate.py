@@ -1,21 +1,24 @@
-"""`sppfeat evaluate`: how good descriptors are."""
+"""`sppfeat evaluate`: evaluate descriptors and detectors."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat_cli import evaluate_detection, svm_options
+from sppfeat.errors import UsageError
+from sppfeat_cli import evaluate_detection, options
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.transfer.evaluation import Transfer
 
+_TRANSFER = options.Defaults("sppfeat.transfer:TransferOptions")
+
 
 def register(app: typer.Typer) -> None:
     evaluate = typer.Typer(
-        help="Evaluate descriptors by the field's protocols.",
+        help="Evaluate descriptors and detectors by established protocols.",
         epilog="Example: sppfeat evaluate transfer feats.h5",
         no_args_is_help=True,
     )
@@ -32,44 +35,50 @@ def transfer(
     protocol: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="random | caltech101 | split (names in train/... and test/... or val/...) | voc2007"
+            metavar="NAME",
+            help="Protocol: random, caltech101, split (names in train/... and test/... or val/...) or voc2007.",
         ),
-    ] = "random",
-    labels: svm_options.LabelsFile = None,
+    ] = _TRANSFER.protocol,
+    labels: options.Labels = None,
     voc: Annotated[
-        str | None, typer.Option(metavar="DIR", help="VOC folder with ImageSets/Main, for protocol voc2007.")
+        str | None,
+        typer.Option(metavar="DIR", help="VOC folder with ImageSets/Main, for protocol voc2007.", show_default=False),
     ] = None,
-    c: svm_options.Costs = None,
-    c_grid: svm_options.CostGrid = None,
-    positive_weight: svm_options.PositiveWeight = 1.0,
-    levels: svm_options.Levels = None,
-    per_class: Annotated[int | None, typer.Option(help="Training images a class.", show_default="by protocol")] = None,
-    max_test: Annotated[int | None, typer.Option(help="Most test images a class.", show_default="by protocol")] = None,
-    trials: Annotated[int | None, typer.Option(help="Random splits.", show_default="by protocol")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random splits and folds.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    report: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write an HTML page: classes, confusions, mistakes, C.")
+    c: options.Costs = None,
+    c_grid: options.CostGrid = None,
+    positive_weight: options.PositiveWeight = _TRANSFER.positive_weight,
+    levels: options.StoredLevels = None,
+    per_class: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Number of training images per class.", show_default="by protocol"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    max_test: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Maximum number of test images per class.", show_default="by protocol"),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of random splits.", show_default="by protocol")
+    ] = None,
+    seed: options.Seed = _TRANSFER.seed,
+    device: options.Device = _TRANSFER.device,
+    report: options.Report = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Train linear SVMs on part of the images and report mean per-class accuracy, or mAP, on others.
+    """Train linear SVMs on some of the images and report mean per-class accuracy, or mAP, on others.
 
-    C is chosen by 3-fold cross-validation inside the training images. Several stores are compared on the same splits.
+    C is chosen by 3-fold cross-validation on the training images. Several stores are compared on the same splits.
     """
-    from sppfeat.errors import ReportError, UsageError
+    from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.store import open_store
     from sppfeat.transfer import TransferOptions, read_labels, read_voc_labels
-    from sppfeat.transfer.evaluation import evaluate_transfer
-    from sppfeat.transfer.page import write_transfer_report
 
-    options = TransferOptions(
+    chosen = TransferOptions(
         protocol=protocol,
-        costs=svm_options.costs(c, c_grid),
+        costs=options.costs(c, c_grid),
         positive_weight=positive_weight,
-        levels=svm_options.levels(levels),
+        levels=options.stored_levels(levels),
         per_class=per_class,
         max_test=max_test,
         trials=trials,
@@ -80,13 +89,18 @@ def transfer(
         raise UsageError("--labels and --voc: expected one of them, found both")
     known = read_labels(labels) if labels is not None else read_voc_labels(voc) if voc is not None else None
     page = check_page(report, overwrite=overwrite) if report is not None else None
-    done = evaluate_transfer([open_store(store) for store in stores], options, labels=known)
+    opened = [open_store(store) for store in stores]
+    # These import torch, so options and files are checked first.
+    from sppfeat.transfer.evaluation import evaluate_transfer
+    from sppfeat.transfer.page import write_transfer_report
+
+    done = evaluate_transfer(opened, chosen, labels=known)
     if as_json:
         documents = [_document(one, labels, voc) for one in done]
         print_json(documents[0] if len(documents) == 1 else {"stores": documents})
     else:
         typer.echo(_table(done))
-    # The page comes after the results, and fails alone.
+    # The report comes after the results, which its failure does not affect.
     if page is not None:
         try:
             write_transfer_report(page, done)
@@ -130,7 +144,7 @@ def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str
 
 
 def _costs(done: "Transfer", trial: int) -> float | dict[str, float]:
-    """One C, or where the classes have their own, those."""
+    """One C, or one per class where they differ."""
     costs = done.costs[trial].tolist()
     return costs[0] if len(set(costs)) == 1 else dict(zip(done.per_class, costs, strict=True))
 
@@ -152,7 +166,7 @@ def _table(done: "list[Transfer]") -> str:
         lines.append(line)
     lines.append(
         f"{'mAP' if several else 'mean per-class accuracy'}, {counted(len(first.per_class), 'class')}, "
-        f"{counted(first.rows, 'image')}: {first.train} to train and {first.test} to test{_part(first)}"
+        f"{counted(first.rows, 'image')}: {first.train} for training and {first.test} for testing{_part(first)}"
         f"{', in each trial' * (len(first.trials) > 1)}{_left_out(first)}; protocol {first.options.protocol}, "
         f"{counted(len(first.trials), 'trial')}; solver: {first.route}"
     )
@@ -161,13 +175,13 @@ def _table(done: "list[Transfer]") -> str:
     lines.append("hardest: " + ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst))
     if first.untested:
         named = ", ".join(map(printable, first.untested[:5])) + ", ..." * (len(first.untested) > 5)
-        lines.append(f"without a test image, and in no mean: {named} ({counted(len(first.untested), 'class')})")
+        lines.append(f"no test images, left out of the mean: {named} ({counted(len(first.untested), 'class')})")
     return "\n".join(lines)
 
 
 def _part(done: "Transfer") -> str:
-    """Which part is tested, where it is not the one that the protocol names."""
-    return f" (part {done.test_part!r}: there is no 'test')" if done.test_part not in (None, "test") else ""
+    """Which part is tested, if not the one that the protocol names."""
+    return f" (part {done.test_part!r}, because there is no 'test')" if done.test_part not in (None, "test") else ""
 
 
 def _left_out(done: "Transfer") -> str:
@@ -180,4 +194,4 @@ def _difference(one: "Transfer", first: "Transfer") -> str:
 
     pairs = [a - b for a, b in zip(one.trials, first.trials, strict=True)]
     spread = f" +- {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else ""
-    return f"{statistics.fmean(pairs):+.2f}{spread} against the first"
+    return f"{statistics.fmean(pairs):+.2f}{spread} compared to the first"

@@ -1,4 +1,4 @@
-"""`sppfeat evaluate detection`: how good a detector is."""
+"""`sppfeat evaluate detection`: evaluate a detector."""
 
 import math
 import sys
@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.recipe import RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import options_document, print_json, printable
 from sppfeat_cli.progress import Progress
-from sppfeat_cli.train_detector import Annotations, Images, VocRoot, Windows
 
 if TYPE_CHECKING:
     from sppfeat.detection import DetectionEvaluation
+
+_DETECT = options.Defaults("sppfeat.detection:DetectOptions")
+_EVALUATION = options.Defaults("sppfeat.detection:evaluate_detector")
+# JSON keys are a contract: they keep their names when an option is renamed.
+_KEYS = {"nms": "overlap"}
 
 
 def register(evaluate: typer.Typer) -> None:
@@ -21,58 +27,55 @@ def register(evaluate: typer.Typer) -> None:
 
 
 def detection(
-    detector: Annotated[
-        str, typer.Argument(metavar="DETECTOR", help="What `sppfeat train detector` made.", show_default=False)
-    ],
-    voc: VocRoot = None,
-    split: Annotated[str | None, typer.Option(help="List of images below ImageSets/Main.", show_default="test")] = None,
-    images: Images = None,
-    annotations: Annotations = None,
-    windows: Windows = None,
-    iou: Annotated[float, typer.Option(help="Overlap from which a detection is right, for VOC's figures.")] = 0.5,
-    overlap: Annotated[
-        float, typer.Option(help="Of two detections of a class that overlap by more, the better one stays.")
-    ] = 0.3,
-    report: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a page with the curves of all classes.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but results and errors.")] = False,
+    detector: options.DetectorFile,
+    voc: options.VocRoot = None,
+    split: Annotated[str | None, options.split("test")] = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    windows: options.Windows = None,
+    iou: Annotated[
+        float, typer.Option(metavar="IOU", help="Overlap (IoU) from which a detection is correct, in VOC's metrics.")
+    ] = _EVALUATION.overlap,
+    nms: options.Nms = _DETECT.nms,
+    report: options.Report = None,
+    overwrite: options.Overwrite = False,
+    device: options.Device = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Average precision of every class, and their means: VOC 2007 (11-point), VOC 2010 (area), and COCO's.
+    """Evaluate a detector by average precision per class and its mean: VOC 2007 (11-point), VOC 2010 (area) and COCO.
 
-    Difficult objects count neither way, a second detection of one object is wrong. What is odd in the annotations is
-    named and left out; exit code 3 then. An image counts up to 100 detections of each class.
+    Difficult objects are ignored; a second detection of the same object is wrong. Up to 100 detections per class and
+    image count. Invalid annotations are reported and skipped, and the exit code is 3.
     """
+    run = RunOptions(device=device, engine=engine)
+
     from sppfeat.detection import complete_options, evaluate_detector, open_detector, read_annotations, write_evaluation
     from sppfeat.errors import ReportError
-    from sppfeat.recipe import RunOptions
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
 
-    run = RunOptions(device=device, engine=engine)
+    chosen = complete_options(nms)
     page = check_page(report, overwrite=overwrite) if report is not None else None
     model = open_detector(detector)
-    options = complete_options(overlap)
+    options.check_proposals(windows)
     split = split or ("test" if voc is not None else None)
     annotated = read_annotations(voc, split=split, images=images, annotations=annotations)
     boxes = windows_from(windows) if windows is not None else None
     with Progress(quiet=quiet, can_finish_early=False) as progress:
         for name, reason in annotated.problems.items():
-            progress.note(f"left out: {name}: {reason}")
-        done = evaluate_detector(model, annotated, boxes, options, run, overlap=iou, observer=progress)
+            progress.note(f"skipped: {name}: {reason}")
+        done = evaluate_detector(model, annotated, boxes, chosen, run, overlap=iou, observer=progress)
     if as_json:
         given = {"detector": detector, "voc": voc, "split": split, "images": images, "annotations": annotations}
         print_json(
             _document(done)
             | {
-                # Of the windows that are proposed on the way; nothing else is left to chance.
+                # Only proposing windows is random.
                 "seed": model.proposals.seed,
                 "options": {**given, "windows": windows, "iou": iou, "device": device, "engine": engine}
-                | options_document(options),
+                | {_KEYS.get(name, name): value for name, value in options_document(chosen).items()},
                 "proposals": options_document(model.proposals),
                 "recipe": options_document(model.recipe),
                 "weights_sha256": model.weights_sha256,
@@ -80,7 +83,7 @@ def detection(
         )
     else:
         typer.echo(_table(done))
-    # The page comes after the results, and fails alone.
+    # The report comes after the results, which its failure does not affect.
     if page is not None:
         try:
             write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
@@ -128,7 +131,7 @@ def _table(done: "DetectionEvaluation") -> str:
         numbers = "".join(f"{'-' if math.isnan(value) else f'{value:.1f}':>8}" for value in values)
         lines.append(f"{name:<{width}}  {numbers}  {count:>7}")
     lines.append(
-        f"average precision in %, overlap {done.overlap:g} (COCO: 0.5 to 0.95); {done.images} images, "
+        f"average precision in %, IoU {done.overlap:g} (COCO: 0.5 to 0.95); {done.images} images, "
         f"{done.windows} windows, {done.seconds:.1f} s"
     )
     return "\n".join(lines)

@@ -1,44 +1,59 @@
-"""`sppfeat evaluate retrieval`: how well descriptors find images of the same thing."""
+"""`sppfeat evaluate retrieval`: evaluate search for images of the same thing."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sppfeat.errors import UsageError
-from sppfeat_cli.index import projection_options
+from sppfeat_cli import options
 from sppfeat_cli.output import counted, options_document, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Retrieval
 
+_PROJECTION = options.Defaults("sppfeat.retrieval:ProjectionOptions")
+_RETRIEVAL = options.Defaults("sppfeat.retrieval:RetrievalOptions")
+_TRUTH = options.Defaults("sppfeat.retrieval:read_ground_truth")
+
 
 def retrieval(
     store: Annotated[
         str | None,
-        typer.Argument(metavar="[STORE]", help="Each image is the query once, and left out then.", show_default=False),
+        typer.Argument(
+            metavar="[STORE]",
+            help="Store in which each image in turn is the query, searched among the others.",
+            show_default=False,
+        ),
     ] = None,
     gallery: Annotated[
-        str | None, typer.Option(metavar="STORE", help="Instead: a store to be searched ...", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="STORE", help="Instead of STORE: the store to search, with --queries.", show_default=False
+        ),
     ] = None,
     queries: Annotated[
-        str | None, typer.Option(metavar="STORE", help="... by the images of this one.", show_default=False)
+        str | None, typer.Option(metavar="STORE", help="Store of queries for --gallery.", show_default=False)
     ] = None,
     relevant: Annotated[
         str,
-        typer.Option(metavar="RULE", help="folder, or regex:PATTERN: images that share the text in its group."),
-    ] = "folder",
+        typer.Option(
+            metavar="RULE",
+            help="Relevant images: folder (those in the query's folder), or regex:PATTERN (those whose names have the "
+            "same text in the pattern's group).",
+        ),
+    ] = _RETRIEVAL.relevant,
     ground_truth: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="JSON: query -> lists relevant and junk, or easy, hard and junk, with bbx for a part of the query's "
-            "image; or a folder with NAME_query.txt, as Oxford5k has it.",
+            help="JSON file: query -> lists relevant and junk, or easy, hard and junk, with bbx for a part of the "
+            "query's image; or a folder of NAME_query.txt files, as in Oxford5k.",
             show_default=False,
         ),
     ] = None,
     difficulty: Annotated[
-        str, typer.Option(metavar="NAME", help="easy | medium | hard: what counts of lists easy, hard, junk.")
-    ] = "medium",
+        str, typer.Option(metavar="NAME", help="Which of the lists easy, hard and junk count: easy, medium or hard.")
+    ] = _TRUTH.difficulty,
     write_windows: Annotated[
         str | None,
         typer.Option(
@@ -48,39 +63,29 @@ def retrieval(
         ),
     ] = None,
     whole_queries: Annotated[
-        bool, typer.Option("--whole-queries", help="Search by whole images, whatever boxes the ground truth has.")
-    ] = False,
+        bool, typer.Option("--whole-queries", help="Search by whole images, even if the ground truth has boxes.")
+    ] = _RETRIEVAL.whole_queries,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of average precision: step | trapezoid | area | 11-point.",
+            help="Average precision: step, trapezoid, area or 11-point.",
             show_default="step; trapezoid with --ground-truth",
         ),
-    ] = None,
-    project: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Project onto N principal components.", show_default="512 with --whiten"),
-    ] = None,
-    whiten: Annotated[bool, typer.Option("--whiten", help="Whiten the components.")] = False,
-    whiten_power: Annotated[float, typer.Option(help="How far: 0 not at all (PCA), 1 fully.")] = 1.0,
-    shrinkage: Annotated[
-        float, typer.Option(help="Of the components' variances towards their mean before whitening, 0 to 1.")
-    ] = 0.1,
-    whitening_from: Annotated[
-        str | None,
-        typer.Option(metavar="STORE", help="Learn the projection from this store.", show_default="the gallery"),
-    ] = None,
-    expand: Annotated[
-        int, typer.Option(metavar="N", help="Search again with the query and its N nearest together.")
-    ] = 0,
-    alpha: Annotated[float, typer.Option(help="With --expand: neighbors weigh their score to this power.")] = 3.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    ] = _RETRIEVAL.method,
+    project: options.Project = None,
+    whiten: options.Whiten = False,
+    whiten_power: options.WhitenPower = _PROJECTION.power,
+    shrinkage: options.Shrinkage = _PROJECTION.shrinkage,
+    whitening_from: options.WhiteningFrom = None,
+    expand: options.Expand = _RETRIEVAL.expand,
+    alpha: options.Alpha = _RETRIEVAL.alpha,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Rank a gallery for every query, exactly, and report mAP and recall@1, 5 and 10.
+    """Rank a gallery exactly for every query, and report mAP and recall@1, 5 and 10.
 
-    Recall@k is the part of the queries with a relevant image among the first k. Revisited Oxford and Paris also give
-    mP@k, the mean precision of the first k. Queries that have a box are searched by as rows of windows:
+    Recall@k is the fraction of queries with a relevant image among the first k. Revisited Oxford and Paris also give
+    mP@k, the mean precision of the first k. Queries with a box are searched by as rows of windows:
 
       sppfeat evaluate retrieval --ground-truth gnd.json --write-windows queries.csv
 
@@ -103,10 +108,10 @@ def retrieval(
         return
     if (store is None) == (gallery is None) or (gallery is None) != (queries is None):
         raise UsageError("expected STORE, or --gallery STORE --queries STORE")
-    options = RetrievalOptions(
+    chosen = RetrievalOptions(
         relevant=relevant,
         method=method,
-        projection=projection_options(project, whiten, whiten_power, shrinkage, whitening_from),
+        projection=options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from),
         expand=expand,
         alpha=alpha,
         whole_queries=whole_queries,
@@ -115,7 +120,7 @@ def retrieval(
     done = evaluate_retrieval(
         opened,
         open_store(queries) if queries is not None else None,
-        options,
+        chosen,
         truth=truth,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
     )
@@ -125,9 +130,9 @@ def retrieval(
         print_json(
             _document(done)
             | {
-                # Of the rows that a projection is learned from, where there are very many; nothing else is random.
-                "seed": None if options.projection is None else options.projection.seed,
-                "options": options_document(options) | given,
+                # Only the choice of rows that a projection is learned from is random, and only of very many.
+                "seed": None if chosen.projection is None else chosen.projection.seed,
+                "options": options_document(chosen) | given,
                 "recipe": options_document(opened.recipe),
                 "weights_sha256": opened.weights_sha256,
             }
@@ -169,11 +174,11 @@ def _text(done: "Retrieval") -> str:
     lines.append(about)
     if done.projection is not None:
         kind = "whitening" if done.projection.power else "projection"
-        here = ", which are evaluated here: other images may give less" * done.learned_here
+        here = ", which are also evaluated: results on other images may be lower" * done.learned_here
         source = printable(done.projection.learned_from)
         lines.append(f"{kind} learned from {counted(done.projection.rows, 'row')} of {source}{here}")
     if done.left_out:
-        lines.append(f"left out, without a relevant image: {len(done.left_out)}, such as {printable(done.left_out[0])}")
+        lines.append(f"left out, no relevant images: {len(done.left_out)}, such as {printable(done.left_out[0])}")
     worst = sorted(done.average_precisions.items(), key=lambda item: item[1])[:5]
     if worst[0][1] < 100:
         lines.append(

@@ -1,4 +1,4 @@
-"""`sppfeat extract`: images into a store."""
+"""`sppfeat extract`: describe images in a store."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +8,6 @@ import typer
 from sppfeat.recipe import (
     CROPS,
     DTYPES,
-    ENGINES,
     FUSIONS,
     INTERPOLATIONS,
     NORMALIZATIONS,
@@ -18,21 +17,16 @@ from sppfeat.recipe import (
     Recipe,
     RunOptions,
 )
+from sppfeat_cli import options
+from sppfeat_cli.options import one_of
 from sppfeat_cli.output import counted, integers, numbers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Extraction
 
-_WHAT, _HOW, _STORE = "What is described (kept in the store as its recipe)", "How fast", "The store"
 
-
-def _one_of(valid: tuple[str, ...]) -> str:
-    return " | ".join(valid)
-
-
-def _commas(values: tuple[Any, ...]) -> str:
-    return ",".join(map(str, values))
+_RECIPE = options.Defaults("sppfeat.recipe:Recipe")
 
 
 def register(app: typer.Typer) -> None:
@@ -42,110 +36,76 @@ def register(app: typer.Typer) -> None:
 
 
 def extract(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...",
-            help="Folders, images, text lists (.txt, a path a line), or - for a list on standard input.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help="The store to write or resume.", show_default=False)
-    ],
-    backbone: Annotated[
-        str, typer.Option(help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME; see `sppfeat models`.")
-    ] = Recipe.backbone,
-    weights: Annotated[
-        str, typer.Option(metavar="FILE", help="Weights file (.safetensors, .pth), `pretrained`, or `random`.")
-    ] = Recipe.weights,
-    layer: Annotated[
-        str | None,
-        typer.Option(
-            help="Module whose output is pooled; see `sppfeat models NAME`.", show_default="the backbone's own"
-        ),
-    ] = Recipe.layer,
-    scale_list: Annotated[
-        str, typer.Option("--scales", metavar="PIXELS,...", help="Short sides, or `native` for no resizing.")
-    ] = _commas(Recipe.scales),
-    level_list: Annotated[
-        str, typer.Option("--levels", metavar="N,...", help="Pyramid levels; level n is an n x n grid.")
-    ] = _commas(Recipe.levels),
-    pooling: Annotated[str, typer.Option(metavar="NAME", help=_one_of(POOLINGS))] = Recipe.pooling,
-    gem_p: Annotated[float, typer.Option(help="Exponent of gem pooling.")] = Recipe.gem_p,
+    sources: options.Sources,
+    output: options.Output,
+    backbone: options.Backbone = Recipe.backbone,
+    weights: options.Weights = Recipe.weights,
+    layer: options.Layer = Recipe.layer,
+    scale_list: options.Scales = _RECIPE.scales,
+    level_list: options.Levels = _RECIPE.levels,
+    pooling: Annotated[str, typer.Option(metavar="NAME", help=f"Pooling: {one_of(POOLINGS)}.")] = Recipe.pooling,
+    gem_p: Annotated[float, typer.Option(metavar="X", help="Exponent of gem pooling.")] = Recipe.gem_p,
     fuse: Annotated[
-        str, typer.Option(metavar="NAME", help=f"How scales become one descriptor: {_one_of(FUSIONS)}")
+        str, typer.Option(metavar="NAME", help=f"Fusion of scales into one descriptor: {one_of(FUSIONS)}.")
     ] = Recipe.fuse,
     normalize: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Of each scale's descriptor: {_one_of(NORMALIZATIONS)}")
+        str, typer.Option(metavar="NAME", help=f"Normalization of each scale's descriptor: {one_of(NORMALIZATIONS)}.")
     ] = Recipe.normalize,
     precision: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Of the network's arithmetic: {_one_of(PRECISIONS)}")
+        str, typer.Option(metavar="NAME", help=f"Precision of the network: {one_of(PRECISIONS)}.")
     ] = Recipe.precision,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help=f"Of the stored values: {_one_of(DTYPES)}")] = Recipe.dtype,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Type of the stored values: {one_of(DTYPES)}.")
+    ] = Recipe.dtype,
     crop: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Whole picture or central square: {_one_of(CROPS)}")
+        str, typer.Option(metavar="NAME", help=f"Crop: {one_of(CROPS)} (the central square).")
     ] = Recipe.crop,
     size_multiple: Annotated[
-        int, typer.Option(help="Sides are rounded to a multiple of this many pixels; 1 = exact.")
+        int, typer.Option(metavar="PIXELS", help="Round sides to a multiple of this many pixels; 1 = exact.")
     ] = Recipe.size_multiple,
-    min_side: Annotated[int, typer.Option(help="Pictures with a shorter side fail.")] = Recipe.min_side,
+    min_side: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Minimum short side; smaller images fail.")
+    ] = Recipe.min_side,
     max_aspect: Annotated[
-        float, typer.Option(help="Pictures with a larger long/short ratio fail.")
+        float, typer.Option(metavar="X", help="Maximum ratio of long to short side; images above it fail.")
     ] = Recipe.max_aspect,
     max_pixels: Annotated[
-        int, typer.Option(help="Pictures with more pixels than this once resized fail.")
+        int, typer.Option(metavar="N", help="Maximum number of pixels after resizing; images above it fail.")
     ] = Recipe.max_pixels,
     mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Input mean, 0 to 1.", show_default="that of the weights")
+        str | None,
+        typer.Option(metavar="R,G,B", help="Mean of the network's input, from 0 to 1.", show_default="by weights"),
     ] = None,
     std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Input standard deviation.", show_default="that of the weights")
+        str | None,
+        typer.Option(metavar="R,G,B", help="Standard deviation of the network's input.", show_default="by weights"),
     ] = None,
     interpolation: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=_one_of(INTERPOLATIONS), show_default="that of the weights"),
+        typer.Option(
+            metavar="NAME", help=f"Interpolation when resizing: {one_of(INTERPOLATIONS)}.", show_default="by weights"
+        ),
     ] = Recipe.interpolation,
     orientation: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Turn upright, or take pixels as stored: {_one_of(ORIENTATIONS)}")
+        str,
+        typer.Option(metavar="NAME", help=f"Orientation: {one_of(ORIENTATIONS)} (pixels as stored)."),
     ] = Recipe.orientation,
     jpeg_draft: Annotated[
-        bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, other values.")
+        bool, typer.Option("--jpeg-draft", help="Shrink large JPEGs while decoding: faster, but changes values.")
     ] = Recipe.jpeg_draft,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:N,M,...")
-    ] = RunOptions.device,
-    engine: Annotated[
-        str, typer.Option(metavar="NAME", help=f"What runs the network: {_one_of(ENGINES)}")
-    ] = RunOptions.engine,
-    batch_size: Annotated[
-        int | None, typer.Option("-b", "--batch-size", help="Most pictures in a pass.", show_default="by device")
-    ] = RunOptions.batch_size,
-    num_workers: Annotated[
-        int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
-    ] = RunOptions.num_workers,
-    windows: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Describe these windows of the images instead: .csv or .json, with name,x1,y1,x2,y2 in pixels, or "
-            "what `sppfeat windows` made.",
-            show_default="whole images",
-        ),
-    ] = None,
-    root: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Names are relative to this.", show_default="the folder that holds all sources"
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a store that is there.")] = True,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed images again.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, replacing the store.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the JSON).")] = False,
+    windows: options.DescribedWindows = None,
+    device: options.Devices = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    batch_size: options.BatchSize = RunOptions.batch_size,
+    num_workers: options.NumWorkers = RunOptions.num_workers,
+    root: options.Root = None,
+    resume: options.Resume = True,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Describe images of any size by one fixed-length descriptor each, into one HDF5 file.
+    """Describe images of any size by one fixed-length descriptor each, in one HDF5 file (a store).
 
     Run the same command again to resume: described images are kept, changed and new ones are described. An image that
     cannot be described is reported and marked failed, and never stops the run.
@@ -173,7 +133,8 @@ def extract(
         orientation=orientation,
         jpeg_draft=jpeg_draft,
     )
-    options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    options.check_sources(sources)
 
     from sppfeat.extraction import extract_folder
     from sppfeat.windows import windows_from
@@ -185,7 +146,7 @@ def extract(
             sources,
             output,
             recipe,
-            options,
+            run,
             windows=boxes,
             root=root,
             resume=resume,
@@ -238,18 +199,18 @@ def _document(done: "Extraction") -> dict[str, Any]:
 
 
 def _bottleneck(done: "Extraction") -> str:
-    """Which stage held up the run, and what would help."""
+    """Which stage limited the speed, and what would help."""
     import importlib.util
 
     on_cpu = done.device == "cpu"
     if done.bottleneck == "write":
         return "writing; a faster disk would help"
     if done.bottleneck == "decode":
-        return "decoding; more cores would help, or, with other values, --jpeg-draft"
+        return "decoding; more cores would help, or --jpeg-draft, which changes values"
     if on_cpu and done.engine == "torch" and importlib.util.find_spec("openvino") is None:
-        return "the network; pip install 'sppfeat[cpu]' would help, or a GPU"
+        return "the network; a GPU or OpenVINO (pip install 'sppfeat[cpu]') would help"
     helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
-    return f"the network; {helps}, or, with other values, --precision bfloat16"
+    return f"the network; {helps}, or --precision bfloat16, which changes values"
 
 
 def _summary(done: "Extraction") -> str:
@@ -273,5 +234,5 @@ def _summary(done: "Extraction") -> str:
     if done.bottleneck is not None:
         text += f"\nbottleneck: {_bottleneck(done)}"
     if done.failed:
-        text += f"\nwhich failed, and why: sppfeat inspect {printable(done.store)} --failures"
+        text += f"\nto list failures: sppfeat inspect {printable(done.store)} --failures"
     return text

@@ -1,4 +1,4 @@
-"""`sppfeat index`: a store into a gallery."""
+"""`sppfeat index`: build a gallery from a store, or change one."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sppfeat.errors import UsageError
+from sppfeat_cli import options
 from sppfeat_cli.output import byte_count, human_bytes, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Change, ProjectionOptions
 
 _WHICH = "expected index STORE -o GALLERY, index STORE --add-to GALLERY, or index --remove NAMES.txt --from GALLERY"
-# What is fixed once a gallery is built.
+# Options that are fixed once a gallery is built.
 _BUILDING = "factory memory recall measure_recall project whiten whiten_power shrinkage whitening_from seed overwrite"
+
+_INDEX = options.Defaults("sppfeat.retrieval:IndexOptions")
+_PROJECTION = options.Defaults("sppfeat.retrieval:ProjectionOptions")
 
 
 def register(app: typer.Typer) -> None:
@@ -23,60 +27,55 @@ def register(app: typer.Typer) -> None:
 def index(
     context: typer.Context,
     store: Annotated[
-        str | None, typer.Argument(metavar="[STORE]", help="The store to index, or to add.", show_default=False)
+        str | None, typer.Argument(metavar="[STORE]", help="Store to index, or to add.", show_default=False)
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="DIR", help="The gallery to build.", show_default=False)
-    ] = None,
+    output: options.OutputFolder = None,
     add_to: Annotated[
         str | None, typer.Option(metavar="DIR", help="Add the store's images to this gallery.", show_default=False)
     ] = None,
     remove: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Remove the images named in this text file, one a line.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Remove the images named in this text file, one per line.", show_default=False
+        ),
     ] = None,
     remove_from: Annotated[
-        str | None, typer.Option("--from", metavar="DIR", help="The gallery to remove from.", show_default=False)
+        str | None, typer.Option("--from", metavar="DIR", help="Gallery to remove images from.", show_default=False)
     ] = None,
     factory: Annotated[
         str | None,
-        typer.Option(metavar="STRING", help="FAISS factory string, such as IVF4096,PQ64.", show_default="chosen"),
+        typer.Option(
+            metavar="STRING", help="FAISS factory string, such as IVF4096,PQ64.", show_default="by size and memory"
+        ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Most memory for the index, such as 4GB.", show_default="half of what is available"
+            metavar="SIZE", help="Maximum memory for the index, such as 4GB.", show_default="half of what is available"
         ),
     ] = None,
     recall: Annotated[
-        float, typer.Option(help="Part of the 10 true neighbors that an approximate index is set to find.")
-    ] = 0.97,
+        float,
+        typer.Option(metavar="X", help="Fraction of the 10 true neighbors that an approximate index is tuned to find."),
+    ] = _INDEX.recall,
     measure_recall: Annotated[
-        int, typer.Option(metavar="N", help="Compare the neighbors of N images with exact search.")
-    ] = 0,
-    project: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Project onto N principal components.", show_default="512 with --whiten"),
-    ] = None,
-    whiten: Annotated[bool, typer.Option("--whiten", help="Whiten the components.")] = False,
-    whiten_power: Annotated[float, typer.Option(help="How far: 0 not at all (PCA), 1 fully.")] = 1.0,
-    shrinkage: Annotated[
-        float, typer.Option(help="Of the components' variances towards their mean before whitening, 0 to 1.")
-    ] = 0.1,
-    whitening_from: Annotated[
-        str | None,
-        typer.Option(metavar="STORE", help="Learn the projection from this store.", show_default="STORE itself"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the index is filled: cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the samples of images.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a gallery.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the JSON).")] = False,
+        int, typer.Option(metavar="N", help="Measure recall on N images, by comparison with exact search.")
+    ] = _INDEX.measure,
+    project: options.Project = None,
+    whiten: options.Whiten = False,
+    whiten_power: options.WhitenPower = _PROJECTION.power,
+    shrinkage: options.Shrinkage = _PROJECTION.shrinkage,
+    whitening_from: options.WhiteningFrom = None,
+    device: options.IndexDevice = _INDEX.device,
+    seed: options.Seed = _INDEX.seed,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Build a gallery that `sppfeat search` searches, add images to one, or remove some from one.
+    """Build a gallery for `sppfeat search`, add images to one, or remove images from one.
 
-    The index is chosen by the number of images, their dimensions and the memory, unless --factory names one. Whatever
-    is interrupted leaves the old gallery as it was.
+    The index is chosen by the number of images, their dimensions and the available memory, unless --factory is given.
+    If interrupted, the old gallery is unchanged.
     """
     if [output, add_to, remove].count(None) != 2 or (remove is None) == (store is None):
         raise UsageError(_WHICH)
@@ -86,7 +85,7 @@ def index(
         for name in _BUILDING.split():
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
-                raise UsageError(f"--{name.replace('_', '-')}: is fixed when a gallery is built with -o")
+                raise UsageError(f"--{name.replace('_', '-')}: applies only when a gallery is built with -o")
     done = (
         _build(
             str(store),
@@ -99,7 +98,7 @@ def index(
                 "device": device,
                 "seed": seed,
             },
-            projection_options(project, whiten, whiten_power, shrinkage, whitening_from, seed),
+            options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from, seed),
             whitening_from,
             overwrite,
         )
@@ -118,7 +117,7 @@ def index(
 def _build(
     store: str,
     output: str,
-    options: dict[str, Any],
+    given: dict[str, Any],
     projection: "ProjectionOptions | None",
     whitening_from: str | None,
     overwrite: bool,
@@ -126,7 +125,7 @@ def _build(
     from sppfeat.retrieval import IndexOptions, create_gallery
     from sppfeat.store import open_store
 
-    chosen = IndexOptions(**options)
+    chosen = IndexOptions(**given)
     return create_gallery(
         open_store(store),
         output,
@@ -146,20 +145,6 @@ def _change(
     if store is not None and add_to is not None:
         return add_to_gallery(open_store(store), add_to, device=device)
     return remove_from_gallery(str(remove_from), read_names(str(remove)))
-
-
-def projection_options(
-    project: int | None, whiten: bool, power: float, shrinkage: float, whitening_from: str | None, seed: int = 0
-) -> "ProjectionOptions | None":
-    """What --project, --whiten and the flags that go with them ask for; None: no projection."""
-    from sppfeat.retrieval import DEFAULT_DIMS, ProjectionOptions
-
-    if project is None and not whiten:
-        if whitening_from is not None:
-            raise UsageError("--whitening-from: expected --whiten or --project with it")
-        return None
-    dims = DEFAULT_DIMS if project is None else project
-    return ProjectionOptions(dims=dims, whiten=whiten, power=power, shrinkage=shrinkage, seed=seed)
 
 
 def _document(done: "Change") -> dict[str, Any]:
@@ -191,7 +176,7 @@ def _summary(done: "Change") -> str:
             for count, word in (
                 (done.added, "added"),
                 (done.removed, "removed"),
-                (done.skipped, "there already"),
+                (done.skipped, "already there"),
             )
             if count or word == "added" and not done.removed
         ]

@@ -1,4 +1,4 @@
-"""`sppfeat inspect`: what a sppfeat file holds."""
+"""`sppfeat inspect`: show what a file of sppfeat holds."""
 
 import dataclasses
 import sys
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sppfeat_cli import options
 from sppfeat_cli.output import convergence_document, counted, human_bytes, print_json, printable
 
 
@@ -15,13 +16,15 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A store, a model, windows or a gallery.", show_default=False)
+        str, typer.Argument(metavar="FILE", help="Store, model, file of windows, or gallery.", show_default=False)
     ],
-    failures: Annotated[bool, typer.Option("--failures", help="List the failed images and why.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check every row; exit code 1 if one is wrong.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    failures: Annotated[bool, typer.Option("--failures", help="List failed images, with reasons.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every row; the exit code is 1 if one is damaged.")
+    ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show what a file of sppfeat holds: recipe, counts, failures."""
+    """Show what a store, model, file of windows or gallery holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
     from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
     from sppfeat.store import open_store, verify_store
@@ -101,7 +104,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
     names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     lines = [
         f"{printable(file)}: SVM of {counted(len(model.classes), 'class')} ({names}), "
-        f"trained with {counted(model.images, 'image')}",
+        f"trained on {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         *(f"  warning: {printable(text)}" for text in model.convergence.warnings()),
         f"  weights: sha256 {printable(model.weights_sha256[:16])}",
@@ -133,11 +136,11 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     training = model.training
     lines = [
         f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({names}), {about['dim']} values",
-        f"  trained with {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects and "
+        f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects and "
         f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
         f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}",
         f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, at most "
-        f"{model.proposals.max_windows} an image",
+        f"{model.proposals.max_windows} per image",
         f"  weights: sha256 {printable(model.weights_sha256[:16])}",
         *_recipe_lines(about["recipe"]),
     ]
@@ -170,8 +173,8 @@ def _inspect_windows(file: str, failures: bool, as_json: bool) -> None:
     lines = [
         f"{printable(file)}: {counted(found.count, 'window')} of {counted(len(found), 'image')}, "
         f"{human_bytes(found.path.stat().st_size)}",
-        f"  {found.options.method}, at most {found.options.max_windows} an image, seed {found.options.seed}",
-        f"  failed {len(found.errors)}, without a window {empty}",
+        f"  {found.options.method}, at most {found.options.max_windows} per image, seed {found.options.seed}",
+        f"  failed {len(found.errors)}, without windows {empty}",
         f"  images below: {printable(found.source_root)}",
         "  made with: " + _versions(found.versions),
         *(f"  failed: {printable(name)}: {printable(reason)}" for name, reason in list(found.errors.items())[:20]),
@@ -194,19 +197,21 @@ def _versions(versions: dict[str, str]) -> str:
 def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
     from msgspec import to_builtins
 
-    from sppfeat.retrieval import open_gallery, verify_gallery
+    from sppfeat.retrieval import describe_gallery, open_gallery, verify_gallery
 
-    gallery = open_gallery(path)
-    problems = verify_gallery(gallery) if verify else []
-    said = gallery.about
+    # FAISS is needed only to check the index.
+    problems = verify_gallery(open_gallery(path)) if verify else []
+    found, recipe = describe_gallery(path)
     about = {
         "file": path,
         "format": "gallery",
-        "images": len(gallery),
-        "bytes": sum(entry.bytes for entry in said.entries.values()),
-        **{key: to_builtins(getattr(said, key)) for key in ("dim", "index", "projection", "sources", "weights_sha256")},
-        "recipe": dataclasses.asdict(gallery.recipe),
-        "versions": said.versions,
+        "images": found.rows,
+        "bytes": sum(entry.bytes for entry in found.entries.values()),
+        **{
+            key: to_builtins(getattr(found, key)) for key in ("dim", "index", "projection", "sources", "weights_sha256")
+        },
+        "recipe": dataclasses.asdict(recipe),
+        "versions": found.versions,
     }
     if as_json:
         print_json(about | ({"verified": not problems, "problems": problems} if verify else {}))
@@ -215,7 +220,9 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
         for problem in problems:
             print(f"sppfeat: {printable(path)}: {printable(problem)}", file=sys.stderr)
         if verify and not problems:
-            typer.echo("verified: all files match their checksums, and rows those of the stores that are still there")
+            typer.echo(
+                "verified: all files match their checksums, and all rows match those of the stores that still exist"
+            )
     if problems:
         raise typer.Exit(1)
 
@@ -239,7 +246,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
         lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
     lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]
     lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
-    # Every text of a gallery of unknown origin may hold anything, a terminal's commands included.
+    # The texts of a gallery of unknown origin may hold anything, terminal commands included.
     return "\n".join(map(printable, lines))
 
 
@@ -254,5 +261,5 @@ def _text(about: dict[str, Any]) -> str:
     ]
     lines.append("  made with: " + _versions(about["versions"]))
     if about["pending"]:
-        lines.append("  pending images are described by running the same `sppfeat extract` again")
+        lines.append("  to describe pending images, run the same `sppfeat extract` again")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""`sppfeat models`: the backbones and their layers."""
+"""`sppfeat models`: list backbones and their layers."""
 
 from typing import Annotated
 
 import typer
 
+from sppfeat_cli import options
 from sppfeat_cli.output import print_json
 
 
@@ -13,11 +14,11 @@ def register(app: typer.Typer) -> None:
 
 def models(
     backbone: Annotated[
-        str | None, typer.Argument(metavar="[BACKBONE]", help="List this backbone's layers.", show_default=False)
+        str | None, typer.Argument(metavar="[BACKBONE]", help="Backbone whose layers to list.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """List backbones, whether their weights are at hand, and the layers that can be pooled."""
+    """List backbones, whether their weights are installed, and the layers that can be pooled."""
     from sppfeat.backbones.backbone import describe_backbones, list_layers
 
     if backbone is not None:
@@ -55,12 +56,12 @@ def models(
         )
         return
     for about in found:
-        weights = "weights at hand" if about.weights_at_hand else f"weights: {about.install}"
+        weights = "weights installed" if about.weights_at_hand else f"weights: {about.install}"
         typer.echo(f"{about.name}: {weights}")
         for layer in about.layers:
             mark = " (default)" if layer.name == about.layer else ""
             typer.echo(f"  {layer.name:<10} {layer.channels:>5} channels, stride {layer.stride}{mark}")
     typer.echo(
-        "torchvision:NAME, timm:NAME: most convolutional networks of those libraries; they download their weights,\n"
-        "  or take a file with --weights. `sppfeat models NAME` lists the layers of any backbone."
+        "torchvision:NAME, timm:NAME: most convolutional networks of these libraries; weights are downloaded,\n"
+        "  or read from the file given by --weights. `sppfeat models NAME` lists the layers of any backbone."
     )

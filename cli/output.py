@@ -1,4 +1,4 @@
-"""What the commands share in printing and in reading options."""
+"""Printing of results, and reading of option values, for all commands."""
 
 import contextlib
 import dataclasses
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on standard output, in ASCII: names and paths may hold bytes that no encoding takes.
+    """Print one JSON document on standard output, in ASCII, since names and paths may hold bytes in no encoding.
 
-    JSON has no NaN and no infinity: see `finite`. Raises SppFeatError for one that is left.
+    JSON has neither NaN nor infinity: see `finite`. Raises SppFeatError if one is left.
     """
     try:
         text = json.dumps(document, indent=2, allow_nan=False)
@@ -35,12 +35,12 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def finite(value: float) -> float | None:
-    """A number for a JSON document; None, which is null there, for NaN and infinity."""
+    """A number for a JSON document; None (null there) for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def options_document(options: "DataclassInstance") -> dict[str, Any]:
-    """The fields of a dataclass of options, or of a recipe, by name, ready for a JSON document."""
+    """The fields of a dataclass of options, or of a recipe, by name, for a JSON document."""
     return {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
 
 
@@ -64,20 +64,20 @@ def _plain(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text on one line: control characters and stray bytes as escapes."""
+    """The text on one line, with control characters and stray bytes escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# Where JSON goes while `results_alone` keeps standard output for it.
+# The stream for JSON while `results_alone` reserves standard output for it.
 _json_stream: TextIO | None = None
 
 
 @contextlib.contextmanager
 def results_alone(*, as_json: bool) -> Iterator[None]:
-    """Keep standard output for results: what libraries write to its descriptor goes to standard error.
+    """Reserve standard output for results: what libraries write to its descriptor goes to standard error.
 
-    With `as_json` nothing but `print_json` reaches it. Failures of writing it, of a full disk say, are told from those
-    of other files: as SppFeatError. A pipe whose reader has left is no failure, and typer's to end.
+    With `as_json` only `print_json` writes to it. Failures to write to it (a full disk, say) are raised as
+    SppFeatError, to tell them from those of other files; a closed pipe is left to typer.
     """
     global _json_stream
     stdout = sys.stdout
@@ -97,9 +97,9 @@ def results_alone(*, as_json: bool) -> Iterator[None]:
 
 
 def _moved(stdout: TextIO) -> TextIO:
-    """A stream to where standard output goes, by a descriptor of its own; descriptor 1 becomes standard error.
+    """A stream to standard output by a descriptor of its own; descriptor 1 becomes standard error.
 
-    A stream that is not that of descriptor 1, since a caller captures it, stays as it is.
+    A stream that is not that of descriptor 1, because a caller captures it, is returned as it is.
     """
     try:
         if stdout.fileno() != 1:
@@ -132,7 +132,7 @@ class _Guarded:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        # Also after a first failure that someone caught: typer only tries what it may write.
+        # Raise again after a first failure that was caught: typer suppresses errors of its own output.
         if self._failure is not None:
             raise self._failure
         try:
@@ -140,7 +140,7 @@ class _Guarded:
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            # What is left in the buffer is written when Python ends, and would fail again.
+            # The rest of the buffer is written when Python ends, and would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             self._failure = SppFeatError(f"standard output: cannot be written: {error.strerror}")
             raise self._failure from None
@@ -173,7 +173,7 @@ def scales(text: str) -> tuple[int | str, ...]:
 
 
 def byte_count(option: str, text: str) -> int:
-    """`4GB` as bytes; units are powers of 1000, as `human_bytes` prints them, or of 1024 when written GiB."""
+    """`4GB` as bytes; units are powers of 1000, as `human_bytes` prints them, or of 1024 if written GiB."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kKmMgGtT]?)(i?)[bB]?)\s*", text)
     if found is None or (found[3] and not found[2]):
         raise UsageError(f"--{option}: expected a size such as 800MB or 4GB, found {text!r}")

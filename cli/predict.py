@@ -1,11 +1,12 @@
-"""`sppfeat predict`: images into the classes of a model."""
+"""`sppfeat predict`: classify images."""
 
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from sppfeat.recipe import ENGINES, RunOptions
+from sppfeat.recipe import RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import finite, print_json, printable
 
 
@@ -14,40 +15,36 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of `sppfeat train svm`.", show_default=False)],
-    sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SOURCE...", help="Folders, images, text lists, -, or stores.", show_default=False),
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model made by `sppfeat train svm`.", show_default=False)
     ],
-    top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = RunOptions.device,
-    engine: Annotated[
-        str, typer.Option(metavar="NAME", help=f"What runs the network: {' | '.join(ENGINES)}")
-    ] = RunOptions.engine,
-    batch_size: Annotated[
-        int | None, typer.Option("-b", "--batch-size", help="Most images in a pass.", show_default="by device")
-    ] = RunOptions.batch_size,
-    num_workers: Annotated[
-        int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
-    ] = RunOptions.num_workers,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    sources: options.SourcesOrStores,
+    top: Annotated[int, typer.Option(metavar="N", help="Number of classes to print per image.", min=1)] = 3,
+    device: options.Device = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    batch_size: options.BatchSize = RunOptions.batch_size,
+    num_workers: options.NumWorkers = RunOptions.num_workers,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Say of which class each image is, with scores; above 0 means: of that class.
+    """Classify images: print the best classes of each image, with scores.
 
-    Images are described by the model's own recipe. A store that was made by it is taken as it is.
+    A score above 0 means that the image belongs to the class. Images are described with the model's own recipe;
+    descriptors of a store with that recipe are used as they are.
     """
+    chosen = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    options.check_sources(sources)
+
     from sppfeat.transfer import open_classifier
     from sppfeat.transfer import predict as predictions
 
     classifier = open_classifier(model)
-    options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     results: list[dict[str, Any]] = []
     failed = 0
 
     def note(text: str) -> None:
         print(f"note: {printable(text)}", file=sys.stderr)
 
-    for one in predictions(classifier, sources, options, note=note):
+    for one in predictions(classifier, sources, chosen, note=note):
         if one.scores is None:
             failed += 1
             print(f"failed: {printable(one.name)}: {printable(one.error or '')}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What commands that go through many images show on standard error."""
+"""Progress on standard error: a bar on a terminal, and a bounded number of failures and notes."""
 
 import os
 import signal
@@ -13,15 +13,16 @@ from typing import Any, Final, Self
 from sppfeat_cli.output import counted, printable
 
 SECOND_SIGNAL_SECONDS: Final = 0.5
-# Lines of one kind: a disk that is not mounted makes a million failures, and buries what else there is to read.
+# Lines of one kind: a disk that is not mounted makes a million failures, which would bury everything else.
 LISTED: Final = 10
 
 
 class Progress:
     """A line for each of the first failures and notes, the number of the others, and a bar on a terminal.
 
-    all_listed_by: the command or option that names all failures and notes.
-    Once work is under way that can finish early, the first SIGINT or SIGTERM only sets `stop`, and images in flight are
+    Work is counted in items (`started`, `row`) or, without any, in parts of 1 (`part`).
+    all_listed_by: the command or option that lists all failures and notes.
+    Once work that can finish early is under way, the first SIGINT or SIGTERM only sets `stop`, and images in flight are
     finished; a second one ends the process at once.
     """
 
@@ -70,25 +71,23 @@ class Progress:
             return
         self.stop.set()
         self._signalled = time.monotonic()
-        print("sppfeat: finishing the images in flight; once more to stop at once", file=sys.stderr)
+        print("sppfeat: finishing images in flight; interrupt again to stop at once", file=sys.stderr)
 
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
-        """The work is known. gone: what was described before, and is not there any more."""
+        """The work is known. gone: what was described before and no longer exists."""
         if self._can_finish_early and not self._handlers:
             self._handlers = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if self._quiet:
             return
-        from tqdm import tqdm
-
         self.close()
         where = f" on {device}" if device else ""
-        kept = f", {reused} done before" if reused else ""
+        kept = f", {reused} already done" if reused else ""
         print(f"{counted(todo, self._unit)} {self._verb}{where}{kept}", file=sys.stderr)
         for name in gone[:LISTED]:
             self.say(f"gone: {name} (its row is kept)")
         if len(gone) > LISTED:
             self.say(f"... and {len(gone) - LISTED:,} more gone")
-        self._bar = tqdm(total=todo, unit=self._unit, disable=None, file=sys.stderr, smoothing=0.1)
+        self._bar = _new_bar(todo, self._unit)
 
     def row(self, name: str, error: str | None) -> None:
         """One image is done, or failed for a reason."""
@@ -101,8 +100,16 @@ class Progress:
                 self._bar.set_postfix(failed=failed, refresh=False)
             self._bar.update()
 
+    def part(self, done: float) -> None:
+        """A part of the work is done, from 0 to 1."""
+        if self._quiet:
+            return
+        if self._bar is None:
+            self._bar = _new_bar(100, "%", leave=False)
+        self._bar.update(100 * done - self._bar.n)
+
     def note(self, text: str) -> None:
-        """Something odd about an image, or another part of the input; after the first ones they are only counted."""
+        """Something suspicious in the input; after the first notes, further ones are only counted."""
         self._list("notes", text)
 
     def _list(self, kind: str, text: str) -> None:
@@ -113,10 +120,17 @@ class Progress:
             self.say(f"... more {kind}, counted at the end")
 
     def say(self, text: str) -> None:
-        """A line beside the bar."""
+        """Print a line above the bar."""
         if self._quiet:
             return
         if self._bar is not None:
             self._bar.write(printable(text), file=sys.stderr)
         else:
             print(printable(text), file=sys.stderr)
+
+
+def _new_bar(total: int, unit: str, *, leave: bool = True) -> Any:
+    """A bar on standard error, shown only if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, disable=None, file=sys.stderr, smoothing=0.1, leave=leave)

@@ -1,4 +1,4 @@
-"""`sppfeat search`: a gallery by images, or by a store."""
+"""`sppfeat search`: search a gallery by images or by a store."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,10 +7,13 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import numbers, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import SearchResult
+
+_SEARCH = options.Defaults("sppfeat.retrieval:SearchOptions")
 
 
 def register(app: typer.Typer) -> None:
@@ -18,62 +21,53 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
-    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="As `sppfeat index` made it.", show_default=False)],
+    gallery: Annotated[
+        str, typer.Argument(metavar="GALLERY", help="Gallery made by `sppfeat index`.", show_default=False)
+    ],
     queries: Annotated[
         list[str],
         typer.Argument(
             metavar="QUERY...", help="Images, folders, text lists (.txt), -, or one store.", show_default=False
         ),
     ],
-    k: Annotated[int, typer.Option("-k", help="Neighbors of each query.")] = 10,
+    k: options.Neighbors = _SEARCH.k,
     exclude_self: Annotated[
-        bool, typer.Option("--exclude-self", help="Leave out the query's own file, and its windows.")
-    ] = False,
+        bool, typer.Option("--exclude-self", help="Leave out the query's own image, and windows of it.")
+    ] = _SEARCH.exclude_self,
     box: Annotated[
         str | None,
         typer.Option(
-            metavar="X1,Y1,X2,Y2", help="Search by this part of the query image, in pixels.", show_default="all of it"
+            metavar="X1,Y1,X2,Y2", help="Part of the query image to search by, in pixels.", show_default="whole image"
         ),
     ] = None,
-    expand: Annotated[
-        int, typer.Option(metavar="N", help="Search again with the query and its N nearest together.")
-    ] = 0,
-    alpha: Annotated[float, typer.Option(help="With --expand: neighbors weigh their score to this power.")] = 3.0,
+    expand: options.Expand = _SEARCH.expand,
+    alpha: options.Alpha = _SEARCH.alpha,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where the gallery's weights are now.", show_default="where they were"),
+        typer.Option(metavar="FILE", help="Weights file of the gallery, if it has moved.", show_default=False),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N; the index goes to a GPU only when it is named.")
-    ] = RunOptions.device,
-    engine: Annotated[
-        str, typer.Option(metavar="NAME", help="What runs the network: auto | torch | openvino")
-    ] = RunOptions.engine,
-    batch_size: Annotated[
-        int | None, typer.Option("-b", "--batch-size", help="Most images in a pass.", show_default="by device")
-    ] = RunOptions.batch_size,
-    num_workers: Annotated[
-        int | None, typer.Option("-j", "--num-workers", help="Decoding threads.", show_default="one a core")
-    ] = RunOptions.num_workers,
-    html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also write a page with thumbnails.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no notes.")] = False,
+    device: options.SearchDevice = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    batch_size: options.BatchSize = RunOptions.batch_size,
+    num_workers: options.NumWorkers = RunOptions.num_workers,
+    html: options.Html = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Find the gallery's images that are nearest to each query, by cosine similarity.
+    """Find the images of a gallery that are nearest to each query, by cosine similarity.
 
-    Query images are described with the gallery's own recipe. One that cannot be described is reported, the others are
-    answered, and the exit code is 3.
+    Query images are described with the gallery's own recipe. One that cannot be described is reported and the others
+    are answered; the exit code is then 3.
     """
+    run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+
     from sppfeat.files import STORE, format_of
     from sppfeat.report import check_page
     from sppfeat.retrieval import SearchOptions, open_gallery, search_images, search_store, write_hits_page
     from sppfeat.store import open_store
 
-    options = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
-    run_options = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    chosen = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
     part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None
     opened = open_gallery(gallery, device=device if device.startswith("cuda") else "cpu")
@@ -84,9 +78,9 @@ def search(
             raise UsageError(
                 "--box: expected images as queries, found a store; `sppfeat extract --windows` describes parts"
             )
-        done = search_store(opened, open_store(queries[0]), options)
+        done = search_store(opened, open_store(queries[0]), chosen)
     else:
-        done = search_images(opened, queries, options, run_options, weights=weights, box=part)
+        done = search_images(opened, queries, chosen, run, weights=weights, box=part)
     if as_json:
         print_json(_document(done))
     elif done.failed < len(done.answers):
@@ -97,7 +91,7 @@ def search(
     if not quiet:
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
-    # After the results, which a page that cannot be written does not cost.
+    # The page comes after the results, which its failure does not affect.
     if page is not None:
         write_hits_page(page, opened, done)
     if done.failed:
@@ -139,7 +133,7 @@ def _table(done: "SearchResult") -> str:
         if answer.error is not None:
             continue
         lines += [""] * bool(lines) + [printable(answer.query)]
-        # Rows of windows are told apart by their names; their paths are those of the images.
+        # Rows of windows differ by name; their path is that of the image.
         lines += [
             f"{one.rank:>5}  {one.score:7.4f}  {printable(one.name if one.box or not one.path else one.path)}"
             for one in answer.neighbors

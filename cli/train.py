@@ -1,16 +1,18 @@
-"""`sppfeat train`: models."""
+"""`sppfeat train`: train models."""
 
 from typing import Annotated
 
 import typer
 
-from sppfeat_cli import svm_options, train_detector
+from sppfeat_cli import options, train_detector
 from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable
+
+_SVM = options.Defaults("sppfeat.svm:SvmOptions")
 
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(
-        help="Train models that sort images, or find objects on them.",
+        help="Train models that classify images or detect objects in them.",
         epilog="Example: sppfeat train svm feats.h5 -o animals.h5",
         no_args_is_help=True,
     )
@@ -20,21 +22,21 @@ def register(app: typer.Typer) -> None:
 
 
 def svm(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A store of images of two classes or more.")],
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help="The model to write.", show_default=False)
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="Store of images of two or more classes.", show_default=False)
     ],
-    labels: svm_options.LabelsFile = None,
-    c: svm_options.Costs = None,
-    c_grid: svm_options.CostGrid = None,
-    positive_weight: svm_options.PositiveWeight = 1.0,
-    levels: svm_options.Levels = None,
-    seed: Annotated[int, typer.Option(help="Of the folds that C is chosen with.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    output: options.Output,
+    labels: options.Labels = None,
+    c: options.Costs = None,
+    c_grid: options.CostGrid = None,
+    positive_weight: options.PositiveWeight = _SVM.positive_weight,
+    levels: options.StoredLevels = None,
+    seed: options.Seed = _SVM.seed,
+    device: options.Device = _SVM.device,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Train one linear SVM a class, against the rest, on all images of a store that have a label.
+    """Train one linear SVM per class, against the rest, on all labeled images of a store.
 
     C is chosen by 3-fold cross-validation. The model keeps the recipe of the descriptors, for `sppfeat predict`.
     """
@@ -43,19 +45,21 @@ def svm(
     from sppfeat.store import open_store
     from sppfeat.svm import SvmOptions
     from sppfeat.transfer import read_labels, save_classifier
-    from sppfeat.transfer.train_classifier import train_classifier
 
-    options = SvmOptions(
-        costs=svm_options.costs(c, c_grid),
+    chosen = SvmOptions(
+        costs=options.costs(c, c_grid),
         positive_weight=positive_weight,
-        levels=svm_options.levels(levels),
+        levels=options.stored_levels(levels),
         seed=seed,
         device=device,
     )
     known = read_labels(labels) if labels is not None else None
     check_new_file(output, overwrite=overwrite, error=ModelError, kind=SVM)
     opened = open_store(store)
-    classifier = train_classifier(opened, options, labels=known)
+    # It imports torch, so options and files are checked first.
+    from sppfeat.transfer.train_classifier import train_classifier
+
+    classifier = train_classifier(opened, chosen, labels=known)
     save_classifier(classifier, output, overwrite=overwrite)
     cost = float(classifier.svm.costs[0])
     left_out = len(opened) - classifier.images
@@ -73,16 +77,16 @@ def svm(
                 "choice_gap": finite(classifier.choice_gap),
                 "route": classifier.svm.route,
                 "seed": seed,
-                "options": options_document(options) | {"labels": labels},
+                "options": options_document(chosen) | {"labels": labels},
                 "recipe": options_document(classifier.recipe),
                 "weights_sha256": classifier.weights_sha256,
             }
         )
         return
     best = max((value for _, value in classifier.curve), default=None)
-    chosen = "" if best is None else f" (cross-validated accuracy {best:.1f} %)"
-    missing = f", {left_out} left out (failed, or without a label)" * bool(left_out)
+    accuracy = "" if best is None else f" (cross-validated accuracy {best:.1f} %)"
+    missing = f", {left_out} left out (failed or without a label)" * bool(left_out)
     typer.echo(
         f"{printable(output)}: {len(classifier.classes)} classes from {classifier.images} images{missing}; "
-        f"C = {cost:g}{chosen}; solver: {classifier.svm.route}"
+        f"C = {cost:g}{accuracy}; solver: {classifier.svm.route}"
     )

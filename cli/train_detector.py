@@ -1,37 +1,20 @@
-"""`sppfeat train detector`: an SPP-net detector from annotated images."""
+"""`sppfeat train detector`: train an SPP-net detector on annotated images."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import counted, integers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.detection.train_detector import Training
 
-VocRoot = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[VOCROOT]",
-        help="Folder in the VOC layout (JPEGImages, Annotations, ImageSets/Main).",
-        show_default=False,
-    ),
-]
-Images = Annotated[
-    str | None, typer.Option(metavar="DIR", help="The images, where there is no VOC layout.", show_default=False)
-]
-Annotations = Annotated[
-    str | None,
-    typer.Option(metavar="DIR|JSON", help="Their VOC XML files, or a COCO instances file.", show_default=False),
-]
-Windows = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="What `sppfeat windows` made of the images, or .csv, .json.", show_default="found now"
-    ),
-]
+_RECIPE = options.Defaults("sppfeat.detection:detection_recipe")
+_TRAINING = options.Defaults("sppfeat.detection:TrainingOptions")
 
 
 def register(train: typer.Typer) -> None:
@@ -39,68 +22,56 @@ def register(train: typer.Typer) -> None:
 
 
 def detector(
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help="The detector to write.", show_default=False)
-    ],
-    voc: VocRoot = None,
-    split: Annotated[
-        str | None, typer.Option(help="List of images below ImageSets/Main.", show_default="trainval")
-    ] = None,
-    images: Images = None,
-    annotations: Annotations = None,
+    output: options.Output,
+    voc: options.VocRoot = None,
+    split: Annotated[str | None, options.split("trainval")] = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Learn only these.", show_default="all that occur")
+        str | None,
+        typer.Option(metavar="NAME,...", help="Classes to learn.", show_default="all that are annotated"),
     ] = None,
-    windows: Windows = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="See `sppfeat models`.", show_default="efficientnet_lite0")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Weights file, or `random`.", show_default="pretrained")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(help="Whose output is pooled.", show_default="the backbone's own")
-    ] = None,
-    scale_list: Annotated[
-        str | None, typer.Option("--scales", metavar="PIXELS,...", help="Short sides.", show_default="480")
-    ] = None,
-    level_list: Annotated[
-        str | None, typer.Option("--levels", metavar="N,...", help="Pyramid levels.", show_default="3,2,1")
-    ] = None,
-    c: Annotated[float, typer.Option("--c", help="Cost of the SVMs.")] = 0.001,
-    positive_weight: Annotated[float, typer.Option(help="Weight of objects against other windows.")] = 2.0,
-    passes: Annotated[int, typer.Option(help="Most passes over the images for hard negatives.")] = 3,
+    windows: options.Windows = None,
+    backbone: options.Backbone = Recipe.backbone,
+    weights: options.Weights = Recipe.weights,
+    layer: options.Layer = Recipe.layer,
+    scale_list: options.Scales = _RECIPE.scales,
+    level_list: options.Levels = _RECIPE.levels,
+    c: Annotated[float, typer.Option("--c", metavar="C", help="Cost C of the SVMs.")] = _TRAINING.c,
+    positive_weight: options.PositiveWeight = _TRAINING.positive_weight,
+    passes: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of passes over the images for hard negatives.")
+    ] = _TRAINING.passes,
     box_regression: Annotated[
         bool, typer.Option("--box-regression/--no-box-regression", help="Learn to move windows onto objects.")
-    ] = True,
-    memory: Annotated[int, typer.Option(metavar="MB", help="For rows of windows.")] = 1074,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn by lot.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, replacing the detector.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the JSON).")] = False,
+    ] = _TRAINING.box_regression,
+    memory: Annotated[int, typer.Option(metavar="MB", help="Memory for descriptors of windows, in MB.")] = 1074,
+    seed: options.Seed = _TRAINING.seed,
+    device: options.Device = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Train an SPP-net detector: one linear SVM a class on windows of shared feature maps, and box regression.
+    """Train an SPP-net detector: one linear SVM per class on windows of shared feature maps, and box regression.
 
-    Without --windows they are found first and kept beside the detector (det.windows.h5 for det.h5). Stopped, the same
-    command goes on; until it ends, there is no detector (null in the JSON). What is odd in the annotations is named and
-    left out; exit code 3 then.
+    Without --windows, windows are proposed first and kept beside the detector (det.windows.h5 for det.h5). If
+    interrupted, the same command resumes; the detector is written at the end (until then it is null in the JSON).
+    Invalid annotations are reported and skipped, and the exit code is 3.
     """
+    run = RunOptions(device=device, engine=engine)
+
     from sppfeat.detection import TrainingOptions, detection_recipe, read_annotations, select_classes
-    from sppfeat.detection.train_detector import train_detector
-    from sppfeat.recipe import RunOptions
     from sppfeat.windows import windows_from
 
-    given: dict[str, Any] = {
-        "backbone": backbone,
-        "weights": weights,
-        "layer": layer,
-        "scales": None if scale_list is None else scales(scale_list),
-        "levels": None if level_list is None else integers("levels", level_list),
-    }
-    recipe = detection_recipe(**{name: value for name, value in given.items() if value is not None})
-    options = TrainingOptions(
+    recipe = detection_recipe(
+        backbone=backbone,
+        weights=weights,
+        layer=layer,
+        scales=scales(scale_list),
+        levels=integers("levels", level_list),
+    )
+    chosen = TrainingOptions(
         c=c,
         positive_weight=positive_weight,
         passes=passes,
@@ -108,21 +79,24 @@ def detector(
         cache_bytes=memory * 1_000_000,
         seed=seed,
     )
-    run = RunOptions(device=device, engine=engine)
-    with Progress(quiet=quiet, verb="to learn from") as progress:
+    options.check_proposals(windows)
+    with Progress(quiet=quiet, verb="to train on") as progress:
         annotated = read_annotations(voc, split=split, images=images, annotations=annotations)
         if classes is not None:
             annotated = select_classes(annotated, [name.strip() for name in classes.split(",")])
         for name, reason in annotated.problems.items():
-            progress.note(f"left out: {name}: {reason}")
+            progress.note(f"skipped: {name}: {reason}")
         for note in annotated.notes:
             progress.note(note)
+        # It imports torch, so annotations are checked first.
+        from sppfeat.detection.train_detector import train_detector
+
         done = train_detector(
             annotated,
             windows_from(windows) if windows is not None else None,
             output,
             recipe,
-            options,
+            chosen,
             run,
             overwrite=overwrite,
             observer=progress,
@@ -135,7 +109,7 @@ def detector(
     if done.interrupted:
         how = "without --overwrite, " if overwrite and done.stages else ""
         print(
-            f"sppfeat: interrupted, {counted(done.pending, 'image')} left of this pass; {how}the same command resumes",
+            f"sppfeat: interrupted, {counted(done.pending, 'image')} left in this pass; {how}the same command resumes",
             file=sys.stderr,
         )
         raise typer.Exit(130)
@@ -165,12 +139,12 @@ def _summary(done: "Training") -> str:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.stages.items())
     what = "no detector yet: " if done.file is None else f"{printable(done.file)}: detector of "
     text = (
-        f"{what}{counted(len(done.classes), 'class')}, {counted(objects, 'object')} on "
+        f"{what}{counted(len(done.classes), 'class')}, {counted(objects, 'object')} in "
         f"{counted(done.images, 'image')}, "
         f"{counted(sum(done.hard), 'hard negative')} in {counted(len(done.hard), 'pass')}\n"
         f"{done.seconds:.1f} s on {done.device}{f'; busy: {stages} (over all threads)' * bool(stages)}"
     )
     if done.failed or done.notes:
-        left_out, notes = counted(len(done.failed), "image"), counted(len(done.notes), "note")
-        text += f"\n{left_out} left out, {notes} on others: --json lists them all"
+        skipped, notes = counted(len(done.failed), "image"), counted(len(done.notes), "note")
+        text += f"\n{skipped} skipped, {notes} on others: --json lists them all"
     return text

@@ -1,4 +1,4 @@
-"""`sppfeat windows`: proposals of windows, found once and kept in a file."""
+"""`sppfeat windows`: propose windows of images."""
 
 import dataclasses
 import sys
@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sppfeat.recipe import RunOptions
+from sppfeat_cli import options
 from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.windows import Proposals
+
+_PROPOSALS = options.Defaults("sppfeat.windows:ProposalOptions")
 
 
 def register(app: typer.Typer) -> None:
@@ -18,42 +22,42 @@ def register(app: typer.Typer) -> None:
 
 
 def windows(
-    sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SOURCE...", help="Folders, images, text lists, or -.", show_default=False),
-    ],
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help="The file to write or resume.", show_default=False)
-    ],
+    sources: options.Sources,
+    output: options.Output,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="selective-search | selective-search-quality (more windows, slower)")
-    ] = "selective-search",
-    max_windows: Annotated[int, typer.Option(help="Most windows of an image.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the ranks, by which the most are chosen.")] = 0,
-    num_workers: Annotated[
-        int | None, typer.Option("-j", "--num-workers", help="Processes.", show_default="one a core")
-    ] = None,
-    root: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Names are relative to this.", show_default="the folder of all sources"),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a file that is there.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, replacing the file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and the JSON).")] = False,
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Method: selective-search, or selective-search-quality (more windows, several times slower).",
+        ),
+    ] = _PROPOSALS.method,
+    max_windows: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of windows per image.")
+    ] = _PROPOSALS.max_windows,
+    seed: options.Seed = _PROPOSALS.seed,
+    num_workers: options.NumWorkers = RunOptions.num_workers,
+    root: options.Root = None,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Propose windows that may hold objects, for `extract --windows`, `train detector` and `detect`.
 
     Run the same command again to resume: unchanged images keep their windows.
     """
+    RunOptions(num_workers=num_workers)
+    options.check_sources(sources)
+
     from sppfeat.windows import ProposalOptions, propose_folder
 
-    options = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
+    chosen = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
+    options.check_proposals(None)
     with Progress(quiet=quiet, all_listed_by=f"`sppfeat inspect {output} --failures`") as progress:
         done = propose_folder(
             sources,
             output,
-            options,
+            chosen,
             workers=num_workers,
             root=root,
             resume=resume,
@@ -78,7 +82,7 @@ def _summary(done: "Proposals") -> str:
     for count, word in (
         (done.reused, "reused"),
         (done.failed, "failed"),
-        (done.empty, "without a window"),
+        (done.empty, "without windows"),
         (done.pending, "left"),
     ):
         if count:

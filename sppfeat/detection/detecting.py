@@ -32,19 +32,19 @@ class DetectOptions:
     """Which detections are given.
 
     threshold: least score; 0 is the border that the SVMs draw between objects and windows, of which there are far more,
-    so that most objects lie below it. overlap: of two detections of a class that overlap by more, the better one stays.
-    max_detections: the most of each class in an image; the best stay.
+    so that most objects lie below it. nms: non-maximum suppression, the overlap above which the lower-scored of two
+    detections of a class is dropped. max_detections: the most of each class in an image; the best stay.
     """
 
     threshold: float = -0.5
-    overlap: float = 0.3
+    nms: float = 0.3
     max_detections: int = 100
 
     def __post_init__(self) -> None:
         if np.isnan(self.threshold):
             raise UsageError("threshold must be a number, found NaN")
-        if not 0 <= self.overlap <= 1:
-            raise UsageError(f"overlap must be a number from 0 to 1, found {self.overlap!r}")
+        if not 0 <= self.nms <= 1:
+            raise UsageError(f"nms must be a number from 0 to 1, found {self.nms!r}")
         if isinstance(self.max_detections, bool) or not 1 <= self.max_detections <= MAX_BEFORE_SUPPRESSION:
             raise UsageError(
                 f"max_detections must be a whole number from 1 to {MAX_BEFORE_SUPPRESSION}, "
@@ -156,7 +156,7 @@ class DetectorRunner:
         all_labels, all_boxes = np.concatenate(labels), np.concatenate(boxes)
         all_scores = scores[np.concatenate(chosen), all_labels]
         middle = time.perf_counter()
-        kept = suppress(all_boxes, all_scores, all_labels, options.overlap)
+        kept = suppress(all_boxes, all_scores, all_labels, options.nms)
         # Each class keeps its best, whatever the others score.
         kept = kept[_ranks(all_labels[kept]) < options.max_detections]
         self._score_seconds += middle - start

@@ -26,9 +26,9 @@ from sppfeat.recipe import RunOptions
 from sppfeat.svm import ranked_average_precision
 
 
-def complete_options(overlap: float = DetectOptions.overlap) -> DetectOptions:
+def complete_options(nms: float = DetectOptions.nms) -> DetectOptions:
     """All that suppression leaves, up to 100 per class and image (COCO's number), so that no curve ends early."""
-    return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=COCO_DETECTIONS)
+    return DetectOptions(threshold=-1e9, nms=nms, max_detections=COCO_DETECTIONS)
 
 
 @dataclass(frozen=True)

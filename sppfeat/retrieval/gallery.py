@@ -225,9 +225,9 @@ def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Galler
     Raises GalleryError when it is not a whole gallery, DeviceError.
     """
     path = Path(path)
-    load_faiss()
     while True:
         about = read_about(path)
+        load_faiss()  # after a path that is no gallery has been refused
         try:
             return _open(path, about, device)
         except GalleryError:
@@ -241,7 +241,13 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
 
 
-def _open(path: Path, about: About, device: str) -> Gallery:
+def describe_gallery(path: str | os.PathLike[str]) -> tuple[About, Recipe]:
+    """What a gallery's JSON says, without opening its other files, and so without FAISS. Raises GalleryError."""
+    about = read_about(Path(path))
+    return about, _recipe(Path(path), about)
+
+
+def _recipe(path: Path, about: About) -> Recipe:
     what = f"{path}: expected a gallery that is whole"
     try:
         recipe = Recipe.from_json(bytes(about.recipe).decode("utf-8"))
@@ -249,6 +255,11 @@ def _open(path: Path, about: About, device: str) -> Gallery:
         raise GalleryError(f"{what}, found: {one_line(error)}") from None
     if recipe.identity(about.weights_sha256) != about.recipe_hash:
         raise GalleryError(f"{what}, found a recipe that does not match its recipe_hash")
+    return recipe
+
+
+def _open(path: Path, about: About, device: str) -> Gallery:
+    recipe = _recipe(path, about)
     files = {kind: checked_file(path, kind, entry) for kind, entry in about.entries.items()}
     projection = None
     if (told := about.projection) is not None:

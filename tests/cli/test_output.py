@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -74,6 +75,20 @@ def test_failures_and_notes_are_bounded_each(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
+def test_work_without_items_has_a_bar_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for quiet in (False, True):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        with Progress(quiet=quiet) as progress:
+            for part in (0.25, 0.5, 1.0):
+                progress.part(part)
+                assert quiet or progress._bar.n == 100 * part
+        assert ("| 0/100 [" in terminal.getvalue()) is not quiet
+
+
 @pytest.mark.parametrize("command", ["extract", "windows"])
 def test_failures_are_listed_where_it_says(
     command: str, make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run
@@ -122,8 +137,8 @@ def test_an_interrupted_training_announces_no_detector(
         patch.setattr(Progress, "row", stopping)
         assert call(command, monkeypatch) == 130
         shown = capsys.readouterr()
-        assert str(det) not in shown.out and shown.out.startswith("no detector yet: 1 class, 6 objects on 6 images")
-        assert re.search(r"sppfeat: interrupted, \d images? left of this pass; the same command resumes\n$", shown.err)
+        assert str(det) not in shown.out and shown.out.startswith("no detector yet: 1 class, 6 objects in 6 images")
+        assert re.search(r"sppfeat: interrupted, \d images? left in this pass; the same command resumes\n$", shown.err)
         assert call([*command, "--overwrite", "--json"], monkeypatch) == 130
         document = json.loads(capsys.readouterr().out)
         assert document["detector"] is None and document["pending"] > 0 and not det.exists()

@@ -105,7 +105,11 @@ def test_a_part_of_a_picture(folder: Path, call: Run) -> None:
         (["index", "f.h5"], 2, "expected index STORE -o GALLERY"),
         (["index", "f.h5", "-o", "g2", "--add-to", "g"], 2, "expected index STORE -o GALLERY"),
         (["index", "--remove", "n.txt"], 2, "expected index STORE -o GALLERY"),
-        (["index", "f.h5", "--add-to", "g", "--factory", "Flat"], 2, "--factory: is fixed when a gallery is built"),
+        (
+            ["index", "f.h5", "--add-to", "g", "--factory", "Flat"],
+            2,
+            "--factory: applies only when a gallery is built with -o",
+        ),
         (["index", "f.h5", "-o", "g2", "--memory", "lots"], 2, "--memory: expected a size such as 800MB"),
         (["index", "f.h5", "-o", "g2", "--memory", "100B"], 2, "memory: 10 rows of .* take at least"),
         (["index", "f.h5", "-o", "g2", "--factory", "Flut"], 2, "FAISS refuses it .*one that works: IVF1,SQ8"),
@@ -186,8 +190,8 @@ def test_a_page_that_cannot_be_written_costs_the_page_alone(
     def refused(*given: object) -> None:
         raise ReportError("p.html: cannot be written: the disk is full")
 
-    monkeypatch.setattr("sppfeat.retrieval.search.write_hits_page", refused)
-    monkeypatch.setattr("sppfeat.retrieval.duplicates.write_duplicates_page", refused)
+    monkeypatch.setattr("sppfeat.retrieval.write_hits_page", refused)
+    monkeypatch.setattr("sppfeat.retrieval.write_duplicates_page", refused)
     call("index", "f.h5", "-o", "g")
     for arguments, key in ((("search", "g", "f.h5"), "results"), (("duplicates", "f.h5"), "groups")):
         code, out, errors = call(*arguments, "--html", "p.html", "--json")

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 from voc_xml import xml
 
-from sppfeat import ModelError, Recipe, UsageError
+from sppfeat import ModelError, UsageError
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner
 from sppfeat.detection.detector import detection_recipe, open_detector, save_detector
@@ -376,7 +376,7 @@ def test_options(tmp_path: Path, voc: Path, windows: dict[str, np.ndarray]) -> N
     for change in ({"c": 0.0}, {"positive_weight": -1.0}, {"negative_overlap": 0.0}, {"passes": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(change))):
             TrainingOptions(**change)  # type: ignore[arg-type]
-    for change in ({"threshold": float("nan")}, {"overlap": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
+    for change in ({"threshold": float("nan")}, {"nms": 1.5}, {"max_detections": 0}, {"max_detections": 401}):
         with pytest.raises(UsageError, match=next(iter(change))):
             DetectOptions(**change)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a detector needs dtype 'float32'"):
@@ -509,19 +509,3 @@ def test_command_line_on_coco_without_windows(
     path = tmp_path / "nine.h5"
     train_detector(annotated, open_windows(tmp_path / "few.h5"), path, replace(SMALL, scales=(64,)), OPTIONS)
     assert open_detector(path).proposals.max_windows == 9
-
-
-def test_defaults_of_the_command_line_are_those_of_the_library() -> None:
-    import inspect
-
-    from sppfeat_cli.train_detector import detector
-
-    parameters = inspect.signature(detector).parameters
-    options, recipe = TrainingOptions(), detection_recipe()
-    for name in ("c", "positive_weight", "passes", "box_regression", "seed"):
-        assert parameters[name].default == getattr(options, name)
-    shown = {name: parameters[name].annotation.__metadata__[0].show_default for name in ("scale_list", "level_list")}
-    assert shown["scale_list"] == ",".join(map(str, recipe.scales))
-    assert shown["level_list"] == ",".join(map(str, recipe.levels))
-    assert abs(parameters["memory"].default * 1_000_000 - options.cache_bytes) < 1_000_000
-    assert isinstance(recipe, Recipe)

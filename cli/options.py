@@ -1,0 +1,264 @@
+"""The options that several commands share: each declared once, with one name, one help text and one meaning."""
+
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sppfeat.errors import UsageError, require_extra, unknown_name
+from sppfeat.recipe import ENGINES
+from sppfeat_cli.output import integers, numbers
+
+if TYPE_CHECKING:
+    from sppfeat.retrieval import ProjectionOptions
+
+
+def one_of(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+class Defaults:
+    """The library's defaults by name: fields of a class of options, or parameters of a function, or fields of what a
+    function returns. Each is looked up when a command runs or shows its help, because most rooms import NumPy.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+
+    def __getattr__(self, name: str) -> Any:
+        return _Default(self._place, name)
+
+
+class _Default:
+    def __init__(self, place: str, name: str) -> None:
+        self._place, self._name = place, name
+
+    def __call__(self) -> Any:
+        room, _, name = self._place.partition(":")
+        holder = getattr(import_module(room), name)
+        if not isinstance(holder, type):
+            parameters = inspect.signature(holder).parameters
+            if self._name in parameters:
+                return parameters[self._name].default
+            holder = holder()
+        value = getattr(holder, self._name)
+        return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+    def __str__(self) -> str:
+        return str(self())
+
+    def __bool__(self) -> bool:
+        return bool(self())
+
+
+# Sources, output, and what is printed.
+
+_SOURCES = "Folders, images, text lists (.txt, one path per line), or - for a list on standard input"
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help=f"{_SOURCES}.", show_default=False)]
+SourcesOrStores = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help=f"{_SOURCES}, or stores.", show_default=False)
+]
+Output = Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Output file.", show_default=False)]
+OutputFolder = Annotated[
+    str | None, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an existing output file.")]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Folder that names are relative to.", show_default="the deepest that holds all sources"
+    ),
+]
+Html = Annotated[str | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
+Report = Annotated[str | None, typer.Option(metavar="FILE", help="Also write an HTML report.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print results as one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress, notes or summary.")]
+
+# How fast, and chance.
+
+_DEVICES = "auto, cpu, cuda or cuda:N"
+Device = Annotated[str, typer.Option(metavar="NAME", help=f"Device: {_DEVICES}.")]
+Devices = Annotated[
+    str, typer.Option(metavar="NAME", help="Device: auto, cpu, cuda, cuda:N, or several GPUs as cuda:N,M,...")
+]
+IndexDevice = Annotated[str, typer.Option(metavar="NAME", help="Device that builds the index: cpu, cuda or cuda:N.")]
+SearchDevice = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Device: {_DEVICES}; the index uses a GPU only if one is named.")
+]
+Engine = Annotated[str, typer.Option(metavar="NAME", help=f"Inference engine: {one_of(ENGINES)}.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("-b", "--batch-size", metavar="N", help="Maximum batch size.", show_default="by device"),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(
+        "-j", "--num-workers", metavar="N", help="Number of worker threads or processes.", show_default="one per core"
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Random seed.")]
+
+# The recipe.
+
+Backbone = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME; see `sppfeat models`."),
+]
+Weights = Annotated[
+    str, typer.Option(metavar="FILE", help="Weights file (.safetensors or .pth), `pretrained` or `random`.")
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Layer whose output is pooled; see `sppfeat models NAME`.", show_default="by backbone"
+    ),
+]
+Scales = Annotated[
+    str, typer.Option("--scales", metavar="PIXELS,...", help="Short sides of the resized image, or `native`.")
+]
+Levels = Annotated[
+    str, typer.Option("--levels", metavar="N,...", help="Pyramid levels; level n is a grid of n x n bins.")
+]
+StoredLevels = Annotated[
+    str | None,
+    typer.Option("--levels", metavar="N,...", help="Levels of the stored pyramid to use.", show_default="all"),
+]
+
+# SVMs.
+
+Labels = Annotated[
+    str | None,
+    typer.Option(metavar="CSV", help="Labels, in columns name,label[,split].", show_default="parent folders"),
+]
+Costs = Annotated[
+    str | None,
+    typer.Option("--c", metavar="C,...", help="Cost C, or several to choose from.", show_default="see --c-grid"),
+]
+CostGrid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Costs to choose from: decades (6 from 0.01 to 1000) or vissl (VISSL's 11 in that range).",
+        show_default="decades",
+    ),
+]
+PositiveWeight = Annotated[float, typer.Option(metavar="X", help="Weight of positives relative to negatives.")]
+
+# Retrieval.
+
+Neighbors = Annotated[int, typer.Option("-k", metavar="N", help="Number of neighbors per query.")]
+Expand = Annotated[
+    int, typer.Option(metavar="N", help="Search again with the query and its N nearest neighbors combined.")
+]
+Alpha = Annotated[
+    float, typer.Option(metavar="X", help="Exponent of the score that weights each neighbor in --expand.")
+]
+Project = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Project onto N principal components.", show_default="512 with --whiten"),
+]
+Whiten = Annotated[bool, typer.Option("--whiten", help="Whiten the components.")]
+WhitenPower = Annotated[float, typer.Option(metavar="X", help="Strength of whitening, from 0 (PCA only) to 1 (full).")]
+Shrinkage = Annotated[
+    float,
+    typer.Option(metavar="X", help="Shrinkage of variances towards their mean before whitening, from 0 to 1."),
+]
+WhiteningFrom = Annotated[
+    str | None,
+    typer.Option(metavar="STORE", help="Learn the projection from this store.", show_default="the gallery's store"),
+]
+
+# Detection.
+
+DetectorFile = Annotated[
+    str, typer.Argument(metavar="DETECTOR", help="Detector made by `sppfeat train detector`.", show_default=False)
+]
+VocRoot = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[VOCROOT]",
+        help="Folder in the VOC layout (JPEGImages, Annotations, ImageSets/Main).",
+        show_default=False,
+    ),
+]
+Images = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of images, if not in the VOC layout.", show_default=False)
+]
+Annotations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|JSON",
+        help="Annotations of --images: a folder of VOC XML files, or a COCO instances file.",
+        show_default=False,
+    ),
+]
+_WINDOWS = "a file made by `sppfeat windows`, or a .csv or .json file of name,x1,y1,x2,y2 in pixels"
+Windows = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help=f"Windows of the images: {_WINDOWS}.", show_default="proposed automatically"),
+]
+DescribedWindows = Annotated[
+    str | None,
+    typer.Option("--windows", metavar="FILE", help=f"Windows to describe: {_WINDOWS}.", show_default="whole images"),
+]
+Nms = Annotated[
+    float,
+    typer.Option(
+        metavar="IOU", help="Non-maximum suppression: overlap (IoU) above which the lower-scored detection is dropped."
+    ),
+]
+
+
+def split(default: str) -> Any:
+    """`--split` of a VOC layout."""
+    return typer.Option(metavar="NAME", help="Image list in ImageSets/Main.", show_default=default)
+
+
+def costs(c: str | None, grid: str | None) -> tuple[float, ...]:
+    """The costs that --c and --c-grid name."""
+    from sppfeat.svm import COST_GRIDS
+
+    if c is not None and grid is not None:
+        raise UsageError("--c and --c-grid: expected one of them, found both")
+    if c is not None:
+        return numbers("c", c)
+    if (grid or "decades") not in COST_GRIDS:
+        raise UsageError(unknown_name("c_grid", str(grid), COST_GRIDS))
+    return COST_GRIDS[grid or "decades"]
+
+
+def stored_levels(text: str | None) -> tuple[int, ...] | None:
+    """The levels that --levels names; None: all."""
+    return integers("levels", text) if text is not None else None
+
+
+def projection_options(
+    project: int | None, whiten: bool, power: float, shrinkage: float, whitening_from: str | None, seed: int = 0
+) -> "ProjectionOptions | None":
+    """What --project, --whiten and the options that go with them ask for; None: no projection."""
+    from sppfeat.retrieval import DEFAULT_DIMS, ProjectionOptions
+
+    if project is None and not whiten:
+        if whitening_from is not None:
+            raise UsageError("--whitening-from: expected --whiten or --project with it")
+        return None
+    dims = DEFAULT_DIMS if project is None else project
+    return ProjectionOptions(dims=dims, whiten=whiten, power=power, shrinkage=shrinkage, seed=seed)
+
+
+def check_sources(sources: Iterable[str]) -> None:
+    """Raise UsageError for a source that does not exist, in the library's words but before it is imported."""
+    for source in sources:
+        if source != "-" and not os.path.lexists(source):
+            raise UsageError(f"{source}: no such file or folder")
+
+
+def check_proposals(windows: str | None) -> None:
+    """Raise MissingExtraError if windows are to be proposed and OpenCV is not installed."""
+    if windows is None:
+        require_extra("cv2", "detect", "selective search")
