@@ -14,6 +14,8 @@ child that has torch and timm imported already, and belongs to the goal of the c
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib.util
 import os
 import platform
 import shutil
@@ -149,6 +151,10 @@ class Row:
 
 def prepare(folder: Path) -> tuple[Row, ...]:
     """Make the files that the commands read, and with them the warm cache."""
+    for package in ("sppfeat", "sppfeat_cli"):  # as installing them does; a checkout may not be allowed to
+        spec = importlib.util.find_spec(package)
+        for place in (spec and spec.submodule_search_locations) or ():
+            compileall.compile_dir(place, quiet=1)
     warm, cold = folder / "warm", folder / "cold"
     store, gallery, svm = folder / "photos.h5", folder / "photos.gallery", folder / "photos.svm"
     detector, windows, fresh = folder / "detector.h5", folder / "windows.csv", folder / "fresh.h5"
