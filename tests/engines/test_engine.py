@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -197,6 +198,18 @@ def test_openvino_that_is_not_installed(make_images: Callable[..., Path], tmp_pa
     assert "engine openvino needs openvino, which is not installed: pip install 'sppfeat[cpu]'" in refused.stderr
     done = run("--json")
     assert done.returncode == 0 and json.loads(done.stdout)["engine"] == "torch" and "warning" not in done.stderr
+
+
+def test_openvinos_converter_is_imported_when_it_is_used() -> None:
+    code = """
+        import sys
+        from sppfeat.engines.openvino_engine import import_openvino
+        openvino = import_openvino()
+        assert openvino is import_openvino() and not [name for name in sys.modules if name.startswith("openvino.tools")]
+        assert not hasattr(openvino, "nothing")
+        assert openvino.convert_model.__module__ == "openvino.tools.ovc.convert"
+    """
+    subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], check=True, timeout=60)
 
 
 class _Constant(nn.Module):
