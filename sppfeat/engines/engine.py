@@ -93,6 +93,7 @@ def choose_engine(recipe: Recipe, options: RunOptions) -> str:
 def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     """The engine that runs a network under these options; see `choose_engine`.
 
+    Where the network has to be converted first, its `note` is told before.
     Should the engine that `auto` took fail on this network, torch takes its place with a SppFeatWarning. An engine
     asked for by name is given or refused. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """

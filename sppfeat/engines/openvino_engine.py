@@ -7,6 +7,7 @@ their descriptions, named by all that they were made from. One that this version
 from __future__ import annotations
 
 import contextlib
+import importlib
 import platform
 import re
 import sys
@@ -29,16 +30,33 @@ TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 1e-1}
 _HINT: Final = {"float32": "f32", "bfloat16": "bf16"}
 # Each is some 10 to 200 MB; those used last stay.
 _KEPT_ENTRIES: Final = 24
+_CONVERTER: Final = "openvino.tools.ovc"
 
 
 def import_openvino() -> Any:
-    """The module openvino, which then tells nobody of its use.
+    """The module openvino, without its converter of other programs' files, which then is imported when it is used.
 
-    Its converter reports each import to an analytics host, through a package that it does without where that is not
-    there. Raises MissingExtraError.
+    A third of the time that importing openvino takes is the converter's, which also reports each import to an
+    analytics host. openvino does without either where it is not there. Raises MissingExtraError.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
-    return require_extra("openvino", "cpu", "engine openvino")
+    if "openvino" in sys.modules:
+        return require_extra("openvino", "cpu", "engine openvino")
+    sys.modules[_CONVERTER] = None  # type: ignore[assignment]
+    try:
+        openvino = require_extra("openvino", "cpu", "engine openvino")
+    finally:
+        sys.modules.pop(_CONVERTER, None)
+    if not hasattr(openvino, "convert_model"):
+        vars(openvino)["__getattr__"] = _later
+    return openvino
+
+
+def _later(name: str) -> Any:
+    """What the module openvino lacks, for programs that use it besides sppfeat."""
+    if name == "convert_model":
+        return importlib.import_module(_CONVERTER).convert_model
+    raise AttributeError(f"module 'openvino' has no attribute {name!r}")
 
 
 class OpenVinoEngine:
@@ -72,6 +90,7 @@ class OpenVinoEngine:
         entry = _entry(self._description)
         self._compiled = _read_entry(entry, options)
         if self._compiled is None:
+            network.note_preparing()
             from sppfeat.engines.openvino_conversion import convert
 
             self._compiled = convert(network.backbone, options, _odd_size(self._description))

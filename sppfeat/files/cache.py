@@ -34,19 +34,18 @@ def cache_key(made_from: dict[str, object]) -> str:
 def read_entry(entry: Path) -> bytes | None:
     """What an entry holds; None when there is none that is whole and this user's."""
     try:
-        with open(entry, "rb") as file:
+        with open(entry, "rb", buffering=0) as file:  # a body is some 10 MB: read once, into its place
             # Compiled networks are trusted as programs are: another user's are not read.
             if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid != os.geteuid():
                 return None
-            content = file.read()
+            header, body = file.read(_HEADER), file.read()
     except OSError:
         return None
-    body = memoryview(content)[_HEADER:]
-    if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != content[len(_MAGIC) : _HEADER]:
+    if header != _MAGIC + hashlib.sha256(body).digest():
         return None
     with contextlib.suppress(OSError):
         os.utime(entry)
-    return bytes(body)
+    return body
 
 
 def write_entry(entry: Path, body: bytes, *, kept: int) -> None:

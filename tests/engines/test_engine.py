@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -199,6 +200,18 @@ def test_openvino_that_is_not_installed(make_images: Callable[..., Path], tmp_pa
     assert done.returncode == 0 and json.loads(done.stdout)["engine"] == "torch" and "warning" not in done.stderr
 
 
+def test_openvinos_converter_is_imported_when_it_is_used() -> None:
+    code = """
+        import sys
+        from sppfeat.engines.openvino_engine import import_openvino
+        openvino = import_openvino()
+        assert openvino is import_openvino() and not [name for name in sys.modules if name.startswith("openvino.tools")]
+        assert not hasattr(openvino, "nothing")
+        assert openvino.convert_model.__module__ == "openvino.tools.ovc.convert"
+    """
+    subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], check=True, timeout=60)
+
+
 class _Constant(nn.Module):
     """Multiplies by the map's height, in a way that tracing takes for a constant."""
 
@@ -274,6 +287,33 @@ def test_a_compiled_network_is_kept_and_read_back(own_cache: Path, monkeypatch: 
     second = load(TINY, OPENVINO)
     assert np.array_equal(cells(first, images(1, 70, 90)), cells(second, images(1, 70, 90)))
     assert entry.stat().st_mode & 0o077 == 0 and own_cache.stat().st_mode & 0o077 == 0
+
+
+def test_preparing_is_said_before_it_begins_and_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    said = ["preparing timm:test_resnet for this processor, once"]
+
+    def prepare() -> list[str]:
+        notes.clear()
+        load_engine(Network(TINY, notes.append), OPENVINO)
+        return notes
+
+    assert prepare() == said  # describing and converting are one wait
+    assert prepare() == []
+    (compiled,) = own_cache.glob("*.bin")
+    compiled.unlink()
+    assert prepare() == said
+    (description,) = own_cache.glob("*.json")
+    description.unlink()
+    assert prepare() == said
+
+    def building(recipe: Recipe) -> None:
+        raise BackboneError(f"after {notes}")
+
+    compiled.unlink()
+    monkeypatch.setattr("sppfeat.backbones.backbone.load_backbone", building)
+    with pytest.raises(BackboneError, match=r"after \['preparing"):
+        prepare()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign", "stale", "folder"])
