@@ -1,5 +1,6 @@
 """The Typer app: commands parse, make one library call, and print."""
 
+import logging
 import os
 import signal
 import sys
@@ -80,6 +81,10 @@ def run() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning
+    if sys.stderr is not None and sys.stderr.isatty() and "--quiet" not in sys.argv:
+        # What the library waits for; whoever looks at a log has the results.
+        logging.getLogger("sppfeat").setLevel(logging.INFO)
+        logging.getLogger("sppfeat").addHandler(logging.StreamHandler(sys.stderr))
     try:
         with results_alone(as_json="--json" in sys.argv):
             app()

@@ -1,7 +1,7 @@
 """`sppfeat detect`: detect objects in images."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,9 +11,7 @@ from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.detection import DetectionPage, Detections, Detector, DrawingFolder
-    from sppfeat.errors import ReportError
-    from sppfeat.images import ImageList
+    pass
 
 _DETECT = options.Defaults("sppfeat.detection:DetectOptions")
 
@@ -56,6 +54,7 @@ def detect(
     from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
+    from sppfeat_cli.detect_results import Results
 
     chosen = DetectOptions(threshold=threshold, nms=nms, max_detections=max_detections)
     page_path = check_page(html, overwrite=overwrite) if html is not None else None
@@ -65,7 +64,7 @@ def detect(
     page = DetectionPage(model) if page_path is not None else None
     drawings = DrawingFolder(draw, sources, overwrite=overwrite) if draw is not None else None
     with Progress(quiet=quiet) as progress:
-        results = _Results(progress, model, drawings, page, as_json)
+        results = Results(progress, model, drawings, page, as_json)
         done = detect_images(model, sources, boxes, chosen, run, observer=results, stop=progress.stop.is_set)
         for note in done.notes:
             progress.note(note)
@@ -105,63 +104,3 @@ def detect(
         raise typer.Exit(130)
     if done.failed or done.notes or results.not_drawn:
         raise typer.Exit(3)
-
-
-class _Results:
-    """Prints or collects detections, and draws them.
-
-    not_drawn: images that could not be drawn, and why. unwritten: errors that stopped the drawing.
-    """
-
-    def __init__(
-        self,
-        progress: Progress,
-        model: "Detector",
-        drawings: "DrawingFolder | None",
-        page: "DetectionPage | None",
-        as_json: bool,
-    ) -> None:
-        self._progress, self._model, self._as_json = progress, model, as_json
-        self._drawings, self._page = drawings, page
-        self.found_on: dict[str, dict[str, Any]] = {}
-        self.not_drawn: dict[str, str] = {}
-        self.unwritten: list[ReportError] = []
-
-    def listed(self, images: "ImageList") -> None:
-        if self._drawings is not None:
-            self._drawings.plan(images)
-
-    def started(self, *, todo: int, reused: int) -> None:
-        self._progress.started(todo=todo, reused=reused)
-
-    def row(self, name: str, error: str | None) -> None:
-        self._progress.row(name, error)
-
-    def found(self, path: str, name: str, found: "Detections") -> None:
-        from sppfeat.errors import ImageError, ReportError
-
-        entries: list[dict[str, Any]] = [
-            {
-                "label": self._model.classes[int(label)],
-                "score": round(float(score), 4),
-                "box": [round(float(edge), 2) for edge in box],
-            }
-            for label, score, box in zip(found.labels, found.scores, found.boxes, strict=True)
-        ]
-        if self._as_json:
-            self.found_on[name] = {"image": name, "detections": entries}
-        else:
-            for entry in entries:
-                box = ",".join(f"{edge:.0f}" for edge in entry["box"])
-                typer.echo(f"{printable(name)}\t{printable(entry['label'])}\t{entry['score']:.3f}\t{box}")
-        if self._drawings is not None:
-            try:
-                self._drawings.draw(path, name, found, self._model.classes)
-            except ImageError as error:
-                self.not_drawn[name] = str(error)
-                self._progress.note(f"not drawn: {name}: {error}")
-            except ReportError as error:
-                self.unwritten.append(error)
-                self._drawings = None
-        if self._page is not None:
-            self._page.add(path, name, found)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final, Self
 
+from sppfeat.progress import Observer
 from sppfeat_cli.output import counted, printable
 
 SECOND_SIGNAL_SECONDS: Final = 0.5
@@ -17,7 +18,7 @@ SECOND_SIGNAL_SECONDS: Final = 0.5
 LISTED: Final = 10
 
 
-class Progress:
+class Progress(Observer):
     """A line for each of the first failures and notes, the number of the others, and a bar on a terminal.
 
     Work is counted in items (`started`, `row`) or, without any, in parts of 1 (`part`).

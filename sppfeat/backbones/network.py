@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
 from typing import TYPE_CHECKING
 
 from sppfeat.backbones.description import Description, keep_description, read_description
@@ -12,16 +12,18 @@ from sppfeat.recipe import Recipe
 if TYPE_CHECKING:
     from sppfeat.backbones.backbone import Backbone
 
+_log = logging.getLogger(__name__)
+
 
 class Network:
     """A network by its recipe. Raises BackboneError and UsageError, as `load_backbone` does, when it is looked at.
 
-    note: is told, at most once, what a wait of seconds is that a machine has the first time alone.
+    What takes seconds, and only the first time on a machine, is logged before it begins, at level INFO.
     """
 
-    def __init__(self, recipe: Recipe, note: Callable[[str], None] | None = None) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self._asked = recipe
-        self._note = note
+        self._told = False
 
     @functools.cached_property
     def description(self) -> Description:
@@ -33,9 +35,9 @@ class Network:
 
     def note_preparing(self) -> None:
         """Say that what follows prepares the network, unless that was said: describing and converting are one wait."""
-        if self._note is not None:
-            note, self._note = self._note, None
-            note(f"preparing {self._asked.backbone} for this processor, once")
+        if not self._told:
+            self._told = True
+            _log.info("preparing %s for this processor, once", self._asked.backbone)
 
     @functools.cached_property
     def backbone(self) -> Backbone:
