@@ -96,7 +96,7 @@ def test_a_part_of_a_picture(folder: Path, call: Run) -> None:
     assert nearest(f"0,0,{width - 1},{height - 1}") == ("0003.png", pytest.approx(1, abs=1e-3))
     assert nearest("0,0,20,20")[1] < 0.999
     code, _, errors = call("search", "g", query, "--box", "0,0,20,2000")
-    assert code == 3 and f"reaches outside the picture of {width} x {height} pixels" in errors
+    assert code == 3 and f"reaches outside the image of {width} x {height} pixels" in errors
 
 
 @pytest.mark.parametrize(
