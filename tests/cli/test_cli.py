@@ -16,11 +16,11 @@ from typer.main import get_command
 
 import sppfeat
 from sppfeat import open_store
-from sppfeat_cli.app import app
+from sppfeat_cli.app import build
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY_FLAGS = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1"]
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = get_command(build()).commands  # type: ignore[attr-defined]
 
 
 def test_extract_and_inspect(make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Run) -> None:

@@ -20,7 +20,7 @@ from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.retrieval import DEFAULT_DIMS, IndexOptions, SearchOptions, create_gallery
 from sppfeat.windows import ProposalOptions
 from sppfeat_cli import main
-from sppfeat_cli.app import app
+from sppfeat_cli.app import build
 
 # Names whose values, or what they are of, differ by command, which their texts say.
 VARIED = {"--output", "--device", "--levels", "--windows", "--memory", "--c", "--weights", "--threshold", "--method"}
@@ -35,7 +35,7 @@ def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{name}{key}", command
 
 
-COMMANDS = dict(commands(get_command(app)))
+COMMANDS = dict(commands(get_command(build())))
 
 
 def defaults(name: str) -> dict[str, Any]:
