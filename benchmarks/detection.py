@@ -105,11 +105,11 @@ class WarpingDescriber(Describer):
 
     def warped(self, path: str, windows: np.ndarray) -> np.ndarray:
         """[K, D] descriptors of windows [K, 4]."""
-        picture = read_image(path).pixels
+        image = read_image(path).pixels
 
         def forward(part: np.ndarray) -> np.ndarray:
             crops = [
-                np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x1, y1, x2 + 1, y2 + 1)))
+                np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x1, y1, x2 + 1, y2 + 1)))
                 for x1, y1, x2, y2 in part
             ]
             with torch.inference_mode():

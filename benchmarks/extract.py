@@ -9,7 +9,7 @@ to the last row done; the whole process counts imports and loading of the networ
 Peak memory is that of the largest single process.
 
 The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward
-is the engine over pictures that are decoded already, decode is decoding and resizing alone, each over all cores.
+is the engine over images that are decoded already, decode is decoding and resizing alone, each over all cores.
 
 With `--thingsvision PYTHON`, the Python of an environment that has thingsvision (and timm), the same backbone over the
 same files is measured there too.
@@ -174,12 +174,12 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     with ThreadPoolExecutor(os.cpu_count()) as decoders:
         list(decoders.map(decode, paths[:20]))
         start = time.perf_counter()
-        pictures = list(decoders.map(decode, paths))
+        images = list(decoders.map(decode, paths))
         decoding = time.perf_counter() - start
     with ThreadPoolExecutor(runner.streams) as forwarders:
-        # As in a run: the first picture of each shape costs the network's preparation for it.
+        # As in a run: the first image of each shape costs the network's preparation for it.
         start = time.perf_counter()
-        list(forwarders.map(forward, pictures))
+        list(forwarders.map(forward, images))
         forwarding = time.perf_counter() - start
     print(decoding + forwarding, decoding, forwarding)
 
@@ -220,7 +220,7 @@ def main() -> None:
 
     suffixes = (".jpg", ".jpeg", ".png")
     files = sorted(path for path in arguments.data.resolve().rglob("*") if path.suffix.lower() in suffixes)
-    # From all over the list, so that all classes, and with them all picture shapes, take part.
+    # From all over the list, so that all classes, and with them all image shapes, take part.
     some = files[:: max(1, len(files) // arguments.files)][: arguments.files]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "timm", "pillow"))
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
@@ -248,10 +248,10 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
     if python is not None:
         sides[f"thingsvision, {size} centre crop"] = ("thingsvision", listing, name, size)
     for text, crop, precision, engine in (
-        (f"sppfeat, whole picture, short side {size}", "none", "float32", "auto"),
+        (f"sppfeat, whole image, short side {size}", "none", "float32", "auto"),
         (f"sppfeat, {size} centre crop (equal pixels)", "center", "float32", "auto"),
-        ("sppfeat, whole picture, bfloat16", "none", "bfloat16", "auto"),
-        ("sppfeat, whole picture, torch engine", "none", "float32", "torch"),
+        ("sppfeat, whole image, bfloat16", "none", "bfloat16", "auto"),
+        ("sppfeat, whole image, torch engine", "none", "float32", "torch"),
     ):
         sides[text] = ("ours", listing, name, size, crop, precision, engine, store)
     run("ours", listing, name, size, "none", "float32", "auto", store)  # converts the networks, once for a machine

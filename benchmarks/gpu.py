@@ -5,7 +5,7 @@
 Prints Markdown: values first (it stops where one is wrong), then images a second of the bare network and from JPEG
 files to a store, the pyramid over whole maps against torch and against the bandwidth of a copy, windows against
 roi_pool, the SVM's Gram matrix and solution, and FAISS. Where there is no GPU it says so, and runs the kernels in
-Triton's interpreter against plain torch instead: values, no times. Without `--images`, random pictures are written as
+Triton's interpreter against plain torch instead: values, no times. Without `--images`, random images are written as
 JPEG files.
 """
 
@@ -101,13 +101,13 @@ def extraction(folder: Path, count: int) -> None:
     files = sorted(folder.rglob("*.jpg"))[:count]
     backbone = load_backbone(recipe).to(torch.device("cuda"))
     shape = prepare_image(str(files[0]), backbone.description.recipe).inputs[0].shape
-    pictures = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
+    images = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
     with torch.inference_mode():
-        eager = len(pictures) / median(lambda: backbone.feature_map(pictures))
+        eager = len(images) / median(lambda: backbone.feature_map(images))
         print(f"| bare network, bfloat16, eager, batches of 128, {shape[0]} x {shape[1]} | {eager:.0f} | |")
         compiled = torch.compile(backbone.trunk, mode="max-autotune-no-cudagraphs")
-        inputs = pictures.permute(0, 3, 1, 2).to(torch.bfloat16)
-        fastest = len(pictures) / median(lambda: compiled(inputs))
+        inputs = images.permute(0, 3, 1, 2).to(torch.bfloat16)
+        fastest = len(images) / median(lambda: compiled(inputs))
         print(f"| bare network, bfloat16, compiled | {fastest:.0f} | 1.00 |")
     listing = folder / "all.txt"
     listing.write_text("\n".join(map(str, files)) + "\n")
@@ -200,8 +200,8 @@ def search() -> None:
     print(f"\nFAISS, exact, 200,000 x 512, 10 neighbours: {10_000 / seconds:.0f} queries/s")
 
 
-def pictures_in(folder: Path, count: int) -> None:
-    """Random pictures, smooth as photographs are, as baseline JPEG files of 500 x 375."""
+def images_in(folder: Path, count: int) -> None:
+    """Random images, smooth as photographs are, as baseline JPEG files of 500 x 375."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.images is None:
-            pictures_in(folder, arguments.count)
+            images_in(folder, arguments.count)
         else:
             for number, path in enumerate(sorted(arguments.images.rglob("*.jpg"))[: arguments.count]):
                 (folder / f"{number:05}.jpg").symlink_to(path.resolve())

@@ -1,4 +1,4 @@
-"""Search: what the library adds to the raw FAISS call, a million rows in each index, and one query picture's stages.
+"""Search: what the library adds to the raw FAISS call, a million rows in each index, and one query image's stages.
 
     python benchmarks/search.py
 
@@ -173,7 +173,7 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
 
 
 def stages(folder: str) -> dict[str, Any]:
-    """One query picture on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
+    """One query image on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
     from sppfeat.retrieval.gallery import create_gallery, open_gallery
     from sppfeat.retrieval.search import SearchOptions, describer_for, search_descriptors, search_images
@@ -187,16 +187,16 @@ def stages(folder: str) -> dict[str, Any]:
     started = time.perf_counter()
     describer = describer_for(gallery, options)
     loading = time.perf_counter() - started
-    picture = str(next(iter(sorted(PHOTOS.rglob("*.jpg")))))
+    image = str(next(iter(sorted(PHOTOS.rglob("*.jpg")))))
     rounds: dict[str, list[float]] = {"decode": [], "forward": [], "search": [], "whole": []}
     for _ in range(18):
         before = (describer.times.decode, describer.times.forward)
         started = time.perf_counter()
-        search_images(gallery, [picture], SearchOptions(k=K), describer=describer)
+        search_images(gallery, [image], SearchOptions(k=K), describer=describer)
         rounds["whole"].append(time.perf_counter() - started)
         rounds["decode"].append(describer.times.decode - before[0])
         rounds["forward"].append(describer.times.forward - before[1])
-        (done,) = describer.describe([picture])
+        (done,) = describer.describe([image])
         assert done.rows is not None
         started = time.perf_counter()
         search_descriptors(gallery, done.rows, SearchOptions(k=K))
@@ -243,7 +243,7 @@ def main() -> None:
         if "stages" in arguments.parts:
             found = run("stages", temporary)
             table(
-                "one query picture, 1 thread a picture, default recipe, on the CPU, warm, medians of 15",
+                "one query image, 1 thread an image, default recipe, on the CPU, warm, medians of 15",
                 "once: open the gallery | once: load the network | decode and resize | network and pooling | search "
                 "13 x 16,000 | whole call",
             )

@@ -47,13 +47,13 @@ class Recipe:
     fuse: how the descriptors of several scales become one: `mean`, `max` or `concat`.
     normalize: of each scale's descriptor, before `fuse`: `l2`, `signed-sqrt-l2` or `none`.
     precision: of the network's arithmetic. dtype: of the stored values.
-    crop: `none` describes the whole picture; `center` its central square, resized so that the scale is 7/8 of
+    crop: `none` describes the whole image; `center` its central square, resized so that the scale is 7/8 of
         the short side, as the ImageNet habit is.
-    size_multiple: both sides of the resized picture are rounded to a multiple of this; 1 = exact.
-    min_side, max_aspect: a picture with a shorter side, or a larger long/short ratio, fails.
-    max_pixels: a picture with more pixels than this once resized fails (bounds memory at `native`).
+    size_multiple: both sides of the resized image are rounded to a multiple of this; 1 = exact.
+    min_side, max_aspect: an image with a shorter side, or a larger long/short ratio, fails.
+    max_pixels: an image with more pixels than this once resized fails (bounds memory at `native`).
     mean, std, interpolation: the network's input; None: what its weights were trained with.
-    orientation: `exif` turns the picture upright; `ignore` takes the pixels as stored.
+    orientation: `exif` turns the image upright; `ignore` takes the pixels as stored.
     jpeg_draft: let the JPEG decoder shrink by 2, 4 or 8 while decoding; faster on large photographs, other values.
 
     Raises UsageError, naming the field, when a value cannot be.
@@ -182,7 +182,7 @@ class RunOptions:
     device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`, or several GPUs, `cuda:N,M,...`: one process
         each (`extract_folder` alone).
     engine: `auto` (the fastest that is installed and runs the network), `torch` or `openvino`.
-    batch_size: most pictures in one forward pass; None: chosen for the device.
+    batch_size: most images in one forward pass; None: chosen for the device.
     num_workers: decoding threads; None: one for each core.
     """
 

@@ -58,9 +58,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def make_images(tmp_path: Path) -> Callable[..., Path]:
-    """Write `count` small random pictures of a few sizes to a folder below `tmp_path`; returns the folder.
+    """Write `count` small random images of a few sizes to a folder below `tmp_path`; returns the folder.
 
-    Pictures that are there already stay untouched, so that a larger count only adds some.
+    Images that are there already stay untouched, so that a larger count only adds some.
     """
 
     def make(count: int, folder: str = "images", *, seed: int = 0) -> Path:

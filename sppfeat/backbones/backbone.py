@@ -30,7 +30,7 @@ _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network's weights expect: normalisation of values in 0..1, and how pictures were resized."""
+    """What a network's weights expect: normalisation of values in 0..1, and how images were resized."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -66,12 +66,12 @@ class Backbone:
 
     @property
     def trunk(self) -> torch.fx.GraphModule:
-        """The module from normalised pictures [N, 3, H, W] to the feature map [N, C, h, w]."""
+        """The module from normalised images [N, 3, H, W] to the feature map [N, C, h, w]."""
         return self._trunk
 
-    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB pictures [N, H, W, 3] on the same device."""
-        inputs = pictures.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
+    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB images [N, H, W, 3] on the same device."""
+        inputs = images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
         output: torch.Tensor = self._running(inputs.to(self._dtype))
         return output
 

@@ -45,17 +45,17 @@ class RecurringPasses:
         self._recorded: dict[torch.Size, Pass] = {}
         self._records = True
 
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        shape = pictures.shape
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        shape = images.shape
         recorded = self._recorded.pop(shape, None)
         if recorded is not None:
             self._recorded[shape] = recorded
-            return recorded(pictures)
-        output = self._run(pictures)
+            return recorded(images)
+        output = self._run(images)
         if self._records:
             seen = self._seen.pop(shape, 0) + 1
             if seen >= _RECURS:
-                self._record(pictures, output)
+                self._record(images, output)
             else:
                 self._seen[shape] = seen
                 if len(self._seen) > _MOST_COUNTED:
@@ -68,13 +68,13 @@ class RecurringPasses:
         self._seen.clear()
         self._capture = None
 
-    def _record(self, pictures: torch.Tensor, expected: torch.Tensor) -> None:
+    def _record(self, images: torch.Tensor, expected: torch.Tensor) -> None:
         while len(self._recorded) >= MOST_SHAPES:
             del self._recorded[next(iter(self._recorded))]
         try:
             self._capture = self._capture or self._new_capture()
-            recorded = self._capture(self._run, pictures)
-            difference = (recorded(pictures).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
+            recorded = self._capture(self._run, images)
+            difference = (recorded(images).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
             if not bool(difference <= _TOLERANCE) and bool(expected.isfinite().all()):
                 raise RuntimeError(f"other values than the pass it recorded, by {float(difference):.1e}")
         except torch.OutOfMemoryError:
@@ -88,7 +88,7 @@ class RecurringPasses:
                 stacklevel=3,
             )
         else:
-            self._recorded[pictures.shape] = recorded
+            self._recorded[images.shape] = recorded
         if not self._records:
             self._seen.clear()
 
@@ -100,9 +100,9 @@ def capture_into_one_pool() -> Capture:
     """
     pool = torch.cuda.graph_pool_handle()
 
-    def capture(run: Pass, pictures: torch.Tensor) -> Pass:
+    def capture(run: Pass, images: torch.Tensor) -> Pass:
         with _ONE_CAPTURE:
-            still = pictures.clone()
+            still = images.clone()
             graph = torch.cuda.CUDAGraph()
             # Another thread may copy and allocate meanwhile: only this one's mistakes are errors.
             with torch.cuda.graph(
@@ -110,8 +110,8 @@ def capture_into_one_pool() -> Capture:
             ):
                 output = run(still)
 
-        def replay(pictures: torch.Tensor) -> torch.Tensor:
-            still.copy_(pictures, non_blocking=True)
+        def replay(images: torch.Tensor) -> torch.Tensor:
+            still.copy_(images, non_blocking=True)
             graph.replay()
             return output.clone()  # the next replay overwrites it
 

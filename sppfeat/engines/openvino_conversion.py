@@ -21,7 +21,7 @@ from sppfeat.engines.torch_engine import told_apart
 
 
 class _Served(nn.Module):
-    """What OpenVINO is given: from uint8 pictures [N, H, W, 3] to cells [N, h, w, C], normalisation inside."""
+    """What OpenVINO is given: from uint8 images [N, H, W, 3] to cells [N, h, w, C], normalisation inside."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -37,8 +37,8 @@ class _Served(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        inputs = pictures.permute(0, 3, 1, 2).float() * self.scale + self.shift
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        inputs = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
         output: torch.Tensor = self.trunk(inputs).permute(0, 2, 3, 1)
         return output
 

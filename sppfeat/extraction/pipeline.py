@@ -466,7 +466,7 @@ def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
 
 
 def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
-    """Descriptors [.., D] of one picture or its windows at each scale as one: `mean` or `max`, or `concat`."""
+    """Descriptors [.., D] of one image or its windows at each scale as one: `mean` or `max`, or `concat`."""
     if len(parts) == 1:
         return parts[0]
     if kind == "concat":

@@ -126,7 +126,7 @@ def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, in
         raise ImageError(f"EXIF cannot be read ({reason}); orientation 'ignore' takes the pixels as stored")
     tag = exif.get(_ORIENTATION_TAG, 1)
     turn = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
-    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start; but only by
+    # Pillow's TIFF reader turns images upright by itself, and reports the upright size from the start; but only by
     # the TIFF's own tag, where `getexif` and the turning also follow XMP.
     swapped = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION_TAG) in (5, 6, 7, 8)  # type: ignore[attr-defined]
     swap = (turn >= 5 and orientation == "exif") != swapped

@@ -63,7 +63,7 @@ def _decoding_memory() -> DecodingMemory:
 
 
 class PreparedImage(NamedTuple):
-    """One picture at every scale of a recipe.
+    """One image at every scale of a recipe.
 
     inputs: uint8 arrays [height, width, 3], in the order of the recipe's scales.
     size: width and height of the upright original.
@@ -75,10 +75,10 @@ class PreparedImage(NamedTuple):
 
 
 def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, minimum: int = 1) -> tuple[int, int]:
-    """Width and height of a picture of `size` at a scale; `minimum` is the backbone's shortest side.
+    """Width and height of an image of `size` at a scale; `minimum` is the backbone's shortest side.
 
     The short side becomes the scale and the other keeps the aspect ratio, both rounded to `size_multiple`.
-    Raises ImageError when the recipe's limits forbid the picture.
+    Raises ImageError when the recipe's limits forbid the image.
     """
     width, height = size
     if min(size) < recipe.min_side:
@@ -107,7 +107,7 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
 
 
 def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
-    """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
+    """Read one image and resize it to every scale of a resolved recipe. Raises ImageError."""
     image, fingerprint = open_image(path)
     with image, contextlib.ExitStack() as stack:
         for scale in recipe.scales:
@@ -144,7 +144,7 @@ def _center_square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-# A picture of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
+# An image of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
 FULL_BATCH_PIXELS: Final = 448 * 448
 PATIENT_BATCHES: Final = 8
 
@@ -154,7 +154,7 @@ Key = TypeVar("Key")
 class ShapeBatcher(Generic[Key]):
     """Groups inputs of equal shape into batches, in a way that depends only on the order in which they come.
 
-    A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
+    A batch holds `batch_size` images of up to `FULL_BATCH_PIXELS` each; larger images come in smaller batches,
     so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as it
     is, and so is the oldest when all that wait are as large as `PATIENT_BATCHES` full batches: a rare shape neither
     waits for ever nor piles up. `most`, which may change meanwhile, says of which shapes a batch may hold fewer.

@@ -44,7 +44,7 @@ from sppfeat.files import (
 )
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
-from sppfeat.store import Box, lock_store, picture_of
+from sppfeat.store import Box, image_of, lock_store
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"
@@ -149,7 +149,7 @@ class GalleryRows:
 
     def picture(self, row: int) -> tuple[str, Box | None]:
         """Where the picture of a row was when it was described, and its window where the row is one's."""
-        return picture_of(self.roots[int(self.root[row])], self.names[row])
+        return image_of(self.roots[int(self.root[row])], self.names[row])
 
 
 def read_about(path: Path) -> About:

@@ -10,8 +10,8 @@ from sppfeat.store.unit_vectors import (
     UnitRows,
     block_rows,
     check_same_recipe,
+    image_of,
     normalize_rows,
-    picture_of,
     to_units,
     unit_rows,
 )
@@ -34,7 +34,7 @@ __all__ = [
     "lock_store",
     "normalize_rows",
     "open_store",
-    "picture_of",
+    "image_of",
     "require_complete",
     "row_name",
     "row_names",

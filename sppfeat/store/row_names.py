@@ -13,7 +13,7 @@ from typing import Final
 from sppfeat.images import Item
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
-_ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
+_ROW_NAME: Final = re.compile(r"(?P<image>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
 
 
 def window_text(window: Iterable[float]) -> str:
@@ -21,9 +21,9 @@ def window_text(window: Iterable[float]) -> str:
     return ",".join(f"{edge:.3f}".rstrip("0").rstrip(".") for edge in window)
 
 
-def row_name(picture: str, window: Iterable[float]) -> str:
+def row_name(image: str, window: Iterable[float]) -> str:
     """The name of a window's row in a store: `photo.jpg#x1,y1,x2,y2`."""
-    return f"{picture}#{window_text(window)}"
+    return f"{image}#{window_text(window)}"
 
 
 def row_names(item: Item) -> list[str]:
@@ -45,4 +45,4 @@ def split_row_name(name: str) -> tuple[str, Box | None]:
         return name, None
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
         return name, None
-    return match["picture"], (x1, y1, x2, y2)
+    return match["image"], (x1, y1, x2, y2)

@@ -151,7 +151,7 @@ def block_rows(dim: int) -> int:
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
-def picture_of(root: str, name: str) -> tuple[str, Box | None]:
+def image_of(root: str, name: str) -> tuple[str, Box | None]:
     """The file that a row was made from, and its window where the row is one's."""
     path = name_to_path(root, name)
     image, window = split_row_name(name)

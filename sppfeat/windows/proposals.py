@@ -1,13 +1,13 @@
-"""Proposals: windows that may hold objects, found once for each picture (see `selective_search`) and kept in a file.
+"""Proposals: windows that may hold objects, found once for each image (see `selective_search`) and kept in a file.
 
-The file (`sppfeat-windows`, HDF5) appears whole, when a run ends or is interrupted. Until then every finished picture
+The file (`sppfeat-windows`, HDF5) appears whole, when a run ends or is interrupted. Until then every finished image
 is a line of a journal beside it, from which a killed run goes on.
 
     /names       (N,)    UTF-8; see `sppfeat.images.reading.path_to_name`
-    /start       (N+1,)  int64, the windows of picture n are rows start[n] .. start[n+1]
+    /start       (N+1,)  int64, the windows of image n are rows start[n] .. start[n+1]
     /windows     (M, 4)  int32, x1, y1, x2, y2 in pixels of the upright original, inclusive
     /image_size  (N, 2)  int32, width and height of the upright original
-    /error       (N,)    UTF-8, why a picture has none; else empty
+    /error       (N,)    UTF-8, why an image has none; else empty
     /file_size, /file_mtime_ns  (N,) int64, the file as it was
 """
 
@@ -44,7 +44,7 @@ FORMAT_VERSION: Final = 1
 class WindowFile(Mapping[str, np.ndarray]):
     """An open file of windows: [K, 4] float64 by name, read when asked for.
 
-    names, options, source_root, method: as they were made. errors: why pictures have no windows, by name.
+    names, options, source_root, method: as they were made. errors: why images have no windows, by name.
     image_size: [N, 2] int32. file_size, file_mtime_ns: [N] int64.
     """
 
@@ -95,16 +95,16 @@ class WindowFile(Mapping[str, np.ndarray]):
 
     @property
     def count(self) -> int:
-        """Windows of all pictures together."""
+        """Windows of all images together."""
         return len(self._windows)
 
     def size_of(self, name: str) -> tuple[int, int]:
-        """Width and height of the upright picture; zeros where it could not be read."""
+        """Width and height of the upright image; zeros where it could not be read."""
         width, height = self.image_size[self._row[name]].tolist()
         return width, height
 
     def fingerprint(self, name: str) -> Fingerprint:
-        """The picture's file as it was."""
+        """The image's file as it was."""
         row = self._row[name]
         return Fingerprint(int(self.file_size[row]), int(self.file_mtime_ns[row]))
 
@@ -230,7 +230,7 @@ _Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class _Finished(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of the journal: a picture with its width and height, its file's fingerprint, and what was found."""
+    """A line of the journal: an image with its width and height, its file's fingerprint, and what was found."""
 
     name: _Text
     size: tuple[_Int32, _Int32]
@@ -240,9 +240,9 @@ class _Finished(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Journal:
-    """Finished pictures, one JSON line each, kept until the file is written. A line that was cut short is dropped.
+    """Finished images, one JSON line each, kept until the file is written. A line that was cut short is dropped.
 
-    places: where each picture's last line starts, by name. fingerprints: of the pictures then.
+    places: where each image's last line starts, by name. fingerprints: of the images then.
     """
 
     def __init__(self, path: Path, options: ProposalOptions, root: str, *, fresh: bool) -> None:

@@ -33,10 +33,10 @@ class _Window(msgspec.Struct):
 
 
 def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Windows [K, 4] float64 of each picture, by its name, in the order of the file.
+    """Windows [K, 4] float64 of each image, by its name, in the order of the file.
 
     CSV with the columns name,x1,y1,x2,y2, in any order; further ones are ignored. JSON: a list of objects with these
-    keys, or an object from name to a list of [x1, y1, x2, y2]. Names are relative to the folder of the pictures, with
+    keys, or an object from name to a list of [x1, y1, x2, y2]. Names are relative to the folder of the images, with
     `/`. Raises UsageError that names the line or entry, for anything that is not, and for inverted windows.
     """
     path = os.fspath(path)
@@ -88,9 +88,9 @@ def _json_entries(path: str, content: bytes) -> Iterator[tuple[str, str, Box]]:
 
 def _checked_name(where: str, name: str) -> str:
     if not name or "\0" in name:
-        raise UsageError(f"{where}: expected the name of a picture, found {name!r}")
+        raise UsageError(f"{where}: expected the name of an image, found {name!r}")
     if name.startswith("/") or posixpath.normpath(name) != name or name.split("/")[0] == "..":
-        raise UsageError(f"{where}: expected a name relative to the folder of the pictures, found {name!r}")
+        raise UsageError(f"{where}: expected a name relative to the folder of the images, found {name!r}")
     return name
 
 

@@ -1,7 +1,7 @@
-"""Selective search: windows of a picture that may hold objects, in worker processes.
+"""Selective search: windows of an image that may hold objects, in worker processes.
 
 Source: Uijlings, van de Sande, Gevers, Smeulders, "Selective Search for Object Recognition", IJCV 2013, as OpenCV's
-contrib modules have it. As in R-CNN's code, pictures are shrunk to 500 pixels before, and windows narrower than 20 of
+contrib modules have it. As in R-CNN's code, images are shrunk to 500 pixels before, and windows narrower than 20 of
 these are dropped.
 """
 
@@ -27,7 +27,7 @@ from sppfeat.errors import ImageError, UsageError, WindowsError, one_line, requi
 from sppfeat.images import Fingerprint, Item, fingerprint_of, read_image
 
 METHODS: Final = ("selective-search", "selective-search-quality")
-# R-CNN's code (selective_search_boxes.m): pictures 500 wide, boxes at least 20 wide.
+# R-CNN's code (selective_search_boxes.m): images 500 wide, boxes at least 20 wide.
 SEARCH_SIDE: Final = 500
 MIN_SIDE: Final = 20
 MAX_WINDOWS: Final = 100_000
@@ -38,7 +38,7 @@ class ProposalOptions:
     """How windows are proposed.
 
     method: `selective-search` (OpenCV's fast mode) or `selective-search-quality` (more windows, several times slower).
-    max_windows: the most for a picture; those of the best ranks stay, which are drawn by `seed`.
+    max_windows: the most for an image; those of the best ranks stay, which are drawn by `seed`.
     """
 
     method: str = "selective-search"
@@ -57,7 +57,7 @@ class ProposalOptions:
 
 
 class Proposed(NamedTuple):
-    """One picture's windows [K, 4] int32, or why it has none."""
+    """One image's windows [K, 4] int32, or why it has none."""
 
     windows: np.ndarray
     image_size: tuple[int, int]
@@ -66,9 +66,9 @@ class Proposed(NamedTuple):
 
 
 def propose(path: str, options: ProposalOptions | None = None) -> Proposed:
-    """Propose windows for one picture, in this process; a picture that cannot be read has its reason.
+    """Propose windows for one image, in this process; an image that cannot be read has its reason.
 
-    Two pictures must not be searched by threads of one process: OpenCV ranks by the C library's random numbers.
+    Two images must not be searched by threads of one process: OpenCV ranks by the C library's random numbers.
     Raises MissingExtraError without OpenCV's contrib modules.
     """
     options = options or ProposalOptions()
@@ -95,7 +95,7 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
         return np.zeros((0, 4), np.int64)
     try:
         cv2.setNumThreads(1)
-        # OpenCV draws the ranks with `rand`, from wherever earlier pictures have left it.
+        # OpenCV draws the ranks with `rand`, from wherever earlier images have left it.
         ctypes.CDLL(None).srand(options.seed + 1)  # glibc takes 0 for 1
         search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
         search.setBaseImage(np.ascontiguousarray(pixels))
@@ -111,7 +111,7 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
 
 
 def _scaled(boxes: np.ndarray, small: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Windows of the shrunk picture on the original; each once."""
+    """Windows of the shrunk image on the original; each once."""
     if small != size:
         ratio = np.array([size[0] / small[0], size[1] / small[1]] * 2)
         edges = (boxes + [0, 0, 1, 1]) * ratio - [0, 0, 1, 1]

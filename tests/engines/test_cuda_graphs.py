@@ -16,8 +16,8 @@ from sppfeat.engines.cuda_graphs import _RECURS, MOST_SHAPES, Pass, RecurringPas
 from sppfeat.engines.engine import load_engine
 
 
-def double(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures * 2.0
+def double(images: torch.Tensor) -> torch.Tensor:
+    return images * 2.0
 
 
 class Recorder:
@@ -28,22 +28,22 @@ class Recorder:
         self.replays = 0
         self._off, self._error = off, error
 
-    def __call__(self, run: Pass, pictures: torch.Tensor) -> Pass:
-        self.shapes.append(pictures.shape)
+    def __call__(self, run: Pass, images: torch.Tensor) -> Pass:
+        self.shapes.append(images.shape)
         if self._error is not None:
             raise self._error
 
-        def replay(pictures: torch.Tensor) -> torch.Tensor:
+        def replay(images: torch.Tensor) -> torch.Tensor:
             self.replays += 1
-            return run(pictures) + self._off
+            return run(images) + self._off
 
         return replay
 
 
 def go(passes: Callable[[torch.Tensor], torch.Tensor], side: int, times: int) -> None:
     for number in range(times):
-        pictures = torch.full((2, side), float(number + 1))
-        assert torch.equal(passes(pictures), 2 * pictures)
+        images = torch.full((2, side), float(number + 1))
+        assert torch.equal(passes(images), 2 * images)
 
 
 def test_only_shapes_that_recur_are_recorded() -> None:

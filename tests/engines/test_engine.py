@@ -358,7 +358,7 @@ def test_old_entries_and_what_killed_writers_left_go(own_cache: Path) -> None:
     assert len(left) == openvino_engine._KEPT_ENTRIES and not left & {"0.bin", "1.bin", "2.bin", "3.bin", ".x.partial"}
 
 
-def test_pictures_that_the_network_refuses_have_torchs_reason() -> None:
+def test_images_that_the_network_refuses_have_torchs_reason() -> None:
     engine = load(replace(TINY, backbone="torchvision:squeezenet1_1"), OPENVINO)
     with pytest.raises(ImageRefusedError, match="[Kk]ernel size|too small"):
         cells(engine, images(1, 8, 8))

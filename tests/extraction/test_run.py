@@ -123,7 +123,7 @@ def test_resume_describes_only_what_is_new_or_changed(make_images: MakeImages, t
     assert (again.images, again.described, again.reused, again.failed) == (8, 0, 8, 0)
 
     make_images(3, "more", seed=1)
-    shutil.copy(tmp_path / "more" / "0000.png", folder / "0002.png")  # another picture under a known name
+    shutil.copy(tmp_path / "more" / "0000.png", folder / "0002.png")  # another image under a known name
     shutil.copy(tmp_path / "more" / "0001.png", folder / "00.png")  # a new name that sorts first
     (folder / "0005.png").unlink()
     log = Log()
@@ -348,17 +348,17 @@ def test_a_failing_network_is_no_fault_of_the_images(
 def test_out_of_memory_halves_batches_and_loses_no_row(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
 ) -> None:
-    """With a network that has room for `fits` pictures at a time."""
+    """With a network that has room for `fits` images at a time."""
     folder, output, options = make_images(40), tmp_path / "f.h5", RunOptions(engine="torch", batch_size=16)
     recipe = replace(TINY, size_multiple=64)
     extract_folder(folder, tmp_path / "whole.h5", recipe, RunOptions(engine="torch"))
     feature_map, sizes = Backbone.feature_map, []
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(pictures))
-        if len(pictures) > fits:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     if not fits:
@@ -384,11 +384,11 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
         Image.new("RGB", (640, 64) if i < 48 else (64, 64), (i, i, i)).save(folder / f"{i:02}.png")
     feature_map, passes = Backbone.feature_map, list[tuple[int, int]]()
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        passes.append((pictures.shape[2], len(pictures)))
-        if pictures.shape[2] > 64 and len(pictures) > 1:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        passes.append((images.shape[2], len(images)))
+        if images.shape[2] > 64 and len(images) > 1:
             raise MemoryError
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (1, 1))
@@ -409,10 +409,10 @@ def test_an_image_that_does_not_fit_fails_alone(
     Image.new("RGB", (640, 64)).save(folder / "wide.png")
     feature_map = Backbone.feature_map
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        if pictures.shape[2] >= 500:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[2] >= 500:
             raise error
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     done = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
@@ -430,12 +430,12 @@ def test_memory_that_others_take_costs_no_row(
     """Images of a size that did fit are not at fault: their rows stay pending."""
     folder, feature_map, passes = make_images(24), Backbone.feature_map, 0
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         nonlocal passes
         passes += 1
         if passes > 4:
             raise MemoryError
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     options = RunOptions(device="cpu", engine="torch", batch_size=4)
@@ -472,15 +472,15 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
     feature_map, release = Backbone.feature_map, TorchEngine.release
     lock, inside, beside = threading.Lock(), 0, list[int]()
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         nonlocal inside
         with lock:
             inside += 1
         try:
             time.sleep(0.005)
-            if len(pictures) > 2:
+            if len(images) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return feature_map(self, pictures)
+            return feature_map(self, images)
         finally:
             with lock:
                 inside -= 1
@@ -537,7 +537,7 @@ def test_a_full_disk(make_images: MakeImages, tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """Peak memory of a process that describes 3,000 pictures is that of one that describes 500."""
+    """Peak memory of a process that describes 3,000 images is that of one that describes 500."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png", compress_level=0)
     code = (
@@ -560,7 +560,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 
 
 def test_real_data(shared: Path, tmp_path: Path) -> None:
-    """The default recipe on real pictures: pictures of one class are closer than those of others."""
+    """The default recipe on real images: images of one class are closer than those of others."""
     classes = ["airplanes", "Motorbikes", "Leopards", "Faces"]
     sources = [shared / "data" / "caltech101-subset" / "test" / name for name in classes]
     done = extract_folder(sources, tmp_path / "f.h5", Recipe())

@@ -26,7 +26,7 @@ from sppfeat.windows.selective_search import ProposalOptions, Proposed, propose
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
-    """A picture of 150 x 120: a red and a blue block on gray."""
+    """An image of 150 x 120: a red and a blue block on gray."""
     pixels = np.full((120, 150, 3), 128, np.uint8)
     pixels[20:70, 30:90] = (220, 30, 30)
     pixels[60:110, 100:140] = (30, 30, 220)
@@ -46,7 +46,7 @@ def test_windows_hold_the_objects(scene: Path) -> None:
     assert len(np.unique(found.windows, axis=0)) == len(found.windows)
 
 
-def test_windows_of_a_large_picture_are_in_its_own_pixels(scene: Path) -> None:
+def test_windows_of_a_large_image_are_in_its_own_pixels(scene: Path) -> None:
     with Image.open(scene) as image:
         image.resize((1500, 1200), Image.Resampling.NEAREST).save(scene.with_name("large.png"))
     found = propose(str(scene.with_name("large.png")))
@@ -66,7 +66,7 @@ def test_windows_are_reproducible_and_cut_by_rank(photos: Path) -> None:
     assert not np.array_equal(other.windows, whole.windows)
 
 
-def test_pictures_without_windows(tmp_path: Path) -> None:
+def test_images_without_windows(tmp_path: Path) -> None:
     Image.new("RGB", (12, 300)).save(tmp_path / "narrow.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     assert propose(str(tmp_path / "narrow.png")).windows.shape == (0, 4)
