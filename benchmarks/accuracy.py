@@ -1,4 +1,4 @@
-"""Which recipe describes best: transfer and retrieval accuracy, descriptor length and speed of each, one table.
+"""Compare recipes: transfer and retrieval accuracy, descriptor length and speed of each, in one table.
 
     python benchmarks/accuracy.py DATA
 
@@ -31,9 +31,9 @@ HABIT = dict(crop="center", levels=(1,), pooling="avg", layer="bn2")
 
 
 def recipes() -> dict[str, Recipe]:
-    """The recipes to compare, by a short description; each differs from the default in what it says."""
+    """The recipes to compare, by a short description of how they differ from the default."""
     found = {
-        "centre crop 224, global average, bn2 (the habit)": Recipe(**HABIT),
+        "centre crop 224, global average, bn2 (common practice)": Recipe(**HABIT),
         "whole image, global average, bn2": Recipe(levels=(1,), pooling="avg", layer="bn2"),
         "whole image, global average, blocks": Recipe(levels=(1,), pooling="avg"),
     }

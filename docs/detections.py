@@ -1,4 +1,5 @@
-"""Draws `detections.jpg`, the image of README: what a detector finds on the photographs of the project.
+"""Draws `detections.jpg`, the image in README: what a detector finds in the project's photographs.
+
 
     python docs/detections.py DETECTOR.h5 [THRESHOLD]
 

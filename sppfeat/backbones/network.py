@@ -1,4 +1,4 @@
-"""A network by its recipe: its description at once, where one is kept, and the network itself when needed."""
+"""A network by its recipe: its description at once, if it is cached, and the network itself when needed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """A network by its recipe. Raises BackboneError and UsageError, as `load_backbone` does, when it is looked at."""
+    """A network by its recipe. Its properties raise BackboneError and UsageError, as `load_backbone` does."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._asked = recipe
 
     @functools.cached_property
     def description(self) -> Description:
-        """The network as plain data; building it is only needed the first time on a machine."""
+        """The network as plain data; only the first use on a machine builds the network."""
         return read_description(self._asked) or self.backbone.description
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """The engine `openvino`: a network compiled for this processor, and kept; it runs without torch.
 
 Converting takes seconds, reading a compiled network back 0.2 s: so compiled networks stay in the user's cache, beside
-their descriptions, named by all that they were made from. One that this version of OpenVINO does not take is made anew.
+their descriptions, keyed by everything they were made from. One that this version of OpenVINO does not accept is compiled again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _KEPT_ENTRIES: Final = 24
 
 
 def import_openvino() -> Any:
-    """The module openvino, which then tells nobody of its use.
+    """The module openvino, with its telemetry off.
 
-    Its converter reports each import to an analytics host, through a package that it does without where that is not
-    there. Raises MissingExtraError.
+    Its converter reports each import to an analytics host, through a package that it can do without. Raises
+    MissingExtraError.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
     return require_extra("openvino", "cpu", "engine openvino")

@@ -48,7 +48,7 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         if beginning and beginning.lower() != _BEGINNING:
             raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
         if beginning and not overwrite:
-            raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+            raise ReportError(f"{path}: already exists; choose another page, or --overwrite")
     check_can_write(path, ReportError)
     return path
 

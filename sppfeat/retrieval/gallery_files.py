@@ -377,7 +377,7 @@ def check_new_gallery(path: Path, *, overwrite: bool) -> None:
         raise GalleryError(f"{path}: expected a gallery's folder or nothing, found a file; it is left as it is")
     if format_of(path) == GALLERY:
         if not overwrite:
-            raise GalleryError(f"{path}: exists already; choose another output, --overwrite or --add-to")
+            raise GalleryError(f"{path}: already exists; choose another output, --overwrite or --add-to")
     elif foreign := [name for name in os.listdir(path) if not _OURS.fullmatch(name)]:
         raise GalleryError(
             f"{path}: expected a gallery or an empty folder, found {min(foreign)!r} in it; it is left as it is"

@@ -1,4 +1,4 @@
-"""The HDF5 store: its layout, writing and reading, checks, and views of its rows."""
+"""The HDF5 store: its layout, writing, reading and verification, and views of its rows."""
 
 from __future__ import annotations
 

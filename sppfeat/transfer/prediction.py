@@ -154,7 +154,7 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
     except UsageError:
         view = DescriptorView(store)
     if differences := classifier.recipe.differences(view.recipe):
-        return f"was made by another recipe ({'; '.join(differences)})"
+        return f"was made with another recipe ({'; '.join(differences)})"
     return view
 
 

@@ -271,7 +271,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path: Path, form: str
     assert not trace.exists()
 
 
-def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_weights_that_cannot_be_obtained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
     from torchvision import models
 
@@ -284,8 +284,8 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(BackboneError) as caught:
             load_backbone(Recipe(backbone=name))
         assert str(caught.value) == (
-            f"backbone {name}: its pretrained weights could not be had (no network); "
-            "with no network, give them as a file with --weights"
+            f"backbone {name}: its pretrained weights could not be obtained (no network); "
+            "when offline, pass them as a file with --weights"
         )
 
 

@@ -328,7 +328,7 @@ def test_a_layer_that_pools_without_saying_so() -> None:
     traced = TracedNetwork("blurred", network)
     recipe = Recipe(backbone="blurred", mean=(0, 0, 0), std=(1, 1, 1))
     described = Description(recipe, traced.layer("2"), "", 1, tuple(layer_steps(traced.cut("2"))))
-    with pytest.raises(BackboneError, match="128 cells on 256 pixels, the layers say 256"):
+    with pytest.raises(BackboneError, match="expected 256 cells on 256 pixels by its layers, found 128"):
         described.geometry(64, 64)
 
 
@@ -360,7 +360,7 @@ def test_unknown_layers(layers: list[nn.Module], reason: str) -> None:
         (lambda x: F.interpolate(x, scale_factor=2), "function interpolate is not known"),
         (lambda x: torch.roll(x, 1, 2), "function roll is not known"),
         (lambda x: F.pad(x, (1, 1, 1, 1)), "function pad is not known"),
-        (lambda x: x + F.max_pool2d(x, 2), "branches of different stride meet"),
+        (lambda x: x + F.max_pool2d(x, 2), "branches of different strides are merged"),
         (lambda x: x.mean((2, 3)), "its output is not a feature map"),
     ],
 )

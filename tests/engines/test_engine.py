@@ -173,10 +173,10 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choices_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorrt': expected one of auto, torch, openvino"):
         RunOptions(engine="tensorrt")
-    with pytest.raises(UsageError, match="openvino computes float32 and bfloat16, found precision float16"):
+    with pytest.raises(UsageError, match="openvino: expected precision float32 or bfloat16, found float16"):
         load(replace(TINY, precision="float16"), OPENVINO)
     monkeypatch.setattr(engine_module, "resolve_device", lambda name: "cuda:0")
-    with pytest.raises(UsageError, match="openvino computes on the processor, found device cuda: .*--device cpu"):
+    with pytest.raises(UsageError, match="openvino runs on the CPU: expected --device cpu, found cuda"):
         load(TINY, RunOptions(engine="openvino", device="cuda"))
 
 
@@ -391,7 +391,7 @@ def test_a_driver_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_driver", lambda: True)
     with pytest.raises(DeviceError, match="device cuda: expected .* found none usable .*driver .* is too old .found"):
         resolve_device("cuda")
-    with pytest.warns(SppFeatWarning, match="the GPU is left out .*too old.*; using the processor"):
+    with pytest.warns(SppFeatWarning, match="the GPU cannot be used .*too old.*; falling back to the CPU"):
         assert resolve_device("auto") == "cpu"
 
 

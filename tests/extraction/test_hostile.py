@@ -110,7 +110,7 @@ NOT_AN_IMAGE, UNDECODABLE = "not an image: expected JPEG", "cannot be decoded: "
 BAD_FILES: dict[bytes, tuple[bytes, str]] = {
     b"zero.jpg": (b"", r"empty file \(0 bytes\)"),
     b"one byte.jpg": (b"\xff", NOT_AN_IMAGE),
-    b"text.jpg": (b"this is no image\n" * 50, NOT_AN_IMAGE + r".* starts b'this is no i'"),
+    b"text.jpg": (b"this is no image\n" * 50, NOT_AN_IMAGE + r".* starts with b'this is no i'"),
     b"error page.png": (b"<!DOCTYPE html><html>404</html>", NOT_AN_IMAGE),
     b"lfs pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", NOT_AN_IMAGE),
     b"._resource fork.jpg": (b"\0\5\x16\7" + bytes(100), NOT_AN_IMAGE),
@@ -481,8 +481,8 @@ def test_native_scale_with_an_image_too_small_for_the_backbone(tmp_path):
     done = extract_folder(tmp_path / "images", tmp_path / "x.h5", recipe, OPTIONS)
     assert (done.described, done.failed) == (3, 2)
     assert open_store(tmp_path / "x.h5").errors() == {
-        "008.png": "28 x 8 pixels: the backbone needs at least 32 a side at native scale",
-        "031.png": "51 x 31 pixels: the backbone needs at least 32 a side at native scale",
+        "008.png": "28 x 8 pixels: the backbone needs at least 32 per side at native scale",
+        "031.png": "51 x 31 pixels: the backbone needs at least 32 per side at native scale",
     }
 
 

@@ -267,7 +267,7 @@ def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None
     photo = folder / "0000.png"
     before = photo.read_bytes()
     for overwrite in (False, True):  # a photograph is never replaced, not even on request
-        with pytest.raises(StoreError, match="is no store; it is left as it is"):
+        with pytest.raises(StoreError, match="is not a store; it is left as it is"):
             extract_folder(folder, photo, TINY, overwrite=overwrite)
     assert photo.read_bytes() == before
     with pytest.raises(StoreError, match="found a folder"):
@@ -275,7 +275,7 @@ def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None
     with pytest.raises(StoreError, match="expected its folder .* to exist"):
         extract_folder(folder, tmp_path / "none" / "f.h5", TINY)
     extract_folder(folder, tmp_path / "f.h5", TINY)
-    with pytest.raises(StoreError, match="exists already"):
+    with pytest.raises(StoreError, match="already exists"):
         extract_folder(folder, tmp_path / "f.h5", TINY, resume=False)
 
 
@@ -317,7 +317,7 @@ def test_images_that_are_gone_keep_their_rows_in_lists_too(make_images: MakeImag
 
 
 def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_path: Path) -> None:
-    """Rows of `a` stay, named from the folder that holds both."""
+    """Rows of `a` stay, named from the folder that contains both."""
     output = tmp_path / "f.h5"
     extract_folder(make_images(2, "data/a"), output, TINY)
     make_images(1, "data/b", seed=1)
@@ -462,7 +462,7 @@ def test_an_image_that_does_not_fit_while_it_is_prepared_fails_alone(
     monkeypatch.setattr(preprocess, "_resized", small)
     done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch"))
     assert (done.described, done.failed, done.pending) == (4, 1, 0)
-    assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("it does not fit into memory")
+    assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("out of memory")
 
 
 def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
@@ -527,7 +527,9 @@ def test_a_full_disk(make_images: MakeImages, tmp_path: Path) -> None:
     try:
         folder, output = make_images(200), disk / "f.h5"
         recipe = replace(TINY, levels=(6, 3, 2, 1))
-        with pytest.raises(StoreError, match=r"f\.h5: cannot be written: the disk is full; make room, then resume"):
+        with pytest.raises(
+            StoreError, match=r"f\.h5: cannot be written: the disk is full; free some space, then resume"
+        ):
             extract_folder(folder, output, recipe)
         assert list(disk.iterdir()) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_leaves_its_rows(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started[0].pid, signal.SIGKILL)
 
-    with pytest.raises(BackboneError, match="the process of card 0 ended early .* rows are left for a next run"):
+    with pytest.raises(BackboneError, match="the process of GPU 0 ended early .* its remaining rows stay pending"):
         extract_folder(folder, output, TINY, OPTIONS, observer=Kill())
     monkeypatch.undo()
     left = open_store(output).counts()["pending"]

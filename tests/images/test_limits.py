@@ -69,7 +69,7 @@ HOSTILE = {
         tiff([(256, 4, 1, 4000), (257, 4, 1, 4000), (322, 3, 1, 1), (323, 3, 1, 1)]),
         "TIFF tiles of 1 x 1 pixels: expected at least 16 x 16",
     ),
-    "values": (tiff([(256, 4, 1, 4000), (700, 1, 2000, 8), (701, 1, 2000, 8)]), "TIFF directory names 4,"),
+    "values": (tiff([(256, 4, 1, 4000), (700, 1, 2000, 8), (701, 1, 2000, 8)]), "TIFF directory claims 4,"),
     "entries": (b"II*\0" + struct.pack("<IH", 8, 60_000) + bytes(720_000), "TIFF directory of 60,000 entries"),
     "runs": (b"BM" + bytes(28) + b"\1\0\0\0" + bytes(9_000_000), "run-length BMP of 9,"),
 }

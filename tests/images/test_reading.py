@@ -138,7 +138,7 @@ def test_a_list_saved_by_a_windows_editor(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("x.jpg\r\ny.jpg", "utf-8-sig")
     assert find_images(["list.txt"]).names == ["x.jpg", "y.jpg"]
     (tmp_path / "list.txt").write_text("x.jpg\r\ny.jpg", "utf-16")
-    with pytest.raises(UsageError, match=r"list\.txt: expected a list in UTF-8 with one path a line, found NUL"):
+    with pytest.raises(UsageError, match=r"list\.txt: expected a UTF-8 list with one path per line, found NUL"):
         find_images(["list.txt"])
 
 
@@ -186,8 +186,8 @@ def test_symlinks_that_lead_nowhere_or_round_are_problems(tmp_path):
     assert found.problems == {
         "dangling.jpg": "symlink points to nothing",
         "self.jpg": "symlink loops",
-        "a/up": "symlink loops back to a folder that holds it",
-        "a/up.jpg": "symlink loops back to a folder that holds it",
+        "a/up": "symlink loops back to a folder that contains it",
+        "a/up.jpg": "symlink loops back to a folder that contains it",
         "ping": "symlink loops",
         "pong": "symlink loops",
     }
@@ -633,7 +633,7 @@ def test_the_content_decides_not_the_extension(tmp_path):
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "SGI", "DDS"])
 def test_other_decoders_are_never_reached(tmp_path, kind):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", kind)
-    with pytest.raises(ImageError, match="^not an image: expected JPEG, PNG, .* found a file that starts b"):
+    with pytest.raises(ImageError, match="^not an image: expected JPEG, PNG, .* found a file that starts with b"):
         read_image(str(tmp_path / "x.jpg"))
 
 

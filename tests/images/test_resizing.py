@@ -100,7 +100,7 @@ def test_center_crop_sizes_are_torchvisions(size):
         ((5000, 900), "native", {}, "5000 x 900 pixels at scale native: more than 4000000 (max_pixels)"),
         ((900, 90), 4096, {}, "40960 x 4096 pixels at scale 4096: more than 4000000 (max_pixels)"),
         ((100, 100), 224, {"max_pixels": 50175}, "224 x 224 pixels at scale 224: more than 50175 (max_pixels)"),
-        ((31, 100), "native", {}, "31 x 100 pixels: the backbone needs at least 32 a side at native scale"),
+        ((31, 100), "native", {}, "31 x 100 pixels: the backbone needs at least 32 per side at native scale"),
     ],
 )
 def test_limits_name_the_numbers(size, scale, limits, reason):

@@ -270,7 +270,7 @@ def test_layer_is_the_functions() -> None:
     assert torch.equal(layer(maps, rois), torch.cat(expected))
     assert SpatialPyramidPool().bins == 50
     assert repr(layer) == "SpatialPyramidPool(levels=(3, 1), pooling='gem')"
-    with pytest.raises(UsageError, match="one tensor for each of 3 maps, found 2"):
+    with pytest.raises(UsageError, match="one tensor per map, expected 3, found 2"):
         layer(maps, rois[:2])
 
 

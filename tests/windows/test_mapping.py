@@ -179,8 +179,8 @@ def test_files_of_windows(tmp_path: Path) -> None:
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3\n", "line 2: 'a': expected four numbers"),
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3,four\n", "line 2: 'a': expected four numbers"),
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3,nan\n", "line 2: 'a': expected finite numbers, found 1,2,3,nan"),
-        ("w.csv", "name,x1,y1,x2,y2\n../a,1,2,3,4\n", "expected a name relative to the folder of the images"),
-        ("w.csv", "name,x1,y1,x2,y2\n/etc/a,1,2,3,4\n", "expected a name relative to the folder of the images"),
+        ("w.csv", "name,x1,y1,x2,y2\n../a,1,2,3,4\n", "expected a name relative to the image folder"),
+        ("w.csv", "name,x1,y1,x2,y2\n/etc/a,1,2,3,4\n", "expected a name relative to the image folder"),
         ("w.csv", "name,x1,y1,x2,y2\n,1,2,3,4\n", "line 2: expected the name of an image, found ''"),
         (
             "w.json",
@@ -322,14 +322,12 @@ def test_windows_go_to_a_store_and_resume(make_images: Callable[..., Path], tiny
 
 def test_windows_of_other_images(make_images: Callable[..., Path], tiny: Recipe, tmp_path: Path) -> None:
     folder = make_images(2)
-    with pytest.raises(UsageError, match=r"of none of the 2 images below .*found 'cat.jpg'"):
+    with pytest.raises(UsageError, match=r"the windows belong to none of the 2 images below .*found 'cat.jpg'"):
         extract_folder(folder, tmp_path / "w.h5", tiny, windows={"cat.jpg": np.array([[0, 0, 3, 3]])})
     some = {"cat.jpg": np.array([[0, 0, 3, 3]]), "0000.png": np.array([[0, 0, 3, 3]])}
     done = extract_folder(folder, tmp_path / "w.h5", tiny, windows=some)
     assert (done.described, done.failed) == (1, 1)
-    assert open_store(tmp_path / "w.h5").errors() == {
-        "cat.jpg#0,0,3,3": "its image is not among the images of the sources (cat.jpg)"
-    }
+    assert open_store(tmp_path / "w.h5").errors() == {"cat.jpg#0,0,3,3": "its image is not in the sources (cat.jpg)"}
 
 
 def test_command_line(
