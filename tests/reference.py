@@ -156,7 +156,8 @@ def voc_eval(
     overlap: float,
     method: str,  # type: ignore[type-arg]
 ) -> float:
-    """Average precision of a class as VOCevaldet.m and VOCap.m count; images have boxes, difficult, found, scores."""
+    """Average precision of a class as in VOCevaldet.m and VOCap.m; images have boxes, difficult, found, scores."""
+
     every = [(-s, p, d) for p, one in enumerate(images) for d, s in enumerate(one["scores"])]
     every.sort(key=lambda entry: (entry[0], entry[1], entry[2]))
     positives = sum(not d for one in images for d in one["difficult"])

@@ -1,7 +1,8 @@
 """The engine `openvino`: a network compiled for this processor, and kept; it runs without torch.
 
 Converting takes seconds, reading a compiled network back 0.2 s: so compiled networks stay in the user's cache, beside
-their descriptions, keyed by everything they were made from. One that this version of OpenVINO does not accept is compiled again.
+their descriptions, keyed by everything they were made from. One that this version of OpenVINO does not accept is
+compiled again.
 """
 
 from __future__ import annotations

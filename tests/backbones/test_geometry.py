@@ -1,4 +1,4 @@
-"""Stride, offset and receptive field against a probe of which pixels really reach a cell."""
+"""Stride, offset and receptive field against a probe of the pixels that really reach a cell."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def reached_by(
 
 
 def interval(axis: Geometry, cell: int, length: int) -> list[int]:
-    """The pixels that a cell depends on, as its geometry has it."""
+    """The pixels that a cell depends on by its geometry."""
     middle, reach = axis.offset + axis.stride * cell, (axis.receptive_field - 1) / 2
     assert float(middle - reach).is_integer() and float(middle + reach).is_integer()
     return list(range(max(0, int(middle - reach)), min(length, int(middle + reach) + 1)))
@@ -305,7 +305,7 @@ def test_branches_that_meet_see_the_union() -> None:
     assert (axis.stride, axis.receptive_field, axis.offset) == (2, 7, 0.0)
 
 
-# What is not known is an error, never a number.
+# An unknown geometry is an error, never a number.
 
 
 @pytest.mark.parametrize("name", ["timm:resnetblur18", "timm:hrnet_w18_small"])

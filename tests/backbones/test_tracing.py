@@ -62,7 +62,7 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def hooked(network: nn.Module, layer: str, inputs: torch.Tensor) -> torch.Tensor:
-    """What a module gives out while the whole network runs."""
+    """The output of a module while the whole network runs."""
     seen: list[torch.Tensor] = []
     # Cloned: a later layer may work in place.
     handle = network.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[2].clone()))
@@ -272,7 +272,7 @@ def test_layers_are_listed_with_channels_and_stride(
     assert traced.default_layer() == default
 
 
-def test_layers_stand_in_the_order_of_the_computation(small: nn.Module) -> None:
+def test_layers_are_in_the_order_of_the_computation(small: nn.Module) -> None:
     layers = TracedNetwork("small", small).layers()
     names = ["stem.0", "stem.1", "stem", "stem.2", "stage.0", "stage.1", "stage", "stage.2", "head"]
     assert [layer.name for layer in layers] == names
@@ -285,7 +285,7 @@ def test_unknown_layer_names_the_nearest(small: nn.Module) -> None:
         TracedNetwork("small", small).cut("stages")
 
 
-def test_pooled_vectors_are_no_layers() -> None:
+def test_pooled_vectors_are_not_layers() -> None:
     names = {layer.name for layer in traced_of("torchvision:resnet18").layers()}
     assert not names & {"avgpool", "fc"} and "maxpool" in names
 

@@ -1,4 +1,4 @@
-"""Which shapes are recorded, with a recorder that only pretends; and the real one where there is a GPU."""
+"""Which shapes are recorded, with a fake recorder; and with the real one if there is a GPU."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_graphs_share_memory_until_all_are_dropped() -> None:
 
 
 def test_captures_of_a_lane_use_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA is pretended: what counts is which pool each graph is told to use."""
+    """CUDA is faked: what counts is which pool each graph is told to use."""
     pools: list[object] = []
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ def test_graphs_that_do_not_work_are_given_up_with_one_warning(recorder: Recorde
     assert len(recorder.shapes) == 1
 
 
-def test_no_memory_for_a_graph_is_no_failure() -> None:
+def test_no_memory_for_a_graph_is_not_a_failure() -> None:
     recorder = Recorder(error=torch.OutOfMemoryError("CUDA out of memory"))
     passes = RecurringPasses(double, lambda: recorder)
     go(passes, 1, _RECURS + 5)
@@ -144,7 +144,7 @@ def test_no_memory_for_a_graph_is_no_failure() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_recorded_passes_on_the_card() -> None:
+def test_recorded_passes_on_the_gpu() -> None:
     network = Network(TINY)
     engine = load_engine(network, RunOptions(device="cuda"))
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Settings of the process: in force while work goes on, and as before afterwards, in whatever order it ends."""
+"""Process-wide settings hold while work is running, and are then restored, in whatever order it ends."""
 
 from __future__ import annotations
 

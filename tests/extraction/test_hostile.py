@@ -433,7 +433,7 @@ def test_a_good_file_that_became_bad_loses_its_descriptor(some, become):
 
 
 def test_a_link_whose_target_went_away_keeps_its_descriptor(some):
-    """The image is gone, not bad: perhaps a disk is not mounted today."""
+    """The image is missing, not bad: perhaps a disk is not mounted today."""
     good = some / "good.jpg"
     good.rename(some.parent / "away.jpg")
     good.symlink_to(some.parent / "away.jpg")

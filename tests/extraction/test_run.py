@@ -1,4 +1,4 @@
-"""Extraction: values, resuming, and what may go wrong in between."""
+"""Extraction: values, resuming, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_part_of_the_sources_joins_the_same_rows(make_images: MakeImages, tmp_
     assert open_store(output).names[-1] == "test/0002.png"
 
 
-def test_a_moved_collection_goes_on(make_images: MakeImages, tmp_path: Path) -> None:
+def test_a_moved_collection_resumes(make_images: MakeImages, tmp_path: Path) -> None:
     folder, output = make_images(3), tmp_path / "f.h5"
     extract_folder(folder, output, TINY)
     folder.rename(tmp_path / "moved")
@@ -262,7 +262,7 @@ def test_overflow_of_the_stored_type_fails_the_row(make_images: MakeImages, tmp_
     assert all("not finite as float16" in reason for reason in open_store(tmp_path / "f.h5").errors().values())
 
 
-def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None:
+def test_invalid_outputs(make_images: MakeImages, tmp_path: Path) -> None:
     folder = make_images(1)
     photo = folder / "0000.png"
     before = photo.read_bytes()
@@ -326,7 +326,7 @@ def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_pa
     assert open_store(output).names == ["a/0000.png", "a/0001.png", "b/0000.png"]
 
 
-def test_a_failing_network_is_no_fault_of_the_images(
+def test_a_failing_network_is_not_the_fault_of_the_images(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lost GPU: the run ends with one line, and the rows stay pending."""

@@ -1,4 +1,4 @@
-"""Images that would take minutes or gigabytes are refused by their structure, and real ones are decoded as before."""
+"""Images that would take minutes or gigabytes are rejected by their structure; real ones are decoded as before."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_photos_are_decoded_as_pillow_does():
 
 
 @pytest.mark.skipif("AVIF" not in _FORMATS, reason="this Pillow reads no AVIF")
-def test_a_damaged_avif_is_called_one(tmp_path):
+def test_a_damaged_avif_is_named(tmp_path):
     path = tmp_path / "image.avif"
     path.write_bytes(encoded("AVIF")[:40])
     with pytest.raises(ImageError, match="damaged AVIF header"):
@@ -210,7 +210,7 @@ def test_images_under_decoding_take_no_more_than_their_memory_or_one_is_alone():
     assert any(len(peak) > 1 for peak in peaks)
 
 
-def test_the_images_to_be_damaged_are_sound_and_what_they_are_called(tmp_path):
+def test_the_images_to_damage_are_sound_and_named_correctly(tmp_path):
     for kind, content in fuzz_images.seeds().items():
         path = tmp_path / "image"
         path.write_bytes(content)

@@ -418,7 +418,7 @@ def exif_block(kind: int, count: int, value: bytes, order: str = ">") -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["x.jpg", "x.webp", "x.png"])
-def test_unusual_but_sound_exif_is_no_reason_to_fail(tmp_path, name, block, turned):
+def test_unusual_but_valid_exif_does_not_fail(tmp_path, name, block, turned):
     if name != "x.jpg" and block == b"Exif\0\0":
         pytest.skip("only JPEG has a marker that can be empty")
     Image.new("RGB", (40, 24)).save(tmp_path / name, exif=block)
@@ -640,7 +640,7 @@ def test_other_decoders_are_never_reached(tmp_path, kind):
 # ---------------------------------------------------------------- what is no file
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_what_is_not_a_file_is_refused_at_once(tmp_path):
     # Opening a pipe without a writer, or reading a terminal or a device, would never end.
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")

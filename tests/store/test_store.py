@@ -1,4 +1,4 @@
-"""The store: its layout, its integrity, and every way in which a file can be none."""
+"""The store: its layout, its integrity, and every way in which a file can fail to be a store."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_extend_keeps_rows_and_appends_names(path: Path) -> None:
 
 
 def test_an_open_store_stays_the_file_it_was(path: Path) -> None:
-    """Offsets belong to one file: a reader must not apply them to the one that takes its place."""
+    """Offsets belong to one file: a reader must not apply them to the file that replaces it."""
     values = fill(path, range(len(NAMES)))
     before = open_store(path)
     extend_store(before, [*NAMES, *(f"{n}.jpg" for n in range(500))], source_root="/")
@@ -241,7 +241,7 @@ def test_space_is_taken_at_creation(tmp_path: Path) -> None:
 
 
 def test_disk_full_while_filling(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where space cannot be reserved, a write fails; what was flushed stays, and the rest can follow."""
+    """If space cannot be reserved, a write fails; what was flushed stays, and the rest can follow."""
     store = open_store(path)
     values = np.ones(DIM, np.float16)
     with pytest.raises(StoreError, match="disk is full"), StoreWriter(store) as writer:
@@ -300,7 +300,7 @@ def test_a_store_with_a_broken_header_may_be_overwritten(path: Path) -> None:
     check_output(path, overwrite=True, resume=True)
 
 
-def test_a_store_without_rights_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_permissions_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.chmod(0o400)
     if os.geteuid() == 0:  # root may write to anything
         monkeypatch.setattr("os.access", lambda *_: False)

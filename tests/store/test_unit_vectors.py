@@ -1,4 +1,4 @@
-"""Rows of a store: read in blocks however many are asked for, and kept where they are asked for again and again."""
+"""Rows of a store: read in blocks, however many are requested, and kept if they are read again and again."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def test_kept_rows_stay_as_they_are(make_store: MakeStore) -> None:
 def test_windows_that_no_image_has(tmp_path: Path, window: str) -> None:
     assert image_of("/images", f"a.jpg#{window}") == (f"/images/a.jpg#{window}", None)  # an image's name
     assert image_of("/images", "a.jpg#1,2,3,4") == ("/images/a.jpg", (1, 2, 3, 4))
-    (tmp_path / f"a.jpg#{window}").write_bytes(b"")  # an image may be called like a window
+    (tmp_path / f"a.jpg#{window}").write_bytes(b"")  # an image may be named like a window
     assert image_of(str(tmp_path), f"a.jpg#{window}") == (f"{tmp_path}/a.jpg#{window}", None)

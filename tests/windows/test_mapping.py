@@ -1,4 +1,4 @@
-"""Windows: files of them, their rows' names, where they lie on feature maps, and their descriptors."""
+"""Windows: their files, row names, places on feature maps, and descriptors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mapping_equals_the_naive_reference(data: st.DataObject) -> None:
 
 
 def test_mapping_follows_the_paper() -> None:
-    """Stride 16, offset 0, as the paper has it: floor(x / 16) + 1 and ceil(x / 16) - 1 away from the border."""
+    """Stride 16, offset 0, as in the paper: floor(x / 16) + 1 and ceil(x / 16) - 1 away from the border."""
     axis = Geometry(40, 16, 0.0, 1)
     windows = np.array([[100, 33, 260, 192], [96, 16, 128, 48], [97, 17, 105, 18], [0, 0, 623, 623]])
     rois = map_windows(windows, (624, 624), (624, 624), axis, axis)
@@ -105,7 +105,7 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
         maps = loaded.trunk(images).double().sum(1, keepdim=True)
     shifts = []
     for heights, (x, y) in zip(maps, places, strict=True):
-        reach = 0.95 * stride  # holds one cell a side, or two
+        reach = 0.95 * stride  # contains one cell per side, or two
         window = np.array([[x - reach, y - reach, x + reach, y + reach]])
         roi = torch.from_numpy(map_windows(window, (width, height), (width, height), columns, rows))
         assert (roi[0, 2:] - roi[0, :2]).max() <= 1
@@ -140,7 +140,7 @@ def test_row_names_say_image_and_window(image: str, window: list[float]) -> None
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a#b.jpg", "a#1,2,3.jpg", "a.jpg#1,2,3", "a.jpg#1,2,3,b", "#1,2,3,4"])
-def test_names_of_images_are_no_windows(name: str) -> None:
+def test_names_of_images_are_not_windows(name: str) -> None:
     assert split_row_name(name) == (name, None)
 
 
@@ -307,7 +307,7 @@ def test_windows_go_to_a_store_and_resume(make_images: Callable[..., Path], tiny
     assert opened.errors().keys() == {"0001.png#0,0,4000,20"}
     again = extract_folder(folder, store, tiny, windows=boxes)
     assert (again.described, again.reused, again.failed, again.gone) == (0, 6, 1, 0)
-    # Further windows, other windows, a changed image, and one that is gone.
+    # Further windows, other windows, a changed image, and one that no longer exists.
     boxes = {"0000.png": np.array([[1, 1, 20, 20]]), **{f"000{n}.png": boxes[f"000{n}.png"] for n in (1, 2)}}
     make_images(1, "other", seed=9)
     (tmp_path / "other" / "0000.png").replace(folder / "0001.png")
@@ -315,7 +315,7 @@ def test_windows_go_to_a_store_and_resume(make_images: Callable[..., Path], tiny
     more = extract_folder(folder, store, tiny, windows=boxes)
     assert (more.described, more.changed, more.reused, more.gone, more.failed) == (3, 2, 0, 2, 1)
     assert len(open_store(store)) == 8
-    # Whole images may stand beside their windows, and compare with them.
+    # Whole images may be stored beside their windows, and compared with them.
     both = extract_folder(folder, store, tiny)
     assert (both.images, both.described, both.gone) == (3, 3, 2)
 
