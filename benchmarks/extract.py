@@ -81,7 +81,7 @@ def plain_loop(listing: str, network_name: str, size: int, workers: int) -> None
 
 
 def thingsvision(listing: str, network_name: str, size: int) -> None:
-    """Child process, in an environment of its own: thingsvision over the listed files; prints its seconds."""
+    """Child process, in its own environment: thingsvision over the listed files; prints its seconds."""
     import numpy as np
     import torch
     from PIL import Image

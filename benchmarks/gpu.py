@@ -89,7 +89,7 @@ def check_values(folder: Path) -> None:
         )
         rows.append(np.array(open_store(folder / f"{device}.h5").descriptors, np.float64))
     worst = float((np.linalg.norm(rows[0] - rows[1], axis=1) / np.linalg.norm(rows[0], axis=1)).max())
-    check(f"descriptors in float32, at most {worst:.1e} from the processor's", worst < 1e-3)
+    check(f"descriptors in float32, at most {worst:.1e} from the CPU's", worst < 1e-3)
 
 
 def extraction(folder: Path, count: int) -> None:

@@ -252,7 +252,7 @@ def compare(path: str, classes: int) -> None:
 
 
 def save_store(store: Path, path: Path) -> int:
-    """Write the described rows of a store, labelled by their folders, as `make_descriptors` does; returns the number of classes."""
+    """Write the described rows of a store, labelled by folder, as `make_descriptors` does; returns the class count."""
     from sppfeat import Status, open_store
 
     opened = open_store(store)

@@ -43,7 +43,7 @@ def resolve_device(name: str) -> str:
 
 @functools.cache
 def has_driver() -> bool:
-    """Whether torch may find a GPU here: without a driver there is no point in asking it, which takes seconds."""
+    """Whether torch may find a GPU here. Without a driver there is no point in asking it, which takes seconds."""
     if "rocm" in version("torch"):
         return True
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

@@ -380,7 +380,7 @@ class Describer:
         except MemoryError as error:
             return one_line(error)  # not the error itself, which keeps the memory of the failed pass
         except ImageRefusedError as error:
-            reason = f"the network refused an image of {width} x {height}: {one_line(error)}"
+            reason = f"the network rejected an image of {width} x {height}: {one_line(error)}"
             return [(key, reason) for key in keys]
         except (RuntimeError, AssertionError) as error:
             # A lost GPU, for example: not these images' fault, so their rows stay pending.

@@ -49,7 +49,7 @@ class Item:
     """What travels from a source to a store: an image, or the windows on it that are described.
 
     name: a POSIX path relative to `root`. windows: [K, 4] x1, y1, x2, y2, pixels of the upright original, inclusive
-    ends; None: the whole image. problem: why there is no image to read, where the source knows (a folder named x.jpg, a
+    ends; None: the whole image. problem: why there is no image to read, if the source knows (a folder named x.jpg, a
     looping symlink, ...).
     """
 

@@ -59,7 +59,7 @@ def pool_rois(
     """Pool K windows of one map [C, H, W] into [K, bins * C], in the map's dtype; differentiable.
 
     rois: [K, 4] whole numbers x1, y1, x2, y2 in feature-map cells, inclusive ends, inside the map.
-    Each roi is pooled as a map of its own, from tables in which every bin is a few look-ups: maxima or sums over
+    Each roi is pooled as a separate map, from tables in which every bin is a few look-ups: maxima or sums over
     blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
     """
     _check(levels, pooling, gem_p)

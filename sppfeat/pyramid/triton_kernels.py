@@ -100,7 +100,7 @@ def _max_kernel(  # type: ignore[no-untyped-def]
                         row + (start + finer)[:, None] * channels + channel[None, :],
                         mask=there,
                         other=float("-inf"),
-                        cache_modifier=".cg",  # past this processor's own cache, which does not see others' writes
+                        cache_modifier=".cg",  # bypass this SM's cache, which does not see other SMs' writes
                     )
                     best = _larger(best, values.to(tl.float32))
                 pooled = tl.reduce(best, 0, _larger)
@@ -144,7 +144,7 @@ def max_of_windows(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[
 
 @functools.lru_cache(maxsize=64)
 def _launches(levels: tuple[int, ...], device: torch.device) -> list[tuple[int, int, int, torch.Tensor]]:
-    """For every level that is no divisor of another: where its bins start, and how many levels are made from it, with
+    """For every level that does not divide another: where its bins start, and how many levels are made from it, with
     these and their starts [M, 2] on the device. A level that is asked for again is made from itself.
     """
     starts = [sum(n * n for n in levels[:at]) for at in range(len(levels))]

@@ -124,7 +124,7 @@ def _scaled(boxes: np.ndarray, small: tuple[int, int], size: tuple[int, int]) ->
 class Proposer:
     """Worker processes that propose windows. Use as a context manager.
 
-    A script that uses it must have the usual `if __name__ == "__main__":`, since processes import it anew.
+    A script that uses it needs the usual `if __name__ == "__main__":`, since the processes import it again.
     """
 
     def __init__(self, options: ProposalOptions | None = None, *, workers: int) -> None:
