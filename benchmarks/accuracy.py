@@ -1,10 +1,10 @@
-"""Which recipe describes best: transfer and retrieval accuracy, descriptor length and speed of each, one table.
+"""Compare recipes: transfer and retrieval accuracy, descriptor length and speed of each, in one table.
 
     python benchmarks/accuracy.py DATA
 
 DATA holds `caltech101-subset` (train/CLASS, test/CLASS) and `kth-buildings` (server/objN_*, client/objN_*).
 Transfer: scikit-learn's LinearSVC, one against the rest, C = 1, mean accuracy over the classes. Retrieval: mean average
-precision of the gallery ranked by cosine similarity. Speed: `Describer` on the same 64 Caltech pictures, recipes in
+precision of the gallery ranked by cosine similarity. Speed: `Describer` on the same 64 Caltech images, recipes in
 turn, medians of three rounds.
 """
 
@@ -31,11 +31,11 @@ HABIT = dict(crop="center", levels=(1,), pooling="avg", layer="bn2")
 
 
 def recipes() -> dict[str, Recipe]:
-    """The recipes to compare, by a short description; each differs from the default in what it says."""
+    """The recipes to compare, by a short description of how they differ from the default."""
     found = {
-        "centre crop 224, global average, bn2 (the habit)": Recipe(**HABIT),
-        "whole picture, global average, bn2": Recipe(levels=(1,), pooling="avg", layer="bn2"),
-        "whole picture, global average, blocks": Recipe(levels=(1,), pooling="avg"),
+        "centre crop 224, global average, bn2 (common practice)": Recipe(**HABIT),
+        "whole image, global average, bn2": Recipe(levels=(1,), pooling="avg", layer="bn2"),
+        "whole image, global average, blocks": Recipe(levels=(1,), pooling="avg"),
     }
     for levels in ((1,), (2, 1), (3, 2, 1), (6, 3, 2, 1), (4, 3, 2, 1)):
         found[f"SPP {','.join(map(str, levels))} max, blocks"] = Recipe(levels=levels)
@@ -73,7 +73,7 @@ def transfer_accuracy(store: Store) -> float:
     fit, held = descriptors[train], descriptors[~train]
     if fit.shape[1] > len(fit):
         # Coordinates in the span of the training rows: all inner products, and so the SVM, stay the same, with far
-        # fewer columns to fit. The tiny ridge keeps duplicate pictures from breaking the factorisation.
+        # fewer columns to fit. The tiny ridge keeps duplicate images from breaking the factorisation.
         triangle = np.linalg.cholesky((fit @ fit.T).astype(np.float64) + 1e-6 * np.eye(len(fit)))
         fit, held = triangle, solve_triangular(triangle, (fit @ held.T).astype(np.float64), lower=True).T
     model = LinearSVC(C=1.0, max_iter=10_000, dual=True, random_state=0).fit(fit, labels[train])
@@ -82,7 +82,7 @@ def transfer_accuracy(store: Store) -> float:
 
 
 def retrieval_map(store: Store) -> float:
-    """Mean average precision in percent: each client picture against the server pictures, same object = relevant."""
+    """Mean average precision in percent: each client image against the server images, same object = relevant."""
     objects = np.array([int(re.search(r"obj(\d+)_", name)[1]) for name in store.names])  # type: ignore[index]
     is_query = np.array([name.startswith("client/") for name in store.names])
     rows = np.asarray(store.descriptors, dtype=np.float32)

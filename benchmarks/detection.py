@@ -1,10 +1,10 @@
-"""SPP-net detection against R-CNN, and against itself: time and accuracy, over the same windows with the same SVMs.
+"""SPP-net detection against R-CNN, and between its variants: time and accuracy, with the same windows and SVMs.
 
     python benchmarks/detection.py DATA --work FOLDER [PART...]
 
 DATA holds `raccoon` and `voc2007-subset`. FOLDER keeps windows, R-CNN's descriptors and the figures of finished parts,
-so that a part that was stopped goes on and the tables are printed from all parts that are done. Parts: windows, rcnn,
-pooling, time, raccoon, voc, stages; all of them by default.
+so that a stopped part resumes and the tables show all finished parts. Parts: windows, rcnn, pooling, time, raccoon,
+voc, stages; all of them by default.
 
 R-CNN: each window is cut out, warped to 224 x 224 and sent through the same network on the same engine; its map is
 pooled over the same levels, and the SVMs and box regression are trained by the same code. raccoon: the first 160 files
@@ -68,7 +68,7 @@ VOC_FORMS = ("1 scale (480)", "2 scales (480, 688)", "1 scale (688)")
 class WarpingDescriber(Describer):
     """R-CNN: every window is warped to 224 x 224 and goes through the network by itself.
 
-    folder: where descriptors are kept by image, since training goes over the images several times; None: not kept.
+    folder: where descriptors are kept by image, since training reads the images several times; None: not kept.
     """
 
     BATCH = 4
@@ -105,11 +105,11 @@ class WarpingDescriber(Describer):
 
     def warped(self, path: str, windows: np.ndarray) -> np.ndarray:
         """[K, D] descriptors of windows [K, 4]."""
-        picture = read_image(path).pixels
+        image = read_image(path).pixels
 
         def forward(part: np.ndarray) -> np.ndarray:
             crops = [
-                np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x1, y1, x2 + 1, y2 + 1)))
+                np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x1, y1, x2 + 1, y2 + 1)))
                 for x1, y1, x2, y2 in part
             ]
             with torch.inference_mode():
@@ -151,7 +151,7 @@ class Data:
 
 
 def part_windows(data: Data) -> dict[str, Any]:
-    """Windows, and how much of the objects they can reach at all."""
+    """Windows, and the share of objects that they can reach."""
     result = {}
     for name, (train, test, windows) in (("raccoon", data.raccoon()), ("voc", data.voc())):
         best = [
@@ -236,7 +236,7 @@ def part_time(data: Data) -> dict[str, Any]:
     for _ in range(3):
         for name, describer in sides.items():
             start = time.perf_counter()
-            for _ in range(4):  # images one after the other, as a user with one image has it
+            for _ in range(4):  # images one after the other, as for a user with one image
                 list(describer.describe([Item.at(path, windows)], scales="nearest"))
             taken[name].append((time.perf_counter() - start) / 4)
         start = time.perf_counter()
@@ -254,7 +254,7 @@ def part_time(data: Data) -> dict[str, Any]:
 
 
 def part_raccoon(data: Data) -> dict[str, Any]:
-    """Accuracy on raccoon, SPP-net in several forms and R-CNN."""
+    """Accuracy on raccoon of several variants of SPP-net, and of R-CNN."""
     train, test, windows = data.raccoon()
     forms = {name: _describer(name) for name in FORMS}
     if len(list((data.work / "rcnn").glob("*.npz"))) >= len(train.images) + len(test.images):
@@ -304,7 +304,7 @@ def _accuracies(
 
 
 def part_stages(data: Data) -> dict[str, Any]:
-    """Where the time of detecting goes, and the memory: 40 images of raccoon, in a process of their own."""
+    """Time and memory of detection by stage: 40 images of raccoon, in a separate process."""
     if os.environ.get("SPPFEAT_BENCHMARK_CHILD"):
         _, test, windows = data.raccoon()
         detector = open_detector(data.work / "raccoon 1 scale (480).h5")
@@ -368,7 +368,7 @@ def main() -> None:
 
 
 def print_tables(work: Path) -> None:
-    """Everything that is measured so far, as Markdown."""
+    """Everything measured so far, as Markdown."""
     found = {
         name: json.loads((work / f"{name}.json").read_text()) for name in PARTS if (work / f"{name}.json").exists()
     }
@@ -377,7 +377,7 @@ def print_tables(work: Path) -> None:
     if "pooling" in found:
         one = found["pooling"]
         print("| pooling of 2,000 windows | ms | |\n|---|---|---|")
-        print(f"| torchvision roi_pool, one call a level | {1e3 * one['roi_pool']:.0f} | 1 |")
+        print(f"| torchvision roi_pool, one call per level | {1e3 * one['roi_pool']:.0f} | 1 |")
         ratio = one["roi_pool"] / one["pool_rois"]
         print(f"| pool_rois | {1e3 * one['pool_rois']:.0f} | {ratio:.1f} x |")
         print(f"\nfirst call {1e3 * one['first call']:.0f} ms, {one['threads']} threads\n")
@@ -385,7 +385,7 @@ def print_tables(work: Path) -> None:
         one = found["time"]
         print(f"| descriptors of {one['windows']} windows, one image ({one['engine']}) | s | times R-CNN's speed |")
         print("|---|---|---|")
-        print(f"| R-CNN (200 windows, and as long for each of the others) | {one['rcnn']:.2f} | 1 |")
+        print(f"| R-CNN (200 windows, scaled up to all) | {one['rcnn']:.2f} | 1 |")
         for name in one["alone"]:
             for how in ("alone", "in a row"):
                 seconds = one[how][name]
@@ -405,16 +405,16 @@ def print_tables(work: Path) -> None:
     if "windows" in found:
         for kind, one in found["windows"].items():
             print(
-                f"{kind}: {one['mean']:.0f} windows an image; {one['recall']:.1f} % of the test objects are overlapped"
+                f"{kind}: {one['mean']:.0f} windows per image; {one['recall']:.1f} % of the test objects are overlapped"
             )
     if "stages" in found:
         one = found["stages"]
         print(f"\nDetecting on {one['images']} images of raccoon, 1 scale (480):")
-        print("\n| stage | ms an image |\n|---|---|")
+        print("\n| stage | ms per image |\n|---|---|")
         print(f"| selective search, one process | {1e3 * one['search']:.0f} |")
         for name, seconds in one["stages"].items():
             print(f"| {name} | {1e3 * seconds / one['images']:.1f} |")
-        print(f"\nwhole: {1e3 * one['seconds'] / one['images']:.0f} ms an image; peak memory {one['peak']:.0f} MB")
+        print(f"\nwhole: {1e3 * one['seconds'] / one['images']:.0f} ms per image; peak memory {one['peak']:.0f} MB")
 
 
 if __name__ == "__main__":

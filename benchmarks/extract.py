@@ -1,15 +1,15 @@
-"""Extraction against the loop that people write: images a second and memory, both sides in one run.
+"""Extraction against the loop that people write: images per second and memory, both sides in one run.
 
     python benchmarks/extract.py DATA/caltech101-subset
 
 The plain loop: the network's own transform with its centre crop, a DataLoader (every worker count tried once, the best
 one kept), and the eager network up to the pooled features; batch of 8. sppfeat: `extract_folder` into a store. Each run
-is a process of its own and sides take turns; medians are printed. Images a second count from the first image asked for
-to the last row done; the whole process counts imports and loading of the network too, on both sides.
+is a separate process and sides take turns; medians are printed. Images per second count from the first requested image
+to the last finished row; the whole process also counts imports and loading the network, on both sides.
 Peak memory is that of the largest single process.
 
 The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward
-is the engine over pictures that are decoded already, decode is decoding and resizing alone, each over all cores.
+is the engine over images that are decoded already, decode is decoding and resizing alone, each over all cores.
 
 With `--thingsvision PYTHON`, the Python of an environment that has thingsvision (and timm), the same backbone over the
 same files is measured there too.
@@ -81,7 +81,7 @@ def plain_loop(listing: str, network_name: str, size: int, workers: int) -> None
 
 
 def thingsvision(listing: str, network_name: str, size: int) -> None:
-    """Child process, in an environment of its own: thingsvision over the listed files; prints its seconds."""
+    """Child process, in its own environment: thingsvision over the listed files; prints its seconds."""
     import numpy as np
     import torch
     from PIL import Image
@@ -149,7 +149,7 @@ def ours(listing: str, network_name: str, size: int, crop: str, precision: str, 
 
 
 def limit(listing: str, network_name: str, size: int, crop: str, precision: str, engine: str) -> None:
-    """Child process: seconds that the listed files would take if nothing but decoding and the network cost anything."""
+    """Child process: seconds that the listed files would take if only decoding and the network took time."""
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -174,19 +174,19 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     with ThreadPoolExecutor(os.cpu_count()) as decoders:
         list(decoders.map(decode, paths[:20]))
         start = time.perf_counter()
-        pictures = list(decoders.map(decode, paths))
+        images = list(decoders.map(decode, paths))
         decoding = time.perf_counter() - start
     with ThreadPoolExecutor(runner.streams) as forwarders:
-        # As in a run: the first picture of each shape costs the network's preparation for it.
+        # As in a run, the network prepares for each shape at its first image.
         start = time.perf_counter()
-        list(forwarders.map(forward, pictures))
+        list(forwarders.map(forward, images))
         forwarding = time.perf_counter() - start
     print(decoding + forwarding, decoding, forwarding)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of the loop (and what more was printed), seconds of the whole process, peak memory in MB."""
+    """Seconds of the loop (and what else was printed), seconds of the whole process, peak memory in MB."""
 
     loop: float
     parts: tuple[float, ...]
@@ -195,7 +195,7 @@ class Run:
 
 
 def run(what: str, *arguments: object, python: str = sys.executable) -> Run:
-    """Run a side as a child; its memory is what the operating system counted."""
+    """Run a side as a child; its memory is as counted by the operating system."""
     start = time.perf_counter()
     command = [python, __file__, what, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
@@ -220,7 +220,7 @@ def main() -> None:
 
     suffixes = (".jpg", ".jpeg", ".png")
     files = sorted(path for path in arguments.data.resolve().rglob("*") if path.suffix.lower() in suffixes)
-    # From all over the list, so that all classes, and with them all picture shapes, take part.
+    # From all over the list, so that all classes, and thus all image shapes, take part.
     some = files[:: max(1, len(files) // arguments.files)][: arguments.files]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "timm", "pillow"))
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
@@ -248,13 +248,13 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
     if python is not None:
         sides[f"thingsvision, {size} centre crop"] = ("thingsvision", listing, name, size)
     for text, crop, precision, engine in (
-        (f"sppfeat, whole picture, short side {size}", "none", "float32", "auto"),
+        (f"sppfeat, whole image, short side {size}", "none", "float32", "auto"),
         (f"sppfeat, {size} centre crop (equal pixels)", "center", "float32", "auto"),
-        ("sppfeat, whole picture, bfloat16", "none", "bfloat16", "auto"),
-        ("sppfeat, whole picture, torch engine", "none", "float32", "torch"),
+        ("sppfeat, whole image, bfloat16", "none", "bfloat16", "auto"),
+        ("sppfeat, whole image, torch engine", "none", "float32", "torch"),
     ):
         sides[text] = ("ours", listing, name, size, crop, precision, engine, store)
-    run("ours", listing, name, size, "none", "float32", "auto", store)  # converts the networks, once for a machine
+    run("ours", listing, name, size, "none", "float32", "auto", store)  # converts the networks, once per machine
     run("ours", listing, name, size, "none", "bfloat16", "auto", store)
     runs: dict[str, list[Run]] = {text: [] for text in sides}
     limits: dict[str, list[Run]] = {text: [] for text in sides}
@@ -274,7 +274,7 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
     base = next(iter(runs.values()))
     for text, results in runs.items():
         rate = statistics.median(count / result.loop for result in results)
-        # Ratios of runs that stood next to each other: the machine's speed drifts.
+        # Ratios of consecutive runs: the machine's speed drifts.
         loop = statistics.median(b.loop / a.loop for a, b in zip(results, base, strict=True))
         process = statistics.median(b.whole / a.whole for a, b in zip(results, base, strict=True))
         peak = statistics.median(result.peak for result in results)
@@ -288,7 +288,7 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The CPU's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,11 +1,11 @@
-"""An NVIDIA GPU, in one command: are the values right, and how close is each part to what the card can do?
+"""An NVIDIA GPU, in one command: are the values right, and how close is each part to the GPU's limits?
 
     python benchmarks/gpu.py [--images FOLDER]
 
-Prints Markdown: values first (it stops where one is wrong), then images a second of the bare network and from JPEG
+Prints Markdown: values first (it stops at a wrong one), then images per second of the bare network and from JPEG
 files to a store, the pyramid over whole maps against torch and against the bandwidth of a copy, windows against
-roi_pool, the SVM's Gram matrix and solution, and FAISS. Where there is no GPU it says so, and runs the kernels in
-Triton's interpreter against plain torch instead: values, no times. Without `--images`, random pictures are written as
+roi_pool, the SVM's Gram matrix and solution, and FAISS. Without a GPU it says so, and compares the kernels in
+Triton's interpreter with plain torch instead: values, no times. Without `--images`, random images are written as
 JPEG files.
 """
 
@@ -49,7 +49,7 @@ for levels in ((6, 3, 2, 1), (4, 3, 2, 1)):
 
 
 def median(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median seconds of a call on the card, by its own clock."""
+    """Median seconds of a call on the GPU, by its own clock."""
     for _ in range(3):
         call()
     times = []
@@ -65,7 +65,7 @@ def median(call: Callable[[], object], repeats: int = 20) -> float:
 
 def check(what: str, right: bool) -> None:
     if not right:
-        raise SystemExit(f"{what}: other values")
+        raise SystemExit(f"{what}: wrong values")
     print(f"* {what}: as expected")
 
 
@@ -89,7 +89,7 @@ def check_values(folder: Path) -> None:
         )
         rows.append(np.array(open_store(folder / f"{device}.h5").descriptors, np.float64))
     worst = float((np.linalg.norm(rows[0] - rows[1], axis=1) / np.linalg.norm(rows[0], axis=1)).max())
-    check(f"descriptors in float32, at most {worst:.1e} from the processor's", worst < 1e-3)
+    check(f"descriptors in float32, at most {worst:.1e} from the CPU's", worst < 1e-3)
 
 
 def extraction(folder: Path, count: int) -> None:
@@ -101,13 +101,13 @@ def extraction(folder: Path, count: int) -> None:
     files = sorted(folder.rglob("*.jpg"))[:count]
     backbone = load_backbone(recipe).to(torch.device("cuda"))
     shape = prepare_image(str(files[0]), backbone.description.recipe).inputs[0].shape
-    pictures = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
+    images = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
     with torch.inference_mode():
-        eager = len(pictures) / median(lambda: backbone.feature_map(pictures))
+        eager = len(images) / median(lambda: backbone.feature_map(images))
         print(f"| bare network, bfloat16, eager, batches of 128, {shape[0]} x {shape[1]} | {eager:.0f} | |")
         compiled = torch.compile(backbone.trunk, mode="max-autotune-no-cudagraphs")
-        inputs = pictures.permute(0, 3, 1, 2).to(torch.bfloat16)
-        fastest = len(pictures) / median(lambda: compiled(inputs))
+        inputs = images.permute(0, 3, 1, 2).to(torch.bfloat16)
+        fastest = len(images) / median(lambda: compiled(inputs))
         print(f"| bare network, bfloat16, compiled | {fastest:.0f} | 1.00 |")
     listing = folder / "all.txt"
     listing.write_text("\n".join(map(str, files)) + "\n")
@@ -185,7 +185,7 @@ def search() -> None:
         print("\nFAISS is not installed.")
         return
     if not getattr(faiss, "get_num_gpus", lambda: 0)():
-        print(f"\nFAISS {faiss.__version__} sees no GPU (faiss-cpu is installed, or none is there).")
+        print(f"\nFAISS {faiss.__version__} sees no GPU (faiss-cpu is installed, or there is none).")
         return
     rows = np.random.default_rng(0).standard_normal((200_000, 512), np.float32)
     index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(512))
@@ -200,8 +200,8 @@ def search() -> None:
     print(f"\nFAISS, exact, 200,000 x 512, 10 neighbours: {10_000 / seconds:.0f} queries/s")
 
 
-def pictures_in(folder: Path, count: int) -> None:
-    """Random pictures, smooth as photographs are, as baseline JPEG files of 500 x 375."""
+def images_in(folder: Path, count: int) -> None:
+    """Random images, smooth as photographs are, as baseline JPEG files of 500 x 375."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -223,11 +223,11 @@ def main() -> None:
             versions.append(f"{name} {version(name)}")
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
     if not torch.cuda.is_available():
-        print("\nNo NVIDIA GPU here: nothing about one was measured.")
+        print("\nNo NVIDIA GPU found: nothing was measured on one.")
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"the kernels, interpreted: other values\n{done.stderr}")
+            raise SystemExit(f"the kernels, interpreted: wrong values\n{done.stderr}")
         print("\n* the kernels of the pyramid, in Triton's interpreter: the values of the torch form, bit by bit")
         return
     driver = torch.cuda.get_device_properties(0)
@@ -235,7 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.images is None:
-            pictures_in(folder, arguments.count)
+            images_in(folder, arguments.count)
         else:
             for number, path in enumerate(sorted(arguments.images.rglob("*.jpg"))[: arguments.count]):
                 (folder / f"{number:05}.jpg").symlink_to(path.resolve())

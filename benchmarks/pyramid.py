@@ -1,10 +1,10 @@
-"""The pyramid on a processor against torch and torchvision: whole maps, and windows on one map.
+"""The pyramid on a CPU against torch and torchvision: whole maps, and windows on one map.
 
     python benchmarks/pyramid.py
 
 Values are compared first. Both sides of a row take turns within one process; medians are printed. Whole maps: against
-`adaptive_max_pool2d` once a level and `cat`, on the memory format named (the engines give channels last). Windows:
-against `roi_pool` once a level, on the map in the format that roi_pool wants.
+`adaptive_max_pool2d` per level and `cat`, in the memory format named (the engines give channels last). Windows: against
+`roi_pool` per level, on the map in the format that roi_pool expects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchvision.ops import roi_pool
 from sppfeat import pool_pyramid, pool_rois
 
 LEVELS = (6, 3, 2, 1)
-# Channels, height and width: last blocks and heads of usual networks at 224 and 448 pixels, and layers further up.
+# Channels, height and width: last blocks and heads of common networks at 224 and 448 pixels, and earlier layers.
 MAPS = (
     (320, 7, 7),
     (320, 7, 10),
@@ -42,7 +42,7 @@ LARGEST = 60_000_000  # values in a map; larger ones are left out
 
 
 def whole(maps: torch.Tensor) -> torch.Tensor:
-    """What people write: each level by itself."""
+    """What people write: each level separately."""
     return torch.cat([F.adaptive_max_pool2d(maps, level).flatten(1) for level in LEVELS], 1)
 
 
@@ -65,7 +65,7 @@ def turns(sides: list[Callable[[], object]], repeats: int, seconds: float) -> li
 
 
 def same_maps(ours: torch.Tensor, theirs: torch.Tensor, channels: int) -> bool:
-    """Equal, where theirs has each level's bins innermost and ours its channels."""
+    """Whether values are equal; theirs has each level's bins innermost, ours its channels."""
     parts = theirs.split([channels * level * level for level in LEVELS], 1)
     return torch.equal(ours, torch.cat([part.unflatten(1, (channels, -1)).mT.flatten(1) for part in parts], 1))
 

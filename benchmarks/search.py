@@ -1,9 +1,9 @@
-"""Search: what the library adds to the raw FAISS call, a million rows in each index, and one query picture's stages.
+"""Search: what the library adds to the raw FAISS call, a million rows in each index, and one query image's stages.
 
     python benchmarks/search.py
 
-prints three tables. Every index is built in a process of its own, so that peak memory is its own; the figures beside
-each other come from the same rows and queries. `--scale 0.02` shrinks the rows to try the script.
+prints three tables. Every index is built in a separate process, so that peak memory is its own; figures in a row come
+from the same rows and queries. `--scale 0.02` shrinks the rows to try the script.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def make_data(folder: Path, count: int) -> None:
 
 
 def one_index(folder: str, factory: str | None, memory: int | None) -> dict[str, Any]:
-    """Build one index of the rows, and ask it: all at once, and one by one."""
+    """Build one index of the rows, and query it: all at once, and one by one."""
     from sppfeat import open_store
     from sppfeat.retrieval.faiss_index import IndexOptions, build_index
     from sppfeat.store.unit_vectors import to_units, unit_rows
@@ -117,9 +117,9 @@ def one_index(folder: str, factory: str | None, memory: int | None) -> dict[str,
 
 
 class Memory:
-    """The most memory of its own that this process takes within the block, in MB, seen 50 times a second.
+    """The peak memory of this process within the block, in MB, sampled 50 times per second.
 
-    The store's pages are mapped and not counted: the system drops them when others want the space.
+    The store's mapped pages are not counted: the system drops them when memory is needed.
     """
 
     def __enter__(self) -> Memory:
@@ -173,7 +173,7 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
 
 
 def stages(folder: str) -> dict[str, Any]:
-    """One query picture on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
+    """One query image on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
     from sppfeat.retrieval.gallery import create_gallery, open_gallery
     from sppfeat.retrieval.search import SearchOptions, describer_for, search_descriptors, search_images
@@ -187,16 +187,16 @@ def stages(folder: str) -> dict[str, Any]:
     started = time.perf_counter()
     describer = describer_for(gallery, options)
     loading = time.perf_counter() - started
-    picture = str(next(iter(sorted(PHOTOS.rglob("*.jpg")))))
+    image = str(next(iter(sorted(PHOTOS.rglob("*.jpg")))))
     rounds: dict[str, list[float]] = {"decode": [], "forward": [], "search": [], "whole": []}
     for _ in range(18):
         before = (describer.times.decode, describer.times.forward)
         started = time.perf_counter()
-        search_images(gallery, [picture], SearchOptions(k=K), describer=describer)
+        search_images(gallery, [image], SearchOptions(k=K), describer=describer)
         rounds["whole"].append(time.perf_counter() - started)
         rounds["decode"].append(describer.times.decode - before[0])
         rounds["forward"].append(describer.times.forward - before[1])
-        (done,) = describer.describe([picture])
+        (done,) = describer.describe([image])
         assert done.rows is not None
         started = time.perf_counter()
         search_descriptors(gallery, done.rows, SearchOptions(k=K))
@@ -209,7 +209,7 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {child.__name__: child for 
 
 
 def run(child: str, *arguments: object) -> dict[str, Any]:
-    """Run a child in a process of its own; its figures."""
+    """Run a child in a separate process; its figures."""
     command = [sys.executable, __file__, "--child", child, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="overhead,stages,million", help="what to run (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the million rows by this, to try the script")
-    parser.add_argument("--folder", type=Path, help="keep the rows here, and take them from here")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the rows, to reuse them")
     arguments = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("faiss-cpu", "numpy", "torch")))
@@ -243,7 +243,7 @@ def main() -> None:
         if "stages" in arguments.parts:
             found = run("stages", temporary)
             table(
-                "one query picture, 1 thread a picture, default recipe, on the CPU, warm, medians of 15",
+                "one query image, 1 thread per image, default recipe, on the CPU, warm, medians of 15",
                 "once: open the gallery | once: load the network | decode and resize | network and pooling | search "
                 "13 x 16,000 | whole call",
             )
@@ -256,7 +256,7 @@ def main() -> None:
                 make_data(folder, count)
             table(
                 f"{count:,} x {DIM} clustered rows, {QUERIES:,} queries beside them, {K} neighbours",
-                "asked for | index | set to | build, s | peak memory, MB | file, MB | recall@10 | queries/s, together "
+                "requested | index | set to | build, s | peak memory, MB | file, MB | recall@10 | queries/s, together "
                 "| one by one, ms",
             )
             budget = int(1e9 * arguments.scale)

@@ -4,9 +4,9 @@
 
 Descriptors are synthetic, with a Gram matrix whose eigenvalues fall as those of real ones do; or the rows of a store,
 labelled by their folders, and for the smaller shapes of a store of global averages that are not normalised. LinearSVC
-gets ready rows in double precision, and the loosest tolerance at which every class looked at comes within 1e-4 of the
-best objective; sppfeat gets half-precision rows on disk, and its default tolerance. Every side is a process of its own;
-memory is the operating system's count.
+gets ready rows in double precision, and the loosest tolerance at which every measured class comes within 1e-4 of the
+best objective; sppfeat gets half-precision rows on disk, and its default tolerance. Every side is a separate process;
+memory is as counted by the operating system.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHAPES = (
     (2000, 64, 10, 1.0, 1.0),
 )
 TOLERANCES = (0.1, 0.01, 1e-3, 1e-4, 1e-5)
-PEER_CLASSES = 4  # LinearSVC is timed on these and the rest as one more; the others are counted as equally long
+PEER_CLASSES = 4  # LinearSVC is timed on these and the rest as one more; the others are assumed to take as long
 
 
 def make_descriptors(path: Path, count: int, dim: int, classes: int, seed: int = 0) -> None:
@@ -120,7 +120,7 @@ def ours_grid(path: str) -> dict[str, Any]:
 
 
 def ours_best(path: str, c: float, fold: int) -> dict[str, Any]:
-    """Objectives of the rows outside a fold (-1: all), far closer to the minimum than any side is asked to come."""
+    """Objectives of the rows outside a fold (-1: all), far closer to the minimum than either side has to come."""
     from sppfeat.svm.solver import SvmProblem, class_targets
 
     rows, labels = load(path)
@@ -173,7 +173,7 @@ CHILDREN = {child.__name__: child for child in (ours_one, ours_grid, ours_best, 
 
 
 def run(child: str, *arguments: object) -> dict[str, Any]:
-    """Run a child; its figures, with its peak memory as the operating system counted it."""
+    """Run a child; its figures, with its peak memory as counted by the operating system."""
     command = [sys.executable, __file__, "--child", child, json.dumps(arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -252,7 +252,7 @@ def compare(path: str, classes: int) -> None:
 
 
 def save_store(store: Path, path: Path) -> int:
-    """Write the described rows of a store, labelled by their folders, as `make_descriptors` does; how many classes."""
+    """Write the described rows of a store, labelled by folder, as `make_descriptors` does; returns the class count."""
     from sppfeat import Status, open_store
 
     opened = open_store(store)

@@ -1,4 +1,5 @@
-"""Draws `detections.jpg`, the picture of README: what a detector finds on the photographs of the project.
+"""Draws `detections.jpg`, the image in README: what a detector finds in the project's photographs.
+
 
     python docs/detections.py DETECTOR.h5 [THRESHOLD]
 
@@ -28,8 +29,8 @@ def main() -> None:
     options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else DetectOptions.threshold)
     panels: dict[int, Image.Image] = {}
     for found in detected(DetectorRunner(detector), items, None, options):
-        picture = read_image(items[found.position].path).pixels
-        small = picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
+        image = read_image(items[found.position].path).pixels
+        small = image.resize((round(image.width * HEIGHT / image.height), HEIGHT), Image.Resampling.LANCZOS)
         panels[found.position] = draw_detections(small, found, detector.classes)
     width = sum(panel.width for panel in panels.values()) + GAP * (len(panels) - 1)
     strip = Image.new("RGB", (width, HEIGHT), (255, 255, 255))

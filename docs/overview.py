@@ -1,4 +1,4 @@
-"""Draws docs/overview.png, the picture in README, from a real photograph and the default recipe.
+"""Draws docs/overview.png, the image in README, from a real photograph and the default recipe.
 
 python docs/overview.py
 """
@@ -23,7 +23,7 @@ SMALL = ImageFont.load_default(size=16)
 
 
 def heat(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Values as a picture, dark blue at `low` to yellow at `high`."""
+    """Values as an image, dark blue at `low` to yellow at `high`."""
     span = ((values - low) / (high - low)).clip(0, 1)
     stops = np.array([[22, 27, 84], [60, 90, 170], [90, 170, 160], [200, 210, 90], [250, 240, 150]], float)
     place = span * (len(stops) - 1)

@@ -1,20 +1,20 @@
 """Every error that sppfeat raises on purpose.
 
     SppFeatError            anything below; the command line prints its text on one line
-    ├── UsageError          an option, a source or a name that cannot be (exit code 2)
-    ├── DeviceError         a device that was asked for and is not there
+    ├── UsageError          an invalid option, source or name (exit code 2)
+    ├── DeviceError         a requested device that is not available
     ├── BackboneError       a network that cannot be built, cut at a layer, or given these weights
-    ├── ImageError          one image that cannot be described; its row is marked failed, the run goes on
+    ├── ImageError          one image that cannot be described; its row is marked failed and the run continues
     ├── StoreError          a store that cannot be opened, written or trusted
     │   └── StoreBusyError  another process is writing to this store
     ├── ModelError          an SVM or a detector that cannot be opened, written or trusted
-    ├── WindowsError        a file of windows that cannot be opened, written or trusted, or made
+    ├── WindowsError        a file of windows that cannot be made, opened, written or trusted
     ├── GalleryError        a gallery that cannot be opened, written or trusted
     ├── ReportError         a page that cannot be written
-    └── MissingExtraError   a library that this needs and that is not installed
+    └── MissingExtraError   a required library that is not installed
 
-A text names the thing, what was expected and what was found. SppFeatWarning is for what works, but not as one would
-expect: the command line prints it on one line, too.
+A message names the thing, what was expected and what was found. SppFeatWarning is for what works, but not as expected;
+the command line prints it on one line, too.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class SppFeatError(Exception):
 
 
 class SppFeatWarning(UserWarning):
-    """Something works, but not as one would expect: a slower way took the place of one that failed."""
+    """Something works, but not as expected, such as a slower fallback for something that failed."""
 
 
 class UsageError(SppFeatError):
-    """An option, a source or a name that cannot be."""
+    """An invalid option, source or name."""
 
 
 class DeviceError(SppFeatError):
-    """A device that was asked for and is not there."""
+    """A requested device that is not available."""
 
 
 class BackboneError(SppFeatError):
@@ -61,7 +61,7 @@ class ModelError(SppFeatError):
 
 
 class WindowsError(SppFeatError):
-    """A file of windows that cannot be opened, written or trusted, or made."""
+    """A file of windows that cannot be made, opened, written or trusted."""
 
 
 class GalleryError(SppFeatError):
@@ -73,7 +73,7 @@ class ReportError(SppFeatError):
 
 
 class MissingExtraError(SppFeatError):
-    """A library that this needs and that is not installed."""
+    """A required library that is not installed."""
 
 
 def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
@@ -82,14 +82,16 @@ def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         found = (
-            "which is not installed" if isinstance(error, ModuleNotFoundError) else f"which fails: {one_line(error)}"
+            "which is not installed"
+            if isinstance(error, ModuleNotFoundError)
+            else f"which fails to import: {one_line(error)}"
         )
         raise MissingExtraError(f"{purpose} needs {module}, {found}: pip install 'sppfeat[{extra}]'") from None
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
-    """Text for a name that is not among `valid`: the nearest valid names, or all of them when few."""
-    import difflib  # takes longer to load than everything else here, for texts that are rare
+    """Message for a name that is not in `valid`: the nearest valid names, or all of them if few."""
+    import difflib  # slower to load than everything else here, and rarely needed
 
     names = list(dict.fromkeys(valid))
     nearest = difflib.get_close_matches(found, names, n=5, cutoff=0.4)
@@ -97,11 +99,11 @@ def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
         return f"unknown {kind} {found!r}: expected one of {', '.join(names)}"
     if nearest:
         return f"unknown {kind} {found!r}: did you mean {', '.join(nearest)}?"
-    return f"unknown {kind} {found!r}: {len(names)} are known, such as {', '.join(names[:5])}"
+    return f"unknown {kind} {found!r}: expected one of {len(names)} names, such as {', '.join(names[:5])}"
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's own text, with its type where that text alone says little (a key, an index)."""
+    """First line of an error's message, with its type where the message alone says little (a key, an index)."""
     text = str(error).strip()
     if not text or isinstance(error, LookupError):
         return f"{type(error).__name__} {text}".strip()

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, where control groups (containers, cluster jobs) allow it only a part."""
+"""How much of the machine this process may use, where control groups (containers, cluster jobs) limit it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or the least that its control groups allow."""
+    """Bytes of memory that this process may use: the machine's, or the lowest limit of its control groups."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # "max" is version 2's word for no limit; version 1 has a number beyond any memory.
+    # For no limit, version 2 has "max", and version 1 a number larger than any memory.
     limits = [
         int(text) for text in control_group_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()
     ]
@@ -19,12 +19,12 @@ def available_memory() -> int:
 
 
 def available_cores(proc: Path = Path("/proc/self")) -> int:
-    """Cores that this process may use: those it may run on, or as many as the quotas of its control groups amount to.
+    """Cores that this process may use: those of its CPU affinity, up to the quotas of its control groups.
 
-    A part of a core counts as one.
+    A fraction of a core counts as one.
     """
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Version 2 says "QUOTA PERIOD" in one file, version 1 in two; without a limit the quota is "max", or -1.
+    # Version 2 has "QUOTA PERIOD" in one file, version 1 in two; without a limit the quota is "max" or -1.
     quotas = control_group_values("cpu", "cpu.max", "cpu.cfs_quota_us", proc)
     periods = control_group_values("cpu", "cpu.max", "cpu.cfs_period_us", proc)
     shares = [(quota.split()[0], period.split()[-1]) for quota, period in zip(quotas, periods, strict=False)]
@@ -33,10 +33,10 @@ def available_cores(proc: Path = Path("/proc/self")) -> int:
 
 
 def control_group_values(controller: str, file: str, file_v1: str, proc: Path = Path("/proc/self")) -> Iterator[str]:
-    """The contents of one setting in this process's control group and in all that it lies in, without the line's end.
+    """One setting in this process's control group and in each group above it, without the newline.
 
     controller: such as `memory` or `cpu`. file: the setting's name in version 2. file_v1: in version 1. A group without
-    the setting, such as the root, gives nothing; nor does a system without control groups.
+    the setting, such as the root, yields nothing; neither does a system without control groups.
     """
     try:
         groups = (proc / "cgroup").read_text("utf-8", "surrogateescape").splitlines()
@@ -58,7 +58,7 @@ def control_group_values(controller: str, file: str, file_v1: str, proc: Path = 
             path, name = paths.get(controller, "/"), file_v1
         else:
             continue
-        # Within a container, what is mounted may be its own group, whose path is told as the machine's.
+        # In a container the mount may be its own group, while the group's path is the machine's.
         below = os.path.relpath(path, root)
         group = Path(point) if below.startswith("..") else Path(point, below)
         for folder in (group, *group.parents):

@@ -1,4 +1,4 @@
-"""How long work is followed by who asked for it."""
+"""Progress of long-running work, as its caller observes it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 
 class Observer:
-    """Progress callback of long work; called from the thread that asked for the work. Does nothing by itself."""
+    """Progress callbacks of long-running work, called from the caller's thread. By default they do nothing."""
 
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
-        """The work is known: rows or images to do, and how many are kept as they are.
+        """The work is planned: `todo` rows or images to process, and `reused` ones to keep.
 
-        gone: names of rows whose file is no longer there. device: where the network will run; empty where none does.
+        gone: names of rows whose file no longer exists. device: where the network will run; empty if none does.
         """
 
     def row(self, name: str, error: str | None) -> None:
-        """One image, or one window, is done, or failed for a reason."""
+        """One image or window is done, or failed with a reason."""
 
     def note(self, text: str) -> None:
-        """Something is odd about an image or a class; there may be one for every image."""
+        """Something is unusual about an image or a class; there may be one note per image."""
 
     def say(self, text: str) -> None:
-        """How far the work is, or what it waits for."""
+        """How far the work has come, or what it is waiting for."""

@@ -26,9 +26,9 @@ ORIENTATIONS: Final = ("exif", "ignore")
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "lanczos")
 ENGINES: Final = ("auto", "torch", "openvino")
 
-# A level of 64 already makes 4096 bins; no feature map in use has more cells a side.
+# A level of 64 already makes 4096 bins; no feature map in use has more cells per side.
 MAX_LEVEL: Final = 64
-# Beyond this, powers of usual activations leave double precision; and gem is the maximum long before.
+# Beyond this, powers of usual activations overflow double precision; long before that, gem equals the maximum.
 MAX_GEM_P: Final = 50.0
 MIN_SCALE: Final = 16
 MAX_SCALE: Final = 4096
@@ -47,16 +47,17 @@ class Recipe:
     fuse: how the descriptors of several scales become one: `mean`, `max` or `concat`.
     normalize: of each scale's descriptor, before `fuse`: `l2`, `signed-sqrt-l2` or `none`.
     precision: of the network's arithmetic. dtype: of the stored values.
-    crop: `none` describes the whole picture; `center` its central square, resized so that the scale is 7/8 of
-        the short side, as the ImageNet habit is.
-    size_multiple: both sides of the resized picture are rounded to a multiple of this; 1 = exact.
-    min_side, max_aspect: a picture with a shorter side, or a larger long/short ratio, fails.
-    max_pixels: a picture with more pixels than this once resized fails (bounds memory at `native`).
+    crop: `none` describes the whole image; `center` its central square, resized so that the scale is 7/8 of
+        the short side, as is common practice on ImageNet.
+    size_multiple: both sides of the resized image are rounded to a multiple of this; 1 = exact.
+    min_side, max_aspect: an image with a shorter side, or a larger long/short ratio, fails.
+    max_pixels: an image with more pixels than this once resized fails (bounds memory at `native`).
     mean, std, interpolation: the network's input; None: what its weights were trained with.
-    orientation: `exif` turns the picture upright; `ignore` takes the pixels as stored.
-    jpeg_draft: let the JPEG decoder shrink by 2, 4 or 8 while decoding; faster on large photographs, other values.
+    orientation: `exif` turns the image upright; `ignore` takes the pixels as stored.
+    jpeg_draft: let the JPEG decoder shrink by 2, 4 or 8 while decoding; faster on large photographs, but
+        changes values.
 
-    Raises UsageError, naming the field, when a value cannot be.
+    Raises UsageError that names the field for an invalid value.
     """
 
     backbone: str = "efficientnet_lite0"
@@ -133,11 +134,11 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read a recipe; unknown keys and newer versions are refused by name with UsageError."""
+        """Read a recipe. Raises UsageError that names an unknown key, an invalid value or a newer version."""
         from sppfeat.files import decode_document
 
         def decode(shape: type[T], expected: str) -> T:
-            # Lenient, because a file of weights may have a name that is not UTF-8.
+            # Lenient, because the name of a weights file may not be UTF-8.
             return decode_document(text, shape, what=f"recipe: expected {expected}", error=UsageError, lenient=True)
 
         keys = set(decode(dict[str, object], "a JSON object"))
@@ -155,12 +156,12 @@ class Recipe:
         return decode(cls, "valid values")
 
     def identity(self, weights_sha256: str) -> str:
-        """SHA-256 of all that fixes the values: the fields, and the weights by content instead of by path."""
+        """SHA-256 of everything that determines values: the fields, with the weights by content, not by path."""
         fields = dataclasses.asdict(self) | {"weights": weights_sha256, "recipe_version": RECIPE_VERSION}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Recipe) -> list[str]:
-        """Fields but weights (compared by content elsewhere) that differ, as `name: ours here, theirs there`."""
+        """Fields that differ, except weights (compared by content elsewhere), as `name: ours here, theirs there`."""
         return [
             f"{field.name}: {_show(getattr(self, field.name))} here, {_show(getattr(other, field.name))} there"
             for field in dataclasses.fields(self)
@@ -170,7 +171,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Version:
-    """What of a recipe's JSON is read first."""
+    """The part of a recipe's JSON that is read first."""
 
     recipe_version: int
 
@@ -182,8 +183,8 @@ class RunOptions:
     device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N`, or several GPUs, `cuda:N,M,...`: one process
         each (`extract_folder` alone).
     engine: `auto` (the fastest that is installed and runs the network), `torch` or `openvino`.
-    batch_size: most pictures in one forward pass; None: chosen for the device.
-    num_workers: decoding threads; None: one for each core.
+    batch_size: maximum images per forward pass; None: chosen for the device.
+    num_workers: decoding threads; None: one per core.
     """
 
     device: str = "auto"
@@ -203,7 +204,7 @@ class RunOptions:
             _require_integer("num_workers", self.num_workers, 1, 1024)
 
     def devices(self) -> list[str]:
-        """The device, or each of several."""
+        """The devices, one by one."""
         return _devices(self.device)
 
 

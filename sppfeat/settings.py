@@ -1,4 +1,4 @@
-"""Settings of the whole process that work needs: in force while any thread is at it, and then as they were before."""
+"""Process-wide settings that hold while any thread needs them, and are then restored."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Final
 
 
 class WhileAny:
-    """A context for many threads: `setting` is entered by the first that comes in, and left by the last that goes out.
+    """A context for many threads: the first thread in enters `setting`, and the last one out leaves it.
 
-    Each thread by itself would restore what another had set.
+    If each thread set and restored it, threads would undo each other's settings.
     """
 
     def __init__(self, setting: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
@@ -39,7 +39,7 @@ class WhileAny:
 
 @contextlib.contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    # Not `catch_warnings`, which puts back the whole list as it was, and so undoes what others set meanwhile.
+    # Not `catch_warnings`: it restores the whole list, and so undoes what others set meanwhile.
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"PIL\.")
     ours = filters[0]
@@ -50,5 +50,5 @@ def _quiet_pillow() -> Iterator[None]:
             filters.remove(ours)
 
 
-# Pillow warns about damaged metadata without naming the file; what matters to us is checked for itself.
+# Pillow warns about damaged metadata without naming the file; we check what matters to us ourselves.
 quiet_pillow: Final = WhileAny(_quiet_pillow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Tests call small networks: more threads would only wait for each other. The pipeline sets its own number.
+# Tests run small networks: more threads would only wait for each other. The pipeline sets its own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
@@ -29,7 +29,7 @@ TINY = Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), level
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Compiled networks are kept from test to test, child processes included, but not among the user's own."""
+    """Compiled networks are cached between tests, child processes included, but not in the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder := tmp_path_factory.mktemp("cache")))
         yield folder
@@ -43,7 +43,7 @@ def tiny() -> Recipe:
 
 @pytest.fixture
 def photos() -> Path:
-    """The photographs that come with the project."""
+    """The project's photographs."""
     return PHOTOS
 
 
@@ -58,9 +58,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def make_images(tmp_path: Path) -> Callable[..., Path]:
-    """Write `count` small random pictures of a few sizes to a folder below `tmp_path`; returns the folder.
+    """Write `count` small random images of a few sizes to a folder below `tmp_path`; returns the folder.
 
-    Pictures that are there already stay untouched, so that a larger count only adds some.
+    Images that are there already stay untouched, so that a larger count only adds some.
     """
 
     def make(count: int, folder: str = "images", *, seed: int = 0) -> Path:
@@ -118,7 +118,7 @@ def make_store(tmp_path: Path) -> MakeStore:
 
 @pytest.fixture
 def run_sppfeat() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, without a GPU; returns what it printed and its exit code."""
+    """Run the command line in a separate process, without a GPU; returns what it printed and its exit code."""
 
     def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

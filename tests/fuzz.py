@@ -129,7 +129,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     Image.new("RGB", (40, 40)).save(folder / "voc" / "JPEGImages" / "a.jpg")
     (main / "train.txt").write_text("a\nb\n")
     save_file({"a.weight": np.ones((3, 4), np.float32), "a.bias": np.ones(3, np.float32)}, folder / "w.safetensors")
-    # By another process: every damaged HDF5 file is looked at in a fork of this one, which torch would make slow.
+    # In another process: every damaged HDF5 file is looked at in a fork of this one, which torch would make slow.
     code = "import sys, torch; torch.save({'a.weight': torch.ones(3, 4), 'a.bias': torch.ones(3)}, sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, folder / "w.pth"], check=True)
 
@@ -161,7 +161,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         return read_weights(str(path))
 
     def entry_of(path: Path) -> None:
-        # A damaged entry is taken for none, and made anew.
+        # A damaged entry is ignored and recreated.
         taken = read_entry(path) is not None
         assert taken == (path.read_bytes() == kept), "a damaged entry is taken"
 
@@ -296,7 +296,7 @@ def _work(kind: Kind, content: bytes, document: bool, numbers: range, seed: str,
         for number in numbers:
             text = ""
             os.write(sender, f"{number}\n".encode())
-            kind.path.unlink()  # else a file of the same size and time might be taken for the last one
+            kind.path.unlink()  # otherwise a file of the same size and time might be taken for the last one
             kind.path.write_bytes(_case(content, document, number, seed))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:

@@ -1,5 +1,5 @@
 """Damages one file of a gallery again and again, opens and searches the gallery each time: `fuzz_gallery.py COUNT
-FOLDER:KIND ...`. Runs in a process of its own, which a crash or a hang ends; prints what it does before it does it.
+FOLDER:KIND ...`. Runs in a separate process, which a crash or a hang ends; prints what it does before it does it.
 
 An answer must be a clear error or right. Where checksums are made to match the damage, which is then no accident, any
 rows with finite scores will do.

@@ -69,7 +69,7 @@ def normalize(descriptor: Sequence[float], kind: str) -> list[float]:
 
 
 def fuse(parts: Sequence[Sequence[float]], kind: str) -> list[float]:
-    """Descriptors of one picture at several scales as one: `mean`, `max` or `concat`."""
+    """Descriptors of one image at several scales as one: `mean`, `max` or `concat`."""
     if kind == "concat":
         return [float(v) for part in parts for v in part]
     columns = list(zip(*parts, strict=True))
@@ -113,7 +113,7 @@ def map_edge_pair(
 ) -> tuple[int, int]:
     """First and last cell of a window along one axis: the cells whose centres lie strictly between its edges.
 
-    Edges on the picture's border reach to the map's; where no centre is inside, the cell nearest the window's middle.
+    Edges on the image's border reach to the map's; where no centre is inside, the cell nearest the window's middle.
     """
     begin = (first + 0.5) * input_length / length - 0.5
     end = (last + 0.5) * input_length / length - 0.5
@@ -152,18 +152,19 @@ def suppress(
 
 
 def voc_eval(
-    pictures: Sequence[dict[str, list]],
+    images: Sequence[dict[str, list]],
     overlap: float,
     method: str,  # type: ignore[type-arg]
 ) -> float:
-    """Average precision of a class as VOCevaldet.m and VOCap.m count; pictures have boxes, difficult, found, scores."""
-    every = [(-s, p, d) for p, one in enumerate(pictures) for d, s in enumerate(one["scores"])]
+    """Average precision of a class as in VOCevaldet.m and VOCap.m; images have boxes, difficult, found, scores."""
+
+    every = [(-s, p, d) for p, one in enumerate(images) for d, s in enumerate(one["scores"])]
     every.sort(key=lambda entry: (entry[0], entry[1], entry[2]))
-    positives = sum(not d for one in pictures for d in one["difficult"])
+    positives = sum(not d for one in images for d in one["difficult"])
     taken: set[tuple[int, int]] = set()
     true, false, precisions, recalls = 0, 0, [], []
     for _, p, d in every:
-        one = pictures[p]
+        one = images[p]
         best, which = -1.0, -1
         for g, box in enumerate(one["boxes"]):
             if (shared := box_overlap(one["found"][d], box)) > best:

@@ -18,7 +18,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    """In a process of its own, as small as can be: every damaged HDF5 file is looked at in a fork of it."""
+    """In a separate process, as small as can be: every damaged HDF5 file is looked at in a fork of it."""
     done = subprocess.run([sys.executable, fuzz.__file__, "--impatient"], capture_output=True, text=True, timeout=280)
     assert done.returncode in (0, 1), done.stderr
     return done.stdout

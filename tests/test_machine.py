@@ -1,4 +1,4 @@
-"""What a process may use of the machine: the least of its control groups, of either version."""
+"""How much of the machine a process may use: the lowest limit of its control groups, of either version."""
 
 from __future__ import annotations
 

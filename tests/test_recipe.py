@@ -117,7 +117,7 @@ def test_fields_that_json_leaves_out_have_their_defaults() -> None:
         ('{"recipe_version": 1, "backbone": null}', "Expected `str`, got `null` - at `$.backbone`"),
     ],
 )
-def test_json_that_is_no_recipe(text: str, reason: str) -> None:
+def test_json_that_is_not_a_recipe(text: str, reason: str) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.from_json(text)
     assert reason in str(caught.value)
@@ -154,7 +154,7 @@ def test_every_field_has_bad_values_below() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
-def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: Any) -> None:
+def test_a_bad_value_is_rejected_by_the_name_of_its_field(field: str, value: Any) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe(**{field: value})
     assert str(caught.value).removeprefix("unknown ").startswith(f"{field} ")
@@ -178,7 +178,7 @@ def test_lists_and_single_values_become_tuples() -> None:
     hash(recipe)
 
 
-# One other valid value for every field.
+# One other valid value forevery field.
 OTHER: dict[str, Any] = {
     "backbone": "efficientnet_lite1",
     "weights": "random",

@@ -1,4 +1,4 @@
-"""The house: what each room is for, what others may import of it, and what importing it costs."""
+"""The rooms: what each is for, what others may import from it, and what importing it costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sppfeat
 ROOT = Path(sppfeat.__file__).parent
 CLI = ROOT.parent / "cli"
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
-# What takes seconds to import, or is an extra: modules that need one import it by themselves, when they compute.
+# What takes seconds to import, or is an extra: modules that need one import it only when they compute.
 HEAVY = ("torch", "torchvision", "timm", "openvino", "faiss", "cv2", "jinja2", "tqdm", "sklearn", "ray")
 
 
@@ -29,7 +29,7 @@ def imported(path: Path) -> list[tuple[str, str]]:
 
 
 def loads_torch(module: str) -> bool:
-    """Whether a module of sppfeat imports torch where it is imported itself, directly or through others."""
+    """Whether importing a module of sppfeat imports torch, directly or through others."""
     path = ROOT.parent / f"{module.replace('.', '/')}.py"
     if not path.exists():
         return False
@@ -50,15 +50,15 @@ def test_a_room_is_light(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_it_is_for_and_what_it_hands_on(room: str) -> None:
+def test_a_room_says_what_it_is_for_and_what_it_exports(room: str) -> None:
     module = importlib.import_module(f"sppfeat.{room}")
     assert module.__doc__ and module.__doc__.split("\n")[0].endswith(".")
     assert module.__all__ == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_others_come_in_by_the_door() -> None:
-    """From another room only what its door hands on; and modules that load torch by their own names."""
+def test_rooms_import_only_what_others_export() -> None:
+    """From another room, only what its `__init__` exports; modules that load torch are imported by their own names."""
     wrong = []
     for path in [*ROOT.rglob("*.py"), *CLI.glob("*.py")]:
         own = path.parent.name

@@ -1,4 +1,4 @@
-"""Pretrained networks: the registry, their weights, where a network is cut, and the geometry of its feature maps."""
+"""Pretrained networks: the registry, weights, cutting a network at a layer, and the geometry of its feature maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones: the registry, their weights, and the one that a recipe names, ready to run."""
+"""Backbones: the registry, their weights, and building the one that a recipe names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network's weights expect: normalisation of values in 0..1, and how pictures were resized."""
+    """The input that a network's weights expect: normalisation of values in 0..1, and how images are resized."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -66,12 +66,12 @@ class Backbone:
 
     @property
     def trunk(self) -> torch.fx.GraphModule:
-        """The module from normalised pictures [N, 3, H, W] to the feature map [N, C, h, w]."""
+        """The module from normalised images [N, 3, H, W] to the feature map [N, C, h, w]."""
         return self._trunk
 
-    def feature_map(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB pictures [N, H, W, 3] on the same device."""
-        inputs = pictures.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
+    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB images [N, H, W, 3] on the same device."""
+        inputs = images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
         output: torch.Tensor = self._running(inputs.to(self._dtype))
         return output
 
@@ -79,10 +79,9 @@ class Backbone:
 def load_backbone(recipe: Recipe) -> Backbone:
     """Build the backbone that a recipe names, with its weights, on the CPU.
 
-    Raises UsageError for a name that is not known, BackboneError for weights that are missing, damaged or of
-    another network.
+    Raises UsageError for an unknown name, BackboneError for weights that are missing, damaged or of another network.
     """
-    # torch.hub says there what it downloads: standard output is for results.
+    # torch.hub reports downloads on standard output, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
     traced = TracedNetwork(recipe.backbone, network)
@@ -115,7 +114,7 @@ def load_backbone(recipe: Recipe) -> Backbone:
 
 
 def list_layers(backbone: str) -> list[Layer]:
-    """Every layer of a backbone that can be pooled, in order; weights are not needed. Raises UsageError."""
+    """Every layer of a backbone that can be pooled, in order; needs no weights. Raises UsageError."""
     network, _, _ = _build(backbone, "random")
     return TracedNetwork(backbone, network).layers()
 
@@ -148,7 +147,7 @@ def describe_backbones() -> list[BackboneAbout]:
 def read_weights(path: str) -> Weights:
     """Read a weights file, .safetensors or .pth/.pt (never executing code from it). Raises BackboneError."""
     if not os.path.isfile(path):
-        raise BackboneError(f"{path}: expected a weights file, .safetensors or .pth, found none")
+        raise BackboneError(f"{path}: expected a weights file, .safetensors or .pth, found no such file")
     try:
         _check_claims(path)
         if path.endswith(".safetensors"):
@@ -170,16 +169,16 @@ def read_weights(path: str) -> Weights:
 
 
 def _check_claims(path: str) -> None:
-    """Raise ValueError for a zip archive whose members unpack to more than the file holds: weights are not packed."""
+    """Raise ValueError for a zip archive whose members unpack to more than the file: weights are not compressed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
         if claimed > os.path.getsize(path):
-            raise ValueError(f"it claims {claimed} bytes, more than the file has")
+            raise ValueError(f"it claims {claimed} bytes, more than the size of the file")
 
 
 def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:
-    """Load what the trunk needs. Weights of layers behind the cut may be there or not; nothing else may."""
+    """Load what the trunk needs. Weights of layers after the cut are optional; any others are unexpected."""
     counter = "num_batches_tracked"  # of no use in evaluation, and left out by some programs
     missing = [k for k in needed if k not in weights and not k.endswith(counter)]
     unexpected = [k for k in weights if k not in known and not k.endswith(counter)]
@@ -210,7 +209,7 @@ def _sha256(weights: Weights) -> str:
 
 
 def _build(backbone: str, weights: str) -> tuple[nn.Module, InputSpec, Weights | None]:
-    """A network, what its weights expect, and the weights that are still to be loaded into it."""
+    """A network, the input it expects, and the weights that are still to be loaded."""
     family, _, name = backbone.rpartition(":")
     # Networks are initialised from the global generator; a fixed seed makes `random` the same everywhere.
     with torch.random.fork_rng(devices=[]):
@@ -269,8 +268,8 @@ def _interpolation(name: str) -> str:
 
 def _no_weights(backbone: str, error: Exception) -> str:
     return (
-        f"backbone {backbone}: its pretrained weights could not be had ({one_line(error)}); "
-        "with no network, give them as a file with --weights"
+        f"backbone {backbone}: its pretrained weights could not be obtained ({one_line(error)}); "
+        "when offline, pass them as a file with --weights"
     )
 
 
@@ -297,7 +296,7 @@ _OUTSIDE_BLOCKS: Final = {
 
 
 def _renamed(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    """The package's names as timm's. Its blocks are numbered through; timm starts a new stage at each change of shape.
+    """The package's weights under timm's names. The package numbers blocks throughout; timm does so within each stage.
 
     A block repeats its stage exactly when its input and output channels agree, except for the first of a stage that
     keeps the channels, which never happens in EfficientNet-Lite: every stage widens.

@@ -1,7 +1,7 @@
-"""What the rest of the program knows of a network, as plain data: no module is needed to have it.
+"""What the rest of the program knows about a network, as plain data that needs no module.
 
 Building a network takes seconds, reading its description a millisecond: so descriptions stay in the user's cache,
-named by all that they were made from, the file of weights included.
+keyed by everything they were made from, including the weights file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sppfeat.errors import BackboneError, SppFeatError
 from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, write_entry
 from sppfeat.recipe import Recipe
 
-# Of a few kB each.
+# A few kB each.
 _KEPT_ENTRIES: Final = 256
-# Height of the image that is sent through a network once, to learn channels and strides.
+# Height of the image that runs through a network once, to find channels and strides.
 PROBE: Final = 256
 
 
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A backbone whose weights come as a Python package: nothing is downloaded at run time."""
+    """A backbone whose weights come in a Python package: nothing is downloaded at run time."""
 
     timm_name: str
     package: str
@@ -64,7 +64,7 @@ class Description:
 
     recipe: the recipe it was made from, with layer, mean, std and interpolation filled in.
     layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
-    minimum_side: shortest side in pixels that gives a whole cell and that no layer refuses.
+    minimum_side: shortest side in pixels that gives a whole cell and that every layer accepts.
     steps: the layers along an axis, for the geometry; no_geometry: why there are none.
     """
 
@@ -92,13 +92,13 @@ class Description:
         if (found := follow(self.steps, PROBE).size) != self.layer.cells:
             raise BackboneError(
                 f"backbone {self.recipe.backbone}: the geometry of layer {self.layer.name} cannot be derived: "
-                f"{self.layer.cells} cells on {PROBE} pixels, the layers say {found}"
+                f"expected {found} cells on {PROBE} pixels by its layers, found {self.layer.cells}"
             )
         return follow(self.steps, height), follow(self.steps, width)
 
 
 def shortest_side(steps: tuple[Step, ...], stride: int) -> int:
-    """Shortest side in pixels that gives a whole cell and that none of the layers refuses; `stride` without steps."""
+    """Shortest side in pixels that gives a whole cell and that every layer accepts; `stride` without steps."""
     for length in range(stride, PROBE if steps else stride):
         try:
             follow(steps, length)
@@ -111,7 +111,7 @@ def shortest_side(steps: tuple[Step, ...], stride: int) -> int:
 
 
 def package_file(package: str) -> str | None:
-    """The file of weights that an installed package holds, without importing it; None where it is not installed."""
+    """The weights file of a package, without importing it; None if the package is not installed."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -119,13 +119,13 @@ def package_file(package: str) -> str | None:
     return next((os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(".pth")), None)
 
 
-# What decides which network it is; the other fields of a recipe only say what is done with its maps.
+# These fields of a recipe determine the network; the others only say what is done with its maps.
 _NETWORK_FIELDS: Final = ("backbone", "weights", "layer", "mean", "std", "interpolation")
 _Colour = tuple[float, float, float]
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
-    """A description as it stands in the cache: the fields of the recipe that were filled in, and the rest."""
+    """A description as stored in the cache: the recipe's fields that were filled in, and the rest."""
 
     weights: str
     mean: _Colour
@@ -143,7 +143,7 @@ class _Unusable(SppFeatError):
 
 
 def read_description(recipe: Recipe) -> Description | None:
-    """The kept description of the network that a recipe names; None where there is none that holds."""
+    """The cached description of the network that a recipe names; None if there is no valid one."""
     body = read_entry(_entry(recipe))
     if body is None:
         return None
@@ -157,7 +157,7 @@ def read_description(recipe: Recipe) -> Description | None:
 
 
 def keep_description(asked: Recipe, found: Description) -> None:
-    """Keep what was found out about the network that a recipe names."""
+    """Cache the description of the network that a recipe names."""
     recipe = found.recipe
     assert recipe.mean is not None and recipe.std is not None and recipe.interpolation is not None
     kept = _Kept(
@@ -186,7 +186,7 @@ def _entry(recipe: Recipe) -> Path:
 
 
 def _weights_file(recipe: Recipe) -> list[object]:
-    """The path, size and time of the file that the weights come from, where that is known beforehand."""
+    """The path, size and time of the weights file, where it is known beforehand."""
     path = None
     if recipe.weights not in ("pretrained", "random"):
         path = os.path.abspath(recipe.weights)
@@ -201,7 +201,7 @@ def _weights_file(recipe: Recipe) -> list[object]:
 
 @functools.cache
 def network_versions() -> dict[str, str]:
-    """Of the packages that build networks; an older one may build another."""
+    """Versions of the packages that build networks; another version may build another network."""
     found = {}
     for name in ("torch", "torchvision", "timm"):
         try:

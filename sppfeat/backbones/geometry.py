@@ -13,7 +13,7 @@ from sppfeat.errors import BackboneError
 class Geometry:
     """One axis of a feature map, in input pixels.
 
-    Cell i has its centre on pixel `offset + stride * i`, and depends on the pixels up to (receptive_field - 1) / 2 away
+    Cell i is centred on pixel `offset + stride * i`, and depends on the pixels up to (receptive_field - 1) / 2 away
     from it. `size` is the number of cells. Gates that see the whole image (squeeze-and-excitation) do not count.
     """
 
@@ -25,11 +25,11 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A layer, as far as it moves cells along an axis: a window that slides over its input.
+    """The effect of a layer along one axis: a window that slides over its input.
 
-    inputs: what it starts from, 0 being the image and n the n-th step; where there are several, they meet (a sum, a
-    concatenation) before anything else happens. extent: cells from a window's first to its last. before, after: cells
-    of padding. same: padded as TensorFlow's "SAME" instead. ceil_mode: the last window may reach beyond the input.
+    inputs: its inputs, 0 for the image and n for the n-th step; several inputs are merged (a sum, a concatenation)
+    first. extent: cells from a window's first to its last. before, after: cells of padding. same: padded as
+    TensorFlow's "SAME" instead. ceil_mode: the last window may reach beyond the input.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Step:
 def follow(steps: Sequence[Step], length: int) -> Geometry:
     """Geometry of the last step's output along an axis of `length` input pixels.
 
-    It depends on the length, because "SAME" padding does. Raises BackboneError for an axis too short for the layers.
+    It depends on the length, because "SAME" padding does. Raises BackboneError for an axis that is too short.
     """
     known = [Geometry(length, 1, 0.0, 1)]
     for step in steps:
@@ -54,9 +54,9 @@ def follow(steps: Sequence[Step], length: int) -> Geometry:
 
 
 def _join(branches: list[Geometry]) -> Geometry:
-    """Where branches meet, a cell sees the union of what each branch sees."""
+    """Where branches are merged, a cell sees the union of what each branch sees."""
     if len({branch.stride for branch in branches}) > 1:
-        raise BackboneError("the geometry of the layer cannot be derived: branches of different stride meet")
+        raise BackboneError("the geometry of the layer cannot be derived: branches of different strides are merged")
     first = min(branch.offset - (branch.receptive_field - 1) / 2 for branch in branches)
     last = max(branch.offset + (branch.receptive_field - 1) / 2 for branch in branches)
     widest = max(branches, key=lambda branch: branch.receptive_field)
@@ -65,7 +65,7 @@ def _join(branches: list[Geometry]) -> Geometry:
 
 def _through(step: Step, axis: Geometry) -> Geometry:
     if step.same:
-        # As TensorFlow pads: ceil(size / stride) cells, the odd pixel of padding at the end.
+        # TensorFlow's padding: ceil(size / stride) cells, the odd pixel of padding at the end.
         size = math.ceil(axis.size / step.stride)
         before = max((size - 1) * step.stride + step.extent - axis.size, 0) // 2
     else:

@@ -13,14 +13,13 @@ from sppfeat.errors import BackboneError
 
 
 def layer_steps(trunk: fx.GraphModule) -> list[Step]:
-    """The steps from an axis of the input to that of the trunk's output, each after those that it starts from.
+    """The steps from an axis of the input to that of the trunk's output, each after its inputs.
 
-    Both axes follow the same rule, so kernels must be as wide as they are high. Raises BackboneError for a layer of
-    unknown geometry.
+    Both axes follow the same rule, so kernels must be square. Raises BackboneError for a layer of unknown geometry.
     """
     modules = dict(trunk.named_modules())
     steps: list[Step] = []
-    # Where the axis is after each node: 0 is the input, n the n-th step; None: no longer a place in the image.
+    # The step that gives each node's axis: 0 is the input, n the n-th step; None: no longer positions in the image.
     known: dict[fx.Node, int | None] = {}
     for node in trunk.graph.nodes:
         places = [place for n in node.all_input_nodes if (place := known.get(n)) is not None]
@@ -55,7 +54,7 @@ def derive_geometry(trunk: fx.GraphModule, length: int) -> Geometry:
 
 
 def _of_module(name: str, module: nn.Module, inputs: tuple[int, ...]) -> Step | bool:
-    """The step that a layer is; True: it keeps every cell where it is; False: what it gives is no map."""
+    """A layer's step; True if it keeps every cell where it is, False if its output is not a map."""
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
         kernel, stride = _square(name, module.kernel_size), _square(name, module.stride)
         dilation = _square(name, getattr(module, "dilation", 1))
@@ -69,18 +68,18 @@ def _of_module(name: str, module: nn.Module, inputs: tuple[int, ...]) -> Step | 
             raise BackboneError(f"the geometry of layer {name} is not known: {module.padding} differs between the axes")
         return Step(name=name, inputs=inputs, before=before, after=after)
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)):
-        return False  # a gate or a head: no longer a place in the image
+        return False  # a gate or a head: no longer positions in the image
     # A Linear sees single cells where the channels are last (ConvNeXt).
     pointwise = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU, nn.Linear)
     if isinstance(module, pointwise) or type(module).__name__ in ("LayerScale", "LayerScale2d", "GlobalResponseNorm"):
         return True
     places = hasattr(module, "kernel_size") or hasattr(module, "padding")  # a pooling, a mirroring at the border
     if next(module.parameters(), None) is None and not places:
-        return True  # an activation, a dropout; what pools without saying so is found out by `Backbone.geometry`
+        return True  # an activation, a dropout; `Description.geometry` detects a layer that pools without saying so
     raise BackboneError(f"the geometry of layer {name} ({type(module).__name__}) is not known")
 
 
-# Functions of single cells, or that only move channels about.
+# Functions of single cells, or that only move channels.
 _POINTWISE = frozenset(
     [
         "add",
@@ -123,7 +122,7 @@ def _of_function(node: fx.Node, inputs: tuple[int, ...]) -> Step | bool:
         kernel = _square(name, _argument(node, 1, "kernel_size"))
         stride = _square(name, _argument(node, 2, "stride") or kernel)
         padding = _square(name, _argument(node, 3, "padding") or 0)
-        averages = name == "avg_pool2d"  # has no dilation, so what follows it stands one place earlier
+        averages = name == "avg_pool2d"  # has no dilation, so the next argument comes one place earlier
         dilation = 1 if averages else _square(name, _argument(node, 4, "dilation") or 1)
         ceil_mode = bool(_argument(node, 4 if averages else 5, "ceil_mode"))
         return _window(name, inputs, kernel, stride, padding, dilation, ceil_mode)
@@ -145,7 +144,7 @@ def _window(
     dilation: int,
     ceil_mode: bool,
 ) -> Step:
-    """padding: on both sides; None: as "SAME" has it."""
+    """padding: on both sides; None: "SAME"."""
     return Step(
         name=name,
         inputs=inputs,

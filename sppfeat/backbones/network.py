@@ -1,4 +1,4 @@
-"""A network by its recipe: its description at once, where one is kept, and the network itself when needed."""
+"""A network by its recipe: its description at once, if it is cached, and the network itself when needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class Network:
-    """A network by its recipe. Raises BackboneError and UsageError, as `load_backbone` does, when it is looked at.
+    """A network by its recipe. Its properties raise BackboneError and UsageError, as `load_backbone` does.
 
     What takes seconds, and only the first time on a machine, is logged before it begins, at level INFO.
     """
@@ -27,14 +27,14 @@ class Network:
 
     @functools.cached_property
     def description(self) -> Description:
-        """The network as plain data; building it is only needed the first time on a machine."""
+        """The network as plain data; only the first use on a machine builds the network."""
         if (kept := read_description(self._asked)) is not None:
             return kept
         self.note_preparing()
         return self.backbone.description
 
     def note_preparing(self) -> None:
-        """Say that what follows prepares the network, unless that was said: describing and converting are one wait."""
+        """Log that the network is prepared, once: describing and converting it are one wait."""
         if not self._told:
             self._told = True
             _log.info("preparing %s for this processor, once", self._asked.backbone)

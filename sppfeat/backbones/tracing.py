@@ -14,14 +14,14 @@ from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
 
 
 class _Tracer(fx.Tracer):
-    """Traces down to modules that have no children, and remembers what every module gave out."""
+    """Traces down to modules without children, and records the output of every module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.outputs: dict[str, fx.Node] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # timm's batch norms hold their activation as a child, and pad or shape-check in Python.
+        # timm's batch norms contain their activation as a child, and pad or check shapes in Python.
         return (
             next(m.children(), None) is None
             or isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -52,9 +52,9 @@ class _Shapes(fx.Interpreter):
 
 
 class TracedNetwork:
-    """A network in evaluation mode, traced. Raises BackboneError when its code cannot be traced."""
+    """A traced network in evaluation mode. Raises BackboneError if its code cannot be traced."""
 
-    # The probe is 64 pixels wider than high: the further cells give the stride, and tell rows and columns from channels
+    # The probe is 64 pixels wider than high: the extra cells give the stride, and tell rows and columns from channels
     # (some networks keep channels last).
     _WIDER = 64
 
@@ -80,14 +80,14 @@ class TracedNetwork:
             shape = self._shapes.get(self._outputs[name])
             if shape is not None and len(shape) == 4 and 1 < shape[2] < shape[3]:
                 stride, rest = divmod(self._WIDER, shape[3] - shape[2])
-                # With channels last, the columns stand in the rows' place: they make 5/4 or 5/8 of the probe's height
-                # where the channels happen to give a stride. Layers without padding lose up to a quarter of it.
+                # With channels last, columns appear as rows: they make 5/4 or 5/8 of the probe's height where the
+                # channels happen to give a stride. Layers without padding lose up to a quarter of it.
                 if not rest and 2 / 3 < shape[2] * stride / PROBE < 5 / 4:
                     found.append(Layer(name, int(shape[1]), stride, int(shape[2])))
         return found
 
     def default_layer(self) -> str:
-        """`features` where a network names its convolutional part so; else the last layer with a feature map."""
+        """`features` if a network has a layer of that name; else the last layer with a feature map."""
         layers = self.layers()
         if not layers:
             raise BackboneError(f"backbone {self.name}: has no layer with a feature map")
@@ -99,7 +99,7 @@ class TracedNetwork:
         )
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name. Raises UsageError with the nearest names when there is none."""
+        """The layer of that name. Raises UsageError with the nearest names if there is none."""
         layers = self.layers()
         for layer in layers:
             if layer.name == name:
@@ -107,7 +107,7 @@ class TracedNetwork:
         raise UsageError(f"backbone {self.name}: " + unknown_name("layer", name, [layer.name for layer in layers]))
 
     def cut(self, layer: str) -> fx.GraphModule:
-        """The network up to a layer: a module whose output is that feature map; what comes after is gone."""
+        """The network up to a layer: a module whose output is that feature map, without what comes after."""
         end = self._outputs[self.layer(layer).name]
         needed, waiting = {end}, [end]
         while waiting:
@@ -124,7 +124,7 @@ class TracedNetwork:
 
 
 def _without_values(network: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes alone: what runs through it costs no arithmetic and no memory."""
+    """A copy whose tensors are shapes without values: running it takes no arithmetic and no memory."""
     empty: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in network.parameters()}
     empty |= {id(b): b.to("meta") for b in network.buffers()}
     return copy.deepcopy(network, empty)
@@ -146,9 +146,9 @@ def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
             continue
         convolution, norm = modules[str(source.target)], modules[str(node.target)]
         if (
-            # Other kinds of Conv2d may compute their weights anew in each call (weight standardisation).
+            # Other kinds of Conv2d may recompute their weights in each call (weight standardisation).
             type(convolution).__name__ not in ("Conv2d", "Conv2dSame")
-            # Weights shared by several calls cannot take up one norm, nor can one that serves several calls go.
+            # Weights shared by several calls cannot absorb one norm, and a norm shared by several calls must stay.
             or max(calls[str(source.target)], calls[str(node.target)]) > 1
             or norm.running_mean is None
         ):
@@ -162,14 +162,14 @@ def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
             norm.weight,
             norm.bias,
         )
-        # timm's batch norms carry an activation, which has to stay.
+        # timm's batch norms contain an activation, which has to stay.
         trunk.set_submodule(str(node.target), getattr(norm, "act", nn.Identity()))
         modules[str(node.target)] = trunk.get_submodule(str(node.target))
     return trunk
 
 
 class _ActivatedConvolution(nn.Module):
-    """A convolution whose activation oneDNN applies while the result is still in the processor's cache."""
+    """A convolution whose activation oneDNN applies while the result is still in the CPU cache."""
 
     def __init__(self, convolution: nn.Conv2d, activation: str, limits: list[float]) -> None:
         super().__init__()
@@ -201,10 +201,10 @@ class _ActivatedConvolution(nn.Module):
 
 
 def fuse_activations(trunk: fx.GraphModule) -> fx.GraphModule:
-    """The same function for float32 on a processor, sharing the weights, with each ReLU or ReLU6 that follows a
-    convolution computed inside it: 1.3 times as fast on EfficientNet-Lite0, and equal bit by bit.
+    """The same function for float32 on a CPU, sharing the weights, with each ReLU or ReLU6 that follows a convolution
+    computed inside it: 1.3 times as fast on EfficientNet-Lite0, and bit-identical.
 
-    The trunk itself, where torch has no oneDNN.
+    Returns the trunk itself if torch has no oneDNN.
     """
     if not (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -210,7 +210,7 @@ class DrawingFolder:
         present = [path for file in self._files.values() if os.path.lexists(path := self._root / file)]
         if present and not self._overwrite:
             more = f", and {len(present) - 1:,} more" * (len(present) > 1)
-            raise ReportError(f"{present[0]}: exists already{more}; choose another folder, or --overwrite")
+            raise ReportError(f"{present[0]}: already exists{more}; choose another folder, or --overwrite")
         for path in present:
             if not _is_drawing(path):
                 raise ReportError(f"{path}: expected a drawing or no file, found another file; it is left as it is")

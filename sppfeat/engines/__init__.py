@@ -1,4 +1,4 @@
-"""What computes feature maps: PyTorch or OpenVINO, on the devices of this machine."""
+"""Engines that compute feature maps, PyTorch or OpenVINO, on the devices of this machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""CUDA graphs: passes over shapes that recur are recorded once and launched as a whole.
+"""CUDA graphs: passes over recurring shapes are recorded once and launched as a whole.
 
-A network is some hundred small kernels, and launching them one by one takes a GPU server's processor longer than a fast
-card takes to compute a small batch. A graph holds its memory as long as it is kept: so only a few shapes have one. Each
-thread has its own graphs, which share memory, since no two of them run at once.
+A network is some hundred small kernels, and launching them one by one takes a CPU longer than a fast GPU takes to
+compute a small batch. A graph holds on to its memory: so only a few shapes have one. Each thread has its own graphs,
+which share memory, since no two of them run at once.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from sppfeat.errors import SppFeatWarning, one_line
 Pass = Callable[[torch.Tensor], torch.Tensor]
 Capture = Callable[[Pass, torch.Tensor], Pass]
 
-# Batches of one shape until it counts as recurring, shapes that have a graph, and shapes that are counted.
+# Batches of a shape until it counts as recurring; the most shapes with a graph; the most shapes counted.
 _RECURS: Final = 3
 MOST_SHAPES: Final = 8
 _MOST_COUNTED: Final = 64
-# What a graph may differ by from the pass it recorded: it is the same kernels, but some choose how they sum anew.
+# The tolerance of a graph against the pass it recorded: the kernels are the same, but some may sum in another order.
 _TOLERANCE: Final = 1e-2
 _ONE_CAPTURE: Final = threading.Lock()
 
 
 class RecurringPasses:
-    """A pass that is replaced, shape by shape, by what a capture makes of it; for one thread.
+    """A pass that is replaced, shape by shape, by its recording; for one thread.
 
-    new_capture: makes a capture whose passes may share memory. The shapes used last have a recorded pass.
-    Where recording fails, or gives other values, every shape runs as it is from then on, with a SppFeatWarning; where
-    only memory is short, without one.
+    new_capture: makes a capture whose passes may share memory. The most recently used shapes have a recorded pass.
+    If recording fails or gives different values, every shape runs unrecorded from then on, with a SppFeatWarning; if
+    only memory is short, without a warning.
     """
 
     def __init__(self, run: Pass, new_capture: Callable[[], Capture]) -> None:
         self._run = run
         self._new_capture = new_capture
         self._capture: Capture | None = None
-        # Both from the shape used longest ago to the one used last.
+        # Both from the least to the most recently used shape.
         self._seen: dict[torch.Size, int] = {}
         self._recorded: dict[torch.Size, Pass] = {}
         self._records = True
 
-    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        shape = pictures.shape
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        shape = images.shape
         recorded = self._recorded.pop(shape, None)
         if recorded is not None:
             self._recorded[shape] = recorded
-            return recorded(pictures)
-        output = self._run(pictures)
+            return recorded(images)
+        output = self._run(images)
         if self._records:
             seen = self._seen.pop(shape, 0) + 1
             if seen >= _RECURS:
-                self._record(pictures, output)
+                self._record(images, output)
             else:
                 self._seen[shape] = seen
                 if len(self._seen) > _MOST_COUNTED:
@@ -63,55 +63,55 @@ class RecurringPasses:
         return output
 
     def release(self) -> None:
-        """Drop every graph, and the memory it holds; shapes that recur from now on are recorded anew."""
+        """Drop every graph and its memory; shapes that recur from now on are recorded again."""
         self._recorded.clear()
         self._seen.clear()
         self._capture = None
 
-    def _record(self, pictures: torch.Tensor, expected: torch.Tensor) -> None:
+    def _record(self, images: torch.Tensor, expected: torch.Tensor) -> None:
         while len(self._recorded) >= MOST_SHAPES:
             del self._recorded[next(iter(self._recorded))]
         try:
             self._capture = self._capture or self._new_capture()
-            recorded = self._capture(self._run, pictures)
-            difference = (recorded(pictures).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
+            recorded = self._capture(self._run, images)
+            difference = (recorded(images).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
             if not bool(difference <= _TOLERANCE) and bool(expected.isfinite().all()):
-                raise RuntimeError(f"other values than the pass it recorded, by {float(difference):.1e}")
+                raise RuntimeError(f"values differ from the recorded pass by {float(difference):.1e}")
         except torch.OutOfMemoryError:
             self._records = False
         except RuntimeError as error:
             self._records = False
             self._recorded.clear()
             warnings.warn(
-                f"CUDA graphs do not work here ({one_line(error)}); kernels are launched one by one",
+                f"CUDA graphs do not work here ({one_line(error)}); launching kernels one by one",
                 SppFeatWarning,
                 stacklevel=3,
             )
         else:
-            self._recorded[pictures.shape] = recorded
+            self._recorded[images.shape] = recorded
         if not self._records:
             self._seen.clear()
 
 
 def capture_into_one_pool() -> Capture:
-    """A capture whose graphs share a pool of memory; for graphs that run one after another, on the stream of a thread.
+    """A capture whose graphs share a memory pool; for graphs that run one after another, on a thread's stream.
 
-    Once all of its graphs are gone, so is the pool: use another then.
+    The pool is freed with the last of its graphs: use a new capture then.
     """
     pool = torch.cuda.graph_pool_handle()
 
-    def capture(run: Pass, pictures: torch.Tensor) -> Pass:
+    def capture(run: Pass, images: torch.Tensor) -> Pass:
         with _ONE_CAPTURE:
-            still = pictures.clone()
+            still = images.clone()
             graph = torch.cuda.CUDAGraph()
-            # Another thread may copy and allocate meanwhile: only this one's mistakes are errors.
+            # Other threads may copy and allocate meanwhile: only this thread's mistakes are errors.
             with torch.cuda.graph(
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
                 output = run(still)
 
-        def replay(pictures: torch.Tensor) -> torch.Tensor:
-            still.copy_(pictures, non_blocking=True)
+        def replay(images: torch.Tensor) -> torch.Tensor:
+            still.copy_(images, non_blocking=True)
             graph.replay()
             return output.clone()  # the next replay overwrites it
 

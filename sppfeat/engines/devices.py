@@ -1,4 +1,4 @@
-"""What this machine has to compute with."""
+"""The devices of this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sppfeat.errors import DeviceError, SppFeatWarning, UsageError, one_line
 
 
 def resolve_device(name: str) -> str:
-    """The device of that name, as `cpu` or `cuda:N`; `auto` takes a GPU where there is one, and says so with a
-    SppFeatWarning where there is one that cannot be used. Raises DeviceError when it is not there, UsageError for
-    several.
+    """The device of that name, as `cpu` or `cuda:N`; `auto` takes a GPU if there is one, and warns with a
+    SppFeatWarning if it cannot be used. Raises DeviceError if the device is not available, UsageError for several
+    devices.
     """
     if "," in name:
         raise UsageError(f"device {name}: expected one device here, found several")
@@ -25,7 +25,9 @@ def resolve_device(name: str) -> str:
             return "cpu"
         usable, complaint = _usable_gpus()
         if not usable and complaint:
-            warnings.warn(f"the GPU is left out ({complaint}); using the processor", SppFeatWarning, stacklevel=2)
+            warnings.warn(
+                f"the GPU cannot be used ({complaint}); falling back to the CPU", SppFeatWarning, stacklevel=2
+            )
         return "cuda:0" if usable else "cpu"
     usable, complaint = _usable_gpus()
     number = int(name.partition(":")[2] or 0)
@@ -41,7 +43,7 @@ def resolve_device(name: str) -> str:
 
 @functools.cache
 def has_driver() -> bool:
-    """Whether torch may find a GPU here: without a driver there is no use in asking it, which takes seconds."""
+    """Whether torch may find a GPU here. Without a driver there is no point in asking it, which takes seconds."""
     if "rocm" in version("torch"):
         return True
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -53,12 +55,12 @@ def has_driver() -> bool:
 
 
 def _usable_gpus() -> tuple[int, str]:
-    """How many there are, and what torch says where there would be more: a driver that is too old for it."""
+    """The number of usable GPUs, and torch's complaint if it cannot use one, such as a driver that is too old."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     complaints = [one_line(warning.message) for warning in said if isinstance(warning.message, Warning)]
-    # A machine without any GPU is nothing to complain about.
+    # A machine without a GPU is no reason to complain.
     return usable, next((text for text in complaints if "no NVIDIA driver" not in text), "")

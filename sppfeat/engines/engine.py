@@ -1,7 +1,7 @@
-"""Engines: how feature maps are computed and pooled. The recipe says what they are; every engine gives the same values.
+"""Engines: how feature maps are computed and pooled. Every engine gives the values that the recipe determines.
 
-`torch` runs on every device. `openvino` runs on x86 and ARM processors, faster, where the extra `cpu` is
-installed; it computes float32 to 1e-4 of torch's values, and bfloat16 to what bfloat16 itself leaves open.
+`torch` runs on every device. `openvino` is faster on x86 and ARM CPUs, and needs the extra `cpu`. It computes float32
+within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sppfeat.errors import BackboneError, MissingExtraError, SppFeatWarning, Usa
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 
-# Beyond this many forward passes side by side, memory grows faster than speed; further cores join in each pass.
+# Beyond this many concurrent forward passes, memory grows faster than speed; more cores then share each pass.
 MAX_STREAMS: Final = 16
-# The processors that OpenVINO has fast code for, as `platform.machine` names them on Linux, macOS and Windows.
+# The CPUs that OpenVINO has fast code for, as `platform.machine` names them on Linux, macOS and Windows.
 OPENVINO_MACHINES: Final = frozenset({"x86_64", "amd64", "aarch64", "arm64"})
 OPENVINO_PRECISIONS: Final = ("float32", "bfloat16")
 
@@ -32,12 +32,12 @@ class ImageRefusedError(RuntimeError):
 
 
 class Engine(Protocol):
-    """A network ready to describe images; what a `Recipe` fixes does not depend on which engine it is.
+    """A network ready to describe images; values depend on the `Recipe`, not on the engine.
 
     name: `torch` or `openvino`. device: where it computes, such as `cpu` or `cuda:0`.
-    streams: how many threads may well call it side by side. threads: cores that each of these calls uses.
-    batch_size: images of one shape that it takes best at a time. patience: batches' worth of other images that an
-    incomplete one may wait for.
+    streams: best number of threads that call it concurrently. threads: cores that each of these calls uses.
+    batch_size: best number of images of one shape per call. patience: how long an incomplete batch may wait, in
+    batches' worth of other images.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Engine(Protocol):
     patience: int
 
     def at_work(self) -> contextlib.AbstractContextManager[object]:
-        """What the thread that starts others works inside of; leaves the process's settings as they were."""
+        """A context for the thread that starts the others; it restores the process's settings."""
 
     def lane(self) -> contextlib.AbstractContextManager[object]:
-        """What a thread works inside of, from images to rows, so that the device overlaps it with other threads."""
+        """A context for each thread, from images to rows, in which the device overlaps it with other threads."""
 
     def feature_maps(self, images: np.ndarray) -> Any:
         """Feature maps of uint8 RGB images [N, H, W, 3], in the engine's own form: N maps that the caller owns.
 
-        Raises ImageRefusedError for images that the network cannot take, MemoryError where memory is short, and
-        RuntimeError for whatever else fails.
+        Raises ImageRefusedError for images that the network cannot take, MemoryError when out of memory, and
+        RuntimeError for any other failure.
         """
 
     def pool(self, maps: Any) -> np.ndarray:
@@ -67,14 +67,14 @@ class Engine(Protocol):
         """[K, bins * C] float32 of windows of one feature map, rois [K, 4] int64 in cells, inclusive ends."""
 
     def release(self) -> None:
-        """Give back memory that only saves time. No other thread may be in a pass."""
+        """Free memory that only saves time. No other thread may be in a pass."""
 
 
 def choose_engine(recipe: Recipe, options: RunOptions) -> str:
-    """The name of the engine that these options ask for, or that `auto` takes.
+    """The name of the engine that these options select.
 
-    `auto` takes OpenVINO on a processor it has fast code for, where it is installed. Raises DeviceError, UsageError,
-    and MissingExtraError for what cannot be; loads no network.
+    `auto` selects OpenVINO if it is installed and has fast code for this CPU. Raises DeviceError, UsageError and
+    MissingExtraError for invalid choices; loads no network.
     """
     device = resolve_device(options.device)
     if options.engine == "openvino":
@@ -93,9 +93,8 @@ def choose_engine(recipe: Recipe, options: RunOptions) -> str:
 def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     """The engine that runs a network under these options; see `choose_engine`.
 
-    Where the network has to be converted first, its `note` is told before.
-    Should the engine that `auto` took fail on this network, torch takes its place with a SppFeatWarning. An engine
-    asked for by name is given or refused. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
+    If OpenVINO, selected by `auto`, fails on this network, falls back to torch with a SppFeatWarning. An engine that
+    is asked for by name never falls back. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
     options = options or RunOptions()
     if choose_engine(network.description.recipe, options) == "openvino":
@@ -114,10 +113,10 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
 
 def _check_openvino(recipe: Recipe, asked: str, device: str) -> None:
     if device != "cpu":
-        raise UsageError(f"engine openvino computes on the processor, found device {asked}: expected --device cpu")
+        raise UsageError(f"engine openvino runs on the CPU: expected --device cpu, found {asked}")
     if recipe.precision not in OPENVINO_PRECISIONS:
         raise UsageError(
-            f"engine openvino computes {' and '.join(OPENVINO_PRECISIONS)}, found precision {recipe.precision}"
+            f"engine openvino: expected precision {' or '.join(OPENVINO_PRECISIONS)}, found {recipe.precision}"
         )
     from sppfeat.engines.openvino_engine import import_openvino
 
@@ -125,7 +124,7 @@ def _check_openvino(recipe: Recipe, asked: str, device: str) -> None:
 
 
 def cpu_streams() -> tuple[int, int]:
-    """Forward passes side by side on this processor, and cores for each: one each keeps a map in its core's cache."""
+    """Concurrent forward passes on this CPU, and cores for each: one core per pass keeps a map in its cache."""
     cores = available_cores()
     streams = min(cores, MAX_STREAMS)
     return streams, max(1, cores // streams)

@@ -1,4 +1,4 @@
-"""From a network in torch to one that OpenVINO runs: what building the engine `openvino` takes the first time."""
+"""Conversion of a network from torch to OpenVINO, when the engine `openvino` is first built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sppfeat.engines.torch_engine import told_apart
 
 
 class _Served(nn.Module):
-    """What OpenVINO is given: from uint8 pictures [N, H, W, 3] to cells [N, h, w, C], normalisation inside."""
+    """The module that OpenVINO converts: uint8 images [N, H, W, 3] to cells [N, h, w, C], with normalisation."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -37,14 +37,14 @@ class _Served(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        inputs = pictures.permute(0, 3, 1, 2).float() * self.scale + self.shift
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        inputs = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
         output: torch.Tensor = self.trunk(inputs).permute(0, 2, 3, 1)
         return output
 
 
 class _MarkedConvolution(nn.Module):
-    """A convolution padded "SAME", before OpenVINO pads it itself: NaN marks the padding for `_pad_inside`."""
+    """A "SAME" convolution whose padding is marked by NaN, so that `_pad_inside` can move it into OpenVINO's."""
 
     def __init__(self, convolution: nn.Module) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ class _MarkedConvolution(nn.Module):
 
 
 def _pad_inside(model: Any) -> None:
-    """Let each marked convolution of a converted network pad its own inputs, whatever their size.
+    """Make each marked convolution of a converted network pad its own inputs, whatever their size.
 
-    Padding that depends on the size is otherwise a copy of the map by a slow layer, and hides that the map's size is
-    that of the shortcut around it, so that sums are not computed inside convolutions: 1.2 to 1.35 times the time.
+    Otherwise padding that depends on the size is a slow layer that copies the map. It also hides that the map and the
+    shortcut around it have equal sizes, so sums are not computed inside convolutions: 1.2 to 1.35 times as slow.
     """
     opset13 = import_openvino().opset13
 
@@ -94,9 +94,9 @@ def _pad_inside(model: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_later() -> Iterator[None]:
-    """Let Python's signal handlers wait: converting calls Python from C++, which an exception there would abort."""
+    """Delay Python's signal handlers: converting calls Python from C++, where an exception would abort the process."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread alone
+        yield  # handlers run only in the main thread
         return
     came: list[tuple[int, FrameType | None]] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
@@ -111,9 +111,9 @@ def _signals_later() -> Iterator[None]:
 
 
 def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) -> Any:
-    """A backbone compiled for this processor, for any batch, height and width; `size` is of an example.
+    """A backbone compiled for this CPU, for any batch, height and width; `size` is that of an example.
 
-    Raises BackboneError where OpenVINO cannot run it.
+    Raises BackboneError if OpenVINO cannot run it.
     """
     openvino = import_openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -121,17 +121,19 @@ def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) 
     height, width = size
     try:
         with _signals_later(), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracing warns of itself, and of Python numbers in it: values are checked
+            warnings.simplefilter(
+                "ignore"
+            )  # tracing warns about itself and about Python numbers; values are checked later
             served = _Served(backbone).eval()
             example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
             traced = torch.jit.trace(served, example, check_trace=False)  # type: ignore[no-untyped-call]
             frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
-            decoder = TorchScriptPythonDecoder(traced)  # the front end borrows it: it has to live while converting
+            decoder = TorchScriptPythonDecoder(traced)  # the front end only borrows it: keep it alive while converting
             model = frontend.convert(frontend.load(decoder))
         _pad_inside(model)
         model.reshape(openvino.PartialShape([-1, -1, -1, 3]))
         return openvino.Core().compile_model(model, "CPU", options)
-    except Exception as error:  # tracing, converting and compiling run code that can fail in any way
+    except Exception as error:  # tracing, converting and compiling can fail in any way
         raise failure(backbone.description, error) from None
 
 
@@ -143,6 +145,6 @@ def expected_cells(backbone: Backbone, images: np.ndarray) -> np.ndarray:
 
 
 def say_why(backbone: Backbone, images: np.ndarray) -> None:
-    """Raise what torch raises for images that OpenVINO did not take, where it does not take them either."""
+    """Raise torch's error for images that OpenVINO failed on, if torch fails on them, too."""
     with told_apart(), torch.inference_mode():
         backbone.feature_map(torch.from_numpy(images))

@@ -1,7 +1,8 @@
 """The engine `openvino`: a network compiled for this processor, and kept; it runs without torch.
 
 Converting takes seconds, reading a compiled network back 0.2 s: so compiled networks stay in the user's cache, beside
-their descriptions, named by all that they were made from. One that this version of OpenVINO does not take is made anew.
+their descriptions, keyed by everything they were made from. One that this version of OpenVINO does not accept is
+compiled again.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _CONVERTER: Final = "openvino.tools.ovc"
 
 
 def import_openvino() -> Any:
-    """The module openvino, without its converter of other programs' files, which then is imported when it is used.
+    """The module openvino, with its telemetry off and without its converter, which is imported on first use.
 
-    A third of the time that importing openvino takes is the converter's, which also reports each import to an
-    analytics host. openvino does without either where it is not there. Raises MissingExtraError.
+    The converter reports each import to an analytics host, and takes a third of the time of importing openvino, which
+    runs without it. Raises MissingExtraError.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
     if "openvino" in sys.modules:

@@ -19,26 +19,26 @@ from sppfeat.errors import DeviceError, one_line
 from sppfeat.pyramid.pooling import pool_pyramid, pool_rois
 
 # On a CPU, one image per core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
-# images a second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB and more, because
-# oneDNN keeps its plans for every shape it has seen. A GPU wants far more at once, and a batch that does not fit into
-# its memory is halved.
+# images per second as batches of 8 spread over both. Batches of 2 or 4 are no faster, and cost 200 MB or more, because
+# oneDNN keeps its plans for every shape it has seen. A GPU needs far larger batches; one that does not fit into its
+# memory is halved.
 CPU_BATCH_SIZE: Final = 1
 CUDA_BATCH_SIZE: Final = 128
-# A group of a rare shape goes to the network incomplete after this many batches' worth of other images.
+# An incomplete batch of a rare shape runs after this many batches' worth of other images.
 PATIENCE: Final = 16
 # While one thread's batch is computed, the next one's is stacked and copied.
 CUDA_STREAMS: Final = 2
 
-# How torch says that an image is too small for a convolution or a pooling.
+# torch's messages for an image that is too small for a convolution or a pooling.
 _SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
-# How its allocator on the processor, and oneDNN, say that there is no more memory.
+# Messages of torch's CPU allocator, and of oneDNN, when out of memory.
 _OUT_OF_MEMORY: Final = re.compile(
     "out of memory|can't allocate memory|not enough memory|bad_?\\s?alloc", re.IGNORECASE
 )
 
 
 class TorchEngine:
-    """The network as torch runs it; see `Engine`. Raises DeviceError where the device cannot hold it."""
+    """The network as torch runs it; see `Engine`. Raises DeviceError if the device cannot hold it."""
 
     name = "torch"
     patience = PATIENCE
@@ -57,7 +57,7 @@ class TorchEngine:
         self.batch_size = CPU_BATCH_SIZE if device == "cpu" else CUDA_BATCH_SIZE
         self.streams, self.threads = cpu_streams() if device == "cpu" else (CUDA_STREAMS, 1)
         if self._place.type == "cuda":
-            # The weights were copied by this thread's stream, and are read by those of others.
+            # This thread's stream copied the weights, and other threads' streams read them.
             torch.cuda.synchronize(self._place)
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ class TorchEngine:
         try:
             yield
         finally:
-            torch.set_num_threads(before)  # what a lane sets, threads that start later have too
+            torch.set_num_threads(before)  # threads that start later inherit what a lane sets
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class TorchEngine:
             pixels = torch.from_numpy(images)
             if self._place.type != "cuda":
                 return self._backbone.feature_map(pixels)
-            # Only from memory that is pinned does the copy run beside another thread's pass.
+            # Only a copy from pinned memory runs beside another thread's pass.
             pixels = pixels.pin_memory().to(self._place, non_blocking=True)
             if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
                 return self._backbone.feature_map(pixels)
@@ -126,7 +126,7 @@ def _to_numpy(rows: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def told_apart() -> Iterator[None]:
-    """What torch raises, as the errors of `Engine`: MemoryError and ImageRefusedError; others as they are."""
+    """Turn torch's errors into those of `Engine`, MemoryError and ImageRefusedError; others pass unchanged."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""How torch computes while any thread is at work here; see `sppfeat.settings`."""
+"""torch's settings while any thread computes; see `sppfeat.settings`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sppfeat.settings import WhileAny
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
-    # Once a program sets `fp32_precision`, which torch 2.9 brought, torch refuses to read or write the older setting.
+    # Once a program sets `fp32_precision`, new in torch 2.9, torch refuses to read or write the older setting.
+
     if hasattr(cudnn, "conv"):
         changes: dict[Any, tuple[str, object]] = dict.fromkeys((cudnn.conv, cudnn.rnn), ("fp32_precision", "ieee"))
     else:

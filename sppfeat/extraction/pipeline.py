@@ -1,4 +1,4 @@
-"""From files to descriptors: decoding, the network and pooling at work side by side."""
+"""From files to descriptors: decoding, the network and pooling run concurrently."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
 from sppfeat.windows import map_windows, nearest_scales, outside
 
-# Decoded images that wait for the network take at most about this much; at `native` scale they are large.
+# Approximate limit of decoded images that wait for the network; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
 
 
 class Described(NamedTuple):
     """The outcome for one item: its rows, or why it has none.
 
-    position: counts the items given. rows: [R, D], one row, or one for each window. image_size: width and height of the
-    upright original. row_errors: why single rows could not be described, by their number; what stands in them is of no
-    use.
+    position: index of the item. rows: [R, D], one row, or one per window. image_size: width and height of the upright
+    original. row_errors: why single rows could not be described, by their index; their values are meaningless.
     """
 
     position: int
@@ -50,14 +49,14 @@ class Described(NamedTuple):
         return (None if error is not None or self.rows is None else self.rows[at]), error
 
 
-# How the scales of a recipe serve windows: every window is pooled at all of them and fused, as a whole image is; or
-# each at the one scale that brings its area closest to 224 x 224, as SPP-net detects.
+# How windows use the scales of a recipe: each window is pooled at all scales and fused, as a whole image is; or at the
+# one scale that brings its area closest to 224 x 224, as SPP-net does for detection.
 WINDOW_SCALES: Final = ("all", "nearest")
 
 
 @dataclass
 class StageTimes:
-    """Seconds of work by stage, summed over the threads that did it. `pool`, of windows, is a part of `forward`."""
+    """Seconds of work by stage, summed over threads. `pool`, of windows, is a part of `forward`."""
 
     decode: float = 0.0
     forward: float = 0.0
@@ -76,10 +75,10 @@ class _Unreadable(NamedTuple):
 
 @dataclass
 class _Row:
-    """An image on its way: what its scales have given so far.
+    """An image in the pipeline, with the results of its scales so far.
 
-    windows: [K, 4], or None where the whole image is described. scale_of: [K] the scale of each window, or None where
-    every scale serves all.
+    windows: [K, 4], or None if the whole image is described. scale_of: [K] the scale of each window, or None if every
+    window is pooled at every scale.
     """
 
     prepared: PreparedImage
@@ -90,7 +89,7 @@ class _Row:
     error: str | None = None
 
     def rois_at(self, scale: int) -> np.ndarray | None:
-        """[K] which windows are pooled at a scale; None: the whole image is."""
+        """[K] which windows are pooled at a scale; None: the whole image."""
         if self.windows is None:
             return None
         return np.ones(len(self.windows), bool) if self.scale_of is None else self.scale_of == scale
@@ -101,7 +100,7 @@ _Decoding = tuple[int, Item, "Future[PreparedImage | _Unreadable]"]
 
 
 class _Gate:
-    """Passes go side by side, or one alone: it waits for those that are under way, and holds back all others."""
+    """Passes run concurrently, or one alone: it waits for running passes to end, and blocks all others."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -128,16 +127,16 @@ class _Gate:
 
 
 class Describer:
-    """Describes images by a recipe, which is then complete (layer, mean, ...). The network is loaded when it is needed.
+    """Describes images by a recipe, which it completes (layer, mean, ...). The network is loaded on first use.
 
     dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
-    workers: threads that decode. network: the recipe's, where it is at hand.
+    workers: decoding threads. network: the recipe's, if it is at hand.
     Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions | None = None, *, network: Network | None = None) -> None:
         self._options = options or RunOptions()
-        choose_engine(recipe, self._options)  # what cannot be is said before any work
+        choose_engine(recipe, self._options)  # report invalid options before any work
         self._network = network or Network(recipe)
         description = self._network.description
         self.device = resolve_device(self._options.device)
@@ -157,11 +156,11 @@ class Describer:
         self.workers = self._options.num_workers or available_cores()
         self._engine: Engine | None = None
         self._batch_size = 1
-        # Images of a shape that a batch may hold, where memory is short.
+        # Batch sizes by shape, where memory is short.
         self._fitting: dict[tuple[int, ...], int] = {}
 
     def load(self) -> Engine:
-        """The engine; it is loaded once, when it is first needed. Raises BackboneError, DeviceError."""
+        """The engine, loaded on first use. Raises BackboneError, DeviceError."""
         if self._engine is None:
             self._engine = load_engine(self._network, self._options)
             self._batch_size = self._options.batch_size or self._engine.batch_size
@@ -169,7 +168,7 @@ class Describer:
 
     @property
     def engine(self) -> str:
-        """What runs the network, or would run it before it is loaded: `openvino` or `torch`."""
+        """The engine that runs the network, or will run it once loaded: `openvino` or `torch`."""
         return choose_engine(self.recipe, self._options) if self._engine is None else self._engine.name
 
     @property
@@ -180,17 +179,17 @@ class Describer:
     def describe(
         self, items: Iterable[Item | str], *, scales: str = "all", stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Described]:
-        """Describe every item, or the image at every path, about in order; one that cannot be described comes with its
-        reason.
+        """Describe every item, or the image at every path, roughly in order; one that cannot be described comes with
+        its reason.
 
-        Windows are pooled from one forward pass for each scale. scales: `all` pools each window at every scale,
-        normalises and fuses as for a whole image, so that a window of the whole image has the image's descriptor;
-        `nearest` pools each at the one scale that brings its area closest to 224 x 224. A window that reaches outside
-        its image comes with a reason. Images with windows go through the network one by one: so those that can be read
-        come in order, and rows of few images are held at a time.
-        Once `stop()` is true no further image is begun, and those begun are still given. Memory does not depend on
-        how many items there are. How images are batched depends on their order alone.
-        Raises UsageError for windows where the recipe crops.
+        Windows are pooled from one forward pass per scale. scales: `all` pools each window at every scale, normalises
+        and fuses as for a whole image, so that a window of the whole image has the image's descriptor; `nearest` pools
+        each at the one scale that brings its area closest to 224 x 224. A window that reaches outside its image comes
+        with a reason. Images with windows run through the network one by one: so readable ones come in order, and only
+        the rows of few images are held at a time.
+        Once `stop()` is true no new image is started, and those in flight are still yielded. Memory does not depend on
+        the number of items. Batches depend only on the order of the images.
+        Raises UsageError for windows if the recipe crops.
         """
         if scales not in WINDOW_SCALES:
             raise UsageError(unknown_name("scales", scales, WINDOW_SCALES))
@@ -206,7 +205,7 @@ class Describer:
         decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
             numbered = iter(enumerate(items))
-            # The first images are decoded while the network is loaded.
+            # The first images are decoded while the network loads.
             begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
             if not begun:
                 return
@@ -221,7 +220,7 @@ class Describer:
             decoders.shutdown(cancel_futures=True)
 
     def _ahead(self, passes: int) -> int:
-        """How many images may be decoded ahead of the network, which has `passes` of them at a time."""
+        """How many images may be decoded ahead of the network, which processes `passes` of them at a time."""
         largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
         return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
 
@@ -278,12 +277,12 @@ class Describer:
                 yield index, prepared
                 continue
             row = rows[index] = self._row(prepared, item.windows, window_scales)
-            # A scale that no window takes needs no pass.
+            # A scale without windows needs no pass.
             wanted = [s for s in range(len(row.parts)) if (chosen := row.rois_at(s)) is None or chosen.any()]
             row.left = len(wanted)
             if not wanted:
                 yield index, rows.pop(index)
-            # Towards the end batches become smaller, so that no stream is left without.
+            # Batches become smaller towards the end, so that every stream gets work.
             share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else None
             for scale in wanted:
                 if item.windows is not None:
@@ -315,7 +314,7 @@ class Describer:
         except ImageError as error:
             return _Unreadable(str(error), item.fingerprint())
         except MemoryError:
-            return _Unreadable("cannot be decoded: it does not fit into memory", item.fingerprint())
+            return _Unreadable("cannot be decoded: out of memory", item.fingerprint())
         finally:
             self.times.add("decode", time.perf_counter() - start)
 
@@ -331,7 +330,7 @@ class Describer:
     def _attempt(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
-        """What one batch gives; where memory is short, it is tried again with no other pass beside it."""
+        """The results of one batch; if memory is short, it is tried again without other passes."""
         with self._gate.shared():
             found = self._pass(batch, rows)
         if isinstance(found, str):
@@ -342,7 +341,7 @@ class Describer:
     def _attempt_alone(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]]:
-        """What one batch gives, or its halves, down to single images; one that does not fit comes with its reason."""
+        """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
         self.load().release()
         found = self._pass(batch, rows)
         if not isinstance(found, str):
@@ -351,23 +350,23 @@ class Describer:
             height, width = batch[0][1].shape[:2]
             if height * width <= self._most_pixels:
                 raise BackboneError(
-                    f"device {self.device}: its memory is short ({found}): an image of {width} x {height} does not fit "
-                    f"where {self._most_pixels:,} pixels did; the rows that are left stay pending"
+                    f"device {self.device}: out of memory ({found}): an image of {width} x {height} does not fit, "
+                    f"although {self._most_pixels:,} pixels did before; the remaining rows stay pending"
                 )
             reason = (
                 f"one image of {width} x {height} does not fit into the memory of {self.device} ({found}); "
-                "a smaller scale, or max_pixels, takes less"
+                "use a smaller scale, or a lower max_pixels"
             )
             return [(batch[0][0], reason)]
         half = len(batch) // 2
         shape = batch[0][1].shape
-        self._fitting[shape] = min(half, self._fitting.get(shape, half))  # in the batches to come, too
+        self._fitting[shape] = min(half, self._fitting.get(shape, half))  # for later batches, too
         return self._attempt_alone(batch[:half], rows[:half]) + self._attempt_alone(batch[half:], rows[half:])
 
     def _pass(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[tuple[_Input, np.ndarray | str]] | str:
-        """What one batch gives; a text where the memory does not suffice. Raises BackboneError."""
+        """The results of one batch; a message if it ran out of memory. Raises BackboneError."""
         keys = [key for key, _ in batch]
         height, width = batch[0][1].shape[:2]
         engine = self.load()
@@ -379,12 +378,12 @@ class Describer:
             self._most_pixels = max(self._most_pixels, len(batch) * height * width)
             return described
         except MemoryError as error:
-            return one_line(error)  # not the error itself, which holds on to the memory of the failed pass
+            return one_line(error)  # not the error itself, which keeps the memory of the failed pass
         except ImageRefusedError as error:
-            reason = f"the network refused an image of {width} x {height}: {one_line(error)}"
+            reason = f"the network rejected an image of {width} x {height}: {one_line(error)}"
             return [(key, reason) for key in keys]
         except (RuntimeError, AssertionError) as error:
-            # A lost GPU, say: no fault of these images, whose rows stay pending.
+            # A lost GPU, for example: not these images' fault, so their rows stay pending.
             raise BackboneError(
                 f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} images of {width} x {height} "
                 f"on {self.device} ({one_line(error)})"
@@ -393,7 +392,7 @@ class Describer:
     def _descriptors(
         self, engine: Engine, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
     ) -> list[np.ndarray]:
-        """Of each image [D], or of its windows [k, D]."""
+        """The descriptor [D] of each image, or those of its windows [k, D]."""
         maps = engine.feature_maps(np.stack([pixels for _, pixels in batch]))
         if rows[0].windows is not None:
             return [
@@ -435,7 +434,7 @@ class Describer:
             int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
         }
-        # A sum is not finite where a value is not, and needs no array of answers.
+        # The sum is not finite if a value is not, and needs no temporary array.
         if not np.isfinite(stored.sum(dtype=np.float32)):
             for at in np.flatnonzero(~np.isfinite(stored).all(1)):
                 errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
@@ -459,14 +458,14 @@ def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
         return descriptors
     if kind == "signed-sqrt-l2":
         descriptors = np.copysign(np.sqrt(np.abs(descriptors)), descriptors)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found, and named, by who stores it
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller that stores rows reports values that are not finite
         lengths = np.sqrt(np.einsum("nd,nd->n", descriptors, descriptors))
         unit: np.ndarray = descriptors / np.maximum(lengths, 1e-12)[:, None]
     return unit
 
 
 def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
-    """Descriptors [.., D] of one picture or its windows at each scale as one: `mean` or `max`, or `concat`."""
+    """Fuse the descriptors [.., D] of one image or its windows at each scale, by `mean`, `max` or `concat`."""
     if len(parts) == 1:
         return parts[0]
     if kind == "concat":

@@ -1,4 +1,4 @@
-"""What is to be done: it follows from the items, the store and the files as they are now; no network is needed."""
+"""What a run has to do, from the items, the store and the files as they are now; it needs no network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sppfeat.store import Status, Store, row_name, row_names, split_row_name
 
 
 class Todo(NamedTuple):
-    """An item, with those of its windows that are to be described, and the rows of the store that they go to."""
+    """An item, with the windows that are to be described, and their rows in the store."""
 
     item: Item
     rows: list[int]
@@ -24,9 +24,9 @@ class Todo(NamedTuple):
 class Plan:
     """What a run does.
 
-    todo: in the order of the items. redo: rows of them that were done or failed before. changed: rows of `redo` that
-    were done, with another file. reused, failed_before: rows that stay done, and failed. gone: names of rows whose file
-    is no longer there. lost: rows of them that are still pending.
+    todo: in the order of the items. redo: their rows that were done or failed before. changed: rows of `redo` that
+    were done, and whose file changed. reused, failed_before: numbers of rows that stay done, and failed. gone: names of
+    rows whose file no longer exists. lost: those of them that are still pending.
     """
 
     todo: list[Todo]
@@ -39,27 +39,25 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows that are to be described."""
+        """The number of rows to describe."""
         return sum(len(todo.rows) for todo in self.todo)
 
 
 def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[ImageList, int]:
-    """The images that have windows, with them, in the order of the windows; and how many images have none.
+    """The images that have windows, with them, in the order of the windows; and the number of images without.
 
-    A window counts to a thousandth of a pixel, as its row's name does. Windows of an image that is not among these are
-    an item with a problem. Raises UsageError where they are of none of the images.
+    Windows are rounded to a thousandth of a pixel, as in row names. Windows of an unlisted image make an item with a
+    problem. Raises UsageError if the windows belong to none of the images.
     """
     known = {item.name: item for item in images.items}
     if not known.keys() & windows.keys():
         raise UsageError(
-            f"the windows are of none of the {len(known)} images below {images.root}: "
+            f"the windows belong to none of the {len(known)} images below {images.root}: "
             f"expected names such as {next(iter(known), '')!r}, found {next(iter(windows), '')!r}"
         )
     items, count = [], 0
     for name, boxes in windows.items():
-        item = known.get(name) or Item(
-            images.root, name, problem=f"its image is not among the images of the sources ({name})"
-        )
+        item = known.get(name) or Item(images.root, name, problem=f"its image is not in the sources ({name})")
         first: dict[str, int] = {}
         for at, box in enumerate(boxes):
             first.setdefault(row_name(name, box), at)
@@ -74,7 +72,7 @@ def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[
 
 
 def make_plan(store: Store, rows: Mapping[str, int], images: ImageList, *, retry_failed: bool) -> Plan:
-    """Compare the items with the rows of a store, whose numbers by name are `rows`."""
+    """Compare the items with the rows of a store; `rows` has row numbers by name."""
     status = store.status.tolist()
     files = list(zip(store.file_size.tolist(), store.file_mtime_ns.tolist(), strict=True))
     todo: list[Todo] = []
@@ -111,5 +109,5 @@ def make_plan(store: Store, rows: Mapping[str, int], images: ImageList, *, retry
 
 
 def _is_there(images: ImageList, name: str) -> bool:
-    """Whether a row's file is there: the image of that name, or the one that its window is on."""
+    """Whether a row's file exists: the image of that name, or the one that its window is on."""
     return images.has(name) or images.has(split_row_name(name)[0])

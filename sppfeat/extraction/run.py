@@ -37,13 +37,13 @@ Source = str | os.PathLike[str]
 class Extraction:
     """What a run of `extract_folder` did.
 
-    images: listed in the sources. repeated: listed more than once. described: in this run. reused: described before,
-    unchanged. failed: listed images whose row is failed, now or before. changed: of those described, how many had
-    another file before. gone: rows of the store whose file is no longer there; they are kept. pending: rows left for
-    a next run, after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
+    images: listed in the sources. repeated: duplicates in the sources. described: in this run. reused: described
+    before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
+    changed. gone: rows of the store whose file no longer exists; they are kept. pending: rows left for the next run,
+    after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
     seconds, decode, forward, write: of this run; decode and forward are summed over their threads, of which there were
     `workers` and `streams`.
-    Where windows are described, all these count windows, and without_windows the images that have none; else it is
+    If windows are described, all of these count windows, and without_windows counts the images without any; else it is
     None.
     """
 
@@ -71,14 +71,14 @@ class Extraction:
     def bottleneck(self) -> str | None:
         """The stage that the others wait for: `decode`, `forward` or `write`; None when nothing was described.
 
-        On a processor decoding and the network share its cores, and the one with more work holds up the run; a GPU
-        works beside them.
+        On a CPU, decoding and the network share the cores, and the one with more work limits the run; a GPU works
+        beside them.
         """
         if not self.described:
             return None
         decode = self.decode if self.device == "cpu" else self.decode / self.workers
         forward = self.forward if self.device == "cpu" else self.forward / self.streams
-        # Writing is done by one thread, beside all others.
+        # One thread writes, beside all others.
         busy = {"decode": decode, "forward": forward, "write": self.write if self.write > self.seconds / 2 else 0.0}
         return max(busy, key=lambda stage: busy[stage])
 
@@ -89,7 +89,7 @@ class Extraction:
 
     @property
     def images_per_second(self) -> float:
-        """Images (or windows) described in this run, for each second of it."""
+        """Images (or windows) described per second of this run."""
         return self.described / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -109,13 +109,13 @@ def extract_folder(
 ) -> Extraction:
     """Describe the images of folders, files or lists (see `find_images`) into the store `output`.
 
-    A store that is there already is resumed: rows that are done stay, pending rows and changed files are described,
-    new files are added at the end. With `retry_failed` the failed ones are tried again. `overwrite` starts anew;
-    `resume=False` refuses a store that is there. Names are relative to `root`; by default to the root of the store
-    that is resumed, if it holds all sources, else to the folder that does.
-    windows: [K, 4] by image name (see `read_windows`): then each of them is described instead, from one pass for each
-    image, in a row named `image#x1,y1,x2,y2` (see `split_row_name`). Images without windows get no row.
-    Raises StoreError for an output that is no store or was made by another recipe, and whatever `find_images` and
+    An existing store is resumed: rows that are done stay, pending rows and changed files are described, and new files
+    are added at the end. `retry_failed` tries failed rows again. `overwrite` starts over; `resume=False` rejects an
+    existing store. Names are relative to `root`; by default to the root of the resumed store, if it contains all
+    sources, else to the folder that does.
+    windows: [K, 4] by image name (see `read_windows`): each window is described instead, from one pass per image, in a
+    row named `image#x1,y1,x2,y2` (see `split_row_name`). Images without windows get no row.
+    Raises StoreError for an output that is not a store or was made with another recipe, and whatever `find_images` and
     `Describer` raise. An image that cannot be described is a failed row, not an error.
     """
     began = time.perf_counter()
@@ -132,12 +132,12 @@ def extract_folder(
         raise UsageError(f"{_show_sources(sources)}: expected images, found none")
     with lock_store(path):
         check_output(path, overwrite=overwrite, resume=resume)
-        # Beside several cards, this process only knows the network: it needs no place on any.
+        # With several GPUs, this process only needs the network's description, and no room on any GPU.
         own = replace(options, device="cpu", engine="torch") if len(devices) > 1 else options
         describer = Describer(recipe or Recipe(), own)
         device = options.device if len(devices) > 1 else describer.device
         if overwrite and path.exists() and len(devices) == 1:
-            describer.load()  # a network that cannot run must not cost the store that is there
+            describer.load()  # a network that cannot run must not destroy the existing store
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
         plan = make_plan(store, rows, images, retry_failed=retry_failed)
@@ -153,14 +153,14 @@ def extract_folder(
                         observer.row(name, item.problem)
                         failed += 1
             for row in plan.lost:
-                writer.fail(row, "the file is gone")
+                writer.fail(row, "the file no longer exists")
             readable = [todo for todo in plan.todo if todo.item.problem is None]
             if len(devices) > 1:
                 writer.flush()
                 filled = fill_rows_with(devices, options, store, readable, stop, work)
             else:
                 filled = fill_rows(writer, describer, readable, stop, work)
-            with contextlib.closing(filled):  # also when the observer raises: processes must not outlive the lock
+            with contextlib.closing(filled):  # also if the observer raises: processes must not outlive the lock
                 for name, error in filled:
                     described += error is None
                     failed += error is not None
@@ -196,7 +196,7 @@ def _list(
     root: str | None,
     windows: Mapping[str, np.ndarray] | None,
 ) -> tuple[ImageList, int | None]:
-    """The items, and how many images have no window, where windows are described."""
+    """The items, and the number of images without windows if windows are described."""
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     found, without_windows = find_images(several, root=root), None
     if windows is not None:
@@ -226,7 +226,8 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
         differences.append(f"weights: {store.weights_sha256[:12]} here, {describer.weights_sha256[:12]} there")
     if differences:
         raise StoreError(
-            f"{path}: was made by another recipe ({'; '.join(differences)}); choose another output, or --overwrite"
+            f"{path}: was made with another recipe ({'; '.join(differences)}); "
+            "choose another output, or use --overwrite"
         )
     names = store.names
     moved = store.source_root != images.root
@@ -236,13 +237,14 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
     elif moved and os.path.isdir(store.source_root):
         raise StoreError(
             f"{path}: its names are relative to {store.source_root}, these images to {images.root}; "
-            "choose another output, give a root that holds both, or --overwrite"
+            "choose another output, give a root that contains both, or use --overwrite"
         )
     known = set(names)
     new = [name for name in listed if name not in known]
     if moved and names is store.names and len(new) == len(listed):
         raise StoreError(
-            f"{path}: none of its {len(store)} names is among these images; choose another output, or --overwrite"
+            f"{path}: expected some of these images among its {len(store)} names, found none; "
+            "choose another output, or use --overwrite"
         )
     if new or moved:
         extend_store(store, [*names, *new], source_root=images.root)

@@ -1,10 +1,10 @@
-"""Filling the rows of a store: by this process, or by one process a card, each its own part of the rows.
+"""Filling the rows of a store: in this process, or in one process per GPU, each with its own part of the rows.
 
-A process of its own is started with `python -m sppfeat.extraction.workers DESCRIPTOR`. It is told what to do by one
-line of JSON on standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard
-output: `[place, error]` for each row that is on its way to the disk, and at last an object with its times, or with the
-error that ended it. The line `stop` makes it finish the rows in flight; the end of its
-input, which is how it learns that the process that started it is gone, ends it at once.
+A worker is started with `python -m sppfeat.extraction.workers DESCRIPTOR`. It reads its task from one line of JSON on
+standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard output:
+`[place, error]` for each row that is about to be written, and finally an object with its times, or with the error that
+ended it. The line `stop` makes it finish the rows in flight; the end of its input, when its parent is gone, ends it at
+once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Work:
 def fill_rows(
     writer: StoreWriter, describer: Describer, todo: list[Todo], stop: Callable[[], bool], work: Work
 ) -> Generator[Outcome, None, None]:
-    """Describe items, and write each of their rows into its place; `work` is what it took.
+    """Describe items, and write each of their rows in place; adds the time taken to `work`.
 
     All windows of an image come together.
     """
@@ -95,9 +95,9 @@ def fill_rows(
 def fill_rows_with(
     devices: list[str], options: RunOptions, store: Store, todo: list[Todo], stop: Callable[[], bool], work: Work
 ) -> Generator[Outcome, None, None]:
-    """`fill_rows` by one process for each device. Hold `lock_store`: it keeps others out for all of them.
+    """`fill_rows` with one process per device. Hold `lock_store`: it keeps others out for all of them.
 
-    Should one fail, the others finish their rows in flight, and its error is raised; what is written stays.
+    If one fails, the others finish their rows in flight, and its error is raised; what is written stays.
     """
     each = options.num_workers or max(1, available_cores() // len(devices))
     heard: queue.Queue[tuple[int, Any]] = queue.Queue()
@@ -142,7 +142,7 @@ def fill_rows_with(
 
 
 def _told(todo: Todo) -> list[Any]:
-    """An item and its rows as JSON has them; a root can hold bytes that are no text."""
+    """An item and its rows for JSON; a root may contain bytes that are not UTF-8."""
     item, rows = todo
     return [os.fsencode(item.root).hex(), item.name, None if item.windows is None else item.windows.tolist(), rows]
 
@@ -165,7 +165,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs],
                 text=True,
-                # A Ctrl-C goes to all processes of a terminal: whether it stops this one is for its parent to say.
+                # Ctrl-C signals all processes of a terminal: the parent decides whether it stops this one.
                 start_new_session=True,
             )
         finally:
@@ -185,10 +185,10 @@ class _Child:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except OSError:
-            return  # it ended: the listener says so
+            return  # it ended: the listener reports it
 
     def end(self) -> None:
-        """Wait for a process that has said its last, or end it."""
+        """Wait for a process that has finished, or kill it."""
         if self._listener.is_alive():
             self._process.kill()
         self._process.wait()
@@ -205,13 +205,13 @@ class _Child:
             if isinstance(last, list):
                 self._heard.put((self._number, last))
         if not isinstance(last, dict):
-            reason = f"the process of card {self._number} ended early (exit code {self._process.wait()})"
-            last = {"error": f"{reason}; its rows are left for a next run", "kind": "BackboneError"}
+            reason = f"the process of GPU {self._number} ended early (exit code {self._process.wait()})"
+            last = {"error": f"{reason}; its remaining rows stay pending", "kind": "BackboneError"}
         self._heard.put((self._number, last))
 
 
 def main() -> None:
-    """The process that fills a part of the rows; see the module."""
+    """The worker process that fills a part of the rows; see the module."""
     answers = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     task = json.loads(sys.stdin.readline())
     stop = threading.Event()
@@ -238,9 +238,10 @@ def main() -> None:
         say(dataclasses.asdict(work))
     except SppFeatError as error:
         say({"error": str(error), "kind": type(error).__name__})
-    except Exception as error:  # said where someone reads it
+    except Exception as error:  # reported to the parent, which someone reads
         say({"error": f"{type(error).__name__}: {one_line(error)}", "kind": "BackboneError"})
-    # The thread that obeys is still reading: an ordinary exit would wait for it.
+    # The thread that obeys is still reading: a normal exit would wait for it.
+
     os._exit(0)
 
 

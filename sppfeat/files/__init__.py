@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files and documents from unknown hands, checked once at one door."""
+"""Output files that appear whole or not at all, and checks of files and documents from untrusted sources."""
 
 from __future__ import annotations
 

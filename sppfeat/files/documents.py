@@ -1,7 +1,7 @@
-"""JSON that comes from a file, checked once against a declared shape: nothing behind this door looks at it again.
+"""JSON from a file, checked once against a declared shape; no other code checks it again.
 
-msgspec checks: it is strict (a number in quotes is no number), refuses NaN, names the place that is wrong, has no
-dependencies and loads in milliseconds, which pydantic does not.
+msgspec does the checking: it is strict (a quoted number is not a number), rejects NaN, names the place of an error, has
+no dependencies and, unlike pydantic, loads in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def decode_document(
 ) -> T:
     """The JSON document `content` as an instance of `shape`, a msgspec.Struct or any type that msgspec knows.
 
-    what: how the message names the document and says what was expected, such as `g/gallery.json: expected a gallery`.
-    lenient: also take what Python's json writes beyond JSON: NaN, Infinity, and lone surrogates, of paths not in UTF-8.
-    Raises `error` for text that is not JSON, and for a document of another shape, with the place that is wrong.
+    what: how the message names the document and what was expected, such as `g/gallery.json: expected a gallery`.
+    lenient: also accept what Python's json writes beyond JSON: NaN, Infinity, and lone surrogates (non-UTF-8 paths).
+    Raises `error`, with the place that is wrong, for text that is not JSON or a document of another shape.
     """
     try:
         if lenient:

@@ -1,6 +1,6 @@
-"""The formats of our files: which one a file has, and opening it without trusting it.
+"""Our file formats: telling which one a file has, and opening it without trusting it.
 
-Every HDF5 file of ours has the root attributes `format` and `format_version`; a gallery is a folder with a
+Each of our HDF5 files has the root attributes `format` and `format_version`; a gallery is a folder with a
 `gallery.json` that has both keys.
 """
 
@@ -25,9 +25,9 @@ SVM = "sppfeat-svm"
 DETECTOR = "sppfeat-detector"
 WINDOWS = "sppfeat-windows"
 GALLERY = "sppfeat-gallery"
-# What h5py, NumPy and conversions raise where a file does not hold what it should.
+# What h5py, NumPy and conversions raise for a file with unexpected content.
 DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-# How messages call them.
+# Their names in messages.
 NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
 
 
@@ -36,7 +36,7 @@ class _Format(msgspec.Struct):
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """Which of our formats a file or folder has, without trusting it further; None: none of them, or unreadable."""
+    """The format of a file or folder, read without trusting it; None: none of ours, or unreadable."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -57,10 +57,10 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
 def open_hdf5(
     path: str | os.PathLike[str], kind: str | None, version: int, error: type[SppFeatError]
 ) -> Iterator[h5py.File]:
-    """Open one of our HDF5 files for reading; whatever is wrong with it, also within the block, is raised as `error`.
+    """Open one of our HDF5 files for reading. Anything wrong with it, also within the block, raises `error`.
 
-    kind: its format, one of NOUNS; None: a part of a gallery, which does not say. version: the newest format version
-    that is understood.
+    kind: its format, one of NOUNS; None: a part of a gallery, which has no format. version: the newest format version
+    that is supported.
     """
     path, noun = Path(path), "an HDF5 file" if kind is None else NOUNS[kind]
     try:
@@ -84,7 +84,7 @@ def open_hdf5(
     except OSError as reason:
         raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
     except (*DAMAGE, UsageError) as reason:
-        raise error(f"{path}: expected {noun} that is whole, found: {one_line(reason)}") from None
+        raise error(f"{path}: damaged: expected {noun}, found: {one_line(reason)}") from None
 
 
 def read_document(file: h5py.File, name: str, shape: type[T], error: type[SppFeatError]) -> T:

@@ -1,7 +1,7 @@
-"""HDF5 files from unknown hands: looked through in a child process first, because HDF5 can hang or die on a bad one.
+"""Untrusted HDF5 files: checked in a child process first, because HDF5 can hang or crash on a damaged one.
 
-HDF5 cannot be interrupted: its calls hold the interpreter's lock until they return. A forked child reads all that a
-later opening will read of the file's structure. If the child hangs, is killed or complains, the file is refused.
+HDF5 cannot be interrupted: its calls hold the interpreter's lock until they return. A forked child reads all of the
+file's structure that opening it will read. If the child hangs, is killed or reports an error, the file is rejected.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from h5py._objects import phil
 
 from sppfeat.errors import one_line
 
-# Of no progress in the child. Sound files take milliseconds, and say so after every block of names.
+# Without progress in the child. Sound files take milliseconds, and the child reports after every block of names.
 DEADLINE_SECONDS: Final = 8
-# What the child may take on top of what this process has: sound files of many names need some 100 MB.
+# The child's memory on top of this process's: sound files with many names need about 100 MB.
 MEMORY_BYTES: Final = 1 << 30
 _BLOCK_ROWS: Final = 1 << 16
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
-# What the child says last of a sound file.
+# The child's last message about a sound file.
 _SOUND: Final = b"\0"
 # Sound files by path, size, time and inode: one command opens a file several times.
 _sound: set[tuple[str, int, int, int]] = set()
@@ -37,22 +37,22 @@ _MOST_KNOWN: Final = 1024
 
 
 def check_hdf5(path: str | os.PathLike[str]) -> None:
-    """Raise OSError unless an HDF5 file is one of the kind that sppfeat writes, and can be read without harm.
+    """Raise OSError unless a file is of the kind of HDF5 that sppfeat writes, and safe to read.
 
-    Such a file has plain datasets at its root, each in one piece inside the file: no filters, no chunks, no links, and
-    no values that lie in other files.
+    Such a file has plain datasets at its root, each contiguous in the file: no filters, no chunks, no links, and no
+    external storage.
     """
     path = Path(path)
     if stat.S_ISFIFO(os.stat(path).st_mode):
-        raise OSError("a pipe, not a file")  # opening it would wait for ever
+        raise OSError("a pipe, not a file")  # opening it would block forever
     with open(path, "rb") as file:
         info = os.fstat(file.fileno())
         if file.read(len(_SIGNATURE)) != _SIGNATURE:
-            raise OSError("no HDF5 file")
+            raise OSError("not an HDF5 file")
     key = (os.path.realpath(path), info.st_size, info.st_mtime_ns, info.st_ino)
     if key in _sound:
         return
-    # What is wrong is looked at anew each time: it may have been a stall, or a shortage of memory.
+    # A failed check is repeated each time: the cause may have been a stall, or a shortage of memory.
     if (reason := _reason_in_child(path)) is not None:
         raise OSError(reason)
     if len(_sound) >= _MOST_KNOWN:
@@ -61,19 +61,19 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
 
 
 def hdf5_reason(error: OSError) -> str:
-    """Why HDF5 refused: it wraps its reason in parentheses, after a sentence that says nothing."""
+    """Why HDF5 failed: it puts its reason in parentheses, after a sentence that says nothing."""
     text = error.strerror or one_line(error)
     inner = text[text.find("(") + 1 : -1] if text.startswith("Unable to") and text.endswith(")") else text
     return f"cut short ({inner})" if "truncated file" in inner else inner
 
 
 def _reason_in_child(path: Path) -> str | None:
-    """What is wrong with a file, as a child of this process finds it; the child touches h5py alone."""
+    """What is wrong with a file, as a child process finds it; the child uses h5py alone."""
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
-        # Python warns that other threads' locks stay locked in the child, which takes none of them.
+        # Python warns that other threads' locks stay locked in the child, which uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
-        # No other thread may be inside HDF5 while the process is copied: its lock would stay taken in the child.
+        # No other thread may be inside HDF5 during the fork: its lock would stay locked in the child.
         with phil:
             try:
                 child = os.fork()
@@ -91,7 +91,7 @@ def _reason_in_child(path: Path) -> str | None:
             if select.select([receiver], [], [], left)[0]:
                 block = os.read(receiver, 1 << 16)
                 said += block
-                # Not the end of the pipe alone: a process that another thread forked meanwhile may hold it open.
+                # The end of the pipe is not enough: a process that another thread forked meanwhile may hold it open.
                 ended = not block or said.endswith(_SOUND)
                 last = time.monotonic()
     finally:
@@ -99,7 +99,7 @@ def _reason_in_child(path: Path) -> str | None:
         if not ended:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # a program that ignores its children's ends has none to wait for
+        with contextlib.suppress(ChildProcessError):  # where the program ignores SIGCHLD
             _, status = os.waitpid(child, 0)
     if said.endswith(_SOUND):
         return None
@@ -114,7 +114,7 @@ def _look_and_exit(path: Path, sender: int) -> None:
     status = 1
     try:
         faulthandler.disable()
-        # A parent that is killed must not leave a child behind that hangs for ever.
+        # A killed parent must not leave a hanging child behind.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(DEADLINE_SECONDS)
         with open("/proc/self/statm", "rb") as statm:
@@ -137,7 +137,7 @@ def _look_and_exit(path: Path, sender: int) -> None:
 
 
 def _look(path: Path, sender: int) -> None:
-    """Read a file's attributes, the places of its datasets and its texts. Raises OSError and whatever h5py raises."""
+    """Read a file's attributes, dataset offsets and strings. Raises OSError and whatever h5py raises."""
     size = path.stat().st_size
     with h5py.File(path, "r", locking=False) as file:
         for key in file.attrs:
@@ -146,13 +146,13 @@ def _look(path: Path, sender: int) -> None:
             file.attrs[key]
         for name in file:
             if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-                raise OSError(f"/{name} is a link to another place")
+                raise OSError(f"/{name} is a link to another location")
             dataset = file[name]
             if not isinstance(dataset, h5py.Dataset):
-                raise OSError(f"/{name} is no dataset")
+                raise OSError(f"/{name} is not a dataset")
             layout = dataset.id.get_create_plist()
             if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count() or layout.get_nfilters():
-                raise OSError(f"/{name} is not stored in one piece in this file")
+                raise OSError(f"/{name} is not stored contiguously in this file")
             held = dataset.id.get_type().get_size()
             for length in dataset.shape or ():
                 held *= int(length)

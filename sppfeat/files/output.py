@@ -1,4 +1,4 @@
-"""Output files: they appear at once and whole, and replace nothing that was not meant."""
+"""Output files: they appear atomically, and replace nothing by mistake."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def appearing_hdf5(path: Path, error: type[SppFeatError]) -> Iterator[h5py.File]
 
 @contextlib.contextmanager
 def new_hdf5(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to write. Raises OSError at the end of the block where the disk did not take it all."""
+    """An HDF5 file to write. Raises OSError at the end of the block if a write failed."""
     with _HeldBack(path, "w+") as disk:
         try:
             with h5py.File(disk, "w") as file:
@@ -55,9 +55,9 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 class _HeldBack(io.FileIO):
-    """A file that keeps its first failed or interrupted write in `failure`, and takes the others as if all were well.
+    """A file that keeps its first failed or interrupted write in `failure`, and pretends that later writes succeed.
 
-    HDF5 cannot close a file that it cannot write to: a full disk would end the process with a crash.
+    HDF5 cannot close a file that it cannot write to: a full disk would crash the process.
     """
 
     failure: BaseException | None = None
@@ -67,7 +67,7 @@ class _HeldBack(io.FileIO):
         try:
             while len(left) and self.failure is None:
                 left = left[super().write(left) :]
-        except BaseException as error:  # an interrupt as well, which HDF5 would turn into something else
+        except BaseException as error:  # also an interrupt, which HDF5 would turn into another error
             self.failure = error
         return len(data)
 
@@ -80,12 +80,12 @@ class _HeldBack(io.FileIO):
 
 
 def partial_path(path: Path) -> Path:
-    """Where `appearing` keeps what is not yet the file `path`."""
+    """Where `appearing` writes before it becomes the file `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's new names on disk: without it, a power cut could take them, and with them their files, back."""
+    """Flush a folder's new names to disk: otherwise a power cut could lose them, and their files with them."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,14 +94,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type[SppFeatError], kind: str) -> Path:
-    """The path, if a file may be written there: over nothing, or, with `overwrite`, over a file of `kind`.
+    """The path, if a file may be written there: a new file, or, with `overwrite`, in place of a file of `kind`.
 
-    kind: one of NOUNS. To be asked before the work is done. A mistyped output must not cost a photograph, or other
-    results; nor a folder that may not be written to the work. A link is followed, and stays.
+    kind: one of NOUNS. Call it before the work starts: a mistyped output must not destroy a photograph or other
+    results, and an unwritable folder must not waste the work. A symlink is followed, and stays.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if not os.path.isdir(path.parent):
-        raise error(f"{path}: expected its folder {path.parent} to exist, found none")
+        raise error(f"{path}: its folder {path.parent} does not exist")
     if os.path.lexists(path):
         if not path.is_file():
             kind_found = "a folder" if path.is_dir() else "a special file"
@@ -112,29 +112,30 @@ def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type
                 what = NOUNS.get(str(found), "another file")
                 raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
             if not overwrite:
-                raise error(f"{path}: exists already; choose another output, or --overwrite")
+                raise error(f"{path}: already exists; choose another output, or use --overwrite")
     check_can_write(path, error)
     return path
 
 
 def check_can_write(path: Path, error: type[SppFeatError]) -> None:
-    """Raise `error` unless a file can be made, or replaced, at a path whose folder exists; to be asked before work."""
+    """Raise `error` unless a file can be created or replaced at a path whose folder exists; call it before the work."""
     if os.path.lexists(path) and not os.access(path, os.W_OK):
         raise error(f"{path}: is not writable")
-    # Rights alone do not tell: a disk may be mounted to be read, a name too long. What is written beside an output on
-    # the way has no longer name than this one.
+    # Permissions alone do not tell: a disk may be mounted read-only, a name too long. No temporary file beside an
+    # output has a longer name than this one.
     attempt = path.with_name(f".{path.name}.writable")
     try:
         os.close(os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         attempt.unlink(missing_ok=True)
     except FileExistsError:
-        pass  # another process tries just now
+        pass  # another process is checking right now
     except OSError as reason:
         raise error(f"{path}: cannot be written: {os_reason(reason)}") from None
 
 
 def os_reason(error: OSError) -> str:
-    """Why the system refused, in few words."""
+    """Why a system call failed, in a few words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; make room, then resume"
+        return "the disk is full; free some space, then resume"
+
     return error.strerror or one_line(error)

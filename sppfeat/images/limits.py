@@ -1,7 +1,7 @@
-"""Refuse, before anything is decoded, an image that would take far more time or memory than its kind ever needs.
+"""Reject, before decoding, an image that would take far more time or memory than its format ever needs.
 
-A file's own structure (markers, chunk lengths, tags) tells what decoding costs; reading it takes microseconds. What is
-damaged here passes: the decoder says what is wrong with it.
+A file's own structure (markers, chunk lengths, tags) tells what decoding costs; reading it takes microseconds. A
+damaged structure passes: the decoder reports what is wrong with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from sppfeat.errors import ImageError
 
-# Encoders write about 10; splitting every bit of every component into scans of its own takes a few dozen.
+# Encoders write about 10; one scan per bit of each component takes a few dozen.
 MAX_SCANS: Final = 100
 # Every scan of a progressive JPEG walks over the whole image: ten scans (the usual number) of 200 megapixels.
 MAX_SCANNED_PIXELS: Final = 2_000_000_000
@@ -32,25 +32,25 @@ MAX_PNG_DATA_CHUNKS: Final = 200_000
 MAX_PNG_OTHER_CHUNKS: Final = 1_000
 # Blocks of at most 255 bytes before the first frame; comments and XMP of real files are some kilobytes.
 MAX_GIF_BLOCKS: Final = 10_000
-# Each tag stands once; the specification and the vendors' own tags come to some hundreds.
+# Each tag occurs once; the specification and the vendors' own tags add up to some hundreds.
 MAX_TIFF_ENTRIES: Final = 1_000
 # TIFF 6.0, section 15: the sides of a tile are multiples of 16.
 MIN_TILE_AREA: Final = 16 * 16
-# 100 megapixels in the smallest tiles; one row a strip stays far below.
+# 100 megapixels in the smallest tiles; strips of one row stay far below.
 MAX_TIFF_PIECES: Final = 400_000
 # Pillow decodes run-length BMP in Python, run by run, and fills cut-off rows there too.
 MAX_RLE_BYTES: Final = 8_000_000
 MAX_RLE_PIXELS: Final = 25_000_000
-# Pillow holds what stands beside the pixels in memory, up to twice: profiles, XMP, the layers of an image editor.
+# Pillow keeps everything but the pixels in memory, up to twice: profiles, XMP, the layers of an image editor.
 MAX_METADATA: Final = 256 << 20
-# Pillow takes no more text from a PNG (MAX_TEXT_MEMORY), but copies a chunk of it up to four times to see that.
+# Pillow accepts no more text from a PNG (MAX_TEXT_MEMORY), but copies a chunk up to four times before it says so.
 MAX_PNG_METADATA: Final = 64 << 20
 # Pillow reads these files whole, and the decoder copies them; real ones stay below even where they are animations.
 MAX_WHOLE_FILE: Final = 128 << 20
 # 100 megapixels of RGB in 16 bits; in the slowest packings (LZMA, Huffman codes of one bit) this takes some 8 s.
 MAX_UNPACKED: Final = 640 << 20
-# A decoder that looks for the next marker reads a hole in a file to its end, some 3 s a GB. All pixels uncompressed,
-# 178 megapixels at four bytes, are less.
+# A decoder that looks for the next marker reads a hole in a file to its end, at about 3 s per GB. Uncompressed pixels,
+# 178 megapixels at four bytes, take less.
 MAX_READ: Final = 1 << 30
 # Decoder's buffers, pixels and their conversion together. With Python, torch and a network it stays below 1.5 GB.
 MAX_WORKING_SET: Final = 1 << 30
@@ -76,7 +76,7 @@ _TIFF_SIZES: Final = {
     17: 8,
     18: 8,
 }
-# Of the readers that Pillow knows; it takes the second pair for a TIFF, too.
+# Of Pillow's readers; it accepts the second pair as a TIFF, too.
 _TIFF_MAGIC: Final = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _BLOCK: Final = 1 << 20
 # 100 megapixels at the highest quality take less.
@@ -106,7 +106,7 @@ class BoundedFile(io.FileIO):
 
 
 def check_structure(file: BinaryIO) -> int:
-    """Refuse an opened file whose structure is far outside its format's practice. Raises ImageError; rewinds.
+    """Raise ImageError for an opened file whose structure is far outside its format's common practice; rewinds.
 
     Returns the bytes that its decoder holds of the whole image beside the pixels: the coefficients of a JPEG.
     """
@@ -134,7 +134,7 @@ def check_structure(file: BinaryIO) -> int:
 def working_set(image: Image.Image, *, turned: bool = False) -> int:
     """An estimate from above of the bytes that decoding an opened image to RGB, and turning it upright, takes."""
     pixels = image.width * image.height
-    # Pillow's own storage: RGB takes four bytes a pixel, and what is turned or converted is held beside the original.
+    # Pillow's own storage: RGB takes four bytes per pixel, and a turned or converted copy exists beside the original.
     stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4)
     result = stored + (0 if image.mode == "RGB" and "transparency" not in image.info else 4) + (4 if turned else 0)
     if image.format == "WEBP":
@@ -143,7 +143,7 @@ def working_set(image: Image.Image, *, turned: bool = False) -> int:
     if image.format == "AVIF":
         return pixels * (result + 14)  # planes of 16 bits, RGBA, and Pillow's copy
     if image.format == "TIFF":
-        # Pillow turns it by itself as it loads it, with libtiff's buffer still held.
+        # Pillow turns it while loading, with libtiff's buffer still held.
         copies = 1 if _number(image, 274, 1) == 1 else 2
         if image.info.get("compression", "raw") != "raw":
             return max(pixels * result, pixels * stored * copies + _piece_bytes(image))
@@ -151,13 +151,13 @@ def working_set(image: Image.Image, *, turned: bool = False) -> int:
         places = sorted(tile.offset for tile in _tiles(image))
         read = max((behind - place for place, behind in pairwise(places)), default=0)
         return max(pixels * result, pixels * stored + 2 * read)
-    # Of other formats `info` says what the file likes; the decoder of a JPEG is gone before anything is converted.
+    # For other formats `info` holds whatever the file says; a JPEG's decoder is freed before any conversion.
     coefficients = image.info.get(COEFFICIENTS, 0) if image.format in ("JPEG", "MPO") else 0
     return max(pixels * result, pixels * stored + coefficients)
 
 
 def _unpacked(image: Image.Image) -> int:
-    """The bytes that an opened PNG or TIFF unpacks to, be they pixels of the image or not; 0 for another format."""
+    """The bytes that an opened PNG or TIFF unpacks to, pixels of the image or not; 0 for other formats."""
     tiles = _tiles(image)
     if image.format == "PNG":
         # Pillow's name of the layout: RGB, RGBA;16B, P;4, ...
@@ -173,7 +173,7 @@ def _unpacked(image: Image.Image) -> int:
         else:
             pieces = -(-height // max(1, min(_number(image, 278, height), height))) * planes
             whole = width * height * _sample_bits(image) * planes // 8
-        # Pillow goes over uncompressed pixels as often as there are offsets for.
+        # Pillow reads uncompressed pixels as often as there are offsets for them.
         return whole * max(1, -(-len(tiles) // max(1, pieces)))
     return 0
 
@@ -208,8 +208,8 @@ def _number(image: Image.Image, tag: int, default: int) -> int:
 
 
 def check_working_set(image: Image.Image, *, turned: bool = False) -> None:
-    """Refuse an opened image that takes more than `MAX_WORKING_SET` bytes to decode, or unpacks to more than
-    `MAX_UNPACKED`. Raises ImageError."""
+    """Raise ImageError for an opened image that takes more than `MAX_WORKING_SET` bytes to decode, or unpacks to more
+    than `MAX_UNPACKED`."""
     needed = working_set(image, turned=turned)
     if needed > MAX_WORKING_SET:
         raise ImageError(
@@ -229,7 +229,7 @@ def _check_jpeg(file: BinaryIO) -> int:
     segments = skipped = 0
     frame = b""
     while len(head := file.read(4)) == 4:
-        if head[0] != 0xFF or head[1] in _NO_SEGMENT:  # Pillow's reader skips what is no segment byte by byte
+        if head[0] != 0xFF or head[1] in _NO_SEGMENT:  # Pillow's reader skips anything else byte by byte
             skipped += 1
             if skipped > MAX_FILL_BYTES:
                 raise ImageError(f"JPEG with more than {MAX_FILL_BYTES:,} fill bytes before its pixels")
@@ -246,7 +246,7 @@ def _check_jpeg(file: BinaryIO) -> int:
         else:
             file.seek(length, os.SEEK_CUR)
     components = file.read(1)
-    # One scan of all components at once is decoded row by row, and nothing behind it is read.
+    # A single scan of all components is decoded row by row, and nothing after it is read.
     if len(frame) > 6 and (frame[0] in _PROGRESSIVE or components != frame[6:7]):
         return _check_scans(file, frame)
     return 0
@@ -255,12 +255,12 @@ def _check_jpeg(file: BinaryIO) -> int:
 def _check_scans(file: BinaryIO, frame: bytes) -> int:
     """The bytes of a JPEG's coefficients, where it has several scans.
 
-    frame: the marker and what stands behind its length (ITU T.81, B.2.2).
+    frame: the marker and what follows its length (ITU T.81, B.2.2).
     """
     height, width = int.from_bytes(frame[2:4], "big"), int.from_bytes(frame[4:6], "big")
     factors = [(factor >> 4, factor & 15) for factor in frame[8::3]]
     full = max((h for h, _ in factors), default=1) * max((v for _, v in factors), default=1)
-    # libjpeg keeps the coefficients (16 bits) of the whole image beside the pixels, whatever size a draft has.
+    # libjpeg keeps the coefficients (16 bits) of the whole image beside the pixels, whatever the draft size.
     samples = width * height * sum(h * v for h, v in factors) // max(1, full)
     coefficients = 2 * samples
     needed = coefficients + width * height * (1 if len(factors) == 1 else 4)
@@ -271,7 +271,7 @@ def _check_scans(file: BinaryIO, frame: bytes) -> int:
         )
     most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS // max(1, width * height)))
     start, size = file.tell(), os.fstat(file.fileno()).st_size
-    # Within the pixels 0xFF is escaped, so that counting the marker's bytes counts all scans, and perhaps some more.
+    # Within the pixels 0xFF is escaped, so counting the marker's bytes counts all scans, and perhaps some more.
     if size - start <= _MOST_WALKED and 1 + _count_scans(file) <= most:
         return coefficients
     file.seek(start)
@@ -284,7 +284,7 @@ def _check_scans(file: BinaryIO, frame: bytes) -> int:
 
 
 def _count_scans(file: BinaryIO) -> int:
-    """How often the marker's bytes stand in the next `_MOST_WALKED` bytes: a hole in a file can be without end."""
+    """How often the marker's bytes occur in the next `_MOST_WALKED` bytes: a hole in a file can be endless."""
     scans, last = 0, b""
     for _ in range(_MOST_WALKED // _BLOCK):
         block = file.read(_BLOCK)
@@ -317,7 +317,7 @@ def _check_png(file: BinaryIO) -> None:
         if head[4:] in (b"IDAT", b"fdAT", b"fcTL"):
             data += 1
             packed += int.from_bytes(head[:4], "big") if head[4:] == b"IDAT" else 0
-            # Pillow skips what follows the pixels by reading it into memory, twice.
+            # Pillow skips what follows the pixels by reading it into memory twice.
             if packed > most_packed:
                 raise ImageError(f"PNG with {packed:,} bytes of packed pixels: expected at most {most_packed:,}")
         else:
@@ -364,7 +364,7 @@ def _check_gif(file: BinaryIO, start: bytes) -> None:
 
 
 def _is_run_length_bmp(start: bytes) -> bool:
-    # The oldest header, of 12 bytes, has no compression; pixels may stand in its place.
+    # The oldest header, of 12 bytes, has no compression field; pixels may be in its place.
     oldest = int.from_bytes(start[14:18], "little") == 12
     return start.startswith(b"BM") and not oldest and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
 
@@ -405,7 +405,7 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
         return
     size = os.fstat(file.fileno()).st_size
     if total > size:
-        raise ImageError(f"TIFF directory names {total:,} bytes of values, found a file of {size:,}")
+        raise ImageError(f"TIFF directory claims {total:,} bytes of values, found a file of {size:,}")
     if total > MAX_METADATA:
         raise ImageError(f"TIFF with {total:,} bytes of metadata: expected at most {MAX_METADATA:,}")
     if 322 in values and 323 in values and 0 < values[322] * values[323] < MIN_TILE_AREA:
@@ -413,7 +413,7 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
     pieces = max(counts.get(273, 0), counts.get(324, 0))
     if pieces > MAX_TIFF_PIECES:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
-    # JPEG inside: each strip or tile is one, usually of one scan; libtiff takes 100 of each.
+    # JPEG inside: each strip or tile is one, usually of one scan; libtiff allows 100 scans in each.
     if values.get(259) in (6, 7):
         scans = sum(_scans_within(file, *piece) for piece in _pieces(file, arrays, order))
         most = MAX_SCANS + 10 * pieces
@@ -422,7 +422,7 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
 
 
 def _pieces(file: BinaryIO, arrays: dict[int, tuple[int, int, bytes]], order: str) -> Iterator[tuple[int, int]]:
-    """Place and length of each strip or tile of a TIFF's first image: what other pages hold is not decoded."""
+    """Offset and length of each strip or tile of a TIFF's first image; other pages are not decoded."""
     places, lengths = (324, 325) if 324 in arrays else (273, 279)
     try:
         found = [_integers(file, *arrays[tag], order) for tag in (places, lengths)]

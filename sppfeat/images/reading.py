@@ -17,9 +17,9 @@ from sppfeat.errors import ImageError, one_line
 from sppfeat.images.limits import COEFFICIENTS, BoundedFile, check_structure, check_working_set
 from sppfeat.images.sources import AVIF, Fingerprint, reason_not_readable
 
-# Only these decoders are ever tried, so that no file can reach the ones that start programs (EPS) or follow links.
+# Only these decoders are ever tried, so no file can reach those that start programs (EPS) or follow links.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if AVIF else ()))
-# How files of these kinds begin; only for telling a damaged one from something else.
+# The first bytes of these formats; only to tell a damaged file from something else.
 _MAGIC: Final = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG": "PNG",
@@ -29,7 +29,7 @@ _MAGIC: Final = {
     b"GIF8": "GIF",
     b"BM": "BMP",
 }
-_AVIF_BRANDS: Final = (b"ftypavif", b"ftypavis")  # behind the length of the first box
+_AVIF_BRANDS: Final = (b"ftypavif", b"ftypavis")  # after the length of the first box
 _ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
 _BITS_TAG: Final = 258  # TIFF 6.0, section 3
 _PHOTOMETRIC_TAG: Final = 262
@@ -42,18 +42,18 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Rows that are converted at once: some copies of these, not of the image.
+# Pixels converted at a time: temporary copies are of these, not of the whole image.
 _STRIP_PIXELS: Final = 4_000_000
 
-# Pillow's blocks of 16 MB stay in glibc's heap, one for each thread, when they are freed: gigabytes after some large
-# images. Above 32 MB (mallopt(3), M_MMAP_THRESHOLD) a block goes back to the system at once.
+# Pillow's blocks of 16 MB stay in glibc's per-thread heaps when they are freed: gigabytes after some large images.
+# Above 32 MB (mallopt(3), M_MMAP_THRESHOLD) a block goes back to the system at once.
 Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
-# Pillow logs some errors that it also raises; with no handler at all Python would print them, without the file's name.
+# Pillow logs some errors that it also raises; without any handler Python would print them, without the file's name.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# libtiff writes its messages to descriptor 2 itself, whatever file that is, and names no image; what fails is an
-# exception of Pillow's all the same. A Pillow built without libtiff has no such function.
+# libtiff writes messages to descriptor 2 itself, whatever file that is, and names no image; Pillow raises failures all
+# the same. A Pillow built without libtiff has no such function.
 with contextlib.suppress(AttributeError, OSError):
     _libtiff = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
     for _set_handler in (_libtiff.TIFFSetErrorHandler, _libtiff.TIFFSetWarningHandler):
@@ -73,7 +73,7 @@ class DecodedImage(NamedTuple):
 def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
     """Open an image's header; close the image when done. Raises ImageError with the reason, without the path."""
     try:
-        # Without O_NONBLOCK, opening a pipe that is named like an image would wait for ever.
+        # Without O_NONBLOCK, opening a pipe that is named like an image would block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ImageError(reason_not_readable(path, error)) from None
@@ -90,7 +90,7 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
         bounded.bound()
         image = Image.open(file, formats=_FORMATS)
         image.info[COEFFICIENTS] = coefficients
-        # The image owns the file from here: closing one closes the other.
+        # The image now owns the file: closing one closes the other.
         image._exclusive_fp = True
         return image, Fingerprint(info.st_size, info.st_mtime_ns)
     except ImageError:
@@ -105,9 +105,11 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
             kinds = ["AVIF"]
         if kinds:
             raise ImageError(
-                f"cannot be decoded: damaged {kinds[0]} header, or a kind of {kinds[0]} not known"
+                f"cannot be decoded: damaged {kinds[0]} header, or unsupported kind of {kinds[0]}"
             ) from None
-        raise ImageError(f"not an image: expected {', '.join(_FORMATS)}, found a file that starts {start!r}") from None
+        raise ImageError(
+            f"not an image: expected {', '.join(_FORMATS)}, found a file that starts with {start!r}"
+        ) from None
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
@@ -116,7 +118,7 @@ def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
 def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, int], int]:
     """Width and height as `decode` will return them, and the EXIF orientation (1 to 8), before any pixel is decoded."""
     if image.format == "PNG" and "exif" not in image.info:
-        _load(image)  # EXIF may stand behind the pixels; `getexif` would decode them, and their damage is not EXIF's
+        _load(image)  # EXIF may follow the pixels; `getexif` would decode them, and blame their damage on EXIF
     try:
         exif = image.getexif()
         reason = "damaged" if not exif and not _is_empty_exif(image.info.get("exif") or b"") else None
@@ -126,15 +128,15 @@ def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, in
         raise ImageError(f"EXIF cannot be read ({reason}); orientation 'ignore' takes the pixels as stored")
     tag = exif.get(_ORIENTATION_TAG, 1)
     turn = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
-    # Pillow's TIFF reader turns pictures upright by itself, and reports the upright size from the start; but only by
-    # the TIFF's own tag, where `getexif` and the turning also follow XMP.
+    # Pillow's TIFF reader turns images upright by itself, and reports the upright size from the start. It does so by
+    # the TIFF's own tag alone, while `getexif` and the turning also follow XMP.
     swapped = image.format == "TIFF" and image.tag_v2.get(_ORIENTATION_TAG) in (5, 6, 7, 8)  # type: ignore[attr-defined]
     swap = (turn >= 5 and orientation == "exif") != swapped
     return (image.size[::-1] if swap else image.size), turn
 
 
 def _is_empty_exif(block: bytes) -> bool:
-    """Whether an EXIF block says nothing, soundly: no bytes, or a directory of no entries, as some programs write."""
+    """Whether an EXIF block is valid but empty: no bytes, or a directory without entries, as some programs write."""
     body = block.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
     start = int.from_bytes(body[4:8], order)
@@ -163,7 +165,7 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
         pixels = _to_rgb(image)
     except ImageError:
         raise
-    except Exception as error:  # what a decoder let pass can still be refused here
+    except Exception as error:  # what a decoder accepted can still fail here
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
     if turns:
         pixels = pixels.transpose((_UNDO if turned_by_pillow else _UPRIGHT)[turn])
@@ -194,13 +196,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _convert(strip: Image.Image, image: Image.Image) -> Image.Image:
     """A strip of an image, or all of it, as RGB; the image knows what the pixels mean."""
     if image.mode.startswith("I;16"):
-        # Pillow takes TIFF samples of 12 bits, and those that count from white, just as they are stored.
+        # Pillow returns 12-bit TIFF samples, and those that count from white, just as they are stored.
         tags = getattr(image, "tag_v2", {})
         gray = (np.asarray(strip) >> (tags.get(_BITS_TAG, (16,))[0] - 8)).astype(np.uint8)
         return Image.fromarray(255 - gray if tags.get(_PHOTOMETRIC_TAG) == 0 else gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
-        raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits a channel")
+        raise ImageError(f"{kind} pixels have no fixed range: expected 8 or 16 bits per channel")
     if strip.has_transparency_data:
         rgba = strip.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")

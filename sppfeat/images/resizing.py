@@ -27,14 +27,14 @@ _RESAMPLING: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# What decoding takes for each core, with which photographs of 30 megapixels never wait for each other.
+# Decoding memory per core: with it, photographs of 30 megapixels never wait for each other.
 CORE_BYTES: Final = 256 << 20
 
 
 class DecodingMemory:
-    """Bytes that images under decoding take together, at most; one that takes more by itself is decoded alone.
+    """A limit in bytes for all images that are being decoded; an image above it is decoded alone.
 
-    Whoever waits holds back those behind, so that a large image does not wait for ever.
+    Images wait in order, so that a large one does not wait forever.
     """
 
     def __init__(self, most: int) -> None:
@@ -58,12 +58,12 @@ class DecodingMemory:
 
 @functools.cache
 def _decoding_memory() -> DecodingMemory:
-    """Of this process: as much as the largest image takes, and on machines of many cores what those keep busy with."""
+    """The limit of this process: what the largest image takes, or, with many cores, what keeps them busy."""
     return DecodingMemory(max(MAX_WORKING_SET, min(available_cores() * CORE_BYTES, available_memory() // 4)))
 
 
 class PreparedImage(NamedTuple):
-    """One picture at every scale of a recipe.
+    """One image at every scale of a recipe.
 
     inputs: uint8 arrays [height, width, 3], in the order of the recipe's scales.
     size: width and height of the upright original.
@@ -75,10 +75,10 @@ class PreparedImage(NamedTuple):
 
 
 def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, minimum: int = 1) -> tuple[int, int]:
-    """Width and height of a picture of `size` at a scale; `minimum` is the backbone's shortest side.
+    """Width and height of an image of `size` at a scale; `minimum` is the backbone's shortest side.
 
     The short side becomes the scale and the other keeps the aspect ratio, both rounded to `size_multiple`.
-    Raises ImageError when the recipe's limits forbid the picture.
+    Raises ImageError for an image outside the recipe's limits.
     """
     width, height = size
     if min(size) < recipe.min_side:
@@ -90,7 +90,9 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
         )
     if isinstance(scale, str):
         if min(size) < minimum:
-            raise ImageError(f"{width} x {height} pixels: the backbone needs at least {minimum} a side at native scale")
+            raise ImageError(
+                f"{width} x {height} pixels: the backbone needs at least {minimum} per side at native scale"
+            )
         new_width, new_height = width, height
     elif recipe.crop == "center":
         # Rounded down, as torchvision does: one pixel more would shift the whole crop.
@@ -107,19 +109,19 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
 
 
 def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
-    """Read one picture and resize it to every scale of a resolved recipe. Raises ImageError."""
+    """Read one image and resize it to every scale of a resolved recipe. Raises ImageError."""
     image, fingerprint = open_image(path)
     with image, contextlib.ExitStack() as stack:
         for scale in recipe.scales:
             scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
         drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
         if not drafted:
-            # Before `upright_size`, which decodes some PNGs and alone knows whether the image is turned.
+            # Before `upright_size`, which decodes some PNGs; only it knows whether the image is turned.
             stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
         size, turn = upright_size(image, orientation=recipe.orientation)
         targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
         if drafted:
-            # The decoder keeps at least this size, so resizing only ever shrinks what draft left.
+            # The decoder keeps at least this size, so resizing only ever shrinks the draft.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
             stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
@@ -133,7 +135,7 @@ def _resized(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe
     for scale, target in zip(recipe.scales, targets, strict=True):
         try:
             resized = pixels if pixels.size == target else pixels.resize(target, resample)
-        except Exception as error:  # out of memory, say
+        except Exception as error:  # out of memory, for example
             raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
         inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
     return inputs
@@ -144,7 +146,7 @@ def _center_square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-# A picture of 448 x 448; a batch of `batch_size` of them is what memory is planned for.
+# An image of 448 x 448; memory is planned for a batch of `batch_size` of them.
 FULL_BATCH_PIXELS: Final = 448 * 448
 PATIENT_BATCHES: Final = 8
 
@@ -152,12 +154,12 @@ Key = TypeVar("Key")
 
 
 class ShapeBatcher(Generic[Key]):
-    """Groups inputs of equal shape into batches, in a way that depends only on the order in which they come.
+    """Groups inputs of equal shape into batches, depending only on their order.
 
-    A batch holds `batch_size` pictures of up to `FULL_BATCH_PIXELS` each; larger pictures come in smaller batches,
-    so that memory stays bounded. A group that is still not full after `patience` further inputs is given out as it
-    is, and so is the oldest when all that wait are as large as `PATIENT_BATCHES` full batches: a rare shape neither
-    waits for ever nor piles up. `most`, which may change meanwhile, says of which shapes a batch may hold fewer.
+    A batch holds `batch_size` images of up to `FULL_BATCH_PIXELS` each; larger images come in smaller batches,
+    so that memory stays bounded. A group that is not full after `patience` further inputs is yielded as it is; so is
+    the oldest group when all waiting groups reach the size of `PATIENT_BATCHES` full batches. A rare shape thus neither
+    waits forever nor piles up. `most`, which may change meanwhile, has a lower limit for some shapes.
     """
 
     def __init__(
@@ -171,8 +173,8 @@ class ShapeBatcher(Generic[Key]):
         self._groups: dict[tuple[int, ...], tuple[int, list[tuple[Key, np.ndarray]]]] = {}
 
     def add(self, key: Key, pixels: np.ndarray, *, share: int | None = None) -> Iterator[list[tuple[Key, np.ndarray]]]:
-        """Take one input [height, width, 3]; yield the batches that are now due. share: of how many, where fewer than
-        usual are due."""
+        """Add one input [height, width, 3]; yield the batches that are now due. share: a smaller batch size, where
+        fewer are due."""
         self._count += 1
         _, group = self._groups.setdefault(pixels.shape, (self._count, []))
         group.append((key, pixels))
@@ -181,7 +183,7 @@ class ShapeBatcher(Generic[Key]):
         full = min(share or self._batch_size, self._most.get(pixels.shape, self._batch_size), self._batch_size)
         if len(group) >= max(1, min(full, self._batch_size * FULL_BATCH_PIXELS // area)):
             yield self._take(pixels.shape)
-        # Groups stand in the order of their first input: only the first can be overdue.
+        # Groups are in the order of their first input: only the first can be overdue.
         while self._groups:
             shape, (since, _) = next(iter(self._groups.items()))
             crowded = self._waiting > PATIENT_BATCHES * self._batch_size * FULL_BATCH_PIXELS

@@ -26,7 +26,7 @@ LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 
 
 class Fingerprint(NamedTuple):
-    """What tells that a file changed: its size in bytes and modification time in nanoseconds; zeros when unreadable."""
+    """Detects a changed file: its size in bytes and modification time in nanoseconds; zeros if unreadable."""
 
     file_size: int
     mtime_ns: int
@@ -36,7 +36,7 @@ NO_FINGERPRINT: Final = Fingerprint(0, 0)
 
 
 def fingerprint_of(path: str) -> Fingerprint:
-    """The fingerprint of a file as it is now; `NO_FINGERPRINT` where there is none."""
+    """The fingerprint of a file as it is now; `NO_FINGERPRINT` if there is no file."""
     try:
         info = os.stat(path)
     except OSError:
@@ -46,10 +46,10 @@ def fingerprint_of(path: str) -> Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What travels from a source to a store: an image, or its windows where these are what is described.
+    """What travels from a source to a store: an image, or the windows on it that are described.
 
     name: a POSIX path relative to `root`. windows: [K, 4] x1, y1, x2, y2, pixels of the upright original, inclusive
-    ends; None: the whole image. problem: why there is no image to read, where the source knows (a folder named x.jpg, a
+    ends; None: the whole image. problem: why there is no image to read, if the source knows (a folder named x.jpg, a
     looping symlink, ...).
     """
 
@@ -70,7 +70,7 @@ class Item:
         return name_to_path(self.root, self.name)
 
     def fingerprint(self) -> Fingerprint:
-        """What the file is like now."""
+        """The fingerprint of the file as it is now."""
         return fingerprint_of(self.path)
 
 
@@ -87,16 +87,16 @@ class ImageList:
 
     @property
     def names(self) -> list[str]:
-        """Of all items."""
+        """The names of all items."""
         return [item.name for item in self.items]
 
     @property
     def problems(self) -> dict[str, str]:
-        """Names already known to be no image, with the reason."""
+        """Reasons by name, for items that are already known not to be images."""
         return {item.name: item.problem for item in self.items if item.problem is not None}
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name, listed or not."""
+        """Whether a file of that name exists, listed or not."""
         return os.path.lexists(name_to_path(self.root, name))
 
     def below(self, root: str) -> ImageList:
@@ -109,10 +109,10 @@ class ImageList:
 def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
     """List the images of folders (recursive), single files, text lists, and `-` (a list on standard input).
 
-    Folders are walked in name order, symlinked folders included; lists keep their order, one path a line, relative
+    Folders are walked in name order, symlinked folders included; lists keep their order, one path per line, relative
     to the current folder. Names are relative to `root`, by default the one folder given, or the deepest folder that
-    holds all sources. Whatever looks like an image but cannot be one becomes a problem, not a gap.
-    Raises UsageError for a source that is missing or of no known kind, or that lies outside `root`.
+    holds all sources. Whatever looks like an image but is none becomes a problem, not a gap.
+    Raises UsageError for a source that is missing, of an unknown kind, or outside `root`.
     """
     if not sources:
         raise UsageError("no source: expected folders, images, text lists or -")
@@ -140,7 +140,7 @@ def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None =
 
 
 def path_to_name(relative: str) -> str:
-    r"""A file's relative path as UTF-8 text that `name_to_path` takes back: `\` becomes `\\`, a byte that is not
+    r"""A file's relative path as UTF-8 text that `name_to_path` reverses: `\` becomes `\\`, a byte that is not
     UTF-8 becomes `\xNN`."""
     if relative.isascii() and "\\" not in relative:
         return relative
@@ -157,14 +157,14 @@ def name_to_path(root: str, name: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    # abspath keeps two leading slashes, which POSIX allows to mean something else, and nothing here does.
+    # abspath keeps two leading slashes, to which POSIX allows a special meaning; here they have none.
     return "/" + os.path.abspath(path).lstrip("/")
 
 
 def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
     if source == "-":
         if sys.stdin is None:
-            raise UsageError("-: expected a list on standard input, found it closed")
+            raise UsageError("-: expected a list on standard input, but it is closed")
         yield from _list_lines("standard input", sys.stdin.buffer.read())
     elif os.path.isdir(source):
         yield from _walk(_absolute(source))
@@ -187,9 +187,9 @@ def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]:
-    # No path can hold a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
+    # No path contains a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
     if b"\0" in content:
-        raise UsageError(f"{source}: expected a list in UTF-8 with one path a line, found NUL bytes")
+        raise UsageError(f"{source}: expected a UTF-8 list with one path per line, found NUL bytes")
     for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n"):
         line = line.removesuffix(b"\r")
         if line:
@@ -198,7 +198,7 @@ def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]
 
 def _walk(top: str) -> Iterator[tuple[str, str | None]]:
     # A stack instead of recursion: depth is bounded by the file system, not by Python. Each entry carries the
-    # identities of the folders above it, which is what a looping symlink comes back to.
+    # identities of the folders above it, to detect symlinks that loop back to one of them.
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
     while stack:
         path, above = stack.pop()
@@ -207,7 +207,7 @@ def _walk(top: str) -> Iterator[tuple[str, str | None]]:
             info = os.stat(path)
             is_folder = stat.S_ISDIR(info.st_mode)
         except OSError as error:
-            # What cannot be looked at may be a folder of images. A dangling symlink is none.
+            # What stat cannot read may be a folder of images. A dangling symlink is not.
             if is_image or error.errno != errno.ENOENT:
                 yield path, reason_not_readable(path, error)
             continue
@@ -219,7 +219,7 @@ def _walk(top: str) -> Iterator[tuple[str, str | None]]:
         identity = (info.st_dev, info.st_ino)
         entries: list[str] = []
         if identity in above:
-            reason = "symlink loops back to a folder that holds it"
+            reason = "symlink loops back to a folder that contains it"
         else:
             try:
                 entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)

@@ -20,7 +20,7 @@ from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
 from sppfeat.pyramid.processor import GEM_FLOOR, max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
-# What NumPy knows as well; bfloat16 it does not.
+# The types that NumPy has, too; it has no bfloat16.
 _NUMPY_DTYPES: Final = (torch.float16, torch.float32, torch.float64)
 
 
@@ -59,7 +59,7 @@ def pool_rois(
     """Pool K windows of one map [C, H, W] into [K, bins * C], in the map's dtype; differentiable.
 
     rois: [K, 4] whole numbers x1, y1, x2, y2 in feature-map cells, inclusive ends, inside the map.
-    Each roi is pooled as a map of its own, from tables in which every bin is a few look-ups: maxima or sums over
+    Each roi is pooled as a separate map, from tables in which every bin is a few look-ups: maxima or sums over
     blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
     """
     _check(levels, pooling, gem_p)
@@ -89,7 +89,7 @@ def pool_rois(
 
 
 class SpatialPyramidPool(nn.Module):
-    """`pool_pyramid` and `pool_rois` as a layer, for a network that ends in fully connected ones.
+    """`pool_pyramid` and `pool_rois` as a layer, for a network that ends in fully connected layers.
 
     forward(feature_map [N, C, H, W]) -> [N, bins * C]
     forward(feature_map [N, C, H, W], rois: N tensors [K_n, 4]) -> [sum of K_n, bins * C]
@@ -112,7 +112,7 @@ class SpatialPyramidPool(nn.Module):
         if rois is None:
             return pool_pyramid(feature_map, self.levels, pooling=self.pooling, gem_p=self.gem_p)
         if len(rois) != len(feature_map):
-            raise UsageError(f"rois must be one tensor for each of {len(feature_map)} maps, found {len(rois)}")
+            raise UsageError(f"rois must be one tensor per map, expected {len(feature_map)}, found {len(rois)}")
         if not len(rois):
             return feature_map.new_zeros((0, self.bins * feature_map.shape[1]))
         return torch.cat(
@@ -130,12 +130,12 @@ def _wants_gradient(feature_map: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and feature_map.requires_grad
 
 
-# Set where the kernels turned out not to work here: they are tried, and warned about, once.
+# Set once the kernels have failed here, so that they are tried, and warned about, only once.
 _triton_failed = False
 
 
 def _suits_triton(cells: torch.Tensor, pooling: str, feature_map: torch.Tensor) -> bool:
-    """Whether the kernels of `pyramid_triton` may compute this; gradients need the torch form."""
+    """Whether the kernels of `triton_kernels` can compute this; gradients need the torch form."""
     return (
         cells.device.type == "cuda"
         and pooling == "max"
@@ -146,20 +146,20 @@ def _suits_triton(cells: torch.Tensor, pooling: str, feature_map: torch.Tensor) 
 
 
 def _by_triton(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[int]) -> torch.Tensor | None:
-    """`pyramid_triton.max_of_windows`; None, with a warning the first time, where it does not work."""
+    """`triton_kernels.max_of_windows`; None, with a warning the first time, if it does not work."""
     global _triton_failed
     try:
         from sppfeat.pyramid.triton_kernels import max_of_windows
 
-        # Triton launches on the current device, whatever that of the tensors is.
+        # Triton launches on the current device, whatever the tensors' device is.
         with torch.cuda.device_of(cells):  # type: ignore[no-untyped-call]
             return max_of_windows(cells, windows, levels)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler that is missing, or too old for the driver or the card, fails in any way
+    except Exception as error:  # a compiler that is missing, or too old for the driver or the GPU, can fail in any way
         _triton_failed = True
         warnings.warn(
-            f"the pyramid's Triton kernels do not work here ({one_line(error)}); torch takes their place",
+            f"the pyramid's Triton kernels do not work here ({one_line(error)}); falling back to PyTorch",
             SppFeatWarning,
             stacklevel=3,
         )
@@ -191,7 +191,7 @@ def _pool_levels(
     """Rows [N, bins * C] from maps [N, C, level, level], each pooled or, where levels nest, taken from a finer one."""
     pooled: dict[int, torch.Tensor] = {}
     for level in sorted(levels, reverse=True):
-        # The bins of a level are unions of those of its multiples, and maxima of maxima are exact; means are not.
+        # The bins of a level are unions of bins of its multiples, and maxima of maxima are exact; means are not.
         finer = min((n for n in pooled if n % level == 0), default=None) if pooling == "max" else None
         pooled[level] = pool(level) if finer is None else F.max_pool2d(pooled[finer], finer // level)
     rows = torch.cat([pooled[level].permute(0, 2, 3, 1).flatten(1) for level in levels], 1)
@@ -203,7 +203,7 @@ def _to_power(cells: torch.Tensor, pooling: str, gem_p: float) -> torch.Tensor:
         return cells.float()  # half precision is for storing, not for summing; the result is rounded once
     if pooling != "gem":
         return cells
-    # Single precision has no room for the 10th power of a large value, nor for that of the floor.
+    # Single precision cannot hold the 10th power of a large value, nor that of the floor.
     return cells.double().clamp(min=GEM_FLOOR).pow(gem_p)
 
 
@@ -263,8 +263,8 @@ def _mean_of_blocks(
     # Half precision is for storing, not for summing.
     tall = cells.float() if cells.dtype.itemsize < 4 else cells
     total = tall.new_zeros((len(top), cells.shape[2]))
-    # A block is laid out from blocks of 2^a x 2^b cells, one for each binary digit of its sides, the largest first.
-    # Differences of running sums would be fewer look-ups, but drown a weak bin in the rounding of strong ones.
+    # A block is tiled with blocks of 2^a x 2^b cells, one per binary digit of its sides, the largest first.
+    # Differences of running sums would need fewer look-ups, but lose a weak bin in the rounding of strong ones.
     for i in range(int(height.max()).bit_length() if len(top) else 0):
         if i:
             half = 1 << (i - 1)

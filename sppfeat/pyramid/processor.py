@@ -1,10 +1,9 @@
-"""Spatial pyramid pooling on a processor, in NumPy: the same values as `pooling`'s torch form.
+"""Spatial pyramid pooling on a CPU, in NumPy: the same values as `pooling`'s torch form.
 
 Whole maps: rows of bins first, then their columns. Maxima over windows: a bin is the maximum of four look-ups in tables
-of block maxima. What costs is memory traffic: so all tables stand in one array, windows are taken in groups whose rows
-stay in the cache through look-ups, maxima and the levels above, and every result is written once, where it belongs. On
-small maps many windows share their bins, which are then looked up once. `benchmarks/pyramid.py` compares it with one
-`roi_pool` per level.
+of block maxima. The cost is memory traffic. So all tables are in one array, windows are processed in groups whose rows
+stay in the cache through look-ups, maxima and coarser levels, and every result is written once, in place. On small maps
+many windows share bins, which are then looked up once. `benchmarks/pyramid.py` compares it with a `roi_pool` per level.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ import numpy as np
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-# Rows of pooled cells that are under way at a time. Half of this or twice as much is 5 to 15 % slower on a core with
-# 2 MB of cache.
+# Rows of pooled cells in a group. Half of this or twice as much is 5 to 15 % slower on a core with 2 MB of cache.
 _GROUP_BYTES: Final = 1 << 20
-# Of all tables together; beyond it the channels are taken in parts.
+# Of all tables together; above it the channels are processed in parts.
 _TABLE_BYTES: Final = 1 << 26
 _LEAST_CHANNELS: Final = 32
-# From so many bins for each cell of the map on, enough of them are alike to pay for finding out.
+# From this many bins per cell of the map, enough bins are equal to make it worth finding them.
 _BINS_A_CELL: Final = 32
 # Below this, gem's power would lose its gradient (Radenovic, Tolias, Chum 2018 use the same).
 GEM_FLOOR: Final = 1e-6
@@ -33,7 +31,7 @@ def pool_maps(cells: np.ndarray, levels: Sequence[int], pooling: str, gem_p: flo
     powers = _to_power(cells, pooling, gem_p)
     pooled: dict[int, np.ndarray] = {}
     for level in sorted(levels, reverse=True):
-        # The bins of a level are unions of those of its multiples, and maxima of maxima are exact; means are not.
+        # The bins of a level are unions of bins of its multiples, and maxima of maxima are exact; means are not.
         finer = min((n for n in pooled if n % level == 0), default=None) if pooling == "max" else None
         if finer is None:
             pooled[level] = _pool_grid(powers, level, pooling)
@@ -66,7 +64,7 @@ def _in_order(pooled: dict[int, np.ndarray], levels: Sequence[int], pooling: str
 def _to_power(cells: np.ndarray, pooling: str, gem_p: float) -> np.ndarray:
     if pooling != "gem":
         return cells
-    # Single precision has no room for the 10th power of a large value, nor for that of the floor.
+    # Single precision cannot hold the 10th power of a large value, nor that of the floor.
     powers: np.ndarray = np.power(np.maximum(cells.astype(np.float64), GEM_FLOOR), gem_p)
     return powers
 
@@ -111,8 +109,8 @@ def _mean_of_blocks(cells: np.ndarray, edges: Edges) -> np.ndarray:
     height, width = bottom - top, right - left
     tall = cells
     total = np.zeros((len(top), cells.shape[2]), cells.dtype)
-    # A block is laid out from blocks of 2^a x 2^b cells, one for each binary digit of its sides, the largest first.
-    # Differences of running sums would be fewer look-ups, but drown a weak bin in the rounding of strong ones.
+    # A block is tiled with blocks of 2^a x 2^b cells, one per binary digit of its sides, the largest first.
+    # Differences of running sums would need fewer look-ups, but lose a weak bin in the rounding of strong ones.
     for i in range(int(height.max(initial=0)).bit_length()):
         if i:
             half = 1 << (i - 1)
@@ -162,7 +160,7 @@ def max_of_rois(cells: np.ndarray, rois: np.ndarray, levels: Sequence[int]) -> n
 
 
 def _distinct(edges: Edges) -> tuple[Edges, np.ndarray]:
-    """Edges [U, 1] of the bins that differ, and which of them each bin is, [K, level * level]."""
+    """Edges [U, 1] of the distinct bins, and the index of each bin among them, [K, level * level]."""
     top, bottom, left, right = edges
     height, width = int(bottom.max()) + 1, int(right.max()) + 1
     key = ((top * height + bottom) * (width * width))[:, :, None] + (left * width + right)[:, None, :]
@@ -190,7 +188,7 @@ def _tables(cells: np.ndarray, tall: int, wide: int) -> np.ndarray:
 
 
 def _places(powers: np.ndarray, wide: int, height: int, width: int, edges: Edges) -> np.ndarray:
-    """Rows of the tables [4, K, level * level] whose maximum is that of the bin: blocks at its four corners."""
+    """Rows of the tables [4, K, level * level] whose maximum is the bin's: blocks at its four corners."""
     top, bottom, left, right = edges
     a, b = powers[bottom - top], powers[right - left]
     table = ((a[:, :, None] * wide + b[:, None, :]) * (height * width)).reshape(len(top), -1)

@@ -1,9 +1,9 @@
 """Maxima over the bins of whole maps and of windows on an NVIDIA GPU: one launch for all levels that nest.
 
 A program takes one window (a whole map is one, too) and some channels, reads each cell once for the finest level, and
-makes the levels that divide it from those bins. Where there are few windows, a window's rows of bins are shared out to
-programs of their own; whichever of them ends last makes the coarser levels. Maxima are exact, so that the values are
-those of the torch form bit by bit, however the programs are timed.
+computes the levels that divide it from those bins. With few windows, each of a window's rows of bins gets a program of
+its own, and the last of them to finish computes the coarser levels. Maxima are exact, so the values are bit-identical
+to the torch form, however the programs are scheduled.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
-# What the kernel reads and writes; it compares in float32, which holds all of them exactly.
+# The types that the kernel reads and writes; it compares in float32, which represents all of them exactly.
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _CELLS: Final = 16
 _CHANNELS: Final = 64
-# With fewer programs than this, the processors of a large card wait: rows of bins become programs of their own.
+# With fewer programs than this, a large GPU idles: rows of bins get programs of their own.
 _ENOUGH_PROGRAMS: Final = 2048
 
 
 @triton.jit
 def _larger(a, b):  # type: ignore[no-untyped-def]
-    # A NaN has to reach the descriptor, which is then refused.
+    # A NaN must reach the descriptor, which is then rejected.
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -100,7 +100,7 @@ def _max_kernel(  # type: ignore[no-untyped-def]
                         row + (start + finer)[:, None] * channels + channel[None, :],
                         mask=there,
                         other=float("-inf"),
-                        cache_modifier=".cg",  # past this processor's own cache, which does not see others' writes
+                        cache_modifier=".cg",  # bypass this SM's cache, which does not see other SMs' writes
                     )
                     best = _larger(best, values.to(tl.float32))
                 pooled = tl.reduce(best, 0, _larger)
@@ -144,7 +144,7 @@ def max_of_windows(cells: torch.Tensor, windows: torch.Tensor, levels: Sequence[
 
 @functools.lru_cache(maxsize=64)
 def _launches(levels: tuple[int, ...], device: torch.device) -> list[tuple[int, int, int, torch.Tensor]]:
-    """For every level that is no divisor of another: where its bins start, and how many levels are made from it, with
+    """For every level that does not divide another: where its bins start, and how many levels are made from it, with
     these and their starts [M, 2] on the device. A level that is asked for again is made from itself.
     """
     starts = [sum(n * n for n in levels[:at]) for at in range(len(levels))]

@@ -20,7 +20,7 @@ from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
 from sppfeat.files import appearing, check_can_write, os_reason, unsafe_name
 from sppfeat.images import decode, open_image, upright_size
-from sppfeat.store import picture_of
+from sppfeat.store import image_of
 
 _BEGINNING: Final = b"<!doctype html>"
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
@@ -48,7 +48,7 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         if beginning and beginning.lower() != _BEGINNING:
             raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
         if beginning and not overwrite:
-            raise ReportError(f"{path}: exists already; choose another page, or --overwrite")
+            raise ReportError(f"{path}: already exists; choose another page, or --overwrite")
     check_can_write(path, ReportError)
     return path
 
@@ -85,7 +85,7 @@ def thumbnail(
     if unsafe_name(name) is not None:
         return None
     try:
-        path, window = picture_of(root, name)
+        path, window = image_of(root, name)
         box = box or window
         image, _ = open_image(path)
         with image:

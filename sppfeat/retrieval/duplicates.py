@@ -16,7 +16,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.report import thumbnail, write_page
-from sppfeat.store import Box, Store, UnitRows, block_rows, picture_of, unit_rows
+from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.
@@ -156,7 +156,7 @@ def _members(rows: UnitRows, which: np.ndarray) -> list[Member]:
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
     members = []
     for at, place, score in zip(which, places, scores, strict=True):
-        path, box = picture_of(store.source_root, rows.names[at])
+        path, box = image_of(store.source_root, rows.names[at])
         width, height = store.image_size[place].tolist()
         there = path if os.path.lexists(path) else None
         members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there, box))

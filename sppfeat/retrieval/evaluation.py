@@ -19,7 +19,7 @@ from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.retrieval.ground_truth import GroundTruth
 from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA, MAX_EXPAND
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
-from sppfeat.store import Store, UnitRows, check_same_recipe, picture_of, row_name, split_row_name, unit_rows
+from sppfeat.store import Store, UnitRows, check_same_recipe, image_of, row_name, split_row_name, unit_rows
 from sppfeat.svm import AP_METHODS, precision_at, ranked_average_precision, recall_at
 
 RECALLS: Final = (1, 5, 10)
@@ -287,7 +287,7 @@ def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterat
 def _own_rows(rows: UnitRows) -> dict[str, np.ndarray]:
     """For each row, by name, all rows of the same image: itself, and where they are of windows, the others."""
     found: dict[str, list[int]] = {}
-    images = [picture_of(rows.store.source_root, name)[0] for name in rows.names]
+    images = [image_of(rows.store.source_root, name)[0] for name in rows.names]
     for row, image in enumerate(images):
         found.setdefault(image, []).append(row)
     of_image = {image: np.array(numbers) for image, numbers in found.items()}

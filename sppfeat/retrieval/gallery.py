@@ -300,7 +300,7 @@ def check_recipe(gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int
     if gallery.dim != dim:
         differences.append(f"dimensions: {gallery.dim} here, {dim} there")
     if differences:
-        raise GalleryError(f"{gallery.path}: was made by another recipe than {name} ({'; '.join(differences)})")
+        raise GalleryError(f"{gallery.path}: was made with another recipe than {name} ({'; '.join(differences)})")
 
 
 def _comparable(store: Store, other: Store) -> UnitRows:

@@ -44,7 +44,7 @@ from sppfeat.files import (
 )
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
-from sppfeat.store import Box, lock_store, picture_of
+from sppfeat.store import Box, image_of, lock_store
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"
@@ -149,7 +149,7 @@ class GalleryRows:
 
     def picture(self, row: int) -> tuple[str, Box | None]:
         """Where the picture of a row was when it was described, and its window where the row is one's."""
-        return picture_of(self.roots[int(self.root[row])], self.names[row])
+        return image_of(self.roots[int(self.root[row])], self.names[row])
 
 
 def read_about(path: Path) -> About:
@@ -377,7 +377,7 @@ def check_new_gallery(path: Path, *, overwrite: bool) -> None:
         raise GalleryError(f"{path}: expected a gallery's folder or nothing, found a file; it is left as it is")
     if format_of(path) == GALLERY:
         if not overwrite:
-            raise GalleryError(f"{path}: exists already; choose another output, --overwrite or --add-to")
+            raise GalleryError(f"{path}: already exists; choose another output, --overwrite or --add-to")
     elif foreign := [name for name in os.listdir(path) if not _OURS.fullmatch(name)]:
         raise GalleryError(
             f"{path}: expected a gallery or an empty folder, found {min(foreign)!r} in it; it is left as it is"

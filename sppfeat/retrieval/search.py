@@ -19,7 +19,7 @@ from sppfeat.recipe import RunOptions
 from sppfeat.report import thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.store import Box, Store, block_rows, normalize_rows, picture_of, to_units, unit_rows, window_text
+from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows, window_text
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
@@ -276,7 +276,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
     options = options or SearchOptions()
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, str(store.path))
     rows = unit_rows(store, gallery.projection)
-    files = [picture_of(store.source_root, name)[0] for name in rows.names]
+    files = [image_of(store.source_root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None
     answers: list[Answer] = []
     notes: list[str] = []
@@ -387,7 +387,7 @@ def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
     roots = [os.path.realpath(root) for root in table.roots]
     known: dict[str, list[int]] = {}
     for row, (name, root) in enumerate(zip(table.names, table.root, strict=True)):
-        known.setdefault(os.path.normpath(picture_of(roots[int(root)], name)[0]), []).append(row)
+        known.setdefault(os.path.normpath(image_of(roots[int(root)], name)[0]), []).append(row)
     own = []
     for path in paths:
         folder = os.path.realpath(os.path.dirname(path))

@@ -1,4 +1,4 @@
-"""The HDF5 store: its layout, writing and reading, checks, and views of its rows."""
+"""The HDF5 store: its layout, writing, reading and verification, and views of its rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sppfeat.store.unit_vectors import (
     UnitRows,
     block_rows,
     check_same_recipe,
+    image_of,
     normalize_rows,
-    picture_of,
     to_units,
     unit_rows,
 )
@@ -31,10 +31,10 @@ __all__ = [
     "check_same_recipe",
     "create_store",
     "extend_store",
+    "image_of",
     "lock_store",
     "normalize_rows",
     "open_store",
-    "picture_of",
     "require_complete",
     "row_name",
     "row_names",

@@ -1,4 +1,4 @@
-"""Names of a store's rows: that of an image, or of a window on one.
+"""Names of a store's rows: of an image, or of a window on one.
 
 A window is x1, y1, x2, y2: 0-based pixels of the upright original image, both ends inclusive; fractions are allowed.
 """
@@ -13,26 +13,26 @@ from typing import Final
 from sppfeat.images import Item
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, inclusive, in pixels of the upright original
-_ROW_NAME: Final = re.compile(r"(?P<picture>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
+_ROW_NAME: Final = re.compile(r"(?P<image>.+)#(?P<box>-?\d+(?:\.\d+)?(?:,-?\d+(?:\.\d+)?){3})", re.DOTALL | re.ASCII)
 
 
 def window_text(window: Iterable[float]) -> str:
-    """`12,30,200,117.5`, up to a thousandth of a pixel."""
+    """A window as text, such as `12,30,200,117.5`, to a thousandth of a pixel."""
     return ",".join(f"{edge:.3f}".rstrip("0").rstrip(".") for edge in window)
 
 
-def row_name(picture: str, window: Iterable[float]) -> str:
+def row_name(image: str, window: Iterable[float]) -> str:
     """The name of a window's row in a store: `photo.jpg#x1,y1,x2,y2`."""
-    return f"{picture}#{window_text(window)}"
+    return f"{image}#{window_text(window)}"
 
 
 def row_names(item: Item) -> list[str]:
-    """The names of an item's rows: its own, or one for each window."""
+    """The names of an item's rows: its own, or one per window."""
     return [item.name] if item.windows is None else [row_name(item.name, window) for window in item.windows]
 
 
 def split_row_name(name: str) -> tuple[str, Box | None]:
-    """A row's image, and its window where the row is one's; the inverse of `row_name`.
+    """A row's image, and its window if the row has one; the inverse of `row_name`.
 
     A window has four finite edges in order, as plain decimal numbers; any other name is that of a whole image.
     """
@@ -45,4 +45,4 @@ def split_row_name(name: str) -> tuple[str, Box | None]:
         return name, None
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
         return name, None
-    return match["picture"], (x1, y1, x2, y2)
+    return match["image"], (x1, y1, x2, y2)

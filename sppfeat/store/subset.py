@@ -1,4 +1,4 @@
-"""Some rows, and some levels, of a store's descriptors, read block by block and never copied whole."""
+"""Some rows and levels of a store's descriptors, read block by block and never copied whole."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Matrix(Protocol):
 
 
 class DescriptorView:
-    """Rows of a store, in the order given, cut down to some of its levels; indexed like an array, by a slice or rows.
+    """Rows of a store, in the order given, reduced to some of its levels; indexed like an array, by a slice or rows.
 
-    rows: [N], None: all. levels: some of the recipe's, in any order; None: all. A descriptor cut down equals, up to
-    the rounding of the store, the one that a recipe with these levels alone gives: it is normalised again.
-    `recipe` is that recipe. Raises UsageError for levels that the store does not hold, and for several scales that
-    were fused by mean or max after each was normalised over all levels.
+    rows: [N], None: all. levels: some of the recipe's, in any order; None: all. A reduced descriptor is normalised
+    again, and equals, up to the store's rounding, the descriptor of a recipe with these levels alone: `recipe`.
+    Raises UsageError for levels that the store does not have, and for several scales that were fused by mean or max
+    after each was normalised over all levels.
     """
 
     def __init__(self, store: Store, rows: np.ndarray | None = None, levels: Sequence[int] | None = None) -> None:
         self._descriptors = store.descriptors
-        # All rows as they stand are read in slices, which needs no gathering.
+        # All rows in order are read in slices, which needs no gathering.
         self._rows = None if rows is not None and np.array_equal(rows, np.arange(len(store))) else rows
         self._bins: list[slice] | None = None
         self.recipe = store.recipe
@@ -46,7 +46,7 @@ class DescriptorView:
         self.shape = (len(store) if rows is None else len(rows), dim)
 
     def __getitem__(self, index: slice | np.ndarray, /) -> np.ndarray:
-        """[B, D] rows; in the store's type, or float32 where they were cut down."""
+        """[B, D] rows, in the store's type, or float32 if reduced."""
         block: np.ndarray = self._descriptors[index if self._rows is None else self._rows[index]]
         if self._bins is None:
             return block
@@ -66,14 +66,14 @@ def _sliced_recipe(store: Store, levels: Sequence[int]) -> Recipe:
         )
     if len(store.recipe.scales) > 1 and store.recipe.fuse != "concat" and store.recipe.normalize != "none":
         raise UsageError(
-            f"{store.path}: its {len(store.recipe.scales)} scales were fused by {store.recipe.fuse}, each over all "
-            "levels, which cannot be taken apart; extract again with these levels"
+            f"{store.path}: its {len(store.recipe.scales)} scales were fused by {store.recipe.fuse} over all levels, "
+            "which cannot be separated; extract again with these levels"
         )
     return dataclasses.replace(store.recipe, levels=tuple(levels))
 
 
 def _places(recipe: Recipe, levels: Sequence[int]) -> list[slice]:
-    """Where the bins of some levels lie among those of a pyramid."""
+    """The slices of a pyramid's bins that belong to some levels."""
     ends = np.cumsum([level * level for level in recipe.levels])
     place = {level: slice(int(end) - level * level, int(end)) for level, end in zip(recipe.levels, ends, strict=True)}
     return [place[level] for level in levels]

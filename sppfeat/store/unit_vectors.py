@@ -16,9 +16,9 @@ from sppfeat.machine import available_memory
 from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name
 
-# Of float32 values in a block: large enough for matrix products at full speed, small beside everything else.
+# Of float32 values in a block: large enough for matrix products at full speed, small compared with everything else.
 BLOCK_BYTES: Final = 1 << 25
-# Of the memory of this process, that rows may take which are asked for again and again: scores and sorting need some.
+# The part of this process's memory for rows that are read again and again; scores and sorting need the rest.
 KEPT_PART: Final = 0.4
 
 
@@ -35,11 +35,11 @@ class Projection(Protocol):
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The described rows of a store, in its order: normalised, projected where there is a projection, normalised again.
+    """The described rows of a store, in its order: normalised, and if there is a projection, projected and normalised.
 
-    Nothing is kept in memory but names and row numbers; values are read from the file when they are asked for.
-    rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32, by
-    `in_memory` alone.
+    Only names and row numbers are kept in memory; values are read from the file on demand.
+    rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32,
+    only after `in_memory`.
     """
 
     store: Store
@@ -57,13 +57,13 @@ class UnitRows:
         return self.store.dim if self.projection is None else self.projection.dim
 
     def take(self, which: slice | np.ndarray) -> np.ndarray:
-        """[n, dim] float32, for positions among these rows; what is read for it is as long as the store's descriptors:
-        for many rows that are projected take `gather`. Raises StoreError for values that are not finite.
+        """[n, dim] float32, for positions among these rows. Reads the full descriptors at once: for many projected
+        rows use `gather`. Raises StoreError for values that are not finite.
         """
         if self.kept is not None:
             return np.array(self.kept[which])
         rows = self.rows[which]
-        # A slice of the file is read in one go; a list of rows is gathered, in twice the time.
+        # A slice of the file is read in one go; gathering a list of rows takes twice the time.
         contiguous = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
         values = self.store.descriptors[rows[0] : rows[-1] + 1] if contiguous else self.store.descriptors[rows]
         try:
@@ -73,7 +73,7 @@ class UnitRows:
         return units if self.projection is None else self.projection.apply(units)
 
     def blocks(self, which: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Every row, or those at the rising positions `which`, in blocks: first place, and [n, dim] float32."""
+        """Every row, or those at the ascending positions `which`, in blocks: first position, and [n, dim] float32."""
         count = len(self) if which is None else len(which)
         size = block_rows(max(self.dim, self.store.dim))
         for start in range(0, count, size):
@@ -81,20 +81,20 @@ class UnitRows:
             yield start, self.take(part if which is None else which[part])
 
     def gather(self, which: np.ndarray) -> np.ndarray:
-        """[n, dim] float32, for rising positions; read and projected block by block."""
+        """[n, dim] float32, for ascending positions; read and projected block by block."""
         values = np.empty((len(which), self.dim), np.float32)
         for start, block in self.blocks(which):
             values[start : start + len(block)] = block
         return values
 
     def in_memory(self) -> UnitRows:
-        """These rows, read and projected once for all; or themselves, where they take over KEPT_PART of the memory."""
+        """These rows, read and projected once; or unchanged, if they need more than KEPT_PART of the memory."""
         if self.kept is not None or 4 * len(self) * self.dim > KEPT_PART * available_memory():
             return self
         return dataclasses.replace(self, kept=self.gather(np.arange(len(self))))
 
     def sample(self, count: int, seed: int) -> np.ndarray:
-        """Rising positions of `count` rows, or of all when there are no more."""
+        """Ascending positions of `count` random rows, or of all if there are fewer."""
         if count >= len(self):
             return np.arange(len(self))
         return np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
@@ -109,7 +109,7 @@ class UnitRows:
 def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
     """The described rows of a finished store. Failed rows are left out.
 
-    Raises StoreError for a store with rows that are still to be described, and for one without a described row.
+    Raises StoreError for a store with pending rows, and for one without a described row.
     """
     require_complete(store)
     if not store.counts()["done"]:
@@ -134,10 +134,10 @@ def normalize_rows(rows: np.ndarray) -> np.ndarray:
         squares = np.einsum("nd,nd->n", rows, rows)
     odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
     if len(odd):
-        # Squares that leave float32, either way: bring the largest value of such a row to 1 first.
+        # Squares that overflow or underflow float32: scale the largest value of such a row to 1 first.
         largest = np.abs(rows[odd]).max(1, initial=0)
         if not np.isfinite(largest).all():
-            raise UsageError(f"expected finite values, found {int((~np.isfinite(largest)).sum())} rows with others")
+            raise UsageError(f"expected finite values, found {int((~np.isfinite(largest)).sum())} rows without")
         largest[largest == 0] = 1
         rows[odd] /= largest[:, None]
         squares[odd] = np.einsum("nd,nd->n", rows[odd], rows[odd])
@@ -147,30 +147,30 @@ def normalize_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def block_rows(dim: int) -> int:
-    """How many float32 rows of that length make a block."""
+    """The number of float32 rows of length `dim` in a block."""
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
-def picture_of(root: str, name: str) -> tuple[str, Box | None]:
-    """The file that a row was made from, and its window where the row is one's."""
+def image_of(root: str, name: str) -> tuple[str, Box | None]:
+    """The file that a row was made from, and its window if the row has one."""
     path = name_to_path(root, name)
     image, window = split_row_name(name)
-    if window is None or os.path.lexists(path):  # an image may be called like a window
+    if window is None or os.path.lexists(path):  # an image may be named like a window
         return path, None
     return name_to_path(root, image), window
 
 
 def check_same_recipe(first: Store, second: Store) -> None:
-    """Raise StoreError, with the fields that differ, unless two stores hold descriptors that can be compared."""
+    """Raise StoreError, with the fields that differ, unless the descriptors of two stores are comparable."""
     if first.recipe_hash == second.recipe_hash and first.dim == second.dim:
         return
     raise StoreError(
-        f"{second.path}: was made by another recipe than {first.path} ({recipe_differences(first, second)})"
+        f"{second.path}: was made with another recipe than {first.path} ({recipe_differences(first, second)})"
     )
 
 
 def recipe_differences(first: Store, second: Store) -> str:
-    """What tells two stores' descriptors apart, in words."""
+    """The differences between two stores' recipes, as text."""
     found: Sequence[str] = first.recipe.differences(second.recipe)
     if first.weights_sha256 != second.weights_sha256:
         found = [*found, f"weights: {first.weights_sha256[:12]} here, {second.weights_sha256[:12]} there"]

@@ -1,7 +1,7 @@
-"""Writing stores; `reading` says what is in them.
+"""Writing stores; see `reading` for their layout.
 
-Rows are written with plain writes at known places of the file, not through HDF5: a killed process leaves a file that
-opens. New rows mean a new file, written beside and renamed.
+Rows are written with plain writes at known offsets of the file, not through HDF5: a killed process leaves a file that
+opens. New rows need a new file, which is written beside the old one and renamed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
 
 def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raise StoreError unless a store can be begun at a path, or resumed, or overwritten.
+    """Raise StoreError unless a store can be created, resumed or overwritten at a path.
 
-    Only a store is ever replaced, whole or damaged: a mistyped output must not cost a photograph or other results.
+    Only a store is ever replaced, intact or damaged: a mistyped output must not destroy a photograph or other results.
     """
     try:
         info = os.stat(path)
     except FileNotFoundError:
         if not os.path.isdir(path.parent):
-            raise StoreError(f"{path}: expected its folder {path.parent} to exist, found none") from None
+            raise StoreError(f"{path}: its folder {path.parent} does not exist") from None
         return
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {os_reason(error)}") from None
@@ -54,36 +54,36 @@ def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
     if not info.st_size:
         return
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"{path}: store is not writable")
+        raise StoreError(f"{path}: the store is not writable")
     found = _other_kind(path)
     if found is not None:
         raise StoreError(f"{path}: expected a store or a new file, found {found}; it is left as it is")
     if not resume and not overwrite:
-        raise StoreError(f"{path}: exists already; choose another output, --resume or --overwrite")
+        raise StoreError(f"{path}: already exists; choose another output, or use --resume or --overwrite")
 
 
 def _other_kind(path: Path) -> str | None:
-    """What a file is that is no store; None for a store, or what is left of one."""
+    """What a file is if it is not a store; None for a store, intact or damaged."""
     if not h5py.is_hdf5(path):
-        return "a file that is no store"
+        return "a file that is not a store"
     try:
         check_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
             kind = file.attrs.get("format")
     except (OSError, *DAMAGE):
-        # What is left of a store bears its mark near the start; another program's file may just be of another kind.
+        # A damaged store still has its format name near the start; another program's file may just be of another kind.
         with open(path, "rb") as content:
             marked = STORE.encode() in content.read(_MARK_BYTES)
-        return None if marked else "an HDF5 file that is not known to be a store"
+        return None if marked else "an HDF5 file that does not seem to be a store"
     return None if kind == STORE else f"an HDF5 file of format {kind!r}"
 
 
 @contextlib.contextmanager
 def lock_store(path: Path) -> Iterator[None]:
-    """Hold the only right to write to a store; the lock ends with the process. Raises StoreBusyError, StoreError.
+    """Hold the exclusive right to write to a store; the lock ends with the process. Raises StoreBusyError, StoreError.
 
-    The lock is a hidden file beside the store, because the store itself may be replaced, and readers of it must not
-    be locked out.
+    The lock is a hidden file beside the store, because the store itself may be replaced, and its readers must not be
+    locked out.
     """
     beside = path.with_name(f".{path.name}.lock")
     while True:
@@ -98,13 +98,13 @@ def lock_store(path: Path) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
             raise StoreBusyError(f"{path}: another process is writing to it; wait for it to end") from None
-        # Whoever held the lock before may have removed the file between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(beside).st_ino == os.fstat(descriptor).st_ino:
                 break
         os.close(descriptor)
     try:
-        # What a writer that was killed left behind: nobody else may be writing now.
+        # Remove what a killed writer left behind: no other process may be writing now.
         with contextlib.suppress(OSError):
             os.unlink(partial_path(path))
         yield
@@ -117,9 +117,9 @@ def lock_store(path: Path) -> Iterator[None]:
 def create_store(
     path: Path, names: Sequence[str], *, recipe: Recipe, weights_sha256: str, dim: int, source_root: str
 ) -> None:
-    """Write a store with every row pending; it appears at once, whole, and replaces what was there.
+    """Write a store with every row pending; it appears atomically, and replaces what was there.
 
-    Space for all rows is taken now, so that a full disk is found out before any work is done. Hold `lock_store`.
+    Space for all rows is allocated now, so that a full disk is noticed before any work. Hold `lock_store`.
     """
     with appearing(path, StoreError) as partial:
         _write_structure(
@@ -138,7 +138,7 @@ def create_store(
 
 
 def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> None:
-    """Rewrite a store with further, pending rows after the present ones, which take the first of the names.
+    """Rewrite a store with new pending rows after the present ones, which take the first of the names.
 
     Hold `lock_store`.
     """
@@ -196,7 +196,7 @@ class StoreWriter:
     """Fills the rows of a store. Hold `lock_store` while it is open; call `flush` now and then.
 
     A row is written in two steps: its values at once, its status at the next `flush`, after the values are on disk.
-    Raises StoreError when the disk refuses; what was flushed stays.
+    Raises StoreError when a write fails; what was flushed stays.
     """
 
     def __init__(self, store: Store) -> None:
@@ -242,7 +242,7 @@ class StoreWriter:
         self._waiting[row] = Status.FAILED
 
     def flush(self) -> None:
-        """Put the values on disk, then say so in the status of their rows."""
+        """Write the values to disk, then the status of their rows."""
         if not self._waiting:
             return
         self._sync()
@@ -285,7 +285,7 @@ class StoreWriter:
 
 
 def _above_standard(descriptor: int) -> int:
-    """The same file, never under the number of a standard stream: a library that prints would write into it."""
+    """The same file, never with the number of a standard stream: a library that prints would write into it."""
     if descriptor > 2:
         return descriptor
     try:

@@ -16,7 +16,7 @@ from sppfeat.extraction import Described, Describer
 from sppfeat.files import STORE, format_of, unsafe_name
 from sppfeat.images import ImageList, Item, find_images
 from sppfeat.recipe import RunOptions
-from sppfeat.store import Box, DescriptorView, Status, Store, open_store, picture_of, require_complete, split_row_name
+from sppfeat.store import Box, DescriptorView, Status, Store, image_of, open_store, require_complete, split_row_name
 from sppfeat.transfer.classifier import Classifier
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
@@ -141,7 +141,7 @@ class _RowItem(NamedTuple):
 def _row_item(store: Store, name: str) -> _RowItem:
     if (reason := unsafe_name(name)) is not None:
         return _RowItem(name, name, "", refused=f"the name {reason}, and is not followed")
-    path, window = picture_of(store.source_root, name)
+    path, window = image_of(store.source_root, name)
     return _RowItem(name, name if window is None else split_row_name(name)[0], path, window)
 
 
@@ -154,7 +154,7 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
     except UsageError:
         view = DescriptorView(store)
     if differences := classifier.recipe.differences(view.recipe):
-        return f"was made by another recipe ({'; '.join(differences)})"
+        return f"was made with another recipe ({'; '.join(differences)})"
     return view
 
 

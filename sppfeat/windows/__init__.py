@@ -1,4 +1,4 @@
-"""Windows on images: reading, naming, mapping onto a feature map, proposals, and the boxes they end in."""
+"""Windows on images: reading, naming, mapping onto feature maps, proposals, and boxes."""
 
 from __future__ import annotations
 

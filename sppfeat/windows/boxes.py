@@ -1,4 +1,4 @@
-"""Boxes: areas and overlaps, regression from windows, and suppression of those that say the same.
+"""Boxes: areas and overlaps, regression from windows, and suppression of duplicates.
 
 Box regression: Girshick, Donahue, Darrell, Malik, "Rich feature hierarchies for accurate object detection and semantic
 segmentation", CVPR 2014 (arXiv:1311.2524), appendix C.
@@ -11,14 +11,14 @@ from typing import Final
 
 import numpy as np
 
-# No box grows by more than this in one step (Faster R-CNN's code clips log sizes at log(1000 / 16) alike).
+# No box grows by more than this in one step (as Faster R-CNN's code clips log sizes at log(1000 / 16)).
 _MAX_LOG: Final = math.log(1000 / 16)
 
 
 def overlaps(windows: np.ndarray, others: np.ndarray, *, crowd: np.ndarray | None = None) -> np.ndarray:
     """[K, G] intersection over union of windows [K, 4] with others [G, 4]; pixels count whole, as in VOC's devkit.
 
-    crowd: [G] bool, others that hold many objects: with these, the part of the window inside them, as COCO has it.
+    crowd: [G] bool, others that hold many objects: for these, the part of the window inside them, as in COCO.
     """
     low = np.maximum(windows[:, None, :2], others[None, :, :2])
     high = np.minimum(windows[:, None, 2:], others[None, :, 2:])
@@ -36,14 +36,15 @@ def areas(windows: np.ndarray) -> np.ndarray:
 
 
 def box_targets(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[N, 4] what takes windows [N, 4] to boxes [N, 4]: shifts in window sizes, and logarithms of the sizes' ratios."""
+    """[N, 4] targets that move windows [N, 4] to boxes [N, 4]: shifts in window sizes, and logs of size ratios."""
+
     size, box_size = (each[:, 2:] - each[:, :2] + 1 for each in (windows, boxes))
     middle, box_middle = (each[:, :2] + each[:, 2:] for each in (windows, boxes))
     return np.concatenate([(box_middle - middle) / 2 / size, np.log(box_size / size)], 1)
 
 
 def moved_boxes(windows: np.ndarray, targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[N, 4] windows [N, 4] moved by targets [N, 4], cut off at the image of `size`; undoes `box_targets`.
+    """[N, 4] windows [N, 4] moved by targets [N, 4], clipped to the image of `size`; the inverse of `box_targets`.
 
     A box that shrinks to less than a pixel is one pixel, as both ends are inclusive.
     """
@@ -77,7 +78,7 @@ def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.n
 
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, overlap: float) -> np.ndarray:
-    """Numbers of the boxes [N, 4] that stay, the best score first: greedily, within each label, none overlaps a better
+    """Indices of the boxes [N, 4] that stay, the best score first: greedily, within each label, none overlaps a better
     one by more than `overlap`, as intersection over union; pixels count whole."""
     order = np.argsort(-scores, kind="stable")
     stays = np.ones(len(boxes), bool)

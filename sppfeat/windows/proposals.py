@@ -1,13 +1,13 @@
-"""Proposals: windows that may hold objects, found once for each picture (see `selective_search`) and kept in a file.
+"""Proposals: windows that may hold objects, found once per image (see `selective_search`) and kept in a file.
 
-The file (`sppfeat-windows`, HDF5) appears whole, when a run ends or is interrupted. Until then every finished picture
-is a line of a journal beside it, from which a killed run goes on.
+The file (`sppfeat-windows`, HDF5) appears whole, when a run ends or is interrupted. Until then every finished image is
+a line of a journal beside it, from which a killed run resumes.
 
-    /names       (N,)    UTF-8; see `sppfeat.images.reading.path_to_name`
-    /start       (N+1,)  int64, the windows of picture n are rows start[n] .. start[n+1]
+    /names       (N,)    UTF-8; see `sppfeat.images.path_to_name`
+    /start       (N+1,)  int64, the windows of image n are rows start[n] .. start[n+1]
     /windows     (M, 4)  int32, x1, y1, x2, y2 in pixels of the upright original, inclusive
     /image_size  (N, 2)  int32, width and height of the upright original
-    /error       (N,)    UTF-8, why a picture has none; else empty
+    /error       (N,)    UTF-8, why an image has no windows; else empty
     /file_size, /file_mtime_ns  (N,) int64, the file as it was
 """
 
@@ -42,9 +42,9 @@ FORMAT_VERSION: Final = 1
 
 
 class WindowFile(Mapping[str, np.ndarray]):
-    """An open file of windows: [K, 4] float64 by name, read when asked for.
+    """An open file of windows: [K, 4] float64 by name, read on demand.
 
-    names, options, source_root, method: as they were made. errors: why pictures have no windows, by name.
+    names, options, source_root, method: as they were made. errors: why images have no windows, by name.
     image_size: [N, 2] int32. file_size, file_mtime_ns: [N] int64.
     """
 
@@ -70,7 +70,7 @@ class WindowFile(Mapping[str, np.ndarray]):
             raise ValueError("its windows do not add up")
         columns = (self.image_size, (2,)), (self.file_size, ()), (self.file_mtime_ns, ())
         if any(values.shape != (len(self.names), *width) or values.dtype.kind != "i" for values, width in columns):
-            raise ValueError("its columns are not of one length")
+            raise ValueError("its columns differ in length")
         if dataset.dtype != np.int32 or dataset.shape != (rows, 4):
             raise ValueError(f"windows: expected int32 [M, 4], found {dataset.dtype} {list(dataset.shape)}")
         if rows:
@@ -95,28 +95,28 @@ class WindowFile(Mapping[str, np.ndarray]):
 
     @property
     def count(self) -> int:
-        """Windows of all pictures together."""
+        """The number of windows of all images."""
         return len(self._windows)
 
     def size_of(self, name: str) -> tuple[int, int]:
-        """Width and height of the upright picture; zeros where it could not be read."""
+        """Width and height of the upright image; zeros if it could not be read."""
         width, height = self.image_size[self._row[name]].tolist()
         return width, height
 
     def fingerprint(self, name: str) -> Fingerprint:
-        """The picture's file as it was."""
+        """The fingerprint of the image's file as it was."""
         row = self._row[name]
         return Fingerprint(int(self.file_size[row]), int(self.file_mtime_ns[row]))
 
 
 def open_windows(path: str | os.PathLike[str]) -> WindowFile:
-    """Open a file that `propose_folder` made. Raises WindowsError when it is none."""
+    """Open a file that `propose_folder` made. Raises WindowsError if it is not one."""
     with open_hdf5(path, WINDOWS, FORMAT_VERSION, WindowsError) as file:
         return WindowFile(Path(path), file)
 
 
 def windows_from(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
-    """Windows [K, 4] by image name, from a file of `propose_folder`, or of one's own (see `read_windows`)."""
+    """Windows [K, 4] by image name, from a file of `propose_folder`, or CSV or JSON (see `read_windows`)."""
     if os.path.splitext(path)[1].lower() in (".csv", ".json"):
         return read_windows(path)
     return open_windows(path)
@@ -126,8 +126,8 @@ def windows_from(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
 class Proposals:
     """What a run of `propose_folder` did.
 
-    images: listed in the sources. proposed: in this run. reused: from before. failed: listed images without windows
-    for a reason, now or before. empty: images in which nothing was found. pending: left, after an interruption.
+    images: listed in the sources. proposed: in this run. reused: from before. failed: listed images that failed, now
+    or before. empty: images in which nothing was found. pending: left, after an interruption.
     windows: of all images in the file.
     """
 
@@ -156,7 +156,7 @@ def propose_folder(
 ) -> Proposals:
     """Propose windows for the images of folders, files or lists (see `find_images`) into the file `output`.
 
-    A file that is there is resumed: unchanged images keep their windows; other options, or another root, are refused.
+    An existing file is resumed: unchanged images keep their windows; other options, or another root, are an error.
     Raises WindowsError, UsageError, MissingExtraError. An image that cannot be read is kept with its reason.
     """
     began = time.perf_counter()
@@ -210,7 +210,7 @@ def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions,
         return
     if before.options != options:
         raise WindowsError(
-            f"{path}: was made with {_show(before.options)}, now {_show(options)}; choose another output, or remove it"
+            f"{path}: expected {_show(options)}, found {_show(before.options)}; choose another output, or remove it"
         )
     if before.source_root != root and os.path.isdir(before.source_root):
         raise WindowsError(
@@ -223,14 +223,14 @@ def _show(options: ProposalOptions) -> str:
     return f"{options.method}, at most {options.max_windows} windows, seed {options.seed}"
 
 
-# What the columns of the file hold: HDF5's text ends at a zero byte.
+# The types of the file's columns: text in HDF5 ends at a NUL byte.
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*\Z")]
 _Int32 = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 _Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class _Finished(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of the journal: a picture with its width and height, its file's fingerprint, and what was found."""
+    """A line of the journal: an image with its width and height, its file's fingerprint, and what was found."""
 
     name: _Text
     size: tuple[_Int32, _Int32]
@@ -240,9 +240,9 @@ class _Finished(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Journal:
-    """Finished pictures, one JSON line each, kept until the file is written. A line that was cut short is dropped.
+    """Finished images, one JSON line each, kept until the file is written. An incomplete last line is dropped.
 
-    places: where each picture's last line starts, by name. fingerprints: of the pictures then.
+    places: where each image's last line starts, by name. fingerprints: of the images then.
     """
 
     def __init__(self, path: Path, options: ProposalOptions, root: str, *, fresh: bool) -> None:
@@ -261,12 +261,12 @@ class _Journal:
             raise WindowsError(f"{self._path}: cannot be written: {os_reason(error)}") from None
 
     def _begin(self, header: bytes) -> None:
-        """Find what is there, or write the first line."""
+        """Read the existing lines, or write the first line."""
         if (found := self._file.readline()) != header:
             if found.endswith(b"\n"):
                 raise WindowsError(
-                    f"{self._path}: a search with other options, or of images elsewhere, was stopped here; "
-                    "go on with it, or --overwrite to start anew"
+                    f"{self._path}: belongs to an unfinished search with other options or another root; "
+                    "resume that search, or use --overwrite to start over"
                 )
             self._file.seek(0)
             self._file.truncate()
@@ -286,7 +286,7 @@ class _Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            with contextlib.suppress(OSError):  # of a full disk: what is left in the buffer has been reported
+            with contextlib.suppress(OSError):  # a full disk, which has been reported
                 self._file.close()
 
     def add(self, name: str, result: Proposed) -> None:
@@ -306,7 +306,7 @@ class _Journal:
         return self._decoded(self._file.readline())
 
     def _decoded(self, line: bytes) -> _Finished:
-        what = f"{self._path}: expected a whole journal (without it, the search starts anew)"
+        what = f"{self._path}: expected an intact journal (remove it to start over)"
         return decode_document(line, _Finished, what=what, error=WindowsError)
 
     def remove(self) -> None:

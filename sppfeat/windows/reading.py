@@ -33,11 +33,11 @@ class _Window(msgspec.Struct):
 
 
 def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Windows [K, 4] float64 of each picture, by its name, in the order of the file.
+    """Windows [K, 4] float64 by image name, in the order of the file.
 
-    CSV with the columns name,x1,y1,x2,y2, in any order; further ones are ignored. JSON: a list of objects with these
-    keys, or an object from name to a list of [x1, y1, x2, y2]. Names are relative to the folder of the pictures, with
-    `/`. Raises UsageError that names the line or entry, for anything that is not, and for inverted windows.
+    CSV with the columns name,x1,y1,x2,y2, in any order; other columns are ignored. JSON: a list of objects with these
+    keys, or an object from name to a list of [x1, y1, x2, y2]. Names are relative to the image folder, with `/`.
+    Raises UsageError that names the line or entry for anything else, and for inverted windows.
     """
     path = os.fspath(path)
     kind = os.path.splitext(path)[1].lower()
@@ -80,7 +80,7 @@ def _json_entries(path: str, content: bytes) -> Iterator[tuple[str, str, Box]]:
         return
     what = f"{path}: {expected}, or an object from name to a list of [x1, y1, x2, y2]"
     for name, lists in decode_document(content, dict[str, msgspec.Raw], what=what, error=UsageError).items():
-        # One by one, because msgspec does not name the key at which it finds something wrong.
+        # One by one, because msgspec does not name the key of an error.
         what = f"{path}, {name!r}: expected a list of [x1, y1, x2, y2]"
         for at, box in enumerate(decode_document(bytes(lists), list[Box], what=what, error=UsageError)):
             yield f"{path}, {name!r}, window {at}", name, box
@@ -88,9 +88,9 @@ def _json_entries(path: str, content: bytes) -> Iterator[tuple[str, str, Box]]:
 
 def _checked_name(where: str, name: str) -> str:
     if not name or "\0" in name:
-        raise UsageError(f"{where}: expected the name of a picture, found {name!r}")
+        raise UsageError(f"{where}: expected the name of an image, found {name!r}")
     if name.startswith("/") or posixpath.normpath(name) != name or name.split("/")[0] == "..":
-        raise UsageError(f"{where}: expected a name relative to the folder of the pictures, found {name!r}")
+        raise UsageError(f"{where}: expected a name relative to the image folder, found {name!r}")
     return name
 
 

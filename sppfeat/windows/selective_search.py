@@ -1,7 +1,7 @@
-"""Selective search: windows of a picture that may hold objects, in worker processes.
+"""Selective search: windows of an image that may hold objects, in worker processes.
 
-Source: Uijlings, van de Sande, Gevers, Smeulders, "Selective Search for Object Recognition", IJCV 2013, as OpenCV's
-contrib modules have it. As in R-CNN's code, pictures are shrunk to 500 pixels before, and windows narrower than 20 of
+Source: Uijlings, van de Sande, Gevers, Smeulders, "Selective Search for Object Recognition", IJCV 2013, as implemented
+in OpenCV's contrib modules. As in R-CNN's code, images are first shrunk to 500 pixels, and windows narrower than 20 of
 these are dropped.
 """
 
@@ -27,7 +27,7 @@ from sppfeat.errors import ImageError, UsageError, WindowsError, one_line, requi
 from sppfeat.images import Fingerprint, Item, fingerprint_of, read_image
 
 METHODS: Final = ("selective-search", "selective-search-quality")
-# R-CNN's code (selective_search_boxes.m): pictures 500 wide, boxes at least 20 wide.
+# R-CNN's code (selective_search_boxes.m): images 500 wide, boxes at least 20 wide.
 SEARCH_SIDE: Final = 500
 MIN_SIDE: Final = 20
 MAX_WINDOWS: Final = 100_000
@@ -38,7 +38,7 @@ class ProposalOptions:
     """How windows are proposed.
 
     method: `selective-search` (OpenCV's fast mode) or `selective-search-quality` (more windows, several times slower).
-    max_windows: the most for a picture; those of the best ranks stay, which are drawn by `seed`.
+    max_windows: maximum per image; the best ranks stay. seed: of the ranks, which are partly random.
     """
 
     method: str = "selective-search"
@@ -57,7 +57,7 @@ class ProposalOptions:
 
 
 class Proposed(NamedTuple):
-    """One picture's windows [K, 4] int32, or why it has none."""
+    """One image's windows [K, 4] int32, or why it has none."""
 
     windows: np.ndarray
     image_size: tuple[int, int]
@@ -66,9 +66,9 @@ class Proposed(NamedTuple):
 
 
 def propose(path: str, options: ProposalOptions | None = None) -> Proposed:
-    """Propose windows for one picture, in this process; a picture that cannot be read has its reason.
+    """Propose windows for one image, in this process; an image that cannot be read comes with its reason.
 
-    Two pictures must not be searched by threads of one process: OpenCV ranks by the C library's random numbers.
+    Threads of one process must not search at once: OpenCV ranks by the C library's random numbers.
     Raises MissingExtraError without OpenCV's contrib modules.
     """
     options = options or ProposalOptions()
@@ -95,7 +95,7 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
         return np.zeros((0, 4), np.int64)
     try:
         cv2.setNumThreads(1)
-        # OpenCV draws the ranks with `rand`, from wherever earlier pictures have left it.
+        # OpenCV draws the ranks with `rand`, whose state earlier images have changed.
         ctypes.CDLL(None).srand(options.seed + 1)  # glibc takes 0 for 1
         search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
         search.setBaseImage(np.ascontiguousarray(pixels))
@@ -111,7 +111,7 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
 
 
 def _scaled(boxes: np.ndarray, small: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Windows of the shrunk picture on the original; each once."""
+    """Windows of the shrunk image on the original, without duplicates."""
     if small != size:
         ratio = np.array([size[0] / small[0], size[1] / small[1]] * 2)
         edges = (boxes + [0, 0, 1, 1]) * ratio - [0, 0, 1, 1]
@@ -124,7 +124,7 @@ def _scaled(boxes: np.ndarray, small: tuple[int, int], size: tuple[int, int]) ->
 class Proposer:
     """Worker processes that propose windows. Use as a context manager.
 
-    A script that uses it must have the usual `if __name__ == "__main__":`, since processes import it anew.
+    A script that uses it needs the usual `if __name__ == "__main__":`, since the processes import it again.
     """
 
     def __init__(self, options: ProposalOptions | None = None, *, workers: int) -> None:
@@ -144,9 +144,9 @@ class Proposer:
     def stream(
         self, items: Iterable[Item], *, stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Item, Proposed]]:
-        """Every image with its windows, in order; once `stop()` is true no further image is begun.
+        """Every image with its windows, in order; once `stop()` is true no new image is started.
 
-        Raises WindowsError when a worker process dies (of too little memory, say).
+        Raises WindowsError if a worker process dies (out of memory, for example).
         """
         waiting: deque[tuple[Item, Future[Proposed]]] = deque()
         items = iter(items)
@@ -164,8 +164,8 @@ class Proposer:
                 proposed = future.result()
             except BrokenProcessPool:
                 raise WindowsError(
-                    f"{item.path if item else ''}: a process that proposed windows died, on this image or one of the "
-                    f"{4 * self._workers} around it; too little memory?"
+                    f"{item.path if item else ''}: a worker process died on this image or one of the "
+                    f"{4 * self._workers} around it; out of memory?"
                 ) from None
             yield item, proposed
 
@@ -177,7 +177,7 @@ def _propose_item(item: Item, options: ProposalOptions) -> Proposed:
 
 
 def _begin_worker() -> None:
-    # Ctrl-C, and `timeout`, reach every process of a group; the parent decides what is finished.
+    # Ctrl-C and `timeout` signal every process of a group; the parent decides what to finish.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -187,5 +187,5 @@ def _begin_worker() -> None:
         parent.join()
         os._exit(1)
 
-    # Else workers of a killed parent would wait for work for ever.
+    # Otherwise workers of a killed parent would wait for work forever.
     threading.Thread(target=end_with_parent, daemon=True).start()

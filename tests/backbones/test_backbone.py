@@ -20,11 +20,11 @@ from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.recipe import Recipe
 
 CAT = Path(__file__).parents[2] / "photos" / "animals" / "cat.jpg"
-# The smallest network at hand, for everything that is not about one network.
+# The smallest network at hand, foreverything that is not about one network.
 TINY = "timm:test_resnet"
 
 
-def random_pictures(count: int, height: int, width: int) -> torch.Tensor:
+def random_images(count: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(256, (count, height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -141,9 +141,9 @@ def test_weights_from_a_file(
     assert loaded.description.weights_sha256 == tiny.description.weights_sha256
     found = loaded.description
     assert found.recipe.identity(found.weights_sha256) != found.recipe.identity("other")
-    pictures = random_pictures(1, 64, 96)
+    images = random_images(1, 64, 96)
     with torch.inference_mode():
-        assert torch.equal(loaded.feature_map(pictures), tiny.feature_map(pictures))
+        assert torch.equal(loaded.feature_map(images), tiny.feature_map(images))
 
 
 def test_other_weights_have_another_sha256(
@@ -167,7 +167,7 @@ def test_squeezenet_from_a_real_file(shared: Path) -> None:
     weights = read_weights(str(path))
     assert torch.equal(loaded.trunk.state_dict()["features.0.weight"], weights["features.0.weight"])
     with torch.inference_mode():
-        found = loaded.feature_map(random_pictures(1, 64, 96))
+        found = loaded.feature_map(random_images(1, 64, 96))
     assert found.isfinite().all() and found.max() > 0
 
 
@@ -176,7 +176,7 @@ def test_mobilenet_from_a_real_file_without_its_classifier(shared: Path) -> None
     loaded = load_backbone(Recipe(backbone="torchvision:mobilenet_v2", weights=str(path)))
     assert (loaded.description.layer.name, loaded.description.channels) == ("features", 1280)
     with torch.inference_mode():
-        found = loaded.feature_map(random_pictures(1, 64, 96))
+        found = loaded.feature_map(random_images(1, 64, 96))
     assert found.isfinite().all() and found.max() > 0
     # The same file for another network.
     with pytest.raises(BackboneError) as caught:
@@ -271,7 +271,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path: Path, form: str
     assert not trace.exists()
 
 
-def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_weights_that_cannot_be_obtained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
     from torchvision import models
 
@@ -284,8 +284,8 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(BackboneError) as caught:
             load_backbone(Recipe(backbone=name))
         assert str(caught.value) == (
-            f"backbone {name}: its pretrained weights could not be had (no network); "
-            "with no network, give them as a file with --weights"
+            f"backbone {name}: its pretrained weights could not be obtained (no network); "
+            "when offline, pass them as a file with --weights"
         )
 
 
@@ -338,11 +338,11 @@ def test_unknown_layer() -> None:
 
 @pytest.mark.parametrize("size", [(64, 96), (97, 65)], ids=str)
 def test_a_descriptor_does_not_depend_on_its_batch(lite0: Backbone, size: tuple[int, int]) -> None:
-    pictures = random_pictures(5, *size)
+    images = random_images(5, *size)
     with torch.inference_mode():
-        together = pool_pyramid(lite0.feature_map(pictures), (6, 3, 2, 1))
+        together = pool_pyramid(lite0.feature_map(images), (6, 3, 2, 1))
         for i in range(5):
-            alone = pool_pyramid(lite0.feature_map(pictures[i : i + 1]), (6, 3, 2, 1))[0]
+            alone = pool_pyramid(lite0.feature_map(images[i : i + 1]), (6, 3, 2, 1))[0]
             assert (alone - together[i]).norm() < 1e-5 * alone.norm()
 
 
@@ -350,7 +350,7 @@ def test_a_descriptor_does_not_depend_on_its_batch(lite0: Backbone, size: tuple[
 def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: str) -> None:
     loaded = load_backbone(Recipe(backbone=TINY, weights="random", precision=precision))
     with torch.inference_mode():
-        found = loaded.feature_map(random_pictures(2, 96, 128))
+        found = loaded.feature_map(random_images(2, 96, 128))
     assert found.dtype == getattr(torch, precision)
     assert found.shape[1] == loaded.description.channels
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -364,7 +364,7 @@ def test_minimum_side_is_where_the_network_begins_to_work(name: str, layer: str 
     least = loaded.description.minimum_side
     assert least >= loaded.description.layer.stride
     with torch.inference_mode():
-        assert min(loaded.feature_map(random_pictures(1, least, least)).shape[2:]) >= 1
+        assert min(loaded.feature_map(random_images(1, least, least)).shape[2:]) >= 1
         if least > loaded.description.layer.stride:
             with pytest.raises(RuntimeError):
-                loaded.feature_map(random_pictures(1, least - 1, least - 1))
+                loaded.feature_map(random_images(1, least - 1, least - 1))

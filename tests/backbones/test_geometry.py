@@ -1,4 +1,4 @@
-"""Stride, offset and receptive field against a probe of which pixels really reach a cell."""
+"""Stride, offset and receptive field against a probe of the pixels that really reach a cell."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Probe(fx.Interpreter):
     """Runs a trunk whose signals can neither cancel nor die, so that gradients show what reaches what.
 
     Every weight is a positive constant (one channel is enough for that), norms are left out, maxima become means.
-    Gates that see the whole picture are cut off from the gradient.
+    Gates that see the whole image are cut off from the gradient.
     """
 
     def __init__(self, trunk: fx.GraphModule) -> None:
@@ -77,12 +77,12 @@ def reached_by(
 ) -> tuple[list[int], Pixels, list[Pixels]]:
     """Size of the map; the pixel rows and columns that reach it; those that reach each of `rows`, middle column."""
     # Small values: sums along residual branches must stay below 6, where ReLU6 ends.
-    picture = torch.full((1, 3, height, width), 1e-9, dtype=torch.float64, requires_grad=True)
-    output = Probe(trunk).run(picture)
+    image = torch.full((1, 3, height, width), 1e-9, dtype=torch.float64, requires_grad=True)
+    output = Probe(trunk).run(image)
     assert output.dim() == 4
 
     def pixels(cells: torch.Tensor) -> tuple[list[int], list[int]]:
-        (gradient,) = torch.autograd.grad(cells.sum(), picture, retain_graph=True)
+        (gradient,) = torch.autograd.grad(cells.sum(), image, retain_graph=True)
         seen = gradient[0, 0] > 0
         return seen.any(1).nonzero().squeeze(1).tolist(), seen.any(0).nonzero().squeeze(1).tolist()
 
@@ -90,7 +90,7 @@ def reached_by(
 
 
 def interval(axis: Geometry, cell: int, length: int) -> list[int]:
-    """The pixels that a cell depends on, as its geometry has it."""
+    """The pixels that a cell depends on by its geometry."""
     middle, reach = axis.offset + axis.stride * cell, (axis.receptive_field - 1) / 2
     assert float(middle - reach).is_integer() and float(middle + reach).is_integer()
     return list(range(max(0, int(middle - reach)), min(length, int(middle + reach) + 1)))
@@ -101,7 +101,7 @@ def backbone(name: str, layer: str | None = None) -> Backbone:
     return load_backbone(Recipe(backbone=name, layer=layer, weights="random"))
 
 
-# Layers early enough that most of their cells see only a part of pictures of these sizes.
+# Layers early enough that most of their cells see only a part of images of these sizes.
 NETWORKS = [
     ("efficientnet_lite0", "blocks"),
     ("efficientnet_lite1", "blocks.3"),
@@ -139,7 +139,7 @@ def test_a_cell_depends_on_exactly_the_pixels_that_its_geometry_names(name: str,
             assert seen_rows == [pixel for pixel in expected if pixel in used_rows]
             assert seen_columns == [p for p in interval(columns, columns.size // 2, width) if p in used_columns]
             told_apart |= expected[0] > 0 and expected[-1] < height - 1
-    assert told_apart, "every cell sees the whole picture: the test says nothing about the offset"
+    assert told_apart, "every cell sees the whole image: the test says nothing about the offset"
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "torchvision:squeezenet1_1", "timm:test_resnet"])
@@ -173,7 +173,7 @@ def chain(*layers: nn.Module) -> fx.GraphModule:
 
 
 def support(trunk: Callable[[torch.Tensor], torch.Tensor], length: int, *, along_width: bool = False) -> np.ndarray:
-    """[pixels, cells]: whether an impulse on that row of pixels reaches that row of cells, for a square picture."""
+    """[pixels, cells]: whether an impulse on that row of pixels reaches that row of cells, for a square image."""
     impulses = torch.eye(length)[:, None, :, None].expand(-1, 1, -1, length)
     maps = trunk(impulses.transpose(2, 3) if along_width else impulses)
     return (maps > 0).any(1).any(1 if along_width else 2).numpy()
@@ -184,7 +184,7 @@ def assert_support(axis: Geometry, reached: np.ndarray) -> None:
     for cell in range(axis.size):
         seen = np.flatnonzero(reached[:, cell])
         middle, reach = axis.offset + axis.stride * cell, (axis.receptive_field - 1) / 2
-        # Dilated layers have gaps; the ends are what counts, where they lie in the picture.
+        # Dilated layers have gaps; the ends are what counts, where they lie in the image.
         if len(seen):
             assert middle - reach <= seen[0] and seen[-1] <= middle + reach
         for end in (middle - reach, middle + reach):
@@ -305,7 +305,7 @@ def test_branches_that_meet_see_the_union() -> None:
     assert (axis.stride, axis.receptive_field, axis.offset) == (2, 7, 0.0)
 
 
-# What is not known is an error, never a number.
+# An unknown geometry is an error, never a number.
 
 
 @pytest.mark.parametrize("name", ["timm:resnetblur18", "timm:hrnet_w18_small"])
@@ -328,7 +328,7 @@ def test_a_layer_that_pools_without_saying_so() -> None:
     traced = TracedNetwork("blurred", network)
     recipe = Recipe(backbone="blurred", mean=(0, 0, 0), std=(1, 1, 1))
     described = Description(recipe, traced.layer("2"), "", 1, tuple(layer_steps(traced.cut("2"))))
-    with pytest.raises(BackboneError, match="128 cells on 256 pixels, the layers say 256"):
+    with pytest.raises(BackboneError, match="expected 256 cells on 256 pixels by its layers, found 128"):
         described.geometry(64, 64)
 
 
@@ -360,7 +360,7 @@ def test_unknown_layers(layers: list[nn.Module], reason: str) -> None:
         (lambda x: F.interpolate(x, scale_factor=2), "function interpolate is not known"),
         (lambda x: torch.roll(x, 1, 2), "function roll is not known"),
         (lambda x: F.pad(x, (1, 1, 1, 1)), "function pad is not known"),
-        (lambda x: x + F.max_pool2d(x, 2), "branches of different stride meet"),
+        (lambda x: x + F.max_pool2d(x, 2), "branches of different strides are merged"),
         (lambda x: x.mean((2, 3)), "its output is not a feature map"),
     ],
 )
@@ -381,7 +381,7 @@ def test_padding_layers_of_their_own() -> None:
 
 
 def test_a_gate_does_not_count() -> None:
-    """Squeeze-and-excitation sees the whole picture; the map keeps its place in it."""
+    """Squeeze-and-excitation sees the whole image; the map keeps its place in it."""
 
     class Gated(nn.Module):
         def __init__(self) -> None:

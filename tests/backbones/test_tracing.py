@@ -52,7 +52,7 @@ def with_statistics(network: nn.Module) -> nn.Module:
     return network
 
 
-def pictures(*shape: int) -> torch.Tensor:
+def random_images(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -62,7 +62,7 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def hooked(network: nn.Module, layer: str, inputs: torch.Tensor) -> torch.Tensor:
-    """What a module gives out while the whole network runs."""
+    """The output of a module while the whole network runs."""
     seen: list[torch.Tensor] = []
     # Cloned: a later layer may work in place.
     handle = network.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[2].clone()))
@@ -107,13 +107,13 @@ def test_nothing_behind_the_cut_is_run_or_kept(small: nn.Module) -> None:
     traced = TracedNetwork("small", small)
     trunk, whole = traced.cut("stage"), traced.cut("head")
     small.head.fails = True  # type: ignore[assignment]
-    assert trunk(pictures(2, 3, 17, 23)).shape == (2, 6, 5, 6)
+    assert trunk(random_images(2, 3, 17, 23)).shape == (2, 6, 5, 6)
     assert {key.split(".")[0] for key in trunk.state_dict()} == {"stem", "stage"}
     assert not any("head" in name for name, _ in trunk.named_modules())
     assert {key.split(".")[0] for key in traced.cut("stem").state_dict()} == {"stem"}
     # So that the test can fail: a trunk that holds the layer does run it.
     with pytest.raises(AssertionError, match="behind the cut"):
-        whole(pictures(1, 3, 8, 8))
+        whole(random_images(1, 3, 8, 8))
 
 
 def test_branches_that_the_layer_does_not_need_are_not_run() -> None:
@@ -140,7 +140,7 @@ def test_branches_that_the_layer_does_not_need_are_not_run() -> None:
 )
 def test_a_cut_gives_what_the_whole_network_computes_there(name: str, layers: list[str]) -> None:
     network, traced = network_of(name), traced_of(name)
-    inputs = pictures(2, 3, 97, 130)
+    inputs = random_images(2, 3, 97, 130)
     for layer in layers:
         with torch.inference_mode():
             found = traced.cut(layer)(inputs)
@@ -157,7 +157,7 @@ def test_folding_keeps_values(name: str, layer: str) -> None:
     trunk = traced_of(name).cut(layer)
     before = copy.deepcopy(trunk.state_dict())
     folded = fold_batch_norms(trunk)
-    inputs = pictures(2, 3, 97, 130)
+    inputs = random_images(2, 3, 97, 130)
     with torch.inference_mode():
         assert relative_difference(folded(inputs), trunk(inputs)) < 1e-4
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
@@ -234,7 +234,7 @@ def test_what_cannot_be_folded_is_left(build: Any, norms_left: int) -> None:
     traced = TracedNetwork("odd", network)
     trunk = traced.cut(traced.layers()[-1].name)
     folded = fold_batch_norms(trunk)
-    inputs = pictures(2, 3, 12, 15)
+    inputs = random_images(2, 3, 12, 15)
     with torch.inference_mode():
         assert relative_difference(folded(inputs), trunk(inputs)) < 1e-5
     left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -247,8 +247,8 @@ def test_folding_keeps_the_activation_inside_a_norm() -> None:
     trunk = TracedNetwork("act", with_statistics(seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)))))
     folded = fold_batch_norms(trunk.cut("1"))
     with torch.inference_mode():
-        found = folded(pictures(1, 3, 9, 9))
-        assert relative_difference(found, trunk.cut("1")(pictures(1, 3, 9, 9))) < 1e-5
+        found = folded(random_images(1, 3, 9, 9))
+        assert relative_difference(found, trunk.cut("1")(random_images(1, 3, 9, 9))) < 1e-5
     assert found.min() == 0
 
 
@@ -272,7 +272,7 @@ def test_layers_are_listed_with_channels_and_stride(
     assert traced.default_layer() == default
 
 
-def test_layers_stand_in_the_order_of_the_computation(small: nn.Module) -> None:
+def test_layers_are_in_the_order_of_the_computation(small: nn.Module) -> None:
     layers = TracedNetwork("small", small).layers()
     names = ["stem.0", "stem.1", "stem", "stem.2", "stage.0", "stage.1", "stage", "stage.2", "head"]
     assert [layer.name for layer in layers] == names
@@ -285,7 +285,7 @@ def test_unknown_layer_names_the_nearest(small: nn.Module) -> None:
         TracedNetwork("small", small).cut("stages")
 
 
-def test_pooled_vectors_are_no_layers() -> None:
+def test_pooled_vectors_are_not_layers() -> None:
     names = {layer.name for layer in traced_of("torchvision:resnet18").layers()}
     assert not names & {"avgpool", "fc"} and "maxpool" in names
 
@@ -343,6 +343,6 @@ def test_fusing_activations_keeps_values_and_weights(name: str) -> None:
     assert relus[1] < relus[0]
     assert {t.data_ptr() for t in fused.parameters()} <= {t.data_ptr() for t in trunk.parameters()}
     for size in ((1, 3, 96, 96), (2, 3, 97, 131)):
-        inputs = pictures(*size).contiguous(memory_format=torch.channels_last)
+        inputs = random_images(*size).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             assert relative_difference(fused(inputs), trunk(inputs)) < 1e-5

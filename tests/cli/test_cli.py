@@ -112,7 +112,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
         (
             ["extract", "one.png", "-o", "x.zip"],
             1,
-            "x.zip: expected a store or a new file, found a file that is no store",
+            "x.zip: expected a store or a new file, found a file that is not a store",
         ),
         (["extract", "one.png", "-o", "f.h5", "--root", "none"], 2, "one.png: expected a path below the root .*none"),
         (["inspect", "x.zip"], 1, "x.zip: expected a store, found a file that cannot be opened"),

@@ -316,7 +316,7 @@ def test_classes_without_objects_and_pictures_without_windows(
     assert "class 'green' has no box that counts: it is left out" in done.notes
     assert "000.png: has no windows; only its objects are used" in done.notes
     assert any(note.startswith("001.png: 1 windows are left out: the first reaches outside") for note in done.notes)
-    with pytest.raises(ModelError, match="exists already"):  # before windows are searched for hours
+    with pytest.raises(ModelError, match="already exists"):  # before windows are searched for hours
         train_detector(annotated, None, tmp_path / "det.h5", SMALL, OPTIONS)
     with pytest.raises(UsageError, match="expected windows of the images, found none"):
         train_detector(annotated, {}, tmp_path / "x.h5", SMALL, OPTIONS)
@@ -396,7 +396,7 @@ def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None
             del file[key]
             if values is not None:
                 file[key] = values
-        with pytest.raises(ModelError, match=r"x\.h5: expected a detector that is whole, found: .*" + key):
+        with pytest.raises(ModelError, match=r"x\.h5: damaged: expected a detector, found: .*" + key):
             open_detector(tmp_path / "x.h5")
     save_detector(model, tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5", "r+") as file:
@@ -420,7 +420,7 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert done.returncode == 3 and "detector of 2 classes" in done.stdout
     assert re.search(r"\d+\.png: \d+\.xml has no sound object", done.stderr)
     again = call("train", "detector", voc, "-o", det, "--windows", windows)
-    assert isinstance(again.exception, ModelError) and "exists already" in str(again.exception)
+    assert isinstance(again.exception, ModelError) and "already exists" in str(again.exception)
     assert "detector of 2 classes (blue, red)" in call("inspect", det).stdout
     shown = json.loads(call("inspect", det, "--json").stdout)
     assert shown["format"] == "detector" and shown["training"]["positives"]["red"] > 10

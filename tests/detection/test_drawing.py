@@ -160,7 +160,7 @@ def test_drawing_into_a_folder(images: Callable[..., Path], tmp_path: Path) -> N
     drawn = draw_all(source, tmp_path / "out")
     assert drawn == ["a/IMG_1.jpg", "b/IMG_1.jpg", "c.jpg", "c.png.jpg", "n" * 250 + "..jpg"]
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jpg")}
-    with pytest.raises(ReportError, match=r"exists already, and 4 more; choose another folder, or --overwrite"):
+    with pytest.raises(ReportError, match=r"already exists, and 4 more; choose another folder, or --overwrite"):
         draw_all(source, tmp_path / "out")
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jpg")}
     draw_all(source, tmp_path / "out", overwrite=True)
@@ -177,7 +177,7 @@ def test_nothing_but_a_drawing_is_ever_replaced(images: Callable[..., Path], tmp
         draw_all(source, out, overwrite=True)
     (out / "a.jpg").unlink()
     (out / "a.jpg").symlink_to(other)
-    for overwrite, message in ((False, "exists already"), (True, "expected a drawing or no file")):
+    for overwrite, message in ((False, "already exists"), (True, "expected a drawing or no file")):
         with pytest.raises(ReportError, match=message):
             draw_all(source, out, overwrite=overwrite)
     (out / "a.jpg").unlink()
@@ -355,7 +355,7 @@ def test_drawing_by_command_line(
     assert capsys.readouterr().out.splitlines()[0] == "a.jpg\tred <b>\t-0.250\t10,10,80,80"
     assert call([*arguments, "--draw", out], monkeypatch) == 1
     shown = capsys.readouterr()
-    assert shown.out == "" and "out/a.jpg: exists already, and 2 more" in shown.err
+    assert shown.out == "" and "out/a.jpg: already exists, and 2 more" in shown.err
     real = drawing.read_image
 
     def vanishing(path: str) -> object:

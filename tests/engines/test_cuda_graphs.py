@@ -1,4 +1,4 @@
-"""Which shapes are recorded, with a recorder that only pretends; and the real one where there is a GPU."""
+"""Which shapes are recorded, with a fake recorder; and with the real one if there is a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sppfeat.engines.cuda_graphs import _RECURS, MOST_SHAPES, Pass, RecurringPas
 from sppfeat.engines.engine import load_engine
 
 
-def double(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures * 2.0
+def double(images: torch.Tensor) -> torch.Tensor:
+    return images * 2.0
 
 
 class Recorder:
@@ -28,22 +28,22 @@ class Recorder:
         self.replays = 0
         self._off, self._error = off, error
 
-    def __call__(self, run: Pass, pictures: torch.Tensor) -> Pass:
-        self.shapes.append(pictures.shape)
+    def __call__(self, run: Pass, images: torch.Tensor) -> Pass:
+        self.shapes.append(images.shape)
         if self._error is not None:
             raise self._error
 
-        def replay(pictures: torch.Tensor) -> torch.Tensor:
+        def replay(images: torch.Tensor) -> torch.Tensor:
             self.replays += 1
-            return run(pictures) + self._off
+            return run(images) + self._off
 
         return replay
 
 
 def go(passes: Callable[[torch.Tensor], torch.Tensor], side: int, times: int) -> None:
     for number in range(times):
-        pictures = torch.full((2, side), float(number + 1))
-        assert torch.equal(passes(pictures), 2 * pictures)
+        images = torch.full((2, side), float(number + 1))
+        assert torch.equal(passes(images), 2 * images)
 
 
 def test_only_shapes_that_recur_are_recorded() -> None:
@@ -101,7 +101,7 @@ def test_graphs_share_memory_until_all_are_dropped() -> None:
 
 
 def test_captures_of_a_lane_use_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA is pretended: what counts is which pool each graph is told to use."""
+    """CUDA is faked: what counts is which pool each graph is told to use."""
     pools: list[object] = []
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ def test_graphs_that_do_not_work_are_given_up_with_one_warning(recorder: Recorde
     assert len(recorder.shapes) == 1
 
 
-def test_no_memory_for_a_graph_is_no_failure() -> None:
+def test_no_memory_for_a_graph_is_not_a_failure() -> None:
     recorder = Recorder(error=torch.OutOfMemoryError("CUDA out of memory"))
     passes = RecurringPasses(double, lambda: recorder)
     go(passes, 1, _RECURS + 5)
@@ -144,7 +144,7 @@ def test_no_memory_for_a_graph_is_no_failure() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_recorded_passes_on_the_card() -> None:
+def test_recorded_passes_on_the_gpu() -> None:
     network = Network(TINY)
     engine = load_engine(network, RunOptions(device="cuda"))
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Engines: the same values whichever computes them, the choice between them, and compiled networks on disk."""
+"""Engines: equal values from each, the choice between them, and compiled networks on disk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load(recipe: Recipe, options: RunOptions) -> Engine:
 
 
 def cells(engine: Engine, pixels: np.ndarray) -> np.ndarray:
-    """[N, h, w, C] float32, whichever engine it is."""
+    """[N, h, w, C] float32, from either engine."""
     with engine.lane():
         maps = engine.feature_maps(pixels)
         if isinstance(maps, np.ndarray):
@@ -149,7 +149,7 @@ def test_a_map_is_the_callers_own() -> None:
     assert np.array_equal(first, kept)
 
 
-def test_a_store_goes_on_with_another_engine(make_images: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_store_resumes_with_another_engine(make_images: Callable[..., Path], tmp_path: Path) -> None:
     folder, output = make_images(4), tmp_path / "f.h5"
     assert extract_folder(folder, output, TINY, TORCH).engine == "torch"
     make_images(8)
@@ -171,18 +171,18 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Describer(TINY, OPENVINO).engine == "openvino"
 
 
-def test_choices_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorrt': expected one of auto, torch, openvino"):
         RunOptions(engine="tensorrt")
-    with pytest.raises(UsageError, match="openvino computes float32 and bfloat16, found precision float16"):
+    with pytest.raises(UsageError, match="openvino: expected precision float32 or bfloat16, found float16"):
         load(replace(TINY, precision="float16"), OPENVINO)
     monkeypatch.setattr(engine_module, "resolve_device", lambda name: "cuda:0")
-    with pytest.raises(UsageError, match="openvino computes on the processor, found device cuda: .*--device cpu"):
+    with pytest.raises(UsageError, match="openvino runs on the CPU: expected --device cpu, found cuda"):
         load(TINY, RunOptions(engine="openvino", device="cuda"))
 
 
 def test_openvino_that_is_not_installed(make_images: Callable[..., Path], tmp_path: Path) -> None:
-    """In processes of their own, in which importing it fails."""
+    """In separate processes, in which importing it fails."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['openvino'] = None\n")
     folder = make_images(2)
     arguments = ["-o", tmp_path / "f.h5", "--backbone", TINY.backbone, "--weights", "random", "--scales", "64"]
@@ -247,7 +247,7 @@ def test_a_network_that_openvino_cannot_run(
     assert engine.name == "torch"
 
 
-def test_the_fallback_is_said_at_the_command_line(
+def test_the_fallback_is_reported_on_the_command_line(
     make_images: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -277,7 +277,7 @@ def test_the_fallback_is_said_at_the_command_line(
         with pytest.raises(SystemExit) as refused:
             main()
     assert refused.value.code == 1 and capsys.readouterr().err.startswith("sppfeat: engine openvino: backbone x")
-    assert open_store(tmp_path / "f.h5").counts()["done"] == 1  # what was there is left as it was
+    assert open_store(tmp_path / "f.h5").counts()["done"] == 1  # the existing store is left unchanged
 
 
 def test_a_compiled_network_is_kept_and_read_back(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_preparing_is_said_before_it_begins_and_once(
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign", "stale", "folder"])
-def test_a_corrupt_entry_is_made_anew(own_cache: Path, damage: str) -> None:
+def test_a_corrupt_entry_is_recreated(own_cache: Path, damage: str) -> None:
     engine = load(TINY, OPENVINO)
     (entry,) = own_cache.glob("*.bin")
     good = entry.read_bytes()
@@ -371,7 +371,7 @@ def test_another_recipe_version_or_machine_has_another_entry(own_cache: Path, mo
     assert entry(replace(TINY, levels=(1,), scales=(96,))) == entry(TINY)
 
 
-def test_writers_at_once_leave_one_whole_entry(own_cache: Path) -> None:
+def test_concurrent_writers_leave_one_whole_entry(own_cache: Path) -> None:
     engine = load(TINY, OPENVINO)
     (entry,) = own_cache.glob("*.bin")
     compiled = engine._compiled  # type: ignore[attr-defined]
@@ -388,7 +388,7 @@ def test_writers_at_once_leave_one_whole_entry(own_cache: Path) -> None:
     )
 
 
-def test_old_entries_and_what_killed_writers_left_go(own_cache: Path) -> None:
+def test_old_entries_and_leftovers_of_killed_writers_are_removed(own_cache: Path) -> None:
     own_cache.mkdir(parents=True)
     for number in range(openvino_engine._KEPT_ENTRIES + 3):
         (own_cache / f"{number}.bin").write_bytes(b"old")
@@ -400,7 +400,7 @@ def test_old_entries_and_what_killed_writers_left_go(own_cache: Path) -> None:
     assert len(left) == openvino_engine._KEPT_ENTRIES and not left & {"0.bin", "1.bin", "2.bin", "3.bin", ".x.partial"}
 
 
-def test_pictures_that_the_network_refuses_have_torchs_reason() -> None:
+def test_images_that_the_network_refuses_have_torchs_reason() -> None:
     engine = load(replace(TINY, backbone="torchvision:squeezenet1_1"), OPENVINO)
     with pytest.raises(ImageRefusedError, match="[Kk]ernel size|too small"):
         cells(engine, images(1, 8, 8))
@@ -433,13 +433,13 @@ def test_a_driver_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_driver", lambda: True)
     with pytest.raises(DeviceError, match="device cuda: expected .* found none usable .*driver .* is too old .found"):
         resolve_device("cuda")
-    with pytest.warns(SppFeatWarning, match="the GPU is left out .*too old.*; using the processor"):
+    with pytest.warns(SppFeatWarning, match="the GPU cannot be used .*too old.*; falling back to the CPU"):
         assert resolve_device("auto") == "cpu"
 
 
 @pytest.mark.parametrize("needed", [72_000_000, None])
 def test_openvino_that_has_no_memory_says_so(monkeypatch: pytest.MonkeyPatch, needed: int | None) -> None:
-    """As OpenVINO 2026 says it; anything else that fails is not taken for it."""
+    """The message of OpenVINO 2026; other failures are not taken for it."""
     engine = load(TINY, OPENVINO)
     cause = f"Failed to allocate {needed} bytes of memory" if needed else "broken"
 

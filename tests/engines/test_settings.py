@@ -1,4 +1,4 @@
-"""Settings of the process: in force while work goes on, and as before afterwards, in whatever order it ends."""
+"""Process-wide settings hold while work is running, and are then restored, in whatever order it ends."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_descriptions_that_overlap_leave_the_settings_as_they_were(
     during: list[bool] = []
     feature_map = Backbone.feature_map
 
-    def watched(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+    def watched(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         cudnn: Any = torch.backends.cudnn
         during.append(cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32)
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", watched)
     describers = [Describer(TINY, OPTIONS) for _ in range(2)]  # these load modules that set warnings for good

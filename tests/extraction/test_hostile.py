@@ -110,7 +110,7 @@ NOT_AN_IMAGE, UNDECODABLE = "not an image: expected JPEG", "cannot be decoded: "
 BAD_FILES: dict[bytes, tuple[bytes, str]] = {
     b"zero.jpg": (b"", r"empty file \(0 bytes\)"),
     b"one byte.jpg": (b"\xff", NOT_AN_IMAGE),
-    b"text.jpg": (b"this is no picture\n" * 50, NOT_AN_IMAGE + r".* starts b'this is no p'"),
+    b"text.jpg": (b"this is no image\n" * 50, NOT_AN_IMAGE + r".* starts with b'this is no i'"),
     b"error page.png": (b"<!DOCTYPE html><html>404</html>", NOT_AN_IMAGE),
     b"lfs pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", NOT_AN_IMAGE),
     b"._resource fork.jpg": (b"\0\5\x16\7" + bytes(100), NOT_AN_IMAGE),
@@ -362,7 +362,7 @@ def some(tmp_path) -> Path:
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "good.jpg").write_bytes(JPEG)
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     (folder / "cut.jpg").write_bytes(JPEG[:1000])
     (folder / "dangling.jpg").symlink_to("nowhere")
     return folder
@@ -420,7 +420,7 @@ def test_a_good_file_that_became_bad_loses_its_descriptor(some, become):
     good = some / "good.jpg"
     good.unlink()
     make: dict[str, Callable[[], object]] = {
-        "text": lambda: good.write_text("no picture"),
+        "text": lambda: good.write_text("no image"),
         "folder": good.mkdir,
         "pipe": lambda: os.mkfifo(good),
     }
@@ -433,7 +433,7 @@ def test_a_good_file_that_became_bad_loses_its_descriptor(some, become):
 
 
 def test_a_link_whose_target_went_away_keeps_its_descriptor(some):
-    """The picture is gone, not bad: perhaps a disk is not mounted today."""
+    """The image is missing, not bad: perhaps a disk is not mounted today."""
     good = some / "good.jpg"
     good.rename(some.parent / "away.jpg")
     good.symlink_to(some.parent / "away.jpg")
@@ -473,7 +473,7 @@ def test_a_failing_disk_is_a_failed_row(some, monkeypatch):
     assert "Input/output error" in open_store(some.parent / "x.h5").errors()["good.jpg"]
 
 
-def test_native_scale_with_a_picture_too_small_for_the_backbone(tmp_path):
+def test_native_scale_with_an_image_too_small_for_the_backbone(tmp_path):
     (tmp_path / "images").mkdir()
     for side in (8, 31, 32, 33, 100):
         (tmp_path / f"images/{side:03}.png").write_bytes(encoded("PNG", (side + 20, side)))
@@ -481,8 +481,8 @@ def test_native_scale_with_a_picture_too_small_for_the_backbone(tmp_path):
     done = extract_folder(tmp_path / "images", tmp_path / "x.h5", recipe, OPTIONS)
     assert (done.described, done.failed) == (3, 2)
     assert open_store(tmp_path / "x.h5").errors() == {
-        "008.png": "28 x 8 pixels: the backbone needs at least 32 a side at native scale",
-        "031.png": "51 x 31 pixels: the backbone needs at least 32 a side at native scale",
+        "008.png": "28 x 8 pixels: the backbone needs at least 32 per side at native scale",
+        "031.png": "51 x 31 pixels: the backbone needs at least 32 per side at native scale",
     }
 
 
@@ -490,7 +490,7 @@ def test_a_list_of_bad_entries(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jpg").write_bytes(JPEG)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "text.md").write_text("no picture")
+    (tmp_path / "text.md").write_text("no image")
     lines = [
         "good.jpg",
         "folder",

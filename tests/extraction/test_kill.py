@@ -100,7 +100,7 @@ def test_signals_finish_the_rows_in_flight(make_images: Callable[..., Path], tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_path: Path, number: int) -> None:
-    """While the network loads, or a list is awaited: the program ends, and an old store stays even with --overwrite."""
+    """While the network loads, or a list is awaited, the program ends, and an old store stays even with --overwrite."""
     folder, output = make_images(3), tmp_path / "f.h5"
     extract_folder(folder, output, TINY)
     before = output.read_bytes()
@@ -114,7 +114,7 @@ def test_signals_before_the_first_image(make_images: Callable[..., Path], tmp_pa
     assert output.read_bytes() == before
 
 
-# Runs the command line, with a SIGINT that comes amid one of the writes of HDF5.
+# Runs the command line, with a SIGINT during one of HDF5's writes.
 INTERRUPTED = """
 import io, signal
 from sppfeat.files import output
@@ -135,7 +135,7 @@ main()
 
 
 def test_an_interrupt_inside_hdf5_leaves_the_store_as_it_was(make_images: Callable[..., Path], tmp_path: Path) -> None:
-    """HDF5 would make another error of it, or crash when it closes the file."""
+    """HDF5 would turn it into another error, or crash when it closes the file."""
     output = tmp_path / "f.h5"
     extract_folder(make_images(3), output, TINY)
     before = output.read_bytes()
@@ -150,7 +150,7 @@ def test_an_interrupt_inside_hdf5_leaves_the_store_as_it_was(make_images: Callab
     assert again.returncode == 0 and json.loads(again.stdout)["described"] == 2, again.stderr
 
 
-def test_two_writers_at_once(make_images: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_concurrent_writers(make_images: Callable[..., Path], tmp_path: Path) -> None:
     folder, output = make_images(3), tmp_path / "f.h5"
     command = sppfeat_command("extract", folder, "-o", output, "--quiet", *TINY_FLAGS)
     seconds: list[subprocess.CompletedProcess[str]] = []

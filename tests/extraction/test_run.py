@@ -1,4 +1,4 @@
-"""Extraction: values, resuming, and what may go wrong in between."""
+"""Extraction: values, resuming, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_resume_describes_only_what_is_new_or_changed(make_images: MakeImages, t
     assert (again.images, again.described, again.reused, again.failed) == (8, 0, 8, 0)
 
     make_images(3, "more", seed=1)
-    shutil.copy(tmp_path / "more" / "0000.png", folder / "0002.png")  # another picture under a known name
+    shutil.copy(tmp_path / "more" / "0000.png", folder / "0002.png")  # another image under a known name
     shutil.copy(tmp_path / "more" / "0001.png", folder / "00.png")  # a new name that sorts first
     (folder / "0005.png").unlink()
     log = Log()
@@ -232,7 +232,7 @@ def test_a_part_of_the_sources_joins_the_same_rows(make_images: MakeImages, tmp_
     assert open_store(output).names[-1] == "test/0002.png"
 
 
-def test_a_moved_collection_goes_on(make_images: MakeImages, tmp_path: Path) -> None:
+def test_a_moved_collection_resumes(make_images: MakeImages, tmp_path: Path) -> None:
     folder, output = make_images(3), tmp_path / "f.h5"
     extract_folder(folder, output, TINY)
     folder.rename(tmp_path / "moved")
@@ -262,12 +262,12 @@ def test_overflow_of_the_stored_type_fails_the_row(make_images: MakeImages, tmp_
     assert all("not finite as float16" in reason for reason in open_store(tmp_path / "f.h5").errors().values())
 
 
-def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None:
+def test_invalid_outputs(make_images: MakeImages, tmp_path: Path) -> None:
     folder = make_images(1)
     photo = folder / "0000.png"
     before = photo.read_bytes()
     for overwrite in (False, True):  # a photograph is never replaced, not even on request
-        with pytest.raises(StoreError, match="is no store; it is left as it is"):
+        with pytest.raises(StoreError, match="is not a store; it is left as it is"):
             extract_folder(folder, photo, TINY, overwrite=overwrite)
     assert photo.read_bytes() == before
     with pytest.raises(StoreError, match="found a folder"):
@@ -275,7 +275,7 @@ def test_outputs_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None
     with pytest.raises(StoreError, match="expected its folder .* to exist"):
         extract_folder(folder, tmp_path / "none" / "f.h5", TINY)
     extract_folder(folder, tmp_path / "f.h5", TINY)
-    with pytest.raises(StoreError, match="exists already"):
+    with pytest.raises(StoreError, match="already exists"):
         extract_folder(folder, tmp_path / "f.h5", TINY, resume=False)
 
 
@@ -317,7 +317,7 @@ def test_images_that_are_gone_keep_their_rows_in_lists_too(make_images: MakeImag
 
 
 def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_path: Path) -> None:
-    """Rows of `a` stay, named from the folder that holds both."""
+    """Rows of `a` stay, named from the folder that contains both."""
     output = tmp_path / "f.h5"
     extract_folder(make_images(2, "data/a"), output, TINY)
     make_images(1, "data/b", seed=1)
@@ -326,7 +326,7 @@ def test_a_folder_further_up_joins_the_same_rows(make_images: MakeImages, tmp_pa
     assert open_store(output).names == ["a/0000.png", "a/0001.png", "b/0000.png"]
 
 
-def test_a_failing_network_is_no_fault_of_the_images(
+def test_a_failing_network_is_not_the_fault_of_the_images(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lost GPU: the run ends with one line, and the rows stay pending."""
@@ -348,17 +348,17 @@ def test_a_failing_network_is_no_fault_of_the_images(
 def test_out_of_memory_halves_batches_and_loses_no_row(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
 ) -> None:
-    """With a network that has room for `fits` pictures at a time."""
+    """With a network that has room for `fits` images at a time."""
     folder, output, options = make_images(40), tmp_path / "f.h5", RunOptions(engine="torch", batch_size=16)
     recipe = replace(TINY, size_multiple=64)
     extract_folder(folder, tmp_path / "whole.h5", recipe, RunOptions(engine="torch"))
     feature_map, sizes = Backbone.feature_map, []
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(pictures))
-        if len(pictures) > fits:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     if not fits:
@@ -384,11 +384,11 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
         Image.new("RGB", (640, 64) if i < 48 else (64, 64), (i, i, i)).save(folder / f"{i:02}.png")
     feature_map, passes = Backbone.feature_map, list[tuple[int, int]]()
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        passes.append((pictures.shape[2], len(pictures)))
-        if pictures.shape[2] > 64 and len(pictures) > 1:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        passes.append((images.shape[2], len(images)))
+        if images.shape[2] > 64 and len(images) > 1:
             raise MemoryError
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (1, 1))
@@ -409,10 +409,10 @@ def test_an_image_that_does_not_fit_fails_alone(
     Image.new("RGB", (640, 64)).save(folder / "wide.png")
     feature_map = Backbone.feature_map
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
-        if pictures.shape[2] >= 500:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[2] >= 500:
             raise error
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     done = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
@@ -430,12 +430,12 @@ def test_memory_that_others_take_costs_no_row(
     """Images of a size that did fit are not at fault: their rows stay pending."""
     folder, feature_map, passes = make_images(24), Backbone.feature_map, 0
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         nonlocal passes
         passes += 1
         if passes > 4:
             raise MemoryError
-        return feature_map(self, pictures)
+        return feature_map(self, images)
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     options = RunOptions(device="cpu", engine="torch", batch_size=4)
@@ -462,7 +462,7 @@ def test_an_image_that_does_not_fit_while_it_is_prepared_fails_alone(
     monkeypatch.setattr(preprocess, "_resized", small)
     done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch"))
     assert (done.described, done.failed, done.pending) == (4, 1, 0)
-    assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("it does not fit into memory")
+    assert open_store(tmp_path / "f.h5").errors()["wide.png"].endswith("out of memory")
 
 
 def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
@@ -472,15 +472,15 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
     feature_map, release = Backbone.feature_map, TorchEngine.release
     lock, inside, beside = threading.Lock(), 0, list[int]()
 
-    def small(self: Backbone, pictures: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         nonlocal inside
         with lock:
             inside += 1
         try:
             time.sleep(0.005)
-            if len(pictures) > 2:
+            if len(images) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return feature_map(self, pictures)
+            return feature_map(self, images)
         finally:
             with lock:
                 inside -= 1
@@ -527,7 +527,9 @@ def test_a_full_disk(make_images: MakeImages, tmp_path: Path) -> None:
     try:
         folder, output = make_images(200), disk / "f.h5"
         recipe = replace(TINY, levels=(6, 3, 2, 1))
-        with pytest.raises(StoreError, match=r"f\.h5: cannot be written: the disk is full; make room, then resume"):
+        with pytest.raises(
+            StoreError, match=r"f\.h5: cannot be written: the disk is full; free some space, then resume"
+        ):
             extract_folder(folder, output, recipe)
         assert list(disk.iterdir()) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -537,7 +539,7 @@ def test_a_full_disk(make_images: MakeImages, tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """Peak memory of a process that describes 3,000 pictures is that of one that describes 500."""
+    """Peak memory of a process that describes 3,000 images is that of one that describes 500."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png", compress_level=0)
     code = (
@@ -560,7 +562,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 
 
 def test_real_data(shared: Path, tmp_path: Path) -> None:
-    """The default recipe on real pictures: pictures of one class are closer than those of others."""
+    """The default recipe on real images: images of one class are closer than those of others."""
     classes = ["airplanes", "Motorbikes", "Leopards", "Faces"]
     sources = [shared / "data" / "caltech101-subset" / "test" / name for name in classes]
     done = extract_folder(sources, tmp_path / "f.h5", Recipe())

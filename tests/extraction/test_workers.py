@@ -1,4 +1,4 @@
-"""Several processes that fill one store; on the processor, since what they share is the file, not the cards."""
+"""Several processes that fill one store; on the CPU, since they share the file, not the GPUs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_leaves_its_rows(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started[0].pid, signal.SIGKILL)
 
-    with pytest.raises(BackboneError, match="the process of card 0 ended early .* rows are left for a next run"):
+    with pytest.raises(BackboneError, match="the process of GPU 0 ended early .* its remaining rows stay pending"):
         extract_folder(folder, output, TINY, OPTIONS, observer=Kill())
     monkeypatch.undo()
     left = open_store(output).counts()["pending"]
@@ -121,8 +121,8 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     assert child.returncode
 
 
-def test_an_item_is_told_to_a_process_whole() -> None:
-    """Bytes in a root that are no text, and every digit of its windows, included."""
+def test_an_item_is_sent_to_a_process_whole() -> None:
+    """Including bytes in a root that are not UTF-8, and every digit of its windows."""
     item = Item("/a\udcff", "b\\xff.png", np.array([[0.125, 1 / 3, 7, 9]]))
     again = _heard(json.loads(json.dumps(_told(Todo(item, [3])))))
     assert (again.item.root, again.item.name, again.rows) == (item.root, item.name, [3])
@@ -130,7 +130,7 @@ def test_an_item_is_told_to_a_process_whole() -> None:
     assert _heard(_told(Todo(Item("/", "a.png"), [0]))).item.windows is None
 
 
-def test_several_devices_that_cannot_be(make_images: MakeImages, tmp_path: Path) -> None:
+def test_invalid_lists_of_devices(make_images: MakeImages, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="device cuda:7[78]: expected an NVIDIA GPU"):
         extract_folder(make_images(1), tmp_path / "f.h5", TINY, RunOptions(device="cuda:77,78"))
     with pytest.raises(UsageError, match="device cuda:0,1: expected one device here, found several"):

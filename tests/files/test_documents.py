@@ -1,4 +1,4 @@
-"""Documents are checked once, and named when they are wrong."""
+"""Documents are checked once, and named if they are invalid."""
 
 import msgspec
 import pytest

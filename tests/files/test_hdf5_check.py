@@ -1,4 +1,4 @@
-"""HDF5 files from unknown hands are refused before they can hang, kill or fill this process."""
+"""HDF5 files from untrusted sources are refused before they can hang, kill or fill this process."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_memory_bomb_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_other_threads_inside_hdf5_do_no_harm(tmp_path: Path) -> None:
-    """A fork while another thread holds h5py's lock must not leave a child that waits for it for ever."""
+    """A fork while another thread holds h5py's lock must not leave a child that waits for it forever."""
     with h5py.File(tmp_path / "busy.h5", "w") as file:
         file["x"] = np.zeros(100_000)
     stop = threading.Event()
@@ -137,7 +137,7 @@ def test_a_failure_that_passes_is_not_remembered(tmp_path: Path, monkeypatch: py
 
 
 def test_where_nobody_waits_for_children(tmp_path: Path) -> None:
-    """A program that ignores its children's ends, as a supervisor may have set, learns no exit codes."""
+    """A program that ignores SIGCHLD, as a supervisor may have set it, learns no exit codes."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"] = [1.0]
     script = (
@@ -147,7 +147,7 @@ def test_where_nobody_waits_for_children(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.h5")], check=True, timeout=60)
 
 
-def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.h5")
     with pytest.raises(OSError, match="a pipe"):
         untrusted.check_hdf5(tmp_path / "a.h5")

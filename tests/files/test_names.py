@@ -1,4 +1,4 @@
-"""Names from files of unknown origin: those that `path_to_name` writes are sound, others are not."""
+"""Names from untrusted files: those that `path_to_name` writes are sound, others are not."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Files that pass for small ones and are not: holes in a file, buffers larger than the image, a second copy."""
+"""Files that only look small: holes in a file, buffers larger than the image, a second copy."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def by_plane(width: int, height: int) -> bytes:
     return content.ljust(1000, b"\0") + bytes(strips * size)
 
 
-def test_tags_of_another_type_are_no_traceback(tmp_path):
+def test_tags_of_another_type_cause_no_traceback(tmp_path):
     path = tmp_path / "image.tif"
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(path, compression="tiff_lzw", tiffinfo={278: 48})
     content = bytearray(path.read_bytes())
@@ -299,7 +299,7 @@ print(peak() - before, needed)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
 def test_memory_of_real_reads_stays_below_the_estimate(tmp_path):
-    """In processes of their own, 9 megapixels each: what the estimate is worth."""
+    """In separate processes, 9 megapixels each: how good the estimate is."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, mode, options in (

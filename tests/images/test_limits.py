@@ -1,4 +1,4 @@
-"""Images that would take minutes or gigabytes are refused by their structure, and real ones are decoded as before."""
+"""Images that would take minutes or gigabytes are rejected by their structure; real ones are decoded as before."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ HOSTILE = {
         tiff([(256, 4, 1, 4000), (257, 4, 1, 4000), (322, 3, 1, 1), (323, 3, 1, 1)]),
         "TIFF tiles of 1 x 1 pixels: expected at least 16 x 16",
     ),
-    "values": (tiff([(256, 4, 1, 4000), (700, 1, 2000, 8), (701, 1, 2000, 8)]), "TIFF directory names 4,"),
+    "values": (tiff([(256, 4, 1, 4000), (700, 1, 2000, 8), (701, 1, 2000, 8)]), "TIFF directory claims 4,"),
     "entries": (b"II*\0" + struct.pack("<IH", 8, 60_000) + bytes(720_000), "TIFF directory of 60,000 entries"),
     "runs": (b"BM" + bytes(28) + b"\1\0\0\0" + bytes(9_000_000), "run-length BMP of 9,"),
 }
@@ -138,7 +138,7 @@ def test_photos_are_decoded_as_pillow_does():
 
 
 @pytest.mark.skipif("AVIF" not in _FORMATS, reason="this Pillow reads no AVIF")
-def test_a_damaged_avif_is_called_one(tmp_path):
+def test_a_damaged_avif_is_named(tmp_path):
     path = tmp_path / "image.avif"
     path.write_bytes(encoded("AVIF")[:40])
     with pytest.raises(ImageError, match="damaged AVIF header"):
@@ -210,7 +210,7 @@ def test_images_under_decoding_take_no_more_than_their_memory_or_one_is_alone():
     assert any(len(peak) > 1 for peak in peaks)
 
 
-def test_the_images_to_be_damaged_are_sound_and_what_they_are_called(tmp_path):
+def test_the_images_to_damage_are_sound_and_named_correctly(tmp_path):
     for kind, content in fuzz_images.seeds().items():
         path = tmp_path / "image"
         path.write_bytes(content)

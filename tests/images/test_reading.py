@@ -138,7 +138,7 @@ def test_a_list_saved_by_a_windows_editor(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("x.jpg\r\ny.jpg", "utf-8-sig")
     assert find_images(["list.txt"]).names == ["x.jpg", "y.jpg"]
     (tmp_path / "list.txt").write_text("x.jpg\r\ny.jpg", "utf-16")
-    with pytest.raises(UsageError, match=r"list\.txt: expected a list in UTF-8 with one path a line, found NUL"):
+    with pytest.raises(UsageError, match=r"list\.txt: expected a UTF-8 list with one path per line, found NUL"):
         find_images(["list.txt"])
 
 
@@ -186,8 +186,8 @@ def test_symlinks_that_lead_nowhere_or_round_are_problems(tmp_path):
     assert found.problems == {
         "dangling.jpg": "symlink points to nothing",
         "self.jpg": "symlink loops",
-        "a/up": "symlink loops back to a folder that holds it",
-        "a/up.jpg": "symlink loops back to a folder that holds it",
+        "a/up": "symlink loops back to a folder that contains it",
+        "a/up.jpg": "symlink loops back to a folder that contains it",
         "ping": "symlink loops",
         "pong": "symlink loops",
     }
@@ -309,7 +309,7 @@ def test_any_file_name_is_found_and_opened(tmp_path):
 
 # ---------------------------------------------------------------- orientation
 
-# What EXIF's 8 values mean, by their definition: where the stored rows and columns start in the upright picture
+# What EXIF's 8 values mean, by their definition: where the stored rows and columns start in the upright image
 #     a b
 #     c d
 #     e f
@@ -329,7 +329,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-def picture(rows: list[str], block: int = 16) -> np.ndarray:
+def image_from(rows: list[str], block: int = 16) -> np.ndarray:
     """Each letter a block of its colour: blocks of 16 stay apart in JPEG's 8 x 8 transforms and halved colour."""
     cells = np.array([[COLOURS[letter] for letter in row] for row in rows], np.uint8)
     return cells.repeat(block, 0).repeat(block, 1)
@@ -356,24 +356,24 @@ if AVIF:
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_orientation_gives_the_same_upright_picture(tmp_path, name, orientation):
+def test_every_orientation_gives_the_same_upright_image(tmp_path, name, orientation):
     options, tolerance = FORMATS[name]
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    stored = picture(STORED[orientation])
+    stored = image_from(STORED[orientation])
     Image.fromarray(stored).save(tmp_path / name, exif=exif, **options)
-    assert_same(pixels(tmp_path / name), picture(STORED[1]), tolerance)
+    assert_same(pixels(tmp_path / name), image_from(STORED[1]), tolerance)
     assert_same(pixels(tmp_path / name, "ignore"), stored, tolerance)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
 def test_other_modes_are_turned_too(tmp_path, mode):
-    gray = picture(STORED[6])[..., 0]
+    gray = image_from(STORED[6])[..., 0]
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     image = Image.fromarray(gray.astype(np.uint16) << 8) if mode == "I;16" else Image.fromarray(gray).convert(mode)
     image.save(tmp_path / "x.tif", exif=exif)
-    np.testing.assert_array_equal(pixels(tmp_path / "x.tif")[..., 0], picture(STORED[1])[..., 0])
+    np.testing.assert_array_equal(pixels(tmp_path / "x.tif")[..., 0], image_from(STORED[1])[..., 0])
 
 
 @pytest.mark.parametrize("name", ["x.tif", "x.png", "x.jpg"])
@@ -389,10 +389,10 @@ def test_xmp_says_the_orientation_where_exif_does_not(tmp_path, name):
 
         options = {"pnginfo": PngInfo()}
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", packet.decode())
-    stored = picture(STORED[6])
+    stored = image_from(STORED[6])
     Image.fromarray(stored).save(tmp_path / name, **options)
     # Pillow's readers differ in whether they look; whichever they do, size and pixels must agree (`pixels` checks).
-    assert pixels(tmp_path / name).shape in (stored.shape, picture(STORED[1]).shape)
+    assert pixels(tmp_path / name).shape in (stored.shape, image_from(STORED[1]).shape)
     assert_same(pixels(tmp_path / name, "ignore"), stored, 12)
 
 
@@ -408,7 +408,7 @@ def exif_block(kind: int, count: int, value: bytes, order: str = ">") -> bytes:
         (exif_block(3, 1, b"\0\6\0\0"), True),
         (exif_block(3, 1, b"\6\0\0\0", "<"), True),
         (exif_block(4, 1, b"\0\0\0\6"), True),  # a long instead of a short
-        (exif_block(3, 1, b"\0\0\0\0"), False),  # 0 and 9 are no orientation: the picture stays
+        (exif_block(3, 1, b"\0\0\0\0"), False),  # 0 and 9 are no orientation: the image stays
         (exif_block(3, 1, b"\0\x09\0\0"), False),
         (exif_block(2, 2, b"6\0\0\0"), False),
         (exif_block(12, 1, b"\0\0\0\x08"), False),  # points behind the end
@@ -418,7 +418,7 @@ def exif_block(kind: int, count: int, value: bytes, order: str = ">") -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["x.jpg", "x.webp", "x.png"])
-def test_unusual_but_sound_exif_is_no_reason_to_fail(tmp_path, name, block, turned):
+def test_unusual_but_valid_exif_does_not_fail(tmp_path, name, block, turned):
     if name != "x.jpg" and block == b"Exif\0\0":
         pytest.skip("only JPEG has a marker that can be empty")
     Image.new("RGB", (40, 24)).save(tmp_path / name, exif=block)
@@ -448,13 +448,13 @@ def test_damaged_exif_fails_unless_it_is_ignored(tmp_path, name, block):
 def test_exif_behind_the_pixels_counts_and_damaged_pixels_are_not_blamed_on_exif(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    Image.fromarray(picture(STORED[6])).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(image_from(STORED[6])).save(tmp_path / "x.png", exif=exif)
     content = (tmp_path / "x.png").read_bytes()
     at = content.index(b"eXIf") - 4
     chunk = content[at : at + 12 + struct.unpack(">I", content[at : at + 4])[0]]
     moved = content.replace(chunk, b"").replace(bytes(4) + b"IEND", chunk + bytes(4) + b"IEND")
     (tmp_path / "x.png").write_bytes(moved)
-    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), picture(STORED[1]))
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), image_from(STORED[1]))
     (tmp_path / "x.png").write_bytes(content.replace(chunk, b"")[:120])
     with pytest.raises(ImageError, match="^cannot be decoded: .*truncated"):
         read_image(str(tmp_path / "x.png"))
@@ -587,7 +587,7 @@ def test_pixels_without_a_range_are_refused(tmp_path, content, reason):
 
 @pytest.mark.parametrize("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), b"no profile"])
 def test_colour_profiles_are_left_alone(tmp_path, profile):
-    stored = picture(STORED[1])
+    stored = image_from(STORED[1])
     Image.fromarray(stored).save(tmp_path / "x.png", icc_profile=profile)
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), stored)
 
@@ -619,28 +619,28 @@ def test_a_progressive_jpeg_equals_its_baseline_twin(tmp_path):
 
 @pytest.mark.skipif(not AVIF, reason="this Pillow has no AVIF")
 def test_avif(tmp_path):
-    Image.fromarray(picture(STORED[1])).save(tmp_path / "x.avif", quality=95)
+    Image.fromarray(image_from(STORED[1])).save(tmp_path / "x.avif", quality=95)
     assert find_images([tmp_path]).names == ["x.avif"]
-    assert_same(pixels(tmp_path / "x.avif"), picture(STORED[1]), 8)
+    assert_same(pixels(tmp_path / "x.avif"), image_from(STORED[1]), 8)
 
 
 def test_the_content_decides_not_the_extension(tmp_path):
-    Image.fromarray(picture(STORED[1])).save(tmp_path / "x.png")
+    Image.fromarray(image_from(STORED[1])).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(tmp_path / "x.jpg")
-    np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), picture(STORED[1]))
+    np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), image_from(STORED[1]))
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "SGI", "DDS"])
 def test_other_decoders_are_never_reached(tmp_path, kind):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", kind)
-    with pytest.raises(ImageError, match="^not an image: expected JPEG, PNG, .* found a file that starts b"):
+    with pytest.raises(ImageError, match="^not an image: expected JPEG, PNG, .* found a file that starts with b"):
         read_image(str(tmp_path / "x.jpg"))
 
 
 # ---------------------------------------------------------------- what is no file
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_what_is_not_a_file_is_refused_at_once(tmp_path):
     # Opening a pipe without a writer, or reading a terminal or a device, would never end.
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")

@@ -27,7 +27,7 @@ scales = st.integers(16, 4096)
 
 
 def save(path: Path, width: int, height: int, **options) -> str:
-    """A picture whose every pixel differs from its neighbours."""
+    """An image whose every pixel differs from its neighbours."""
     y, x = np.mgrid[:height, :width]
     Image.fromarray(np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)).save(path, **options)
     return str(path)
@@ -68,7 +68,7 @@ def test_never_more_pixels_than_allowed(width, height, scale, limit):
 
 
 @given(width=sides, height=sides, scale=scales)
-def test_turning_the_picture_turns_its_size(width, height, scale):
+def test_turning_the_image_turns_its_size(width, height, scale):
     for recipe in (Recipe(**FREE), Recipe(crop="center", **FREE)):
         assert scaled_size((width, height), scale, recipe) == scaled_size((height, width), scale, recipe)[::-1]
 
@@ -100,7 +100,7 @@ def test_center_crop_sizes_are_torchvisions(size):
         ((5000, 900), "native", {}, "5000 x 900 pixels at scale native: more than 4000000 (max_pixels)"),
         ((900, 90), 4096, {}, "40960 x 4096 pixels at scale 4096: more than 4000000 (max_pixels)"),
         ((100, 100), 224, {"max_pixels": 50175}, "224 x 224 pixels at scale 224: more than 50175 (max_pixels)"),
-        ((31, 100), "native", {}, "31 x 100 pixels: the backbone needs at least 32 a side at native scale"),
+        ((31, 100), "native", {}, "31 x 100 pixels: the backbone needs at least 32 per side at native scale"),
     ],
 )
 def test_limits_name_the_numbers(size, scale, limits, reason):
@@ -113,7 +113,7 @@ def test_limits_themselves_are_allowed():
     assert scaled_size((8, 160), 224, Recipe()) == (224, 4480)
     assert scaled_size((2000, 2000), "native", Recipe()) == (2000, 2000)
     assert scaled_size((32, 32), "native", Recipe(), minimum=32) == (32, 32)
-    # A small picture is enlarged at a scale in pixels: the backbone's minimum matters only where nothing is resized.
+    # A small image is enlarged at a scale in pixels: the backbone's minimum matters only where nothing is resized.
     assert scaled_size((20, 20), 224, Recipe(), minimum=32) == (224, 224)
 
 
@@ -153,7 +153,7 @@ def test_native_pixels_are_those_of_the_file(tmp_path):
         np.testing.assert_array_equal(prepare_image(path, Recipe(scales=("native",))).inputs[0], np.asarray(image))
 
 
-def test_a_turned_picture_is_scaled_by_its_upright_size(tmp_path):
+def test_a_turned_image_is_scaled_by_its_upright_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "x.png", 300, 200, exif=exif)

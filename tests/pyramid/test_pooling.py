@@ -270,7 +270,7 @@ def test_layer_is_the_functions() -> None:
     assert torch.equal(layer(maps, rois), torch.cat(expected))
     assert SpatialPyramidPool().bins == 50
     assert repr(layer) == "SpatialPyramidPool(levels=(3, 1), pooling='gem')"
-    with pytest.raises(UsageError, match="one tensor for each of 3 maps, found 2"):
+    with pytest.raises(UsageError, match="one tensor per map, expected 3, found 2"):
         layer(maps, rois[:2])
 
 
@@ -283,12 +283,12 @@ def test_a_network_with_the_layer_learns(device: str, windows: bool) -> None:
     pool = SpatialPyramidPool((2, 1))
     head = nn.Linear(pool.bins * 4, 2).to(device)
     rois = [random_rois(2, 10, 12, 3), random_rois(1, 10, 12, 4)] if windows else None
-    pictures = random_map(2, 3, 12, 14).to(device)
+    images = random_map(2, 3, 12, 14).to(device)
     target = torch.tensor([0, 1, 0] if windows else [0, 1], device=device)
     optimizer = torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.01)
 
     def loss() -> torch.Tensor:
-        return F.cross_entropy(head(pool(trunk(pictures), rois)), target)
+        return F.cross_entropy(head(pool(trunk(images), rois)), target)
 
     before = loss()
     before.backward()

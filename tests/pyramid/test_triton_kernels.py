@@ -1,4 +1,4 @@
-"""The GPU's kernels: in Triton's interpreter against plain loops, and on the card where there is one."""
+"""The GPU kernels: in Triton's interpreter against plain loops, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sppfeat.pyramid import pooling as pyramid
 triton = pytest.importorskip("triton")
 
 # The interpreter has to be chosen before the kernels are defined. It takes a while for each value: few of them, and
-# blocks that are smaller than channels and cells, so that every loop and mask is gone through.
+# blocks that are smaller than channels and cells, so that every loop and mask is exercised.
 INTERPRETED = """
 import sys
 import numpy as np
@@ -63,7 +63,7 @@ def test_interpreted_kernels_agree_with_plain_loops() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:triton.*")  # about its own defaults
 @pytest.mark.parametrize("capability", [75, 90])
-def test_kernels_compile_without_a_card(capability: int) -> None:
+def test_kernels_compile_without_a_gpu(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -80,8 +80,8 @@ def test_kernels_compile_without_a_card(capability: int) -> None:
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_a_kernel_that_fails_is_warned_of_once(monkeypatch: pytest.MonkeyPatch, windows: bool) -> None:
-    """As on a card whose driver is too old for the compiler; the choice by device is pretended."""
+def test_a_kernel_that_fails_warns_once(monkeypatch: pytest.MonkeyPatch, windows: bool) -> None:
+    """As on a GPU whose driver is too old for the compiler; the choice by device is faked."""
     calls = []
 
     def fail(*arguments: object) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_a_kernel_that_fails_is_warned_of_once(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is pretended: what counts is that the launch happens inside the guard of these tensors."""
+    """The device is faked: what counts is that the launch happens inside the guard of these tensors."""
     inside: list[torch.Tensor] = []
 
     @contextlib.contextmanager
@@ -129,7 +129,7 @@ def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch: pytest.Monke
     assert bool((pool_pyramid(torch.zeros(1, 3, 7, 9), (3, 1)) == 1).all())
 
 
-def test_out_of_memory_is_no_failure_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_a_failure_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     module = type(sys)("sppfeat.pyramid.triton_kernels")
 
     def fail(*arguments: object) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_out_of_memory_is_no_failure_of_the_kernels(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 320, 7, 10), (32, 320, 7, 10), (2, 256, 43, 64), (3, 33, 5, 4)])
-def test_on_the_card(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(shape, generator=generator).to(dtype)
     random = np.random.default_rng(0)

@@ -109,4 +109,4 @@ def test_the_largest_picture_comes_first(
     assert "same &lt;b&gt;.png" in text and "<b>.png" not in text
     assert "http" not in text.replace("http-equiv", "")  # nothing from elsewhere
     again = run_sppfeat("duplicates", tmp_path / "f.h5", "--html", page)
-    assert again.returncode == 1 and "exists already" in again.stderr
+    assert again.returncode == 1 and "already exists" in again.stderr

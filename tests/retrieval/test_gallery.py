@@ -322,7 +322,7 @@ def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> 
             create_gallery(store, tmp_path / "photos", overwrite=overwrite)
     (tmp_path / "empty").mkdir()
     create_gallery(store, tmp_path / "empty")
-    with pytest.raises(GalleryError, match="exists already; choose another output, --overwrite or --add-to"):
+    with pytest.raises(GalleryError, match="already exists; choose another output, --overwrite or --add-to"):
         create_gallery(store, tmp_path / "empty")
     create_gallery(store, tmp_path / "empty", overwrite=True)
     assert_every_row_finds_itself(tmp_path / "empty", store)
@@ -336,7 +336,7 @@ def test_unfinished_and_empty_stores_are_refused(make_store: MakeStore, tmp_path
     store = make_store(descriptors(4))
     with StoreWriter(store) as writer:
         writer.reset([1])
-    with pytest.raises(StoreError, match="1 of 4 images are still to be described; run its extract again"):
+    with pytest.raises(StoreError, match="1 of 4 images are still to be described; run extract again"):
         create_gallery(open_store(store.path), tmp_path / "g")
     with StoreWriter(store) as writer:
         for row in range(4):

@@ -1,4 +1,4 @@
-"""The store: its layout, its integrity, and every way in which a file can be none."""
+"""The store: its layout, its integrity, and every way in which a file can fail to be a store."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_extend_keeps_rows_and_appends_names(path: Path) -> None:
 
 
 def test_an_open_store_stays_the_file_it_was(path: Path) -> None:
-    """Offsets belong to one file: a reader must not apply them to the one that takes its place."""
+    """Offsets belong to one file: a reader must not apply them to the file that replaces it."""
     values = fill(path, range(len(NAMES)))
     before = open_store(path)
     extend_store(before, [*NAMES, *(f"{n}.jpg" for n in range(500))], source_root="/")
@@ -131,7 +131,7 @@ def test_a_failed_extend_leaves_the_store_whole(path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(StoreError, match=r"feats\.h5: cannot be written: the disk is full; make room"):
+    with pytest.raises(StoreError, match=r"feats\.h5: cannot be written: the disk is full; free some space"):
         extend_store(open_store(path), [*NAMES, "new.jpg"], source_root="/")
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -227,7 +227,7 @@ def test_missing_parts(path: Path) -> None:
         shutil.copy(path, copy)
         with h5py.File(copy, "r+") as file:
             del file[part]
-        with pytest.raises(StoreError, match="expected a whole store"):
+        with pytest.raises(StoreError, match="damaged: expected a store, found: "):
             open_store(copy)
 
 
@@ -241,7 +241,7 @@ def test_space_is_taken_at_creation(tmp_path: Path) -> None:
 
 
 def test_disk_full_while_filling(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where space cannot be reserved, a write fails; what was flushed stays, and the rest can follow."""
+    """If space cannot be reserved, a write fails; what was flushed stays, and the rest can follow."""
     store = open_store(path)
     values = np.ones(DIM, np.float16)
     with pytest.raises(StoreError, match="disk is full"), StoreWriter(store) as writer:
@@ -289,7 +289,7 @@ def test_other_programs_hdf5_files_are_never_replaced(tmp_path: Path, kind: str)
             file.create_dataset("x", data=np.zeros(100), chunks=(10,), compression="gzip")
         else:
             file["x"] = h5py.SoftLink("/y")
-    with pytest.raises(StoreError, match="expected a store or a new file, found an HDF5 file that is not known"):
+    with pytest.raises(StoreError, match="expected a store or a new file, found an HDF5 file that does not seem"):
         check_output(path, overwrite=True, resume=True)
 
 
@@ -300,9 +300,9 @@ def test_a_store_with_a_broken_header_may_be_overwritten(path: Path) -> None:
     check_output(path, overwrite=True, resume=True)
 
 
-def test_a_store_without_rights_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_permissions_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.chmod(0o400)
     if os.geteuid() == 0:  # root may write to anything
         monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(StoreError, match=r"feats\.h5: store is not writable$"):
+    with pytest.raises(StoreError, match=r"feats\.h5: the store is not writable$"):
         check_output(path, overwrite=True, resume=True)

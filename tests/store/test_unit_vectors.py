@@ -1,4 +1,4 @@
-"""Rows of a store: read in blocks however many are asked for, and kept where they are asked for again and again."""
+"""Rows of a store: read in blocks, however many are requested, and kept if they are read again and again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sppfeat.retrieval.faiss_index import IndexOptions, build_index
 from sppfeat.retrieval.whitening import ProjectionOptions, learn_projection
 from sppfeat.store import unit_vectors as rows_module
 from sppfeat.store.reading import Store
-from sppfeat.store.unit_vectors import UnitRows, picture_of, unit_rows
+from sppfeat.store.unit_vectors import UnitRows, image_of, unit_rows
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_kept_rows_stay_as_they_are(make_store: MakeStore) -> None:
 
 @pytest.mark.parametrize("window", ["nan,0,1,1", "0,0,inf,9", "5,5,1,9", "0,9,9,3"])
 def test_windows_that_no_image_has(tmp_path: Path, window: str) -> None:
-    assert picture_of("/images", f"a.jpg#{window}") == (f"/images/a.jpg#{window}", None)  # an image's name
-    assert picture_of("/images", "a.jpg#1,2,3,4") == ("/images/a.jpg", (1, 2, 3, 4))
-    (tmp_path / f"a.jpg#{window}").write_bytes(b"")  # an image may be called like a window
-    assert picture_of(str(tmp_path), f"a.jpg#{window}") == (f"{tmp_path}/a.jpg#{window}", None)
+    assert image_of("/images", f"a.jpg#{window}") == (f"/images/a.jpg#{window}", None)  # an image's name
+    assert image_of("/images", "a.jpg#1,2,3,4") == ("/images/a.jpg", (1, 2, 3, 4))
+    (tmp_path / f"a.jpg#{window}").write_bytes(b"")  # an image may be named like a window
+    assert image_of(str(tmp_path), f"a.jpg#{window}") == (f"{tmp_path}/a.jpg#{window}", None)

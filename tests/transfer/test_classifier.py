@@ -70,7 +70,7 @@ def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> N
         for name in ("weights", "biases"):
             assert file[name].dtype == np.float32 and getattr(read.svm, name).dtype == np.float64
             assert np.array_equal(getattr(read.svm, name), getattr(classifier.svm, name).astype(np.float32))
-    with pytest.raises(ModelError, match=r"m\.h5: exists already; choose another output, or --overwrite"):
+    with pytest.raises(ModelError, match=r"m\.h5: already exists; choose another output, or use --overwrite"):
         save_classifier(classifier, tmp_path / "m.h5")
     save_classifier(classifier, tmp_path / "m.h5", overwrite=True)
     with pytest.raises(ModelError, match=r"f\.h5: expected an SVM or a new file, found a store; it is left as it is"):
@@ -89,7 +89,7 @@ def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Pat
         source: {one.name: one.scores for one in predict(classifier, [tmp_path / source], note=notes.append)}
         for source in ("colours", "f.h5", "other.h5")
     }
-    assert len(notes) == 1 and "other.h5: was made by another recipe (pooling: max here, avg there)" in notes[0]
+    assert len(notes) == 1 and "other.h5: was made with another recipe (pooling: max here, avg there)" in notes[0]
     assert found["colours"].keys() == found["f.h5"].keys() == found["other.h5"].keys() and len(found["colours"]) == 18
     for name, scores in found["colours"].items():
         assert scores is not None
@@ -268,7 +268,7 @@ def test_names_that_leave_the_root_are_not_followed(
     found = list(predict(classifier, [store.path]))
     assert [one.name for one in found] == names
     assert [one.error for one in found] == [
-        "the name leads out of the folder of the images, and is not followed",
+        "the name leads out of the image folder, and is not followed",
         "the name is absolute, and is not followed",
         "no such file",
         None,

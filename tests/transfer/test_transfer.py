@@ -160,7 +160,7 @@ def test_pending_rows_are_refused(make_store: Callable[..., Store]) -> None:
     store = make_store()
     with StoreWriter(store) as writer:
         writer.reset([0, 1])
-    with pytest.raises(StoreError, match=r"f\.h5: 2 of 48 images are still to be described; run its extract again"):
+    with pytest.raises(StoreError, match=r"f\.h5: 2 of 48 images are still to be described; run extract again"):
         evaluate_transfer([store])
 
 
@@ -613,7 +613,7 @@ def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) ->
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text) and "http" not in text
     for name in {mistake.name for one in done for mistake in one.mistakes[:5]}:
         assert html.escape(name) in text
-    with pytest.raises(ReportError, match="exists already"):
+    with pytest.raises(ReportError, match="already exists"):
         check_page(page, overwrite=False)
     assert check_page(page, overwrite=True) == page
     with pytest.raises(ReportError, match="it is left as it is"):

@@ -1,4 +1,4 @@
-"""Windows: files of them, their rows' names, where they lie on feature maps, and their descriptors."""
+"""Windows: their files, row names, places on feature maps, and descriptors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mapping_equals_the_naive_reference(data: st.DataObject) -> None:
 
 
 def test_mapping_follows_the_paper() -> None:
-    """Stride 16, offset 0, as the paper has it: floor(x / 16) + 1 and ceil(x / 16) - 1 away from the border."""
+    """Stride 16, offset 0, as in the paper: floor(x / 16) + 1 and ceil(x / 16) - 1 away from the border."""
     axis = Geometry(40, 16, 0.0, 1)
     windows = np.array([[100, 33, 260, 192], [96, 16, 128, 48], [97, 17, 105, 18], [0, 0, 623, 623]])
     rois = map_windows(windows, (624, 624), (624, 624), axis, axis)
@@ -98,14 +98,14 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
     # As many places left of the middle as right, and odd as even: borders cut the humps alike, and rounding cancels.
     steps = [(stride // 8 | 1) * step for step in range(-4, 4)]
     places = [(width // 2 + step, height // 2 - 1 - step) for step in steps]
-    pictures = torch.zeros(len(places), 3, height, width)
-    for picture, (x, y) in zip(pictures, places, strict=True):
-        picture[:, y, x] = 1e6
+    images = torch.zeros(len(places), 3, height, width)
+    for image, (x, y) in zip(images, places, strict=True):
+        image[:, y, x] = 1e6
     with torch.inference_mode():
-        maps = loaded.trunk(pictures).double().sum(1, keepdim=True)
+        maps = loaded.trunk(images).double().sum(1, keepdim=True)
     shifts = []
     for heights, (x, y) in zip(maps, places, strict=True):
-        reach = 0.95 * stride  # holds one cell a side, or two
+        reach = 0.95 * stride  # contains one cell per side, or two
         window = np.array([[x - reach, y - reach, x + reach, y + reach]])
         roi = torch.from_numpy(map_windows(window, (width, height), (width, height), columns, rows))
         assert (roi[0, 2:] - roi[0, :2]).max() <= 1
@@ -120,7 +120,7 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
 def test_nearest_scale() -> None:
     sizes = [(480, 360), (960, 720), (1920, 1440)]
     windows = np.array([[0, 0, 447, 447], [100, 100, 211, 211], [9, 9, 64, 64], [0, 0, 479, 359], [5, 5, 5, 5]])
-    # On a picture of 960 x 720: 448 halved is 224, 112 doubled is 224; 56 doubled is nearest at the largest scale.
+    # On an image of 960 x 720: 448 halved is 224, 112 doubled is 224; 56 doubled is nearest at the largest scale.
     assert nearest_scales(windows, (960, 720), sizes).tolist() == [0, 2, 2, 0, 2]
     assert nearest_scales(np.array([[0, 0, 223, 223]]), (960, 720), sizes).tolist() == [1]
 
@@ -134,13 +134,13 @@ def test_outside() -> None:
     st.text(min_size=1).filter(lambda name: "\n" not in name),
     st.lists(st.integers(-(10**7), 10**7).map(lambda n: n / 1000), min_size=4, max_size=4),
 )
-def test_row_names_say_picture_and_window(picture: str, window: list[float]) -> None:
+def test_row_names_say_image_and_window(image: str, window: list[float]) -> None:
     window = [min(window[::2]), min(window[1::2]), max(window[::2]), max(window[1::2])]
-    assert split_row_name(row_name(picture, window)) == (picture, tuple(window))
+    assert split_row_name(row_name(image, window)) == (image, tuple(window))
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a#b.jpg", "a#1,2,3.jpg", "a.jpg#1,2,3", "a.jpg#1,2,3,b", "#1,2,3,4"])
-def test_names_of_pictures_are_no_windows(name: str) -> None:
+def test_names_of_images_are_not_windows(name: str) -> None:
     assert split_row_name(name) == (name, None)
 
 
@@ -179,9 +179,9 @@ def test_files_of_windows(tmp_path: Path) -> None:
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3\n", "line 2: 'a': expected four numbers"),
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3,four\n", "line 2: 'a': expected four numbers"),
         ("w.csv", "name,x1,y1,x2,y2\na,1,2,3,nan\n", "line 2: 'a': expected finite numbers, found 1,2,3,nan"),
-        ("w.csv", "name,x1,y1,x2,y2\n../a,1,2,3,4\n", "expected a name relative to the folder of the pictures"),
-        ("w.csv", "name,x1,y1,x2,y2\n/etc/a,1,2,3,4\n", "expected a name relative to the folder of the pictures"),
-        ("w.csv", "name,x1,y1,x2,y2\n,1,2,3,4\n", "line 2: expected the name of a picture, found ''"),
+        ("w.csv", "name,x1,y1,x2,y2\n../a,1,2,3,4\n", "expected a name relative to the image folder"),
+        ("w.csv", "name,x1,y1,x2,y2\n/etc/a,1,2,3,4\n", "expected a name relative to the image folder"),
+        ("w.csv", "name,x1,y1,x2,y2\n,1,2,3,4\n", "line 2: expected the name of an image, found ''"),
         (
             "w.json",
             "{",
@@ -228,7 +228,7 @@ def size_of(path: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("fuse", ["mean", "max", "concat"])
 @pytest.mark.parametrize("backbone", ["timm:test_resnet", "timm:tf_mobilenetv3_small_minimal_100"])
-def test_a_window_of_the_whole_picture_has_the_pictures_descriptor(
+def test_a_window_of_the_whole_image_has_the_images_descriptor(
     make_images: Callable[..., Path], backbone: str, fuse: str
 ) -> None:
     paths = [str(path) for path in sorted(make_images(4).iterdir())]
@@ -307,7 +307,7 @@ def test_windows_go_to_a_store_and_resume(make_images: Callable[..., Path], tiny
     assert opened.errors().keys() == {"0001.png#0,0,4000,20"}
     again = extract_folder(folder, store, tiny, windows=boxes)
     assert (again.described, again.reused, again.failed, again.gone) == (0, 6, 1, 0)
-    # Further windows, other windows, a changed picture, and one that is gone.
+    # Further windows, other windows, a changed image, and one that no longer exists.
     boxes = {"0000.png": np.array([[1, 1, 20, 20]]), **{f"000{n}.png": boxes[f"000{n}.png"] for n in (1, 2)}}
     make_images(1, "other", seed=9)
     (tmp_path / "other" / "0000.png").replace(folder / "0001.png")
@@ -315,21 +315,19 @@ def test_windows_go_to_a_store_and_resume(make_images: Callable[..., Path], tiny
     more = extract_folder(folder, store, tiny, windows=boxes)
     assert (more.described, more.changed, more.reused, more.gone, more.failed) == (3, 2, 0, 2, 1)
     assert len(open_store(store)) == 8
-    # Whole pictures may stand beside their windows, and compare with them.
+    # Whole images may be stored beside their windows, and compared with them.
     both = extract_folder(folder, store, tiny)
     assert (both.images, both.described, both.gone) == (3, 3, 2)
 
 
-def test_windows_of_other_pictures(make_images: Callable[..., Path], tiny: Recipe, tmp_path: Path) -> None:
+def test_windows_of_other_images(make_images: Callable[..., Path], tiny: Recipe, tmp_path: Path) -> None:
     folder = make_images(2)
-    with pytest.raises(UsageError, match=r"of none of the 2 images below .*found 'cat.jpg'"):
+    with pytest.raises(UsageError, match=r"the windows belong to none of the 2 images below .*found 'cat.jpg'"):
         extract_folder(folder, tmp_path / "w.h5", tiny, windows={"cat.jpg": np.array([[0, 0, 3, 3]])})
     some = {"cat.jpg": np.array([[0, 0, 3, 3]]), "0000.png": np.array([[0, 0, 3, 3]])}
     done = extract_folder(folder, tmp_path / "w.h5", tiny, windows=some)
     assert (done.described, done.failed) == (1, 1)
-    assert open_store(tmp_path / "w.h5").errors() == {
-        "cat.jpg#0,0,3,3": "its image is not among the images of the sources (cat.jpg)"
-    }
+    assert open_store(tmp_path / "w.h5").errors() == {"cat.jpg#0,0,3,3": "its image is not in the sources (cat.jpg)"}
 
 
 def test_command_line(
