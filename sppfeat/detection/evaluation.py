@@ -156,8 +156,8 @@ def evaluate_detector(
     )
 
 
-def _class_result(name: str, pictures: list[Objects], overlap: float) -> ClassResult:
-    targets, _, objects = voc_ranking(pictures, overlap)
+def _class_result(name: str, images: list[Objects], overlap: float) -> ClassResult:
+    targets, _, objects = voc_ranking(images, overlap)
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
     return ClassResult(
@@ -166,7 +166,7 @@ def _class_result(name: str, pictures: list[Objects], overlap: float) -> ClassRe
         detections=len(targets),
         eleven_point=100 * ranked_average_precision(targets, relevant=objects, method="11-point"),
         area=100 * ranked_average_precision(targets, relevant=objects, method="area"),
-        coco=100 * float(np.mean([coco_average_precision(pictures, each) for each in COCO_OVERLAPS])),
+        coco=100 * float(np.mean([coco_average_precision(images, each) for each in COCO_OVERLAPS])),
         recall=found / max(objects, 1),
         precision=found / np.arange(1, len(hits) + 1),
     )

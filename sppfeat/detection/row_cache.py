@@ -24,7 +24,7 @@ GROUND_TRUTH: Final = -1
 class RowCache:
     """Rows [N, D] float16 with targets [N, K] of +1, -1 and 0, up to a number that is fixed at birth.
 
-    origin: [N, 2] the picture and the window of each row; windows that are ground truth are `GROUND_TRUTH`.
+    origin: [N, 2] the image and the window of each row; windows that are ground truth are `GROUND_TRUTH`.
     Memory is taken as rows come.
     """
 
@@ -54,18 +54,18 @@ class RowCache:
         """How many more rows there is room for."""
         return self.capacity - self.count
 
-    def unknown(self, picture: int, windows: np.ndarray) -> np.ndarray:
-        """Those windows [k] of a picture that are not among the rows."""
-        return np.array([w for w in windows.tolist() if (picture, w) not in self._known], np.int64)
+    def unknown(self, image: int, windows: np.ndarray) -> np.ndarray:
+        """Those windows [k] of an image that are not among the rows."""
+        return np.array([w for w in windows.tolist() if (image, w) not in self._known], np.int64)
 
-    def add(self, rows: np.ndarray, targets: np.ndarray, picture: int, windows: np.ndarray) -> None:
-        """Add rows of one picture's windows; there must be room."""
+    def add(self, rows: np.ndarray, targets: np.ndarray, image: int, windows: np.ndarray) -> None:
+        """Add rows of one image's windows; there must be room."""
         first, last = self.count, self.count + len(rows)
         self._rows[first:last] = rows
         self._targets[first:last] = targets
-        self._origin[first:last, 0] = picture
+        self._origin[first:last, 0] = image
         self._origin[first:last, 1] = windows
-        self._known.update((picture, w) for w in windows.tolist() if w != GROUND_TRUTH)
+        self._known.update((image, w) for w in windows.tolist() if w != GROUND_TRUTH)
         self.count = last
 
     def keep(self, kept: np.ndarray) -> None:

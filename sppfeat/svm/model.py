@@ -48,7 +48,7 @@ class LinearSvm:
         device: str = "cpu",
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """[N, K] float32 scores of rows (None: all) of descriptors [., D]; a positive score means the row is in the class.
+        """[N, K] float32 scores of rows (None: all) of descriptors [., D]; positive means: of that class.
 
         names: of the descriptors, for error messages. Raises UsageError for rows that are not finite.
         """

@@ -23,8 +23,8 @@ COST_GRIDS: Final = {
 class SvmOptions:
     """How SVMs are trained on a store.
 
-    costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows relative to
-    the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: for everything random.
+    costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows
+    relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all randomness.
     Raises UsageError, naming the field, for an invalid value.
     """
 

@@ -69,7 +69,7 @@ class PrimalSpace:
             squares += total(alpha * hinge) / 2
         residual = weighed - vectors
         objective = total(vectors.double() ** 2) / 2 + squares
-        # 2 c hinge is a point of the dual problem, this far below; so is each multiple of it, and the best one is known.
+        # 2 c hinge is a point of the dual problem, this far below; so is each multiple of it, and the best is known.
         near = total(residual.double() ** 2) / 2
         dual = linear**2 / (4 * squares + 2 * total(weighed.double() ** 2)).clamp(min=1e-300)
         gap = torch.minimum(near, objective - dual).clamp(min=0)

@@ -339,7 +339,7 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
 
 
 def _once(mistakes: list[Mistake]) -> list[Mistake]:
-    """Drop repetitions: an image can be taken for the same class in several trials."""
+    """Drop repetitions: an image can be mistaken for the same class in several trials."""
     seen: dict[tuple[str, str], Mistake] = {}
     for one in mistakes:
         seen.setdefault((one.name, one.predicted), one)

@@ -79,7 +79,7 @@ def _matrix(done: Transfer) -> dict[str, Any] | None:
             "row": int(row),
             "column": int(column),
             "share": float(done.confusion[row, column] / totals[row]),
-            "text": f"{names[row]} taken for {names[column]}: {done.confusion[row, column]} of {totals[row]}"
+            "text": f"{names[row]} predicted as {names[column]}: {done.confusion[row, column]} of {totals[row]}"
             if row != column
             else f"{names[row]}: {done.confusion[row, column]} of {totals[row]} correct",
         }

@@ -71,7 +71,8 @@ def predict(
         )
     if describer.dim != classifier.svm.weights.shape[1]:
         raise ModelError(
-            f"expected a classifier of {describer.dim} values, as in its recipe, found {classifier.svm.weights.shape[1]}"
+            f"expected a classifier of {describer.dim} values, as in its recipe, "
+            f"found {classifier.svm.weights.shape[1]}"
         )
     for job in jobs:
         rows = job(describer)

@@ -75,7 +75,7 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     assert (again.added, again.skipped) == (30, 60)
     assert_every_row_finds_itself(path, first, second, without=gone - set(second.names))
     gallery = open_gallery(path)
-    assert {gallery.rows.picture(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
+    assert {gallery.rows.image(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
     assert verify_gallery(gallery) == []
     assert sorted(p.suffix for p in path.iterdir()) == [".faiss", ".h5", ".json"]
 
@@ -507,5 +507,5 @@ def test_folders_that_are_not_utf_8(make_store: MakeStore, tmp_path: Path) -> No
     root = os.fsdecode(b"/pictures/\xff")
     create_gallery(make_store(descriptors(5), root=root), tmp_path / "g")
     gallery = open_gallery(tmp_path / "g")
-    assert gallery.rows.picture(0) == (f"{root}/0000.jpg", None)
+    assert gallery.rows.image(0) == (f"{root}/0000.jpg", None)
     assert gallery.about.sources[0].source_root == r"/pictures/\xff"
