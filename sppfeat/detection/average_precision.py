@@ -16,13 +16,13 @@ from sppfeat.svm import ranked_average_precision
 from sppfeat.windows import overlaps
 
 COCO_OVERLAPS: Final = tuple(np.linspace(0.5, 0.95, 10).tolist())
-COCO_DETECTIONS: Final = 100  # of a class in an image, the best, as its `maxDets`
+COCO_DETECTIONS: Final = 100  # the best per class and image, as its `maxDets`
 _COCO_RECALLS: Final = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
 class Objects:
-    """One class on one image: what is there, and what was found.
+    """One class in one image: its objects, and what was found.
 
     boxes: [G, 4]; difficult, crowd: [G] bool, see `Annotation`. found: [n, 4] windows with scores [n].
     """
@@ -35,10 +35,10 @@ class Objects:
 
 
 def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray, int]:
-    """Detections of a class on all images, the best score first: targets [R], scores [R], and the number of objects.
+    """Detections of a class in all images, the best score first: targets [R], scores [R], and the number of objects.
 
-    A detection takes the object of its image that it overlaps most. It is +1 if that is by at least `overlap` and the
-    object was not taken before, 0 (does not count) if the object is difficult, else -1, so that a second detection of
+    A detection takes the object of its image that it overlaps most. It is +1 if that overlap is at least `overlap` and the
+    object is not taken yet, 0 (ignored) if the object is difficult, else -1, so that a second detection of
     one object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier image comes first.
     """
     scores = np.concatenate([one.scores for one in images]) if images else np.zeros(0)
@@ -64,17 +64,17 @@ def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.nda
 
 
 def voc_average_precision(images: Sequence[Objects], *, overlap: float = 0.5, method: str = "11-point") -> float:
-    """Average precision of a class, `11-point` (VOC 2007) or `area` (VOC 2010); NaN where it has no object."""
+    """Average precision of a class, `11-point` (VOC 2007) or `area` (VOC 2010); NaN if it has no object."""
     targets, _, objects = voc_ranking(images, overlap)
     return ranked_average_precision(targets, relevant=objects, method=method)
 
 
 def coco_average_precision(images: Sequence[Objects], overlap: float) -> float:
-    """Average precision of a class as COCO has it: the mean of the best precision at 101 recalls; NaN without objects.
+    """COCO's average precision of a class: the mean of the best precision at 101 recalls; NaN without objects.
 
-    In every image, its 100 best detections take, in turn, the free object that they overlap most, if by at least
-    `overlap`; else a difficult one, and then do not count. A crowd is overlapped by the part of the detection that lies
-    in it, and can be taken any number of times.
+    In every image, the 100 best detections take, in turn, the free object that they overlap most, if by at least
+    `overlap`; else a difficult one, and are then ignored. The overlap with a crowd is the fraction of the detection
+    inside it, and a crowd can be taken any number of times.
     """
     ranked: list[tuple[float, int]] = []
     for one in images:

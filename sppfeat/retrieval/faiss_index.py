@@ -464,7 +464,9 @@ def on_device(index: Any, device: str) -> Any:
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index)
     except RuntimeError as error:
-        raise DeviceError(f"device {device}: this kind of index is not supported there ({faiss_reason(error)})") from None
+        raise DeviceError(
+            f"device {device}: this kind of index is not supported there ({faiss_reason(error)})"
+        ) from None
 
 
 def from_device(index: Any, device: str) -> Any:

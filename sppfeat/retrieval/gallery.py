@@ -370,5 +370,7 @@ def verify_gallery(gallery: Gallery) -> list[str]:
             part = np.array(same[start : start + 1024])
             held = reconstruct(gallery.index, np.array([place[rows.names[at]] for at in part]))
             for at in part[np.abs(held - rows.take(part)).max(1) > 1e-4]:
-                problems.append(f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.path}")
+                problems.append(
+                    f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.path}"
+                )
     return problems

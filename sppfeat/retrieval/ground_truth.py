@@ -113,7 +113,9 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
         raise UsageError(f"{what}, found no query")
     kinds = {_kind(path, name, lists) for name, lists in queries}
     if len(kinds) > 1:
-        raise UsageError(f"{path}: expected the same kind of lists for all queries, found {' and '.join(sorted(kinds))}")
+        raise UsageError(
+            f"{path}: expected the same kind of lists for all queries, found {' and '.join(sorted(kinds))}"
+        )
     return GroundTruth(
         [_judged(path, name, lists, difficulty) for name, lists in queries],
         own_counts=kinds == {"ok"},
