@@ -302,7 +302,7 @@ def _parse_voc(path: str, name: str, notes: list[str]) -> _Raw:
 
 
 def parse_xml(path: str) -> ElementTree.Element:
-    """The root of an XML file without a document type: entities can neither read files nor expand. Raises UsageError."""
+    """The root of an XML file without a document type: entities cannot read files or expand. Raises UsageError."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_XML_BYTES + 1)

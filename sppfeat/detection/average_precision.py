@@ -37,9 +37,9 @@ class Objects:
 def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray, int]:
     """Detections of a class in all images, the best score first: targets [R], scores [R], and the number of objects.
 
-    A detection takes the object of its image that it overlaps most. It is +1 if that overlap is at least `overlap` and the
-    object is not taken yet, 0 (ignored) if the object is difficult, else -1, so that a second detection of
-    one object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier image comes first.
+    A detection takes the object of its image that it overlaps most. It is +1 if that overlap is at least `overlap` and
+    the object is not taken yet, 0 (ignored) if the object is difficult, else -1, so that a second detection of one
+    object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier image comes first.
     """
     scores = np.concatenate([one.scores for one in images]) if images else np.zeros(0)
     place = [(image, row) for image, one in enumerate(images) for row in range(len(one.scores))]

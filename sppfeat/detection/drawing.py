@@ -90,7 +90,7 @@ def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str
 class Label(NamedTuple):
     """Name and score of a detection, laid out. All places are pixels from the label's upper left corner.
 
-    size: width and height with its margin. texts: each with its left edge; top: of both. sign: a minus sign, as a rectangle.
+    size: width and height with its margin. texts: each with its left edge; top: of both. sign: a minus, as a rectangle.
     """
 
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont

@@ -27,7 +27,7 @@ from sppfeat.svm import ranked_average_precision
 
 
 def complete_options(overlap: float = DetectOptions.overlap) -> DetectOptions:
-    """Everything that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early."""
+    """All that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early."""
     return DetectOptions(threshold=-1e9, overlap=overlap, max_detections=COCO_DETECTIONS)
 
 
@@ -53,7 +53,7 @@ class ClassResult:
 class DetectionEvaluation:
     """What a detector finds in annotated images. Means are over the classes that have objects, in percent.
 
-    failed: skipped images by name, and why. notes: what else was skipped or suspicious. stages: seconds of work per stage.
+    failed: skipped images by name, and why. notes: what else was skipped or suspicious. stages: seconds per stage.
     """
 
     classes: list[ClassResult]

@@ -34,7 +34,7 @@ HARD_SCORE: Final = -1.0001
 EASY_SCORE: Final = -1.2
 # The constant used instead of 1 with scaled descriptors (bias_mult), so that the bias is hardly regularised.
 BIAS_FEATURE: Final = 10.0
-# Random negatives, before there is a model to find hard ones: about this many in total, and at most this many per image.
+# Random negatives, before there is a model to find hard ones: about this many in total, at most these per image.
 FIRST_NEGATIVES: Final = 8000
 FIRST_PER_PICTURE: Final = 50
 # Hard negatives per image and pass: the hardest. More from one image add little.

@@ -274,7 +274,7 @@ def _targets_from_truth(queries: list[_Asked], count: int) -> Iterator[tuple[str
 def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterator[tuple[str, np.ndarray]]:
     of_rows, of_queries = _keys(relevant, rows.names), _keys(relevant, asked.names)
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*of_rows, *of_queries]))}
-    # Queries alone may be in one folder, and so may a gallery; but both in the same folder say nothing.
+    # All queries may be in one folder, and so may a gallery; but not both in the same one.
     if relevant == "folder" and len(numbers) == 1:
         raise UsageError(
             f"relevant folder: expected images in several folders, found {len(rows)} in one, such as {rows.names[0]!r}"

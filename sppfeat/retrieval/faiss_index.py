@@ -51,7 +51,7 @@ _TRAIN_SEED: Final = 1234
 class IndexOptions:
     """How an index is built.
 
-    factory: a FAISS factory string; None: automatic. memory: bytes that the index may take; None: half of the available.
+    factory: a FAISS factory string; None: automatic. memory: bytes that the index may take; None: half of what is free.
     recall: fraction of the 10 true neighbors that an approximate index is tuned to find, 0 to 1.
     measure: compare this many rows' neighbors with the exact ones. device: `cpu`, `cuda` or `cuda:N`.
     Raises UsageError, naming the field, for an invalid value.

@@ -112,7 +112,7 @@ def create_gallery(
     """Build a gallery of a finished store's described rows.
 
     projection: None: descriptors as they are. whitening_from: learn the projection from this store of the same recipe
-    instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the new one is complete.
+    instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the end.
     """
     load_faiss()
     path = _folder(output)

@@ -77,7 +77,7 @@ class FileEntries(_Document, frozen=True, omit_defaults=True):
 
 
 class IndexEntry(_Document, frozen=True):
-    """How the index was made. recall: of 10 neighbours, when it was built, 0 to 1."""
+    """How the index was made. recall: of 10 neighbors, when it was built, 0 to 1."""
 
     factory: str
     why: str
@@ -368,7 +368,7 @@ def made_folder(path: Path) -> Iterator[None]:
 
 
 def check_new_gallery(path: Path, *, overwrite: bool) -> None:
-    """Raise GalleryError unless a gallery can be built at a path: nothing, an empty folder, or a gallery to overwrite."""
+    """Raise GalleryError unless a gallery can be built at a path: nothing, an empty folder, or one to overwrite."""
     if not path.parent.is_dir():
         raise GalleryError(f"{path}: expected its folder {path.parent} to exist, found none")
     if not os.path.lexists(path):

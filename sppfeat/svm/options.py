@@ -24,7 +24,7 @@ class SvmOptions:
     """How SVMs are trained on a store.
 
     costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows
-    relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all randomness.
+    relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all draws.
     Raises UsageError, naming the field, for an invalid value.
     """
 
