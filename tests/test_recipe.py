@@ -178,7 +178,7 @@ def test_lists_and_single_values_become_tuples() -> None:
     hash(recipe)
 
 
-# One other valid value forevery field.
+# One other valid value for every field.
 OTHER: dict[str, Any] = {
     "backbone": "efficientnet_lite1",
     "weights": "random",

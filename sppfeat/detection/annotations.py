@@ -1,4 +1,4 @@
-"""Annotated images: boxes with class names, from PASCAL VOC (XML) and COCO (JSON), checked against the pictures.
+"""Annotated images: boxes with class names, from PASCAL VOC (XML) and COCO (JSON), checked against the images.
 
 Boxes are windows, as `sppfeat.windows` has them. VOC counts pixels from 1; COCO's x, y, width,
 height become the pixels x .. x + width - 1.
@@ -24,21 +24,21 @@ from sppfeat.images import EXTENSIONS, Item, find_images, name_to_path, open_ima
 from sppfeat.store import window_text
 
 _MAX_XML_BYTES: Final = 1 << 24
-# VOC's fullest image has 56 objects of some 10 elements; a tree of all that 16 MB can hold would take gigabytes.
+# VOC's fullest image has 56 objects of about 10 elements; a tree of everything that fits into 16 MB takes gigabytes.
 _MAX_XML_OBJECTS: Final = 10_000
 _MAX_XML_ELEMENTS: Final = 300_000
 _MAX_XML_DEPTH: Final = 32
-# Annotation tools disagree on whether the first pixel is 0 or 1; a pixel over the border is no fault.
+# Annotation tools disagree on whether the first pixel is 0 or 1; one pixel over the border is not an error.
 _SLACK: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What is on one picture.
+    """The objects in one image.
 
-    boxes: [G, 4] float64 windows, inside the picture. labels: [G] class names. difficult: [G] bool, neither to be found
-    nor wrong to find (VOC's "difficult", COCO's crowds). crowd: [G] bool, difficult ones that hold many objects.
-    size: width and height of the upright picture.
+    boxes: [G, 4] float64 windows, inside the image. labels: [G] class names. difficult: [G] bool, ignored whether found
+    or not (VOC's "difficult", COCO's crowds). crowd: [G] bool, difficult ones that hold many objects.
+    size: width and height of the upright image.
     """
 
     boxes: np.ndarray
@@ -52,8 +52,8 @@ class Annotation:
 class AnnotatedImages:
     """Annotations by image name, in order; names are relative to `root`, see `sppfeat.images.reading.path_to_name`.
 
-    classes: the class names that occur, or that COCO lists, in order. problems: images that are left out, and why.
-    notes: what is left out, changed or odd on images that are used, one line each.
+    classes: the class names that occur, or that COCO lists, in order. problems: skipped images, and why.
+    notes: what is skipped, changed or suspicious in images that are used, one line each.
     """
 
     root: str
@@ -63,32 +63,32 @@ class AnnotatedImages:
     notes: list[str] = field(default_factory=list)
 
     def item(self, name: str, windows: np.ndarray | None = None) -> Item:
-        """An image, with windows [K, 4] on it."""
+        """An image, with windows [K, 4] in it."""
         return Item(self.root, name, windows)
 
     def subset(self, names: Iterable[str]) -> AnnotatedImages:
-        """Some of the images only; the classes stay."""
+        """Only some of the images; the classes stay."""
         return replace(self, images={name: self.images[name] for name in names}, problems={}, notes=[])
 
 
 def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
     """Read the VOC layout below `root`: ImageSets/Main/SPLIT.txt, Annotations/ID.xml, JPEGImages/ID.jpg.
 
-    Raises UsageError when the layout or the split is not there. A listed image without a file, or without a sound
-    annotation, is a problem of that image.
+    Raises UsageError if the layout or the split is not found. A listed image without a file, or without a valid
+    annotation, is recorded as a problem.
     """
     root = os.fspath(root)
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         if not os.path.isdir(os.path.join(root, folder)):
             raise UsageError(
-                f"{root}: expected the VOC layout, found no folder {folder}; or give --images, --annotations"
+                f"{root}: expected the VOC layout, found no folder {folder}; or pass --images and --annotations"
             )
     lists = os.path.join(root, "ImageSets", "Main")
     path = os.path.join(lists, f"{split}.txt")
     if not os.path.isfile(path):
         valid = sorted(f[:-4] for f in os.listdir(lists) if f.endswith(".txt") and "_" not in f)
         raise UsageError(
-            f"{path}: expected a list for split {split!r}, found none; there are {', '.join(valid) or 'none'}"
+            f"{path}: expected a list for split {split!r}, found none; available: {', '.join(valid) or 'none'}"
         )
     try:
         ids = [line.split()[0] for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
@@ -98,7 +98,7 @@ def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
         raise UsageError(f"{path}: expected images, found an empty list")
     for one in ids:
         if unsafe_name(path_to_name(one)) is not None:
-            raise UsageError(f"{path}: expected ids of images, found {one!r}")
+            raise UsageError(f"{path}: expected image ids, found {one!r}")
     folder = os.path.abspath(os.path.join(root, "JPEGImages"))
     files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(folder)) if _is_image(f)}
     sources = {files.get(i, f"{i}.jpg"): os.path.join(root, "Annotations", f"{i}.xml") for i in ids}
@@ -106,9 +106,9 @@ def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
 
 
 def read_voc_files(images: str | os.PathLike[str], annotations: str | os.PathLike[str]) -> AnnotatedImages:
-    """Read the XML files of a folder, each of the image with the same relative path and another ending.
+    """Read the XML files of a folder, one for each image with the same relative path and another extension.
 
-    An annotation without an image is a problem; images without an annotation are left out, and counted in a note.
+    An annotation without an image is a problem; images without an annotation are skipped, and counted in a note.
     """
     found = find_images([images])
     stems = {posixpath.splitext(name)[0]: name for name in reversed(found.names)}
@@ -127,12 +127,12 @@ def read_voc_files(images: str | os.PathLike[str], annotations: str | os.PathLik
         raise UsageError(f"{os.fspath(annotations)}: expected XML files, found none")
     if not set(sources) & set(found.names):
         raise UsageError(
-            f"{os.fspath(annotations)}: its {len(sources)} XML files are of none of the {len(found.names)} images in "
+            f"{os.fspath(annotations)}: its {len(sources)} XML files match none of the {len(found.names)} images in "
             f"{os.fspath(images)}"
         )
     annotated = _read_xml(found.root, dict(sorted(sources.items())))
     if bare := [name for name in found.names if name not in sources]:
-        annotated.notes.append(f"images without an annotation are left out: {len(bare)}, such as {bare[0]}")
+        annotated.notes.append(f"images without an annotation are skipped: {len(bare)}, such as {bare[0]}")
     return annotated
 
 
@@ -144,7 +144,7 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
     except OSError as error:
         raise UsageError(f"{path}: expected a COCO JSON file, found: {one_line(error)}") from None
     if not os.path.isdir(root):
-        raise UsageError(f"{os.fspath(images)}: expected the folder of the images, found none")
+        raise UsageError(f"{os.fspath(images)}: expected the image folder, found none")
     what = f"{path}: expected a COCO file with images, annotations, categories"
     document = decode_document(content, _Coco, what=what, error=UsageError, lenient=True)
     classes = {category.id: str(category.name) for category in document.categories}
@@ -159,10 +159,10 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
         else:
             strays += 1
     if len(set(classes.values())) != len(classes):
-        raise UsageError(f"{path}: expected categories of different names, found some twice")
+        raise UsageError(f"{path}: expected unique category names, found duplicates")
     result = AnnotatedImages(root, {}, list(classes.values()))
     if strays:
-        result.notes.append(f"{strays} annotations are of images that {path} does not list, and are left out")
+        result.notes.append(f"{strays} annotations are for images that {path} does not list, and are skipped")
     for key, name in names.items():
         raw = _Raw(_size_of({"width": listed[key].width, "height": listed[key].height}))
         for at, entry in enumerate(entries[key]):
@@ -176,7 +176,7 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
                 result.notes.append(f"{name}: annotation {at}: expected bbox and category_id: {one_line(error)}")
                 continue
             if label is None:
-                result.notes.append(f"{name}: annotation {at}: unknown category_id {entry['category_id']!r}; left out")
+                result.notes.append(f"{name}: annotation {at}: unknown category_id {entry['category_id']!r}; skipped")
                 continue
             raw.add((x, y, x + width - 1, y + height - 1), label, difficult=crowd, crowd=crowd)
         _add(result, name, raw)
@@ -195,17 +195,17 @@ def read_annotations(
     if root is not None or images is None or annotations is None:
         raise UsageError("expected the root of a VOC layout, or both --images DIR and --annotations DIR_OR_JSON")
     if split is not None:
-        raise UsageError("--split belongs to a VOC layout; --images and --annotations name their images themselves")
+        raise UsageError("--split requires a VOC layout; --images and --annotations select the images themselves")
     if os.path.isdir(annotations):
         return read_voc_files(images, annotations)
     return read_coco(annotations, images)
 
 
 def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> AnnotatedImages:
-    """The same images with boxes of some classes only, in that order; a note names each other class. Raises UsageError
-    for a class that is named twice, or empty."""
+    """The same images with boxes of only some classes, in that order; a note names each other class. Raises UsageError
+    for a duplicate or empty class name."""
     if len(set(classes)) != len(classes) or "" in classes:
-        raise UsageError(f"expected names of different classes, found {','.join(classes)!r}")
+        raise UsageError(f"expected unique class names, found {','.join(classes)!r}")
     others: dict[str, int] = {}
     images: dict[str, Annotation] = {}
     for name, one in annotated.images.items():
@@ -220,7 +220,7 @@ def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> Anno
             one.crowd[kept],
             one.size,
         )
-    notes = [f"unknown class {name!r}: its {count} boxes are left out" for name, count in sorted(others.items())]
+    notes = [f"unknown class {name!r}: its {count} boxes are skipped" for name, count in sorted(others.items())]
     return replace(annotated, images=images, classes=list(classes), notes=[*annotated.notes, *notes])
 
 
@@ -237,7 +237,7 @@ class _CocoCategory(msgspec.Struct):
 
 
 class _Coco(msgspec.Struct):
-    """What is read of a COCO file. A wrong annotation costs itself alone, so that its fields are looked at later."""
+    """What is read of a COCO file. An invalid annotation is skipped alone, so its fields are checked later."""
 
     images: list[_CocoImage]
     annotations: list[dict[str, Any]]
@@ -245,7 +245,7 @@ class _Coco(msgspec.Struct):
 
 
 class _Raw:
-    """One picture's annotation as it stands in the file. size: as the file says, or None."""
+    """One image's annotation as in the file. size: as the file says, or None."""
 
     def __init__(self, size: tuple[int, int] | None) -> None:
         self.size = size
@@ -270,7 +270,7 @@ def _read_xml(root: str, sources: Mapping[str, str]) -> AnnotatedImages:
             result.problems[name] = str(error)
             continue
         if not raw.boxes:
-            result.notes.append(f"{name}: {os.path.basename(path)} has no sound object; nothing is on it")
+            result.notes.append(f"{name}: {os.path.basename(path)} has no valid object; the image counts as empty")
         _add(result, name, raw)
     result.classes = sorted({label for one in result.images.values() for label in one.labels})
     return _checked_result(result)
@@ -279,7 +279,7 @@ def _read_xml(root: str, sources: Mapping[str, str]) -> AnnotatedImages:
 def _checked_result(result: AnnotatedImages) -> AnnotatedImages:
     if not result.images:
         name, reason = next(iter(result.problems.items()), (result.root, "no image is listed"))
-        raise UsageError(f"expected annotated images, found none that can be used; the first: {name}: {reason}")
+        raise UsageError(f"expected annotated images, found none that is usable; the first: {name}: {reason}")
     return result
 
 
@@ -295,14 +295,14 @@ def _parse_voc(path: str, name: str, notes: list[str]) -> _Raw:
             if not label or not np.isfinite(edges).all():
                 raise ValueError
         except (AttributeError, ValueError):
-            notes.append(f"{name}: object {at} ({label or 'unnamed'}): expected a name and a bndbox; left out")
+            notes.append(f"{name}: object {at} ({label or 'unnamed'}): expected a name and a bndbox; skipped")
             continue
         raw.add(tuple(edges), label, difficult=(entry.findtext("difficult") or "0").strip() == "1")
     return raw
 
 
 def parse_xml(path: str) -> ElementTree.Element:
-    """The root of an XML file without a document type: entities cannot read files, nor swell. Raises UsageError."""
+    """The root of an XML file without a document type: entities cannot read files or expand. Raises UsageError."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_XML_BYTES + 1)
@@ -347,7 +347,7 @@ def parse_xml(path: str) -> ElementTree.Element:
 
 
 def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
-    """Check one picture's boxes against the picture, and keep what is sound."""
+    """Check one image's boxes against the image, and keep the valid ones."""
     try:
         image, _ = open_image(name_to_path(result.root, name))
         with image:
@@ -356,10 +356,10 @@ def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
         result.problems[name] = str(error)
         return
     if raw.size is not None and raw.size != size:
-        turned = " (its EXIF turns it)" if turn >= 5 and raw.size == size[::-1] else ""
+        turned = " (its EXIF rotates it)" if turn >= 5 and raw.size == size[::-1] else ""
         result.problems[name] = (
             f"annotated as {raw.size[0]} x {raw.size[1]} pixels, found {size[0]} x {size[1]}{turned}: "
-            "its boxes may be of another picture"
+            "its boxes may be for another image"
         )
         return
     boxes = np.array(raw.boxes, np.float64).reshape(-1, 4)
@@ -367,14 +367,14 @@ def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
     kept = []
     for at, (box, inside) in enumerate(zip(boxes, clipped, strict=True)):
         what = f"{name}: box {at} ({raw.labels[at]}) {window_text(box)}"
-        # Both ends are inclusive: a box of one pixel ends where it begins, and one pixel earlier there is none.
+        # Both ends are inclusive: a box of one pixel ends where it begins; one that ends a pixel earlier is empty.
         if (pixels := box[2:] - box[:2] + 1).min() < 1:
-            result.notes.append(f"{what}: {'inverted' if pixels.min() < 0 else 'empty'}; left out")
+            result.notes.append(f"{what}: {'inverted' if pixels.min() < 0 else 'empty'}; skipped")
         elif (box[2:] < 0).any() or (box[:2] > np.array(size) - 1).any():
-            result.notes.append(f"{what}: outside the image of {size[0]} x {size[1]}; left out")
+            result.notes.append(f"{what}: outside the image of {size[0]} x {size[1]}; skipped")
         else:
             if np.abs(box - inside).max() > _SLACK:
-                result.notes.append(f"{what}: reaches beyond the image of {size[0]} x {size[1]}; cut off")
+                result.notes.append(f"{what}: extends beyond the image of {size[0]} x {size[1]}; clipped")
             kept.append(at)
     result.images[name] = Annotation(
         clipped[kept],
@@ -386,7 +386,7 @@ def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
 
 
 def _size_of(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size that an annotation tells; None where it tells none (some tools write 0)."""
+    """The size that an annotation gives; None if it gives none (some tools write 0)."""
     try:
         width, height = int(float(entry["width"])), int(float(entry["height"]))
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -16,13 +16,13 @@ from sppfeat.svm import ranked_average_precision
 from sppfeat.windows import overlaps
 
 COCO_OVERLAPS: Final = tuple(np.linspace(0.5, 0.95, 10).tolist())
-COCO_DETECTIONS: Final = 100  # of a class in an image, the best, as its `maxDets`
+COCO_DETECTIONS: Final = 100  # the best per class and image, as its `maxDets`
 _COCO_RECALLS: Final = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
 class Objects:
-    """One class on one picture: what is there, and what was found.
+    """One class in one image: its objects, and what was found.
 
     boxes: [G, 4]; difficult, crowd: [G] bool, see `Annotation`. found: [n, 4] windows with scores [n].
     """
@@ -34,52 +34,52 @@ class Objects:
     scores: np.ndarray
 
 
-def voc_ranking(pictures: Sequence[Objects], overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray, int]:
-    """Detections of a class on all pictures, the best score first: targets [R], scores [R], and the number of objects.
+def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray, int]:
+    """Detections of a class in all images, the best score first: targets [R], scores [R], and the number of objects.
 
-    A detection takes the object of its picture that it overlaps most. It is +1 if that is by at least `overlap` and the
-    object was not taken before, 0 (does not count) if the object is difficult, else -1, so that a second detection of
-    one object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier picture comes first.
+    A detection takes the object of its image that it overlaps most. It is +1 if that overlap is at least `overlap` and
+    the object is not taken yet, 0 (ignored) if the object is difficult, else -1, so that a second detection of one
+    object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier image comes first.
     """
-    scores = np.concatenate([one.scores for one in pictures]) if pictures else np.zeros(0)
-    place = [(picture, row) for picture, one in enumerate(pictures) for row in range(len(one.scores))]
-    shared = [overlaps(one.found, one.boxes) for one in pictures]
-    taken = [np.zeros(len(one.boxes), bool) for one in pictures]
+    scores = np.concatenate([one.scores for one in images]) if images else np.zeros(0)
+    place = [(image, row) for image, one in enumerate(images) for row in range(len(one.scores))]
+    shared = [overlaps(one.found, one.boxes) for one in images]
+    taken = [np.zeros(len(one.boxes), bool) for one in images]
     order = np.argsort(-scores, kind="stable")
     targets = np.full(len(order), -1, np.int8)
     for rank, at in enumerate(order):
-        picture, row = place[at]
-        near = shared[picture][row]
+        image, row = place[at]
+        near = shared[image][row]
         if not len(near):
             continue
         best = int(near.argmax())
         if near[best] < overlap:
             continue
-        if pictures[picture].difficult[best]:
+        if images[image].difficult[best]:
             targets[rank] = 0
-        elif not taken[picture][best]:
+        elif not taken[image][best]:
             targets[rank] = 1
-            taken[picture][best] = True
-    return targets, scores[order], sum(int((~one.difficult).sum()) for one in pictures)
+            taken[image][best] = True
+    return targets, scores[order], sum(int((~one.difficult).sum()) for one in images)
 
 
-def voc_average_precision(pictures: Sequence[Objects], *, overlap: float = 0.5, method: str = "11-point") -> float:
-    """Average precision of a class, `11-point` (VOC 2007) or `area` (VOC 2010); NaN where it has no object."""
-    targets, _, objects = voc_ranking(pictures, overlap)
+def voc_average_precision(images: Sequence[Objects], *, overlap: float = 0.5, method: str = "11-point") -> float:
+    """Average precision of a class, `11-point` (VOC 2007) or `area` (VOC 2010); NaN if it has no object."""
+    targets, _, objects = voc_ranking(images, overlap)
     return ranked_average_precision(targets, relevant=objects, method=method)
 
 
-def coco_average_precision(pictures: Sequence[Objects], overlap: float) -> float:
-    """Average precision of a class as COCO has it: the mean of the best precision at 101 recalls; NaN without objects.
+def coco_average_precision(images: Sequence[Objects], overlap: float) -> float:
+    """COCO's average precision of a class: the mean of the best precision at 101 recalls; NaN without objects.
 
-    In every picture, its 100 best detections take, in turn, the free object that they overlap most, if by at least
-    `overlap`; else a difficult one, and then do not count. A crowd is overlapped by the part of the detection that lies
-    in it, and can be taken any number of times.
+    In every image, the 100 best detections take, in turn, the free object that they overlap most, if by at least
+    `overlap`; else a difficult one, and are then ignored. The overlap with a crowd is the fraction of the detection
+    inside it, and a crowd can be taken any number of times.
     """
     ranked: list[tuple[float, int]] = []
-    for one in pictures:
+    for one in images:
         ranked += _coco_matches(one, overlap)
-    objects = sum(int((~one.difficult).sum()) for one in pictures)
+    objects = sum(int((~one.difficult).sum()) for one in images)
     if not objects:
         return float("nan")
     order = np.argsort([-score for score, _ in ranked], kind="stable")
@@ -93,7 +93,7 @@ def coco_average_precision(pictures: Sequence[Objects], overlap: float) -> float
 
 
 def _coco_matches(one: Objects, overlap: float) -> list[tuple[float, int]]:
-    """Score and target of each detection of a picture, the best first."""
+    """Score and target of each detection of an image, the best first."""
     order = np.argsort(-one.scores, kind="stable")[:COCO_DETECTIONS]
     shared = overlaps(one.found[order], one.boxes, crowd=one.crowd)
     taken = np.zeros(len(one.boxes), bool)

@@ -1,4 +1,4 @@
-"""SPP-net detection: one feature map for each image and scale, every window pooled from it, linear scores, boxes.
+"""SPP-net detection: one feature map per image and scale, every window pooled from it, linear scores, boxes.
 
 Source: He, Zhang, Ren, Sun, "Spatial Pyramid Pooling in Deep Convolutional Networks for Visual Recognition", ECCV 2014
 (arXiv:1406.4729), section 4.
@@ -23,17 +23,17 @@ from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
 from sppfeat.windows import Proposer, moved_boxes, suppress
 
-# Of one class in one picture, that go to suppression: more never survive it, and it is quadratic.
+# Detections of one class in one image that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectOptions:
-    """Which detections are given.
+    """Which detections are returned.
 
-    threshold: least score; 0 is the border that the SVMs draw between objects and windows, of which there are far more,
-    so that most objects lie below it. nms: non-maximum suppression, the overlap above which the lower-scored of two
-    detections of a class is dropped. max_detections: the most of each class in an image; the best stay.
+    threshold: lowest score; 0 is where the SVMs separate objects from the far more numerous other windows, so that most
+    objects score below it. nms: non-maximum suppression, the overlap above which the lower-scored of two detections of
+    a class is dropped. max_detections: the most per class and image; the best are kept.
     """
 
     threshold: float = -0.5
@@ -53,11 +53,11 @@ class DetectOptions:
 
 
 class Detections(NamedTuple):
-    """What was found on one picture, the best first, or why it could not be searched.
+    """The detections in one image, the best first, or why it could not be searched.
 
-    labels: [n] numbers of classes. scores: [n] float32. boxes: [n, 4] float64 windows inside the picture.
-    windows: how many were scored. left_out: how many reach outside the picture, or could not be described.
-    position: counts the pictures given.
+    labels: [n] class numbers. scores: [n] float32. boxes: [n, 4] float64 windows inside the image.
+    windows: how many were scored. left_out: how many extend outside the image, or could not be described.
+    position: of the image among those given.
     """
 
     position: int
@@ -71,10 +71,10 @@ class Detections(NamedTuple):
 
 
 class DetectorRunner:
-    """A detector with its network at hand. Raises ModelError where the network is not the one it was trained with.
+    """A detector with its network loaded. Raises ModelError if the network is not the one it was trained with.
 
-    describer: one that is at hand, for the detector's recipe.
-    seconds: of work by stage (decode, forward, pool, score, suppress), summed over threads; pool is a part of forward.
+    describer: an existing one for the detector's recipe.
+    seconds: of work per stage (decode, forward, pool, score, suppress), summed over threads; pool is part of forward.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DetectorRunner:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of work by stage."""
+        """Seconds of work per stage."""
         times = self._describer.times
         return {
             "decode": times.decode,
@@ -112,9 +112,9 @@ class DetectorRunner:
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Detections]:
-        """Detect on the windows of every item, about in order.
+        """Detect objects in the windows of every item, roughly in order.
 
-        Windows that reach outside their image are left out. An image that cannot be read comes with its reason.
+        Windows that extend outside their image are skipped. An image that cannot be read comes with the reason.
         """
         options = options or DetectOptions()
         windows_of: dict[int, np.ndarray] = {}
@@ -157,7 +157,7 @@ class DetectorRunner:
         all_scores = scores[np.concatenate(chosen), all_labels]
         middle = time.perf_counter()
         kept = suppress(all_boxes, all_scores, all_labels, options.nms)
-        # Each class keeps its best, whatever the others score.
+        # Each class keeps its best detections, whatever the others score.
         kept = kept[_ranks(all_labels[kept]) < options.max_detections]
         self._score_seconds += middle - start
         self._suppress_seconds += time.perf_counter() - middle
@@ -181,10 +181,10 @@ def detected(
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Detections]:
-    """Detect on images. windows: [K, 4] by name; those without have none.
+    """Detect objects in images. windows: [K, 4] by name; an image that is not listed has none.
 
-    None: windows are proposed on the way, as those were that the detector was trained with, by one process for each
-    core; see `Proposer` for what that asks of a script.
+    None: windows are proposed on the fly, like those that the detector was trained with, by one process per core; see
+    `Proposer` for what that requires of a script.
     """
     if windows is not None:
         none = np.zeros((0, 4))
@@ -208,8 +208,8 @@ def detected(
 class Detecting:
     """What a run of `detect_images` did.
 
-    images: listed. searched: of them, in this run. failed: those that could not be, by name, and why. notes: images
-    without windows, or with some outside the picture. stages: seconds of work by stage, summed over threads.
+    images: listed. searched: in this run. failed: those that could not be searched, by name, and why. notes: images
+    without windows, or with some outside the image. stages: seconds of work per stage, summed over threads.
     """
 
     images: int
@@ -223,13 +223,13 @@ class Detecting:
 
 
 class DetectionObserver(Observer):
-    """Takes the results of `detect_images` as they come."""
+    """Receives the results of `detect_images` as they come."""
 
     def listed(self, images: ImageList) -> None:
-        """The images are known, and nothing is done yet: who cannot take their results raises."""
+        """The images are known, and nothing is done yet; raise here if their results cannot be taken."""
 
     def found(self, item: Item, found: Detections) -> None:
-        """What is on an image; called before its `row`."""
+        """The detections in an image; called before its `row`."""
 
 
 def detect_images(
@@ -242,7 +242,7 @@ def detect_images(
     observer: DetectionObserver,
     stop: Callable[[], bool] = lambda: False,
 ) -> Detecting:
-    """Detect on the images of folders, files or lists (see `find_images`); results go to the observer as they come.
+    """Detect objects in the images of folders, files or lists (see `find_images`); the observer gets the results.
 
     windows: as in `detected`, by names relative to the folder of the sources. Raises UsageError, ModelError, and what
     `Describer` raises. An image that cannot be read is reported, not raised.
@@ -254,7 +254,7 @@ def detect_images(
         raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
     if windows is not None and not set(windows) & set(images.names):
         raise UsageError(
-            f"the windows are of none of the {len(images.items)} images below {images.root}: expected names such as "
+            f"the windows match none of the {len(images.items)} images below {images.root}: expected names such as "
             f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
         )
     observer.listed(images)
@@ -286,7 +286,7 @@ def detect_images(
 
 
 def window_notes(name: str, done: Detections) -> list[str]:
-    """What is odd about the windows of an image that was searched."""
+    """What is suspicious about the windows of a searched image."""
     notes = []
     if done.left_out:
         notes.append(f"{name}: {done.left_out} windows reach outside the image and are skipped")

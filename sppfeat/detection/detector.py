@@ -22,10 +22,10 @@ FORMAT_VERSION: Final = 1
 
 
 def detection_recipe(**changes: Any) -> Recipe:
-    """The recipe that detectors are trained with unless told otherwise; changed fields by name.
+    """The default recipe of detectors; changes: fields by name.
 
-    Scales and levels are those of the best accuracy for their time in benchmarks/results/detection.md. Descriptors are
-    scored as they are pooled, so that there is nothing to normalise and nothing to fuse.
+    Scales and levels are those with the best accuracy for their time in benchmarks/results/detection.md. Descriptors
+    are scored as pooled, so there is nothing to normalise and nothing to fuse.
     """
     return Recipe(
         **{
@@ -45,7 +45,7 @@ class Detector:
 
     recipe: of the descriptors, of D values. weights: [K, D] float32, biases: [K]; a score above 0 means: of that class.
     box_weights: [K, 4, D] float32, box_biases: [K, 4], from descriptors to `box_targets`; None without box regression.
-    proposals: how the windows it was trained with were found. training: what it was trained with and on.
+    proposals: how its training windows were found. training: its options and data.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ class Detector:
 
 
 class _Training(msgspec.Struct):
-    """What is shown of a detector's training; it may hold more."""
+    """The part of a detector's training that is shown; the file may hold more."""
 
     images: int = 0
     positives: dict[str, int] = {}
@@ -71,7 +71,7 @@ class _Training(msgspec.Struct):
 
 
 def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
-    """Write a detector to one HDF5 file, which appears whole. Raises ModelError."""
+    """Write a detector atomically to one HDF5 file. Raises ModelError."""
     with appearing_hdf5(Path(path), ModelError) as file:
         file.attrs["format"] = DETECTOR
         file.attrs["format_version"] = FORMAT_VERSION
@@ -90,7 +90,7 @@ def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
 
 
 def open_detector(path: str | os.PathLike[str]) -> Detector:
-    """Read a detector. Raises ModelError for anything else, and for one that is not whole."""
+    """Read a detector. Raises ModelError for anything else, and for an incomplete one."""
     with open_hdf5(path, DETECTOR, FORMAT_VERSION, ModelError) as file:
         recipe = Recipe.from_json(str(file.attrs["recipe"]))
         read_document(file, "training", _Training, ModelError)
@@ -118,7 +118,7 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
             if values.shape != shapes[name] or not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers {list(shapes[name])}, found {list(values.shape)}")
         if ("box_weights" in arrays) != ("box_biases" in arrays):
-            raise ValueError("box_weights and box_biases belong together")
+            raise ValueError("box_weights and box_biases require each other")
         if str(file.attrs["recipe_hash"]) != recipe.identity(detector.weights_sha256):
-            raise ValueError("its recipe_hash is of another recipe")
+            raise ValueError("its recipe_hash does not match its recipe")
         return detector

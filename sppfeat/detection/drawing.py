@@ -28,35 +28,35 @@ from sppfeat.files import check_can_write, os_reason
 from sppfeat.images import ImageList, name_to_path, read_image
 from sppfeat.report import image_address, write_page
 
-# Long side of images in a page: twice the width they are shown at on a wide screen.
+# Long side of images on a page: twice the width they are shown at on a wide screen.
 PAGE_SIDE: Final = 640
-# A page with more images is slow to open; the ones with the best scores are shown.
+# A page with more images is slow to open; those with the best scores are shown.
 MAX_IMAGES: Final = 200
-# As many labels as no image has room for: those of the best scores are kept clear of each other.
+# More labels than any image has room for; those with the best scores are placed without overlap.
 _LABELS_APART: Final = 500
-# Of a class name: more is on no image wide enough.
+# Characters of a class name: no image is wide enough for more.
 _NAME_CHARACTERS: Final = 80
-# Of a file's name, on the file systems of Linux (NAME_MAX).
+# Bytes of a file name on Linux file systems (NAME_MAX).
 _NAME_BYTES: Final = 255
-# The comment in a drawing, by which it is told from an image that must not be replaced.
+# The comment that marks a drawing, unlike an image that must not be replaced.
 _MARK: Final = b"drawn by sppfeat detect"
-# Pillow's own font holds ASCII and little more. These are widespread, and searched for by Pillow.
+# Pillow's own font has ASCII and little more. These are widespread, and Pillow searches for them.
 _SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "malgun.ttf")
-_NO_CHARACTER: Final = "\U0010ffff"  # is none, so that every font draws what it draws for lack of a glyph
-# Turning by the golden angle keeps the colours of neighbours apart, whatever the number of classes.
+_NO_CHARACTER: Final = "\U0010ffff"  # not a character, so every font draws its missing-glyph box
+# Turning by the golden angle keeps the colours of adjacent classes apart, whatever their number.
 _FIRST_HUE, _HUE_STEP = 0.03, 0.381966
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """A colour of its own for each class: strong, and dark enough for white text."""
+    """A distinct colour per class: strong, and dark enough for white text."""
     red, green, blue = colorsys.hls_to_rgb((_FIRST_HUE + label * _HUE_STEP) % 1, 0.42, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
-    """A copy of the image with boxes and labels, sized to be readable; the best detection lies on top.
+    """A copy of the image with boxes and labels, sized to be readable; the best detection is on top.
 
-    image: the upright original, or smaller; boxes are scaled to it. Labels lie beside each other where there is room.
+    image: the upright original, or a smaller copy; boxes are scaled to it. Labels do not overlap if there is room.
     """
     drawn = image.convert("RGB")
     pen = ImageDraw.Draw(drawn)
@@ -71,7 +71,7 @@ def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str
         color = class_color(int(found.labels[at]))
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(255, 255, 255), width=width + 2)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=width)
-    # Labels come after all boxes, so that no line crosses one; the best choose their places first.
+    # Labels come after all boxes, so that no line crosses one; the best ones choose their places first.
     labels = [
         layout_label(pen, classes[int(label)], float(score), size, drawn.width)
         for label, score in zip(found.labels, found.scores, strict=True)
@@ -88,7 +88,7 @@ def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str
 
 
 class Label(NamedTuple):
-    """Name and score of a detection, laid out. All places are pixels from the label's left upper corner.
+    """Name and score of a detection, laid out. All places are pixels from the label's upper left corner.
 
     size: width and height with its margin. texts: each with its left edge; top: of both. sign: a minus, as a rectangle.
     """
@@ -101,9 +101,9 @@ class Label(NamedTuple):
 
 
 def layout_label(pen: ImageDraw.ImageDraw, name: str, score: float, size: int, room: int) -> Label:
-    """Lay out a label no wider than `room`, if its score fits: the name is cut. What no font holds is escaped."""
+    """Lay out a label no wider than `room` by cutting the name, if the score fits. What no font can draw is escaped."""
     name = name[:_NAME_CHARACTERS]
-    # The first font that can draw the most of it.
+    # The first of the fonts that can draw the most of it.
     which = max(range(1 + len(_SYSTEM_FONTS)), key=lambda n: sum(_can_draw(n, c) for c in name))
     name = "".join(c if _can_draw(which, c) else c.encode("unicode_escape").decode() for c in name)
     font = _font(which, size)
@@ -112,7 +112,7 @@ def layout_label(pen: ImageDraw.ImageDraw, name: str, score: float, size: int, r
     _, top, _, bottom = (round(edge) for edge in pen.textbbox((0, 0), f"{name}{number}", font=font))
     margin = max(2, round((bottom - top) / 4))
     gap = math.ceil(size / 4)
-    # A minus is drawn: hyphens are pale in small type, and not every font has the longer sign.
+    # The minus is a rectangle: hyphens are faint in small type, and not every font has a minus sign.
     sign_width = math.ceil(size / 2) if score < 0 else 0
     number_width = math.ceil(pen.textlength(number, font=font))
     for end in range(len(name), -1, -1):
@@ -135,10 +135,10 @@ def layout_label(pen: ImageDraw.ImageDraw, name: str, score: float, size: int, r
 
 
 def place_labels(sizes: Sequence[tuple[int, int]], boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """[n, 2] left upper corners of labels on a canvas, one for each box [n, 4], in order of importance.
+    """[n, 2] upper left corners of labels on a canvas, one per box [n, 4], in order of importance.
 
     A label is above its box, or at another edge of it, or further down beside it: at the first place where it covers no
-    earlier one; where there is none, at the place where it covers least. It is whole on the canvas, if it fits at all.
+    earlier one; failing that, where it covers least. It is entirely on the canvas, if it fits at all.
     """
     places = np.zeros((len(sizes), 2), int)
     ends = np.zeros((len(sizes), 2), int)
@@ -159,7 +159,7 @@ def place_labels(sizes: Sequence[tuple[int, int]], boxes: np.ndarray, canvas: tu
 
 @functools.lru_cache(maxsize=64)
 def _font(which: int, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont | None:
-    """Pillow's own font, or one of the system's by number; None where that is not there."""
+    """Pillow's own font, or a system font by number; None if it is not found."""
     if which == 0:
         return ImageFont.load_default(size=size)
     try:
@@ -170,19 +170,19 @@ def _font(which: int, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 @functools.lru_cache(maxsize=1 << 14)
 def _can_draw(which: int, character: str) -> bool:
-    """Whether a font is there, and has a glyph of its own for a character."""
+    """Whether a font exists and has a glyph for a character."""
     font = _font(which, 16)
     if font is None or not character.isprintable():
         return False
     if unicodedata.bidirectional(character) in ("R", "AL") and not features.check("raqm"):
-        return False  # would be drawn from left to right, and its letters unjoined
+        return False  # would be drawn left to right, with unjoined letters
     return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask(_NO_CHARACTER))
 
 
 class DrawingFolder:
-    """A folder for drawings. None takes the place of a file that is no drawing, or goes through a link.
+    """A folder for drawings. They never replace a file that is not a drawing, and never follow a link.
 
-    sources: that images come from. overwrite: earlier drawings may be replaced.
+    sources: where the images come from. overwrite: earlier drawings may be replaced.
     """
 
     def __init__(self, folder: str, sources: Sequence[str], *, overwrite: bool) -> None:
@@ -192,9 +192,9 @@ class DrawingFolder:
         self._replaced: set[Path] = set()
 
     def plan(self, images: ImageList) -> None:
-        """Settle on a file for each image, and make the folder; to be asked before the work is done.
+        """Choose a file for each image and create the folder; call this before the work starts.
 
-        Raises ReportError for a folder of images, one that is not writable, and for files that are in the way.
+        Raises ReportError for a folder of images, one that is not writable, and for existing files in the way.
         """
         self._files = drawing_files([name for name in images.names if name not in images.problems])
         targets = {self._root / os.path.dirname(file) for file in self._files.values()}
@@ -217,7 +217,7 @@ class DrawingFolder:
         self._replaced = set(present)
 
     def _check_apart(self, images: ImageList, targets: set[Path]) -> None:
-        """Raise ReportError where drawings would lie among the images, and be images of the next run."""
+        """Raise ReportError if drawings would be mixed with the images, and become images of the next run."""
         folders = {os.path.dirname(name_to_path(images.root, name)) for name in self._files}
         own = {os.path.realpath(folder) for folder in folders}
         mixed = [str(folder) for folder in sorted(targets) if str(folder) in own]
@@ -230,9 +230,9 @@ class DrawingFolder:
             raise ReportError(f"{self._root}: would mix drawings with the images in {mixed[0]}; choose another folder")
 
     def draw(self, path: str, name: str, found: Detections, classes: Sequence[str]) -> None:
-        """Draw what was found on an image, at its full size.
+        """Draw the detections on an image, at its full size.
 
-        Raises ImageError for an image that cannot be drawn, ReportError when nothing more can be written.
+        Raises ImageError for an image that cannot be drawn, ReportError if nothing more can be written.
         """
         target = self._root / self._files[name]
         drawn = draw_detections(read_image(path).pixels, found, classes)
@@ -241,11 +241,13 @@ class DrawingFolder:
             drawn.save(content, "JPEG", quality=92, comment=_MARK)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot be drawn: {one_line(error)}") from None
-        partial = target.with_name(f".{os.getpid()}.partial")  # short, where the name itself has no byte to spare
+        partial = target.with_name(
+            f".{os.getpid()}.partial"
+        )  # short, because the name may already have the maximum length
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(target) and target not in self._replaced:
-                raise ImageError(f"cannot be drawn: {target} is there now; it is left as it is")
+                raise ImageError(f"cannot be drawn: {target} exists by now; it is left as it is")
             partial.unlink(missing_ok=True)
             with open(partial, "xb") as file:
                 file.write(content.getbuffer())
@@ -261,13 +263,13 @@ class DrawingFolder:
 def drawing_files(names: Sequence[str]) -> dict[str, str]:
     """The relative path of each image's drawing, by its name: `a.jpg` for a.jpg, `b.png.jpg` for b.png.
 
-    No two are the same, also where a file system takes no notice of case, and none is the folder of another: then one
-    is called `b.png~2.jpg`. Names that would be too long for a file system are cut.
+    No two are equal, even on a case-insensitive file system, and none is the folder of another: such names
+    become `b.png~2.jpg`. Names that are too long for a file system are cut.
     """
     paths = {name: name_to_path("", name) for name in names}
     taken = {_folded(str(folder)) for path in set(map(os.path.dirname, paths.values())) for folder in _and_above(path)}
     files: dict[str, str] = {}
-    tries: Counter[str] = Counter()  # thousands of names may begin alike
+    tries: Counter[str] = Counter()  # thousands of names may start the same
     for name, path in paths.items():
         folder, file = os.path.split(path)
         stem, suffix = os.path.splitext(file)
@@ -293,13 +295,13 @@ def _folded(path: str) -> str:
 
 
 def _cut(text: str, count: int) -> str:
-    """The text, or as many whole characters of it as that many bytes hold."""
+    """The text, or as many whole characters of it as fit into this many bytes."""
     content = os.fsencode(text)
     return text if len(content) <= count else content[:count].decode("utf-8", "ignore")
 
 
 def _is_drawing(path: Path) -> bool:
-    """Whether a file, not a link to one, was drawn by us."""
+    """Whether a file, not a link to one, is one of our drawings."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return False
     try:
@@ -311,7 +313,7 @@ def _is_drawing(path: Path) -> bool:
 
 @dataclass
 class DetectionPage:
-    """Images with their detections, gathered for one page. Only those with the best scores stay, `MAX_IMAGES`."""
+    """Images with their detections, gathered for one page. Only the `MAX_IMAGES` with the best scores stay."""
 
     detector: Detector
     _entries: list[tuple[float, str, str, Detections]] = field(default_factory=list)
@@ -319,7 +321,7 @@ class DetectionPage:
     _found: int = 0
 
     def add(self, path: str, name: str, found: Detections) -> None:
-        """Take one image that was searched."""
+        """Add a searched image."""
         self._searched += 1
         self._found += len(found.scores)
         if len(found.scores):
@@ -333,7 +335,7 @@ class DetectionPage:
         images = []
         for _, name, path, found in self._entries:
             address = None
-            with contextlib.suppress(ImageError):  # it may be gone by now: what was found on it is not
+            with contextlib.suppress(ImageError):  # the file may be gone by now, but its detections are not
                 pixels = read_image(path).pixels
                 pixels.thumbnail((PAGE_SIDE, PAGE_SIDE))
                 address = image_address(draw_detections(pixels, found, self.detector.classes), "JPEG")
@@ -379,11 +381,11 @@ def write_evaluation(output: Path, done: DetectionEvaluation, *, title: str, not
 
 
 def _curve(one: ClassResult) -> str:
-    """Points of precision over recall for a polyline in a square of 100 x 100, the first upper left."""
+    """Points of a precision-recall polyline in a square of 100 x 100, starting in the upper left."""
     recall, precision = one.recall, one.precision
     if not len(recall):
         return ""
-    # Where precision only falls between two hits, the end says it all: curves of many detections stay small.
+    # Where precision only falls between two hits, its end is enough: curves of many detections stay small.
     turns = np.flatnonzero(np.diff(recall, prepend=-1, append=2)[:-1] + np.diff(recall, prepend=-1, append=2)[1:] > 0)
     turns = turns[:: max(1, len(turns) // 400)]
     points = zip(100 * recall[turns], 100 - 100 * precision[turns], strict=True)

@@ -27,16 +27,16 @@ from sppfeat.svm import ranked_average_precision
 
 
 def complete_options(nms: float = DetectOptions.nms) -> DetectOptions:
-    """All that suppression leaves, up to 100 per class and image (COCO's number), so that no curve ends early."""
+    """All that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early."""
     return DetectOptions(threshold=-1e9, nms=nms, max_detections=COCO_DETECTIONS)
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class, in percent; NaN where there is no object of it.
+    """One class, in percent; NaN if it has no object.
 
     eleven_point, area: VOC's average precision. coco: COCO's, the mean over overlaps 0.5 .. 0.95.
-    recall, precision: [R] along the ranking, as parts of 1.
+    recall, precision: [R] along the ranking, as fractions of 1.
     """
 
     name: str
@@ -51,9 +51,9 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class DetectionEvaluation:
-    """What a detector finds on annotated images. Means are over the classes that have objects, in percent.
+    """What a detector finds in annotated images. Means are over the classes that have objects, in percent.
 
-    failed: images left out, by name, and why. notes: what else was left out or odd. stages: seconds of work by stage.
+    failed: skipped images by name, and why. notes: what else was skipped or suspicious. stages: seconds per stage.
     """
 
     classes: list[ClassResult]
@@ -67,17 +67,17 @@ class DetectionEvaluation:
 
     @property
     def eleven_point(self) -> float:
-        """mAP as VOC 2007 has it."""
+        """mAP as defined by VOC 2007."""
         return _mean([one.eleven_point for one in self.classes])
 
     @property
     def area(self) -> float:
-        """mAP as VOC 2010 and later have it."""
+        """mAP as defined by VOC 2010 and later."""
         return _mean([one.area for one in self.classes])
 
     @property
     def coco(self) -> float:
-        """mAP as COCO has it."""
+        """mAP as defined by COCO."""
         return _mean([one.coco for one in self.classes])
 
 
@@ -92,12 +92,12 @@ def evaluate_detector(
     describer: Describer | None = None,
     observer: Observer | None = None,
 ) -> DetectionEvaluation:
-    """Detect on annotated images and compare, by classes. windows: as in `detected`; None: proposed on the way.
+    """Detect objects in annotated images and compare, per class. windows: as in `detected`; None: proposed on the fly.
     options: None: `complete_options`.
 
-    An image that cannot be read counts as one on which nothing was found, and is reported. Annotated classes that the
-    detector does not know are left out, with a note. overlap: from which a detection is right, for VOC's figures.
-    describer: one that is at hand, for the detector's recipe.
+    An image that cannot be read counts as one where nothing was found, and is reported. Annotated classes that the
+    detector does not know are skipped, with a note. overlap: from which a detection is correct, for VOC's figures.
+    describer: an existing one for the detector's recipe.
     """
     began = time.perf_counter()
     options = options or complete_options()
@@ -107,7 +107,7 @@ def evaluate_detector(
     boxes = {name: sum(one.labels.count(name) for one in annotated.images.values()) for name in annotated.classes}
     for name, number in boxes.items():
         if name not in detector.classes and number:
-            notes.append(f"unknown class {name!r}, which the detector was not trained for: {number} boxes left out")
+            notes.append(f"unknown class {name!r}, which the detector was not trained for: {number} boxes skipped")
     if not any(boxes.get(name) for name in detector.classes):
         raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
     names = list(annotated.images)
@@ -139,7 +139,7 @@ def evaluate_detector(
                 Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine])
             )
         observer.row(name, done.error)
-    # As the images are listed, whatever order they came in: of equal scores the first counts first.
+    # In the listed order of the images, not the order they came in: of equal scores the first counts first.
     turns = np.argsort(order)
     return DetectionEvaluation(
         classes=[
@@ -156,8 +156,8 @@ def evaluate_detector(
     )
 
 
-def _class_result(name: str, pictures: list[Objects], overlap: float) -> ClassResult:
-    targets, _, objects = voc_ranking(pictures, overlap)
+def _class_result(name: str, images: list[Objects], overlap: float) -> ClassResult:
+    targets, _, objects = voc_ranking(images, overlap)
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
     return ClassResult(
@@ -166,7 +166,7 @@ def _class_result(name: str, pictures: list[Objects], overlap: float) -> ClassRe
         detections=len(targets),
         eleven_point=100 * ranked_average_precision(targets, relevant=objects, method="11-point"),
         area=100 * ranked_average_precision(targets, relevant=objects, method="area"),
-        coco=100 * float(np.mean([coco_average_precision(pictures, each) for each in COCO_OVERLAPS])),
+        coco=100 * float(np.mean([coco_average_precision(images, each) for each in COCO_OVERLAPS])),
         recall=found / max(objects, 1),
         precision=found / np.arange(1, len(hits) + 1),
     )

@@ -1,6 +1,6 @@
-"""What a detector is trained on: rows of windows, gathered image by image in bounded memory, and put on disk between.
+"""What a detector is trained on: rows of windows, gathered image by image in bounded memory, and saved to disk.
 
-A training that was stopped goes on from its file, which holds all of it: rows, targets, where they came from, and which
+A stopped training resumes from its file, which holds all of it: rows, targets, their origin, and which
 images of which pass are done.
 """
 
@@ -22,10 +22,10 @@ GROUND_TRUTH: Final = -1
 
 
 class RowCache:
-    """Rows [N, D] float16 with targets [N, K] of +1, -1 and 0, up to a number that is fixed at birth.
+    """Rows [N, D] float16 with targets [N, K] of +1, -1 and 0, up to a fixed capacity.
 
-    origin: [N, 2] the picture and the window of each row; windows that are ground truth are `GROUND_TRUTH`.
-    Memory is taken as rows come.
+    origin: [N, 2] the image and the window of each row; windows that are ground truth are `GROUND_TRUTH`.
+    Memory is allocated as rows come.
     """
 
     def __init__(self, capacity: int, dim: int, classes: int) -> None:
@@ -54,18 +54,18 @@ class RowCache:
         """How many more rows there is room for."""
         return self.capacity - self.count
 
-    def unknown(self, picture: int, windows: np.ndarray) -> np.ndarray:
-        """Those windows [k] of a picture that are not among the rows."""
-        return np.array([w for w in windows.tolist() if (picture, w) not in self._known], np.int64)
+    def unknown(self, image: int, windows: np.ndarray) -> np.ndarray:
+        """The windows [k] of an image that are not among the rows yet."""
+        return np.array([w for w in windows.tolist() if (image, w) not in self._known], np.int64)
 
-    def add(self, rows: np.ndarray, targets: np.ndarray, picture: int, windows: np.ndarray) -> None:
-        """Add rows of one picture's windows; there must be room."""
+    def add(self, rows: np.ndarray, targets: np.ndarray, image: int, windows: np.ndarray) -> None:
+        """Add rows of one image's windows; there must be room."""
         first, last = self.count, self.count + len(rows)
         self._rows[first:last] = rows
         self._targets[first:last] = targets
-        self._origin[first:last, 0] = picture
+        self._origin[first:last, 0] = image
         self._origin[first:last, 1] = windows
-        self._known.update((picture, w) for w in windows.tolist() if w != GROUND_TRUTH)
+        self._known.update((image, w) for w in windows.tolist() if w != GROUND_TRUTH)
         self.count = last
 
     def keep(self, kept: np.ndarray) -> None:
@@ -87,7 +87,7 @@ class RowCache:
         return {"rows": self.rows, "targets": self.targets, "origin": self.origin}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Hold what another cache held. Raises ValueError for rows of another kind, or too many."""
+        """Take over another cache's state. Raises ValueError for rows of another kind, or too many."""
         mine: dict[str, np.ndarray] = {"rows": self._rows, "targets": self._targets, "origin": self._origin}
         count = len(state["rows"])
         if count > self.capacity or any(state[k].shape != (count, v.shape[1]) for k, v in mine.items()):
@@ -99,7 +99,7 @@ class RowCache:
 
 
 class Reservoir:
-    """For each class, an even sample of up to `capacity` of the rows [D] with targets [4] that were offered.
+    """Per class, a uniform sample of up to `capacity` of the offered rows [D] with targets [4].
 
     Vitter, "Random sampling with a reservoir", 1985 (algorithm R).
     """
@@ -140,7 +140,7 @@ class Reservoir:
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Hold what another reservoir held. Raises ValueError for rows of another kind."""
+        """Take over another reservoir's state. Raises ValueError for rows of another kind."""
         if state["offered"].shape != self.offered.shape or state["rows"].shape[1:] != self._rows.shape[2:]:
             raise ValueError("its box rows are of another kind")
         self.offered[:] = state["offered"]
@@ -153,7 +153,7 @@ class Reservoir:
 
 
 def save_state(path: Path, identity: str, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Put a training's state on disk, whole."""
+    """Save a training's state to disk atomically."""
     with appearing_hdf5(path, ModelError) as file:
         file.attrs["format"] = "sppfeat-training"
         file.attrs["identity"] = identity
@@ -163,7 +163,7 @@ def save_state(path: Path, identity: str, arrays: dict[str, np.ndarray], values:
 
 
 def read_state(path: Path, identity: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """A training's state; None where there is none. Raises ModelError for one of another training."""
+    """A training's state; None if there is none. Raises ModelError for that of another training."""
     if not path.exists():
         return None
     try:
@@ -174,12 +174,12 @@ def read_state(path: Path, identity: str) -> tuple[dict[str, np.ndarray], dict[s
             arrays = {key: dataset[:] for key, dataset in _datasets(file)} if same else {}
     except (OSError, *DAMAGE) as error:
         raise ModelError(
-            f"{path}: expected a training that was stopped, found: {one_line(error)}; --overwrite starts anew"
+            f"{path}: expected a stopped training, found: {one_line(error)}; --overwrite starts over"
         ) from None
     if not same:
         raise ModelError(
             f"{path}: a training with other images, windows, recipe or options was stopped here; "
-            "give the same ones to go on, or --overwrite to start anew"
+            "use the same ones to resume, or --overwrite to start over"
         )
     return arrays, values
 

@@ -1,4 +1,4 @@
-"""Training of SPP-net detectors, from annotated images to the detector's file; see `training_rounds` for how."""
+"""Training of SPP-net detectors, from annotated images to the detector's file; `training_rounds` does the work."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = ["Training", "TrainingOptions", "train_detector"]
 class Training:
     """What a run of `train_detector` did.
 
-    file: the detector; None after an interruption, when there is none yet. positives: by class. rows: of the last
-    training. hard: negatives that each pass added. failed: images that could not be used, by name. notes: what else was
-    left out or odd. pending: images of the present pass, after an interruption.
+    file: the detector; None after an interruption, if there is none yet. positives: by class. rows: of the last
+    training. hard: negatives that each pass added. failed: unusable images by name. notes: what else was
+    skipped or suspicious. pending: remaining images of the current pass, after an interruption.
     """
 
     file: str | None
@@ -69,18 +69,18 @@ def train_detector(
     """Train a detector on annotated images with windows [K, 4] by image name, into the file `output`.
 
     windows: None: they are proposed first, and kept beside the output, `det.windows.h5` for `det.h5`.
-    Stopped by `stop`, or killed, the same call goes on from the file `.OUTPUT.training` beside the output: at the same
-    image after a stop, at most half a minute earlier after a kill; and ends in the same detector. Classes without a
-    positive are left out, with a note; so are windows outside their picture. Memory is bounded by the options.
-    proposals: how the windows were, or are to be, found; kept for detecting. None: as the file of windows tells.
-    describer: one that is at hand; its recipe counts then.
+    After `stop` or a kill, the same call resumes from the file `.OUTPUT.training` beside the output: at the same
+    image after a stop, at most half a minute earlier after a kill; it ends in the same detector. Classes without a
+    positive are skipped, with a note; so are windows outside their image. Memory is bounded by the options.
+    proposals: how the windows were, or are to be, found; kept for detecting. None: as in the windows file.
+    describer: an existing one; then its recipe is used.
     Raises ModelError, UsageError, and what `Describer` raises.
     """
     began = time.perf_counter()
     options, observer = options or TrainingOptions(), observer or Observer()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     state = path.with_name(f".{path.name}.training")
-    # What a stopped training is going to replace, it was told to.
+    # A stopped training already has permission to replace its output.
     check_new_file(path, overwrite=overwrite or os.path.exists(state), error=ModelError, kind=DETECTOR)
     with lock_store(path):
         describer = describer or Describer(recipe or detection_recipe(), run)
@@ -129,7 +129,7 @@ def _windows_beside(
     """Windows of annotated images, proposed into a file beside the output or read from there; None when stopped."""
     path = output.with_suffix(".windows.h5")
     sources = [annotated.item(name).path for name in annotated.images]
-    observer.say(f"windows are found first, and kept in {path}")
+    observer.say(f"windows are proposed first, and kept in {path}")
     done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
     return None if done.pending else open_windows(path)
 

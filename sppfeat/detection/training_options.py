@@ -11,14 +11,14 @@ from sppfeat.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge is not squared, as ours is.
+    """How a detector is trained; the defaults are those of R-CNN's code, whose hinge, unlike ours, is not squared.
 
-    c, positive_weight: of the SVMs, see `train_linear_svm`; c counts for descriptors scaled to mean norm `mean_norm`.
+    c, positive_weight: of the SVMs, see `train_linear_svm`; c is for descriptors scaled to mean norm `mean_norm`.
     negative_overlap: windows that overlap every object of a class by less are its negatives.
-    box_regression, box_overlap, box_ridge: whether, from windows that overlap an object by at least this, and how
-    strongly regularised, boxes are learned.
+    box_regression: learn to move boxes, from windows that overlap an object by at least `box_overlap`, regularised
+    by `box_ridge`.
     passes: the most over the images for hard negatives. cache_bytes: memory for rows; box rows take half as much more.
-    seed: of all that is drawn by lot.
+    seed: of all randomness.
     """
 
     c: float = 0.001

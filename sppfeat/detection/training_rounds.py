@@ -1,8 +1,8 @@
-"""A training of an SPP-net detector under way: positives, first negatives, hard negatives, SVMs, box regression.
+"""The training loop of an SPP-net detector: positives, first negatives, hard negatives, SVMs, box regression.
 
-The way of R-CNN's code (Girshick et al., CVPR 2014, which SPP-net's follows): ground truth is positive, windows that
-overlap it by less than 0.3 are negative, and of these, those that the present SVMs find hard are added, image by image,
-until few new ones turn up. All classes share the rows, and are solved together.
+As in R-CNN's code (Girshick et al., CVPR 2014, which SPP-net's follows): ground truth is positive, windows that
+overlap it by less than 0.3 are negative, and of these, those that the current SVMs find hard are added, image by image,
+until few new ones appear. All classes share the rows, and are solved together.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, overlaps
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
 HARD_SCORE: Final = -1.0001
 EASY_SCORE: Final = -1.2
-# The constant that stands for 1 beside scaled descriptors (bias_mult), so that the bias is hardly regularised.
+# The constant used instead of 1 with scaled descriptors (bias_mult), so that the bias is hardly regularised.
 BIAS_FEATURE: Final = 10.0
-# Negatives drawn by lot before there is a model to find hard ones: about this many in all, and these at most a picture.
+# Random negatives, before there is a model to find hard ones: about this many in total, at most these per image.
 FIRST_NEGATIVES: Final = 8000
 FIRST_PER_PICTURE: Final = 50
-# Hard negatives of one picture in one pass: the hardest. More of one picture say little new.
+# Hard negatives per image and pass: the hardest. More from one image add little.
 HARD_PER_PICTURE: Final = 100
-# Windows of one object for box regression.
+# Windows per object for box regression.
 BOX_ROWS_PER_OBJECT: Final = 20
-# Of one class; they are solved in double precision, in four times their memory.
+# Box rows per class; they are solved in double precision, in four times their memory.
 MAX_BOX_ROWS: Final = 8000
-# How far the SVMs may be from the best objective at the end of a pass, and amid it, where they only find negatives.
+# Relative gap of the SVMs at the end of a pass, and during it, where they only find negatives.
 _TOLERANCE: Final = 1e-4
 _ROUGH_TOLERANCE: Final = 1e-2
-# A pass that adds fewer than this part of the rows is the last.
+# A pass that adds less than this fraction of the rows is the last.
 FEW_NEW: Final = 0.02
-# The state of a training is put on disk this often at most; and never takes more than a tenth of the time.
+# A training's state is saved at most this often, and saving never takes more than a tenth of the time.
 STATE_SECONDS: Final = 30.0
 
 
 class Trainer:
-    """A training under way. step 0 gathers positives, box rows and first negatives; steps 1 and on, hard negatives."""
+    """A training in progress. Step 0 gathers positives, box rows and first negatives; later steps, hard negatives."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Trainer:
         self.classes = [name for name in annotated.classes if self.positives[name]]
         for name in annotated.classes:
             if not self.positives[name]:
-                self._note(f"class {name!r} has no box that counts: it is left out")
+                self._note(f"class {name!r} has no box that counts and is skipped")
         if not self.classes:
             raise UsageError("expected annotated boxes to learn from, found none that count")
-        # By lot, since images often come class by class, and the first ones form the first model.
+        # Random, because images often come class by class, and the first ones form the first model.
         names = list(annotated.images)
         self._names = [names[at] for at in np.random.default_rng(options.seed).permutation(len(names))]
         bare = [name for name in self._names if name not in windows or not len(windows[name])]
@@ -97,7 +97,7 @@ class Trainer:
         self._boxes = (
             Reservoir(min(per_class, MAX_BOX_ROWS), dim, len(self.classes)) if options.box_regression else None
         )
-        self._norms = np.zeros(2)  # how many, and their sum
+        self._norms = np.zeros(2)  # count and sum
         self._model = np.zeros((len(self.classes), dim + 1), np.float32)
         self._biases = np.zeros(len(self.classes), np.float32)
         self._fresh = 0  # rows since the SVMs were trained
@@ -106,7 +106,7 @@ class Trainer:
         self.done = np.zeros(len(self._names), bool)
         self.solve_seconds = 0.0
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
-        self._gaps = np.zeros(0)  # relative ones of the SVMs as they are
+        self._gaps = np.zeros(0)  # relative gaps of the current SVMs
         self._identity = self._fingerprint()
 
     def forget(self) -> None:
@@ -114,7 +114,7 @@ class Trainer:
         self._state_path.unlink(missing_ok=True)
 
     def train(self, stop: Callable[[], bool]) -> bool:
-        """Go through all passes; false when stopped before the end, with the state on disk."""
+        """Run all passes; false if stopped before the end, with the state on disk."""
         self._restore()
         while self._step <= self._options.passes:
             if not self._pass(stop):
@@ -143,7 +143,7 @@ class Trainer:
         return True
 
     def detector(self, proposals: ProposalOptions) -> Detector:
-        """The detector, after `train`. Weights are for descriptors as they are pooled."""
+        """The detector, after `train`. Weights are for descriptors as pooled."""
         box_weights = box_biases = None
         dim = self._model.shape[1] - 1
         if self._boxes is not None:
@@ -154,7 +154,7 @@ class Trainer:
             for label in range(len(self.classes)):
                 rows, targets = self._boxes.of(label)
                 if len(rows):
-                    # The penalty counts for scaled descriptors; to scale it instead saves a copy of the rows.
+                    # The penalty is for scaled descriptors; scaling it instead of the rows saves a copy of them.
                     ridge = self._options.box_ridge / factor**2
                     box_weights[label], box_biases[label] = fit_ridge(rows, targets, ridge)
             self.solve_seconds += time.perf_counter() - start
@@ -181,11 +181,11 @@ class Trainer:
 
     @property
     def _factor(self) -> float:
-        """What brings descriptors to the mean norm."""
+        """The factor that scales descriptors to the mean norm."""
         return self._options.mean_norm / max(float(self._norms[1] / max(self._norms[0], 1)), 1e-12)
 
     def _pass(self, stop: Callable[[], bool]) -> bool:
-        """Take the images that are not done in this step; false when stopped."""
+        """Process the images that are not done in this step; false if stopped."""
         todo = [at for at in range(len(self._names)) if not self.done[at] and self._names[at] not in self.failed]
         self._observer.started(todo=len(todo), reused=int(self.done.sum()))
         if self._step and len(self.hard) < self._step:
@@ -220,10 +220,10 @@ class Trainer:
         objects = len(annotation.boxes) if self._step == 0 else 0
         if self._step == 0 and not good.all():
             reason = next(iter(done.row_errors.values()))
-            self._note(f"{name}: {int((~good).sum())} windows are left out: the first {reason}")
+            self._note(f"{name}: {int((~good).sum())} windows are skipped: the first {reason}")
         labels = np.array([self.classes.index(x) if x in self.classes else -1 for x in annotation.labels], int)
         overlap = overlaps(windows, annotation.boxes)
-        # A window on one object of a crowd is no negative, however little of the crowd it holds.
+        # A window on one object of a crowd is not a negative, however little of the crowd it holds.
         touched = overlaps(windows, annotation.boxes, crowd=annotation.crowd)
         targets = np.zeros((len(windows), len(self.classes)), np.int8)
         for label in range(len(self.classes)):
@@ -276,7 +276,7 @@ class Trainer:
     ) -> None:
         if self._boxes is None or not len(labels):
             return
-        # Objects stand before the windows, each its own best window.
+        # Objects precede the windows, each its own best window.
         both = np.concatenate([overlaps(annotation.boxes, annotation.boxes), overlap])
         places = np.concatenate([annotation.boxes, windows])
         nearest = both.argmax(1)
@@ -309,12 +309,12 @@ class Trainer:
         self._fresh += len(rows)
 
     def _drop_classes(self) -> None:
-        """Leave out the classes for which nothing is left: their images may be unreadable, or all windows on them."""
+        """Drop the classes without rows: their images, or all their windows, may be unusable."""
         kept = [bool((column == 1).any() and (column == -1).any()) for column in self.cache.targets.T]
         for name, (column, keep) in zip(list(self.classes), zip(self.cache.targets.T, kept, strict=True), strict=True):
             if not keep:
                 kind = "negative window" if (column == 1).any() else "object on a readable image"
-                self._note(f"class {name!r} has no {kind}: it is left out")
+                self._note(f"class {name!r} has no {kind} and is skipped")
         if not any(kept):
             raise UsageError("expected objects and negative windows of a class, found none on readable images")
         self._keep_classes([name for name, keep in zip(self.classes, kept, strict=True) if keep])
@@ -333,10 +333,10 @@ class Trainer:
         self.cache.rows[:, -1] = BIAS_FEATURE / self._factor
 
     def _solve(self, tolerance: float) -> None:
-        """Train the SVMs on all rows, from the present ones on, and drop negatives that have become easy."""
+        """Train the SVMs on all rows, starting from the current ones, and drop negatives that have become easy."""
         start = time.perf_counter()
         targets = self.cache.targets
-        # To scale the rows by f is to scale the cost by f squared, which saves a copy of the rows.
+        # Scaling the cost by f squared is the same as scaling the rows by f, and saves a copy of them.
         problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
         solution = problem.solve(
             targets,
@@ -355,7 +355,7 @@ class Trainer:
         self.solve_seconds += time.perf_counter() - start
 
     def _make_room(self, wanted: int) -> None:
-        """Drop the easiest negatives, a quarter of the rows, where dropping easy ones did not suffice."""
+        """Drop the easiest negatives, a quarter of the rows, if dropping easy ones was not enough."""
         if self.cache.free >= wanted:
             return
         rows = self.cache.rows
@@ -376,7 +376,7 @@ class Trainer:
         self._observer.note(text)
 
     def _fingerprint(self) -> str:
-        """What must be the same for a stopped training to go on."""
+        """What must be the same to resume a stopped training."""
         digest = hashlib.sha256()
         recipe, options = self._describer.recipe, asdict(self._options)
         digest.update(recipe.identity(self._describer.weights_sha256).encode())
@@ -426,7 +426,7 @@ class Trainer:
             self._step, self._fresh = int(values["step"]), int(values["fresh"])
             self.hard, self.failed = list(values["hard"]), dict(values["failed"])
         except (KeyError, ValueError, TypeError) as error:
-            raise ModelError(f"{self._state_path}: {error}; --overwrite starts anew") from None
+            raise ModelError(f"{self._state_path}: {error}; --overwrite starts over") from None
 
 
 def count_positives(annotated: AnnotatedImages) -> dict[str, int]:

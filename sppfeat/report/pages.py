@@ -1,6 +1,6 @@
 """HTML pages: one self-contained file each, with thumbnails and curves inside, that works offline and on a phone.
 
-The pages' templates lie in `templates/`; `base.html` holds their looks.
+The pages' templates are in `templates/`; `base.html` holds their style.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sppfeat.images import decode, open_image, upright_size
 from sppfeat.store import image_of
 
 _BEGINNING: Final = b"<!doctype html>"
-THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for screens with two dots a pixel
+THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for high-density screens
 
 
 def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The path, if a page may be written there; to be asked before the work that fills it.
+    """The path, if a page may be written there; call this before the work that fills it.
 
-    Raises ReportError for a folder that is not there or may not be written to, and for a file that is there, unless it
-    is a page and `overwrite`; MissingExtraError without jinja2.
+    Raises ReportError for a folder that does not exist or is not writable, and for an existing file, unless it
+    is a page and `overwrite` is set; MissingExtraError without jinja2.
     """
     require_extra("jinja2", "report", "an HTML page")
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
@@ -54,9 +54,9 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
-    """Fill a template of `templates/` and write the page; it appears whole. Text is escaped.
+    """Fill a template of `templates/` and write the page atomically. Text is escaped.
 
-    Raises ReportError when it cannot be written, MissingExtraError without jinja2.
+    Raises ReportError if it cannot be written, MissingExtraError without jinja2.
     """
     jinja2 = require_extra("jinja2", "report", "an HTML page")
     environment = jinja2.Environment(
@@ -68,18 +68,18 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
     )
     text = environment.get_template(template).render({"version": __version__, **values})
     with appearing(path, ReportError) as partial:
-        # A name may hold what no encoding takes; a browser shows the escape.
+        # A name may hold characters that cannot be encoded; a browser shows the escape.
         partial.write_text(text, "utf-8", errors="backslashreplace")
 
 
 def thumbnail(
     root: str, name: str, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
 ) -> str | None:
-    """An image as a small JPEG in a `data:` address, for the `src` of an image; None where it is not at hand.
+    """An image as a small JPEG in a `data:` address, for the `src` of an image; None if it is not available.
 
-    root, name: of a row, as a store or a gallery has them; its file, never one elsewhere, whatever the name says. Links
-    that lie below the root are the user's own, and followed. side: of the square that it fits into. box: x1, y1, x2, y2
-    in pixels of the upright original, inclusive; the window of the row unless given. The part of it on the image is
+    root, name: of a row, as a store or a gallery has them; no file outside the root is opened, whatever the name says.
+    Links below the root are the user's own, and followed. side: of the square that it fits into. box: x1, y1, x2, y2
+    in pixels of the upright original, inclusive; the window of the row unless given. The part of it inside the image is
     shown, or the whole image where there is none.
     """
     if unsafe_name(name) is not None:
@@ -92,10 +92,10 @@ def thumbnail(
             size, turn = upright_size(image, orientation="exif")
             part = None if box is None else _part(box, size)
             if part is None:
-                # Decoding at an eighth of the size is several times faster, and no one sees it here.
+                # Decoding at an eighth of the size is several times faster, and invisible here.
                 image.draft("RGB", (2 * side, 2 * side))
             shown = decode(image, turn, orientation="exif")
-    except (ImageError, OSError, ValueError):  # ValueError: a path that the system cannot have
+    except (ImageError, OSError, ValueError):  # ValueError: a path that is invalid on this system
         return None
     if part is not None:
         shown = shown.crop(part)
@@ -104,7 +104,7 @@ def thumbnail(
 
 
 def _part(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The pixels of a window that lie on an image, for `crop`; None where there are none: a name may say anything."""
+    """The pixels of a window inside an image, for `crop`; None where there are none: a name may say anything."""
     if not all(map(math.isfinite, box)):
         return None
     left, top = max(0, round(box[0])), max(0, round(box[1]))
@@ -138,7 +138,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 34
 
 
 def plot_line(points: Sequence[tuple[float, float]], *, ticks: Sequence[tuple[float, str]], unit: str = "") -> Plot:
-    """Lay out one curve; points: x and y, by rising x. ticks: x and what is written there, thinned where they crowd."""
+    """Lay out one curve; points: x and y, by rising x. ticks: x and its text, thinned where they crowd."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
     step = _round_step((high - low) / 4 or 1.0)

@@ -1,7 +1,7 @@
-"""Near-duplicates: groups of pictures whose descriptors are almost the same, by comparing every pair exactly.
+"""Near-duplicates: groups of images whose descriptors are almost equal, found by comparing every pair exactly.
 
-Two pictures belong together when their cosine similarity reaches the threshold, or when a chain of such pairs links
-them. In a group the picture with the most pixels comes first: the one to keep.
+Two images belong together if their cosine similarity reaches the threshold, or if a chain of such pairs links them.
+In a group the image with the most pixels comes first: the one to keep.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, unit_rows
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.
 ROUNDING: Final = 1e-6
-# Blocks of rows that stay while all others pass by: those are then seldom read and converted from float16.
+# Blocks of rows kept while all others are read, so that those are seldom read and converted from float16.
 KEPT_BLOCKS: Final = 8
-# Rows on both sides of a block of scores: matrix products run at full speed from there on, and the pairs, should all of
-# them match, take some tens of MB.
+# Rows on both sides of a block of scores: large enough for matrix products at full speed; the pairs take some tens of
+# MB even if all of them match.
 TILE: Final = 1024
-# Pairs that are linked at once: linking passes over all rows, however few the pairs.
+# Pairs linked at once: linking passes over all rows, however few the pairs.
 WAITING_PAIRS: Final = 1 << 18
-# Thumbnails of more would make a page that a phone cannot open.
+# With more thumbnails, a phone could not open the page.
 PAGE_GROUPS: Final = 200
 PAGE_MEMBERS: Final = 48
 
 
 @dataclass(frozen=True)
 class Member:
-    """A picture of a group: score is its cosine similarity with the group's first. path: None where it is gone.
+    """An image of a group: score is its cosine similarity with the group's first. path: None if the file is missing.
 
-    size: width and height of the picture in pixels. box: the window on it, where the row is one's.
+    size: width and height of the image in pixels. box: the window in it, if the row describes one.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of two and more, the largest first. images: compared. pairs: that reach the threshold.
+    """Groups of two or more, the largest first. images: the number compared. pairs: those that reach the threshold.
 
     root: the folder that names are relative to.
     """
@@ -64,7 +64,7 @@ class Duplicates:
 
     @property
     def spare(self) -> int:
-        """Pictures that are not the first of their group."""
+        """Images that are not the first of their group."""
         return sum(len(group) - 1 for group in self.groups)
 
 
@@ -73,7 +73,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Compare all pairs of a finished store's described rows.
 
-    threshold: cosine similarity, above 0 and at most 1. progress: told the part of the work done, 0 to 1.
+    threshold: cosine similarity, above 0 and at most 1. progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError, StoreError.
     """
     if not 0 < threshold <= 1:
@@ -90,7 +90,7 @@ def find_duplicates(
         for start in range(top, len(rows), size):
             inside = start + size <= top + len(kept)
             passing = kept[start - top :][:size] if inside else rows.take(slice(start, start + size))
-            # Not those of which every pair was met the other way round.
+            # Skip blocks whose pairs were all met the other way round.
             for at in range(0, min(len(kept), start - top + size), size):
                 scores = kept[at : at + size] @ passing.T
                 one, other = np.nonzero(scores >= threshold - ROUNDING)
@@ -106,14 +106,14 @@ def find_duplicates(
 
 
 class _Links:
-    """Which rows are linked, over any number of pairs: every row points towards the lowest of its group."""
+    """Which rows are linked, through any number of pairs: every row points towards the lowest of its group."""
 
     def __init__(self, count: int) -> None:
         self._lowest = np.arange(count)
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def join(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Link pairs of rows. Those that are linked already, nearly all where everything is alike, cost nothing."""
+        """Link pairs of rows. Already linked ones cost nothing; where everything is alike, they are nearly all."""
         new = self._lowest[one] != self._lowest[other]
         if new.any():
             self._waiting.append((one[new], other[new]))
@@ -121,7 +121,7 @@ class _Links:
                 self._settle()
 
     def _settle(self) -> None:
-        """Lowest numbers spread along the links that wait until nothing changes."""
+        """Spread the lowest numbers along the pending links until nothing changes."""
         if not self._waiting:
             return
         lowest = self._lowest
@@ -138,7 +138,7 @@ class _Links:
                 lowest[:] = shorter
 
     def groups(self) -> list[np.ndarray]:
-        """Rows of each group of two or more, rising."""
+        """Rows of each group of two or more, in rising order."""
         self._settle()
         order = np.argsort(self._lowest, kind="stable")
         starts = np.flatnonzero(np.diff(self._lowest[order], prepend=-1))

@@ -1,7 +1,7 @@
 """Retrieval evaluation: rank a gallery for every query by cosine similarity, exactly, and score the rankings.
 
-What is relevant to a query comes from the folders of the names, from a part of the names, or from a file of ground
-truth. Junk rows are taken out of a ranking as if they were not there, and so are all rows of the query's own image.
+What is relevant to a query comes from the folders of the names, from a part of the names, or from a ground truth
+file. Junk rows are removed from a ranking, and so are all rows of the query's own image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sppfeat.store import Store, UnitRows, check_same_recipe, image_of, row_name
 from sppfeat.svm import AP_METHODS, precision_at, ranked_average_precision, recall_at
 
 RECALLS: Final = (1, 5, 10)
-# Scores of a block of queries with the whole gallery, in float32.
+# Scores of a block of queries against the whole gallery, in float32.
 _SCORE_BYTES: Final = 1 << 27
 
 
@@ -34,9 +34,9 @@ class RetrievalOptions:
     relevant: `folder`: the folder that holds the query's image; `regex:PATTERN`: the same text in the pattern's
     group. Not used with ground truth. method: of average precision, see `ranked_average_precision`; None: `trapezoid`
     with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
-    whole_queries: search by whole images also where the ground truth has a box for the query.
+    whole_queries: search with whole images even if the ground truth has a box for the query.
     expand, alpha: alpha query expansion as in `SearchOptions`.
-    Raises UsageError, naming the field, when a value cannot be.
+    Raises UsageError, naming the field, for an invalid value.
     """
 
     relevant: str = "folder"
@@ -59,10 +59,10 @@ class RetrievalOptions:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What was reached: mean average precision and recall@k over the queries, in percent.
+    """The result: mean average precision and recall@k over the queries, in percent.
 
     precision: mean precision at k, of revisited ground truth; else empty. average_precisions: by query, in percent.
-    left_out: queries without any relevant row. projection: that was used. learned_here: from rows that are evaluated.
+    left_out: queries without any relevant row. projection: the one used. learned_here: from evaluated rows.
     """
 
     queries: int
@@ -86,11 +86,11 @@ def evaluate_retrieval(
     truth: GroundTruth | None = None,
     whitening_from: Store | None = None,
 ) -> Retrieval:
-    """Rank the gallery for every query. queries: None: the gallery's own rows; the rows of a query's own image,
-    windows of it included, are left out of its ranking then.
+    """Rank the gallery for every query. queries: None: the gallery's own rows; then a query's ranking excludes the rows
+    of its own image, windows included.
 
     A projection is learned from the gallery, or from `whitening_from`. Raises StoreError for stores that cannot be
-    compared, UsageError for relevance that cannot be told, and names of the ground truth that are not there.
+    compared, UsageError for names without relevance, and for ground truth names that are not found.
     """
     options = options or RetrievalOptions()
     for other in (queries, whitening_from):
@@ -150,10 +150,10 @@ def rankings(
 ) -> Iterator[np.ndarray]:
     """For each query, all rows [N] by falling cosine similarity, equal ones in their order.
 
-    own: by name, the rows of each query's own image, which a query expansion must not take for neighbours.
+    own: by name, the rows of each query's own image, which query expansion must not use as neighbors.
     """
     options = options or RetrievalOptions()
-    rows = rows.in_memory()  # every block of queries passes over all of them
+    rows = rows.in_memory()  # every block of queries reads all of them
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
     for start in range(0, len(queries), size):
         units = queries.take(slice(start, start + size))
@@ -164,7 +164,7 @@ def rankings(
                     scores[at, own[name]] = -np.inf
             nearest = np.argsort(-scores, axis=1, kind="stable")[:, : options.expand]
             near = np.take_along_axis(scores, nearest, 1)
-            # Own rows are at -inf, and no neighbours even where there are too few others; alpha may be 0.
+            # Own rows are at -inf, and never neighbors even if there are too few others; alpha may be 0.
             weights = np.where(np.isinf(near), 0, np.maximum(near, 0) ** options.alpha).astype(np.float32)
             for at, (which, weight) in enumerate(zip(nearest, weights, strict=True)):
                 order = np.argsort(which)
@@ -187,8 +187,8 @@ def _same_file(one: Store, other: Store | None) -> bool:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A query with its row's name, and rows of the gallery: relevant ones, junk, and those that are in no ranking of it
-    at all: the query's own image, and images that are queries alone."""
+    """A query with its row's name, and rows of the gallery: relevant ones, junk, and those excluded from its ranking:
+    the query's own image, and images that are only queries."""
 
     name: str
     relevant: list[int]
@@ -199,7 +199,7 @@ class _Asked:
 def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool) -> tuple[list[_Asked], UnitRows]:
     """The queries of ground truth by the stores' own names, and their rows among those asked, in the same order.
 
-    A name may leave out the folders and the ending, where that says which is meant. whole: take no windows.
+    A name may omit the folders and the extension if it stays unambiguous. whole: use no windows.
     Raises UsageError.
     """
     in_gallery, in_queries = _Names(rows, rows.names), _Names(asked, asked.names)
@@ -217,26 +217,26 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
                 if name in asked.store.errors():
                     raise StoreError(f"{asked.store.path}: query {name!r} could not be described")
                 raise UsageError(
-                    f"{asked.store.path}: query {query.image!r}: expected a row of its box, {name!r}, found none; "
+                    f"{asked.store.path}: query {query.image!r}: expected a row for its box, {name!r}, found none; "
                     "--write-windows FILE writes the boxes, `sppfeat extract IMAGES --windows FILE` describes them, "
-                    "and --whole-queries searches by whole images"
+                    "and --whole-queries searches with whole images"
                 )
         about = f"ground truth of {query.image!r}"
         relevant = [in_gallery.places[in_gallery.find(one, about)] for one in query.relevant]
         junk = [in_gallery.places[in_gallery.find(one, about)] for one in query.junk]
-        # An image is not searched for by itself, or a part of itself.
+        # An image is not searched for with itself, or with a part of itself.
         own = None if truth.own_counts else in_gallery.known(query.image)
         kept_out = {*outside} - {*relevant} | {*(() if own is None else own_rows[own].tolist())}
         found.append(_Asked(name, relevant, junk, sorted(kept_out)))
     places = [in_queries.places[one.name] for one in found]
     if len(set(places)) < len(places):
         twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
-        raise UsageError(f"{asked.store.path}: expected different queries, found {twice!r} twice")
+        raise UsageError(f"{asked.store.path}: expected unique queries, found duplicate {twice!r}")
     return found, asked.only(np.array(places))
 
 
 class _Names:
-    """Names of a store, found whole, or by what stands between the last folder and the ending."""
+    """Names of a store, looked up whole or by file name without folders and extension."""
 
     def __init__(self, rows: UnitRows, names: Sequence[str]) -> None:
         self._rows = rows
@@ -274,7 +274,7 @@ def _targets_from_truth(queries: list[_Asked], count: int) -> Iterator[tuple[str
 def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterator[tuple[str, np.ndarray]]:
     of_rows, of_queries = _keys(relevant, rows.names), _keys(relevant, asked.names)
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*of_rows, *of_queries]))}
-    # Queries alone may be of one folder, and so may a gallery; both together tell nothing then.
+    # All queries may be in one folder, and so may a gallery; but not both in the same one.
     if relevant == "folder" and len(numbers) == 1:
         raise UsageError(
             f"relevant folder: expected images in several folders, found {len(rows)} in one, such as {rows.names[0]!r}"
@@ -285,7 +285,7 @@ def _targets_from_keys(relevant: str, rows: UnitRows, asked: UnitRows) -> Iterat
 
 
 def _own_rows(rows: UnitRows) -> dict[str, np.ndarray]:
-    """For each row, by name, all rows of the same image: itself, and where they are of windows, the others."""
+    """For each row, by name, all rows of the same image: itself, and those of the image's other windows."""
     found: dict[str, list[int]] = {}
     images = [image_of(rows.store.source_root, name)[0] for name in rows.names]
     for row, image in enumerate(images):
@@ -295,7 +295,7 @@ def _own_rows(rows: UnitRows) -> dict[str, np.ndarray]:
 
 
 def _keys(relevant: str, names: Sequence[str]) -> list[str]:
-    """What images must share to be relevant to each other. Raises UsageError for a name that has no such part."""
+    """What images must share to be relevant to each other. Raises UsageError for a name without that part."""
     if relevant == "folder":
         return [posixpath.dirname(name) for name in names]
     pattern = _pattern(relevant)
@@ -322,7 +322,7 @@ def _pattern(relevant: str) -> re.Pattern[str]:
 
 
 def percent(done: Retrieval) -> dict[str, float]:
-    """mAP, precisions and recalls by the names under which they are reported."""
+    """mAP, precisions and recalls under the names they are reported by."""
     return {
         "mAP": done.mean_average_precision,
         **{f"mP@{k}": value for k, value in done.precision.items()},

@@ -1,14 +1,14 @@
-"""FAISS indexes over unit rows: which one, building it without the matrix in memory, and how well it finds.
+"""FAISS indexes over unit rows: choosing one, building it without the matrix in memory, and measuring its recall.
 
 The choice, unless a factory string is given (N rows of d values, a memory budget M):
 
     Flat        exact; while its 4 N d bytes fit into M and FLAT_BYTES, so that a query takes at most about 0.1 s
     HNSW32      a graph over the full rows; up to HNSW_ROWS, while 4 N d + 284 N bytes fit into M
-    IVFn,SQ8    lists of rows of 8 bits a value; while N d + 8 N bytes and n centres fit into M
+    IVFn,SQ8    lists of rows, 8 bits per value; while N d + 8 N bytes and n centres fit into M
     IVFn,PQm    lists of rows of m bytes; m as large as fits into M
 
-How hard HNSW and IVF search (`efSearch`, `nprobe`) is set on a sample of the rows: the least that finds the wanted part
-of the 10 true neighbours.
+The search effort of HNSW and IVF (`efSearch`, `nprobe`) is tuned on a sample of the rows: the least that finds the
+requested fraction of the 10 true neighbors.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageEr
 from sppfeat.machine import available_memory
 from sppfeat.store import UnitRows
 
-# At the 10 to 20 GB/s that two cores read, an exact search of one query through this much takes 0.05 to 0.1 s: no more
+# At the 10 to 20 GB/s that two cores read, an exact search through this much takes 0.05 to 0.1 s per query: no more
 # than describing the query.
 FLAT_BYTES: Final = 1 << 30
-# Building the graph takes about a millisecond of a core a row at 512 dimensions: beyond this, many hours.
+# Building the graph takes about a millisecond of one core per row at 512 dimensions: beyond this, many hours.
 HNSW_ROWS: Final = 5_000_000
 HNSW_LINKS: Final = 32
-# Links of a row of HNSW32: 64 on the ground floor, 32 on every 32nd row's next floor, and so on; offsets and levels.
+# Links per row of HNSW32: 64 on the bottom level, 32 on the next for every 32nd row, and so on; offsets and levels.
 HNSW_ROW_BYTES: Final = 284
 ID_BYTES: Final = 8
-# Rows to train with for each list. FAISS asks for 39, and takes at most 256.
+# Training rows per list. FAISS asks for 39, and uses at most 256.
 TRAIN_PER_LIST: Final = 50
 MIN_TRAIN: Final = 20_000
-# A fourth of what FAISS takes by itself: its training looks at every row in every round.
+# A quarter of FAISS's default: its training reads every row in every round.
 PQ_TRAIN_PER_CENTRE: Final = 64
 RECALL_K: Final = 10
 TUNING_QUERIES: Final = 200
@@ -51,10 +51,10 @@ _TRAIN_SEED: Final = 1234
 class IndexOptions:
     """How an index is built.
 
-    factory: a FAISS factory string; None: chosen. memory: bytes that the index may take; None: half of what is there.
-    recall: part of the 10 true neighbours that an approximate index is set to find, 0 to 1.
-    measure: compare this many rows' neighbours with the exact ones. device: `cpu`, `cuda` or `cuda:N`.
-    Raises UsageError, naming the field, when a value cannot be.
+    factory: a FAISS factory string; None: automatic. memory: bytes that the index may take; None: half of what is free.
+    recall: fraction of the 10 true neighbors that an approximate index is tuned to find, 0 to 1.
+    measure: compare this many rows' neighbors with the exact ones. device: `cpu`, `cuda` or `cuda:N`.
+    Raises UsageError, naming the field, for an invalid value.
     """
 
     factory: str | None = None
@@ -81,7 +81,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """A factory string, the bytes that its index takes about (None: not known), and why it."""
+    """A factory string, about how many bytes its index takes (None: unknown), and why it was chosen."""
 
     factory: str
     bytes: int | None
@@ -92,9 +92,9 @@ class Choice:
 class BuiltIndex:
     """An index that is ready to search.
 
-    effort: what was set, such as `{"nprobe": 16}`. recall: of 10 neighbours, 0 to 1, on the rows that `effort` was set
-    by, or on those of `measure`; None where it was not measured. queries_per_second: with `measure`.
-    seconds: to train, fill and set it.
+    effort: the tuned setting, such as `{"nprobe": 16}`. recall: of 10 neighbors, 0 to 1, on the rows that `effort` was
+    tuned on, or on those of `measure`; None if it was not measured. queries_per_second: with `measure`.
+    seconds: to train, fill and tune it.
     """
 
     index: Any
@@ -112,8 +112,8 @@ def load_faiss() -> ModuleType:
     try:
         faiss = require_extra("faiss", "cpu", "similarity search")
     except RuntimeError as error:  # faiss-gpu without NVIDIA's libraries
-        raise MissingExtraError(f"similarity search needs faiss, which fails: {one_line(error)}") from None
-    # What checks an index from a file, graphs and sizes included, came with it.
+        raise MissingExtraError(f"similarity search needs faiss, which fails to load: {one_line(error)}") from None
+    # That version added the checks of an index from a file, graphs and sizes included.
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         raise MissingExtraError(
             f"similarity search needs faiss 1.15 or newer, found {faiss.__version__}: pip install -U 'sppfeat[cpu]'"
@@ -127,7 +127,7 @@ def default_memory() -> int:
 
 
 def choose_index(rows: int, dim: int, memory: int | None = None) -> Choice:
-    """The index for so many rows of that length; see the module. Raises UsageError when none fits into `memory`."""
+    """The index for this many rows of this length; see the module. Raises UsageError if none fits into `memory`."""
     budget = default_memory() if memory is None else memory
     budget_text = (
         f"{_show_bytes(budget)} (--memory)" if memory else f"{_show_bytes(budget)} (half of the memory available)"
@@ -142,14 +142,14 @@ def choose_index(rows: int, dim: int, memory: int | None = None) -> Choice:
         return Choice(f"HNSW{HNSW_LINKS}", graph, f"a graph over the full rows is the fastest that fits {budget_text}")
     coded = rows * (dim + ID_BYTES) + centres
     if coded <= budget:
-        why = f"full rows would take {_show_bytes(flat)}; 8 bits a value fit {budget_text}"
+        why = f"full rows would take {_show_bytes(flat)}; 8 bits per value fit {budget_text}"
         if graph <= budget:
-            why = f"a graph over {rows:,} rows takes too long to build; 8 bits a value fit {budget_text}"
+            why = f"a graph over {rows:,} rows takes too long to build; 8 bits per value fit {budget_text}"
         return Choice(f"IVF{lists},SQ8", coded, why)
     for code in _code_sizes(dim):
         if rows * (code + ID_BYTES) + centres + 1024 * dim <= budget:
             taken = rows * (code + ID_BYTES) + centres + 1024 * dim
-            why = f"8 bits a value would take {_show_bytes(coded)}; {code} bytes a row fit {budget_text}"
+            why = f"8 bits per value would take {_show_bytes(coded)}; {code} bytes per row fit {budget_text}"
             return Choice(f"IVF{lists},PQ{code}", taken, why)
     smallest = rows * (_code_sizes(dim)[-1] + ID_BYTES) + centres
     raise UsageError(
@@ -159,19 +159,19 @@ def choose_index(rows: int, dim: int, memory: int | None = None) -> Choice:
 
 
 def list_count(rows: int) -> int:
-    """Lists of an IVF index: the power of 2 near 4 sqrt(N), FAISS's own advice, with 39 rows or more in each."""
+    """Lists of an IVF index: the power of 2 near 4 sqrt(N), as FAISS advises, with at least 39 rows in each."""
     return max(1, min(1 << round(math.log2(4 * math.sqrt(max(rows, 1)))), 1 << int(math.log2(max(rows // 39, 1)))))
 
 
 def _code_sizes(dim: int) -> list[int]:
-    """Bytes a row that product quantisation can take, the most first: divisors of the dimension."""
+    """Bytes per row that product quantisation can take, the most first: divisors of the dimension."""
     return [size for size in range(dim // 2, 0, -1) if dim % size == 0] or [1]
 
 
 def build_index(rows: UnitRows, options: IndexOptions | None = None) -> BuiltIndex:
-    """Train an index on a sample of the rows, fill it block by block, and set how hard it searches.
+    """Train an index on a sample of the rows, fill it block by block, and tune its search effort.
 
-    Raises UsageError for a factory string that FAISS refuses, or that needs more rows to train; DeviceError.
+    Raises UsageError for a factory string that FAISS rejects, or that needs more rows to train; DeviceError.
     """
     options = options or IndexOptions()
     started = time.perf_counter()
@@ -195,7 +195,7 @@ def build_index(rows: UnitRows, options: IndexOptions | None = None) -> BuiltInd
         effort, recall = tune(index, rows, which, options.recall)
         measured = len(which)
         if recall < options.recall - 0.005:
-            notes.append(f"found at most {100 * recall:.1f} % of the true neighbours, below {100 * options.recall:g} %")
+            notes.append(f"found at most {100 * recall:.1f} % of the true neighbors, below {100 * options.recall:g} %")
     seconds = time.perf_counter() - started
     if options.measure:
         which = rows.sample(options.measure, options.seed + 2)
@@ -212,14 +212,14 @@ def _create(factory: str, rows: int, dim: int) -> Any:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
         raise UsageError(
-            f"factory {factory!r}: FAISS refuses it for inner products of {dim} values ({faiss_reason(error)}); "
+            f"factory {factory!r}: FAISS rejects it for inner products of {dim} values ({faiss_reason(error)}); "
             f"one that works: IVF{list_count(rows)},SQ8"
         ) from None
     return typed(index)
 
 
 def typed(index: Any) -> Any:
-    """A new index as an object of its own class. FAISS's casts do not keep alive what they point to: this does."""
+    """A new index as an object of its own class. FAISS's casts do not keep alive what they point to; this does."""
     found = load_faiss().downcast_index(index)
     if found is not index and index.thisown:
         index.this.disown()
@@ -228,19 +228,19 @@ def typed(index: Any) -> Any:
 
 
 def _check_training(index: Any, factory: str, rows: int) -> list[str]:
-    """Refuse too few rows to train; notes where they are few. FAISS would warn on standard error, or fail halfway."""
+    """Reject too few training rows; return notes if there are few. FAISS would warn on stderr, or fail halfway."""
     needs, advised = _training_needs(index)
     if rows < needs:
         raise UsageError(
             f"factory {factory!r}: needs at least {needs} rows to train, found {rows}; Flat is exact and needs none"
             + (f", IVF{list_count(rows)},SQ8 needs fewer" if rows >= 2 * 39 else "")
         )
-    few = "few rows to train its lists and codes well: {:,}, where {:,} are advised"
+    few = "few rows to train its lists and codes well: {:,}, recommended {:,}"
     return [few.format(rows, advised)] if rows < advised else []
 
 
 def _training_needs(index: Any) -> tuple[int, int]:
-    """Rows that an index must have to be trained, and should have."""
+    """The rows that training an index requires, and those it should have."""
     inner = core(index)
     counts = [1]
     if hasattr(inner, "nlist"):
@@ -254,7 +254,7 @@ def _training_needs(index: Any) -> tuple[int, int]:
 
 
 def _training_rows(index: Any, rows: UnitRows, memory: int | None) -> int:
-    """Rows to train with: enough for each list and code, in at most half of the memory budget."""
+    """Number of training rows: enough for each list and code, in at most half of the memory budget."""
     needs, advised = _training_needs(index)
     inner = core(index)
     wanted = max(MIN_TRAIN, advised, TRAIN_PER_LIST * getattr(inner, "nlist", 1))
@@ -270,7 +270,7 @@ def fill(index: Any, rows: UnitRows) -> None:
 
 @contextlib.contextmanager
 def faiss_errors(factory: str) -> Iterator[None]:
-    """What FAISS refuses within the block is raised as GalleryError, with its reason on one line."""
+    """Raise FAISS errors within the block as GalleryError, with the reason on one line."""
     try:
         yield
     except (RuntimeError, MemoryError, AssertionError) as error:
@@ -278,7 +278,7 @@ def faiss_errors(factory: str) -> Iterator[None]:
 
 
 def faiss_reason(error: BaseException) -> str:
-    """FAISS's reason without the C++ function it stands in."""
+    """FAISS's reason without the C++ function that raised it."""
     text = one_line(error)
     found = re.search(r"Error: '(.*?)' failed(?::\s*(.*))?$", text)
     if found:
@@ -287,7 +287,7 @@ def faiss_reason(error: BaseException) -> str:
 
 
 def core(index: Any) -> Any:
-    """The index proper, below transforms and refinement."""
+    """The actual index, below transforms and refinement."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     while True:
@@ -305,7 +305,7 @@ def is_exact(index: Any) -> bool:
 
 
 def effort_name(index: Any) -> str | None:
-    """What sets how hard an index searches; None where nothing does."""
+    """The name of an index's search effort setting; None if it has none."""
     inner = core(index)
     if hasattr(inner, "nprobe"):
         return "nprobe"
@@ -313,7 +313,7 @@ def effort_name(index: Any) -> str | None:
 
 
 def set_effort(index: Any, value: int) -> None:
-    """Set how hard an index searches."""
+    """Set the search effort of an index."""
     inner = core(index)
     if effort_name(index) == "nprobe":
         inner.nprobe = value
@@ -322,9 +322,9 @@ def set_effort(index: Any, value: int) -> None:
 
 
 def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[dict[str, int], float]:
-    """Set the least effort that finds `target` of the true neighbours of the rows `which`; it, and the recall.
+    """Set the least effort that finds `target` of the true neighbors of the rows `which`; return it and the recall.
 
-    Where no effort does, the least that comes within half a point of the best.
+    If no effort does, use the least that comes within half a point of the best.
     """
     queries = rows.gather(which)
     truth = true_neighbors(rows, which, queries)
@@ -346,7 +346,7 @@ def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[
 
 
 def measure(index: Any, rows: UnitRows, which: np.ndarray) -> tuple[float, float]:
-    """Recall of the rows `which` against exact search, 0 to 1, and queries a second, all at once."""
+    """Recall of the rows `which` against exact search, 0 to 1, and queries per second, all at once."""
     queries = rows.gather(which)
     started = time.perf_counter()
     found = neighbors_of(index, which, queries)
@@ -355,13 +355,13 @@ def measure(index: Any, rows: UnitRows, which: np.ndarray) -> tuple[float, float
 
 
 def neighbors_of(index: Any, which: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """[Q, 10] nearest rows to rows of the index itself, without themselves; -1 where there are fewer."""
+    """[Q, 10] nearest rows of rows of the index itself, without themselves; -1 where there are fewer."""
     _, found = index.search(queries, min(RECALL_K + 1, index.ntotal))
     return _without(found, which)
 
 
 def true_neighbors(rows: UnitRows, which: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The same as `neighbors_of`, by comparing with every row, which is read block by block."""
+    """The same as `neighbors_of`, by comparing with every row, read block by block."""
     faiss = load_faiss()
     scores = np.full((len(which), 0), 0, np.float32)
     found = np.zeros((len(which), 0), np.int64)
@@ -374,7 +374,7 @@ def true_neighbors(rows: UnitRows, which: np.ndarray, queries: np.ndarray) -> np
 
 
 def _without(found: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Rows found [Q, k + 1] without the query's own; without the last where it was not found. [Q, k]"""
+    """[Q, k] rows found [Q, k + 1] without the query's own, or without the last if that was not found."""
     own = found == which[:, None]
     own[~own.any(1), -1] = True
     left: np.ndarray = found[~own].reshape(len(found), -1)
@@ -382,7 +382,7 @@ def _without(found: np.ndarray, which: np.ndarray) -> np.ndarray:
 
 
 def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
-    """Part of the true neighbours [Q, k] that were found [Q, k], 0 to 1."""
+    """Fraction of the true neighbors [Q, k] that were found [Q, k], 0 to 1."""
     if not truth.size:
         return 1.0
     return float(np.mean([len(np.intersect1d(one, true)) for one, true in zip(found, truth, strict=True)])) / len(
@@ -391,9 +391,9 @@ def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def drop_rows(index: Any, remove: np.ndarray, factory: str) -> Any:
-    """An index without the rows at the rising positions `remove`; those that are left close up, in their order.
+    """An index without the rows at the rising positions `remove`; the remaining rows keep their order, without gaps.
 
-    Lists and flat codes forget rows; any other index, such as a graph, is built anew from the rows that it holds.
+    Lists and flat codes can drop rows; any other index, such as a graph, is rebuilt from the rows that it holds.
     Raises GalleryError for an index that can do neither.
     """
     faiss = load_faiss()
@@ -428,7 +428,7 @@ def _drop_from_lists(index: Any, remove: np.ndarray) -> None:
     total = index.ntotal
     index.set_direct_map_type(faiss.DirectMap.NoMap)
     index.remove_ids(remove)
-    # Lists keep the numbers that rows had; ours are places in the list of names.
+    # Lists keep the rows' old ids; ours are positions in the list of names.
     moved = np.arange(total) - np.searchsorted(remove, np.arange(total))
     for at in range(index.nlist):
         size = index.invlists.list_size(at)
@@ -438,7 +438,7 @@ def _drop_from_lists(index: Any, remove: np.ndarray) -> None:
 
 
 def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
-    """[n, d] float32 vectors at these positions, as the index holds them: exact, or what its codes stand for."""
+    """[n, d] float32 vectors at these positions, as the index holds them: exact, or decoded."""
     inner = core(index)
     if hasattr(inner, "make_direct_map") and inner.direct_map.no():
         inner.make_direct_map()
@@ -449,7 +449,7 @@ def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def on_device(index: Any, device: str) -> Any:
-    """The index on a GPU, or as it is on `cpu`. Raises DeviceError."""
+    """The index on a GPU, or unchanged for `cpu`. Raises DeviceError."""
     if device == "cpu":
         return index
     faiss = load_faiss()
@@ -464,11 +464,13 @@ def on_device(index: Any, device: str) -> Any:
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index)
     except RuntimeError as error:
-        raise DeviceError(f"device {device}: this kind of index cannot be there ({faiss_reason(error)})") from None
+        raise DeviceError(
+            f"device {device}: this kind of index is not supported there ({faiss_reason(error)})"
+        ) from None
 
 
 def from_device(index: Any, device: str) -> Any:
-    """The index in the processor's memory again."""
+    """The index, back in main memory."""
     return index if device == "cpu" else typed(load_faiss().index_gpu_to_cpu(index))
 
 

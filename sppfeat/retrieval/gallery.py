@@ -1,6 +1,6 @@
-"""The gallery: a folder with an index, the names of its rows, and all that a query must go through.
+"""The gallery: a folder with an index, the names of its rows, and everything needed to prepare a query.
 
-Its files, and how they change, are described in `sppfeat.retrieval.gallery_files`.
+`sppfeat.retrieval.gallery_files` describes its files and how they change.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Gallery:
     """An open gallery, in memory.
 
     index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
-    about: what the JSON in the folder says. dim: length of a descriptor before projection.
+    about: the contents of the folder's JSON. dim: length of a descriptor before projection.
     """
 
     path: Path
@@ -87,8 +87,8 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to a gallery: rows in it now, added, skipped (there before, unchanged), removed; the index's own
-    report where one was built; notes for people."""
+    """What changed in a gallery: rows in it now, added, skipped (already there, unchanged), removed; the index's own
+    report if one was built; notes for the user."""
 
     path: str
     rows: int
@@ -112,12 +112,12 @@ def create_gallery(
     """Build a gallery of a finished store's described rows.
 
     projection: None: descriptors as they are. whitening_from: learn the projection from this store of the same recipe
-    instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the new one is whole.
+    instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the end.
     """
     load_faiss()
     path = _folder(output)
     check_new_gallery(path, overwrite=overwrite)
-    # The folder is made, locked and found writable before the work, which may take hours.
+    # The folder is created, locked and checked for writing before the work, which may take hours.
     with made_folder(path), changing(path):
         check_new_gallery(path, overwrite=overwrite)
         rows = unit_rows(store)
@@ -128,7 +128,7 @@ def create_gallery(
             source = rows if whitening_from is None else _comparable(store, whitening_from)
             learned = learn_projection(source, projection)
             if learned.dim < projection.dims:
-                notes.append(f"{learned.dim} dimensions are kept: {len(source)} rows have no more")
+                notes.append(f"only {learned.dim} dimensions are kept: {len(source)} rows have no more")
             rows = dataclasses.replace(rows, projection=learned)
         built = build_index(rows, options)
         table = GalleryRows(
@@ -139,7 +139,7 @@ def create_gallery(
 
 
 def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str = "cpu") -> Change:
-    """Add a store's rows to a gallery of the same recipe; rows that are there already, unchanged, are skipped.
+    """Add a store's rows to a gallery of the same recipe; unchanged rows that it already holds are skipped.
 
     Raises GalleryError for another recipe, weights or dimension, and for a name whose row differs.
     """
@@ -158,7 +158,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
                 new.append(at)
             elif old.rows.checksum[row] != store.checksum[rows.rows[at]]:
                 raise GalleryError(
-                    f"{path}: holds {name!r} already, with another descriptor (from {old.rows.picture(row)[0]}); "
+                    f"{path}: already holds {name!r} with another descriptor (from {old.rows.image(row)[0]}); "
                     f"remove it first: sppfeat index --remove names.txt --from {path}"
                 )
         skipped = len(rows) - len(new)
@@ -184,7 +184,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
 
 
 def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -> Change:
-    """Remove rows by name. Raises GalleryError for names that are not there, before anything is changed."""
+    """Remove rows by name. Raises GalleryError for unknown names, before anything is changed."""
     path = _folder(gallery)
     require_gallery(path)
     with changing(path):
@@ -199,10 +199,10 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
             raise UsageError("expected names to remove, found none")
         gone = np.array(sorted(place[name] for name in unique), np.int64)
         if len(gone) == len(old):
-            raise GalleryError(f"{path}: {len(gone)} names are all that it holds; remove the folder instead")
+            raise GalleryError(f"{path}: these {len(gone)} names are all it holds; remove the folder instead")
         keep = np.setdiff1d(np.arange(len(old)), gone)
         index = drop_rows(old.index, gone, old.factory)
-        notes = [] if index is old.index else [f"{old.factory} cannot forget rows: it was built anew from the others"]
+        notes = [] if index is old.index else [f"{old.factory} cannot drop rows: it was rebuilt from the others"]
         table = GalleryRows(
             [old.rows.names[row] for row in keep], old.rows.roots, old.rows.root[keep], old.rows.checksum[keep]
         )
@@ -211,7 +211,7 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """Names from a text file, one a line, as `sppfeat search` shows them. Raises UsageError."""
+    """Names from a text file, one per line, as `sppfeat search` shows them. Raises UsageError."""
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -220,9 +220,9 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Gallery:
-    """Open a gallery, also while another process changes it; device: where its index is searched.
+    """Open a gallery, even while another process changes it; device: where its index is searched.
 
-    Raises GalleryError when it is not a whole gallery, DeviceError.
+    Raises GalleryError if it is not a complete gallery, DeviceError.
     """
     path = Path(path)
     while True:
@@ -231,13 +231,13 @@ def open_gallery(path: str | os.PathLike[str], *, device: str = "cpu") -> Galler
         try:
             return _open(path, about, device)
         except GalleryError:
-            # Its files may have been replaced between our two looks: then there is a newer description.
+            # Its files may have been replaced between our two reads: then there is a newer description.
             if read_about(path).generation == about.generation:
                 raise
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    """A path that ends in a name, which its lock is called after."""
+    """A path that ends in a name, which its lock is named after."""
     return Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
 
 
@@ -248,7 +248,7 @@ def describe_gallery(path: str | os.PathLike[str]) -> tuple[About, Recipe]:
 
 
 def _recipe(path: Path, about: About) -> Recipe:
-    what = f"{path}: expected a gallery that is whole"
+    what = f"{path}: expected a complete gallery"
     try:
         recipe = Recipe.from_json(bytes(about.recipe).decode("utf-8"))
     except (UsageError, UnicodeDecodeError) as error:
@@ -275,7 +275,7 @@ def _open(path: Path, about: About, device: str) -> Gallery:
             rows=told.rows,
             route=told.route,
         )
-    # First, since its length bounds the number of rows.
+    # First, because its length bounds the number of rows.
     index = read_index_file(files["index"], about.rows, about.dim if told is None else told.dim)
     rows = read_rows(files["rows"], about.rows)
     return Gallery(
@@ -310,12 +310,12 @@ def _comparable(store: Store, other: Store) -> UnitRows:
 
 def _check_names(store: Store, names: list[str]) -> None:
     if len(set(names)) != len(names):
-        raise GalleryError(f"{store.path}: expected every name once, found {len(names) - len(set(names))} repeated")
+        raise GalleryError(f"{store.path}: expected unique names, found {len(names) - len(set(names))} duplicates")
     check_names(store.path, names)
 
 
 def _describe(store: Store, built: BuiltIndex, projection: Projection | None) -> About:
-    """All but what `write_generation` fills in."""
+    """Everything except what `write_generation` fills in."""
     unwritten = FileEntry(file="", bytes=0, crc32=0)
     return About(
         format=GALLERY,
@@ -345,7 +345,7 @@ def _describe(store: Store, built: BuiltIndex, projection: Projection | None) ->
 
 
 def _source(store: Store, rows: int) -> SourceEntry:
-    """What tells the store that rows came from."""
+    """What identifies the store that rows came from."""
     return SourceEntry(
         store=path_text(store.path),
         source_root=path_text(store.source_root),
@@ -355,20 +355,20 @@ def _source(store: Store, rows: int) -> SourceEntry:
 
 
 def verify_gallery(gallery: Gallery) -> list[str]:
-    """Check rows against the stores that are still there; one line for each fault. Opening has checked the files.
+    """Check rows against the stores that still exist; one line per fault. Opening has checked the files.
 
-    Rows that the index holds as they are must equal those of the store, by name; of coded rows the names must.
+    Rows that the index holds exactly must equal those of the store, by name; for coded rows only the names must.
     """
     problems = []
     if len(set(gallery.rows.names)) != len(gallery):
-        problems.append(f"{len(gallery) - len(set(gallery.rows.names))} names stand more than once")
+        problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
     place = {name: row for row, name in enumerate(gallery.rows.names)}
     for source in gallery.about.sources:
         if not os.path.isfile(source.store):
             continue
         try:
             rows = unit_rows(open_store(source.store), gallery.projection)
-        except Exception:  # gone, moved or being written: nothing to compare with
+        except Exception:  # missing, moved or being written: nothing to compare with
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:
             continue
@@ -381,5 +381,7 @@ def verify_gallery(gallery: Gallery) -> list[str]:
             part = np.array(same[start : start + 1024])
             held = reconstruct(gallery.index, np.array([place[rows.names[at]] for at in part]))
             for at in part[np.abs(held - rows.take(part)).max(1) > 1e-4]:
-                problems.append(f"row {place[rows.names[at]]} ({rows.names[at]!r}): is not that of {rows.store.path}")
+                problems.append(
+                    f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.path}"
+                )
     return problems

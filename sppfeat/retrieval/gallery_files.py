@@ -1,12 +1,12 @@
-"""The files of a gallery: how they are written so that it is whole at every moment, and read without trusting them.
+"""The files of a gallery: written so that it is complete at every moment, and read without trusting them.
 
-    gallery.json          what it is and which files make it up; the recipe, the index, the projection, the stores
+    gallery.json          what it is and which files belong to it; the recipe, the index, the projection, the stores
     index-N.faiss         the FAISS index; its row i is ...
     rows-N.h5             ... /names[i], from the folder /roots[/root[i]], with /checksum[i] of its row in the store
     projection-N.npz      mean, matrix, eigenvalues; none without a projection
 
-A change writes files of the next number N beside the present ones, then replaces `gallery.json`, then removes what it
-no longer names. Whoever is stopped in between leaves the old gallery or the new one, whole; a reader never sees a mix.
+A change writes files of the next number N beside the current ones, then replaces `gallery.json`, then removes the files
+it no longer names. An interrupted change leaves the old gallery or the new one, complete; a reader never sees a mix.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class FileEntry(_Document, frozen=True):
-    """A file of the gallery as it was written: its name in the folder, length and CRC-32."""
+    """A file of the gallery as written: its name in the folder, length and CRC-32."""
 
     file: str
     bytes: Count
@@ -77,7 +77,7 @@ class FileEntries(_Document, frozen=True, omit_defaults=True):
 
 
 class IndexEntry(_Document, frozen=True):
-    """How the index was made. recall: of 10 neighbours, when it was built, 0 to 1."""
+    """How the index was made. recall: of 10 neighbors, when it was built, 0 to 1."""
 
     factory: str
     why: str
@@ -86,7 +86,7 @@ class IndexEntry(_Document, frozen=True):
 
 
 class ProjectionEntry(_Document, frozen=True):
-    """What is told of a projection; see `Projection`."""
+    """Facts about a projection; see `Projection`."""
 
     dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
     kept: Share
@@ -107,7 +107,7 @@ class SourceEntry(_Document, frozen=True):
 
 
 class About(_Document, frozen=True):
-    """What `gallery.json` says. rows, dim: of descriptors, before projection. recipe: see `Recipe.from_json`."""
+    """The contents of `gallery.json`. rows, dim: of descriptors, before projection. recipe: see `Recipe.from_json`."""
 
     format: str
     format_version: int
@@ -125,7 +125,7 @@ class About(_Document, frozen=True):
 
     @property
     def entries(self) -> dict[str, FileEntry]:
-        """The files by what they are: `index`, `rows`, and `projection` where there is one."""
+        """The files by kind: `index`, `rows`, and `projection` if there is one."""
         files = {"index": self.files.index, "rows": self.files.rows, "projection": self.files.projection}
         return {kind: entry for kind, entry in files.items() if entry is not None}
 
@@ -136,10 +136,10 @@ class _Version(msgspec.Struct):
 
 @dataclass(frozen=True)
 class GalleryRows:
-    """What is known of each row of an index.
+    """The name, folder and checksum of each row of an index.
 
-    names: [N], each once. roots: folders that names are relative to. root: [N] which of them. checksum: [N] of the row
-    in the store, by which a changed picture is told from the same one.
+    names: [N], unique. roots: folders that names are relative to. root: [N] which of them. checksum: [N] of the row
+    in the store; it tells a changed image from an unchanged one.
     """
 
     names: list[str]
@@ -147,15 +147,15 @@ class GalleryRows:
     root: np.ndarray
     checksum: np.ndarray
 
-    def picture(self, row: int) -> tuple[str, Box | None]:
-        """Where the picture of a row was when it was described, and its window where the row is one's."""
+    def image(self, row: int) -> tuple[str, Box | None]:
+        """The path of a row's image when it was described, and the window if the row describes one."""
         return image_of(self.roots[int(self.root[row])], self.names[row])
 
 
 def read_about(path: Path) -> About:
-    """A gallery's JSON. Raises GalleryError when the folder is no gallery that this version reads."""
+    """A gallery's JSON. Raises GalleryError if the folder is not a gallery that this version can read."""
     require_gallery(path)
-    what = f"{path}: expected a gallery that is whole"
+    what = f"{path}: expected a complete gallery"
     try:
         content = (path / DESCRIPTION).read_bytes()
     except OSError as error:
@@ -163,7 +163,7 @@ def read_about(path: Path) -> About:
     number = decode_document(content, _Version, what=what, error=GalleryError).format_version
     if number > FORMAT_VERSION:
         raise GalleryError(
-            f"{path}: its format {number} is newer than this sppfeat reads ({FORMAT_VERSION}): update sppfeat"
+            f"{path}: its format {number} is newer than this sppfeat can read ({FORMAT_VERSION}): update sppfeat"
         )
     about = decode_document(content, About, what=what, error=GalleryError)
     if (about.projection is None) != (about.files.projection is None):
@@ -181,20 +181,20 @@ def require_gallery(path: Path) -> None:
     elif (path / DESCRIPTION).exists():
         found = f"a folder whose {DESCRIPTION} is not that of a gallery"
     elif any(_OURS.fullmatch(name) for name in os.listdir(path)):
-        found = "one that was interrupted before it was whole; build it again with `sppfeat index`"
+        found = "one that was interrupted before it was complete; build it again with `sppfeat index`"
     else:
         found = f"a folder without {DESCRIPTION}"
     raise GalleryError(f"{path}: expected a gallery, found {found}")
 
 
 def checked_file(path: Path, kind: str, entry: FileEntry) -> Path:
-    """A file of the gallery in the folder, with the bytes that were written. Raises GalleryError.
+    """A file of the gallery, checked for the bytes that were written. Raises GalleryError.
 
-    All of it is read: at 1.7 to 2.5 GB/s that takes less than FAISS does to read an index.
+    It is read whole: at 1.7 to 2.5 GB/s that takes less time than FAISS needs to read an index.
     """
     file = path / entry.file
     if not re.fullmatch(rf"{kind}-\d+\.{_SUFFIXES[kind]}", entry.file, re.ASCII):
-        raise GalleryError(f"{path}: expected a file of a gallery, found {entry.file!r}")
+        raise GalleryError(f"{path}: expected the name of a gallery file, found {entry.file!r}")
     try:
         info = os.stat(file)
         if not stat.S_ISREG(info.st_mode):
@@ -204,20 +204,20 @@ def checked_file(path: Path, kind: str, entry: FileEntry) -> Path:
         if crc32_of(file) != entry.crc32:
             raise GalleryError(f"{file}: is damaged: its bytes do not match their checksum")
     except OSError as error:
-        raise GalleryError(f"{file}: belongs to the gallery, and cannot be read: {os_reason(error)}") from None
+        raise GalleryError(f"{file}: belongs to the gallery, but could not be read: {os_reason(error)}") from None
     return file
 
 
 def read_rows(file: Path, count: int) -> GalleryRows:
-    """What is known of `count` rows. Raises GalleryError for a file that does not hold that.
+    """The names, folders and checksums of `count` rows. Raises GalleryError for any other file.
 
-    Names that lead out of their folder are refused as well: pages show the images that names lead to.
+    Names that lead out of their folder are also rejected: pages show the images that names lead to.
     """
     try:
         with open_hdf5(file, None, FORMAT_VERSION, GalleryError) as content:
             for column in ("names", "root", "checksum"):
                 if content[column].shape != (count,):
-                    raise GalleryError(f"{file}: expected {count} {column}, one a row, found {content[column].shape}")
+                    raise GalleryError(f"{file}: expected {count} {column}, one per row, found {content[column].shape}")
             rows = GalleryRows(
                 content["names"].asstr()[:].tolist(),
                 [os.fsdecode(np.asarray(root, np.uint8).tobytes()) for root in content["roots"][:]],
@@ -226,10 +226,10 @@ def read_rows(file: Path, count: int) -> GalleryRows:
             )
     except GalleryError:
         raise
-    except Exception as error:  # h5py raises nearly anything on what it does not expect, unknown encodings included
+    except Exception as error:  # h5py raises nearly anything on unexpected input, unknown encodings included
         raise GalleryError(f"{file}: expected the names of a gallery, found: {one_line(error)}") from None
     if count and not 0 <= rows.root.min() <= rows.root.max() < len(rows.roots):
-        raise GalleryError(f"{file}: expected every row below one of {len(rows.roots)} folders")
+        raise GalleryError(f"{file}: expected every row in one of {len(rows.roots)} folders")
     for root in rows.roots:
         if not os.path.isabs(root) or "\0" in root:
             raise GalleryError(f"{file}: expected the absolute path of a folder, found {root!r}")
@@ -242,15 +242,15 @@ def check_names(file: Path, names: Sequence[str]) -> None:
     for row, name in enumerate(names):
         if (reason := unsafe_name(name)) is not None:
             raise GalleryError(
-                f"{file}: row {row} ({name!r}): expected a name below its folder, found one that {reason}"
+                f"{file}: row {row} ({name!r}): expected a name inside its folder, found one that {reason}"
             )
 
 
 @contextlib.contextmanager
 def changing(path: Path) -> Iterator[None]:
-    """Hold the only right to change a gallery's folder, whose leftovers of interrupted writers are removed first.
+    """Lock a gallery's folder for changes, and first remove what interrupted writers left.
 
-    Raises StoreBusyError while another process has it, and GalleryError for a folder that is not writable.
+    Raises StoreBusyError while another process holds the lock, and GalleryError for a folder that is not writable.
     """
     with lock_store(path):
         try:
@@ -261,7 +261,7 @@ def changing(path: Path) -> Iterator[None]:
         if not (path / DESCRIPTION).exists():
             _remove_others(path, set())
         else:
-            # Files of a description that cannot be read may still be wanted.
+            # Files of an unreadable description may still be needed.
             with contextlib.suppress(GalleryError):
                 _remove_others(path, {entry.file for entry in read_about(path).entries.values()})
         yield
@@ -278,7 +278,7 @@ def write_generation(
 ) -> About:
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
-    Within `changing`. previous: where the projection's file is kept from it. The description as it was written.
+    Call it within `changing`. previous: its projection file is kept. Returns the description as written.
     """
     if index.ntotal != len(rows.names) or len(rows.names) != len(rows.root):
         raise GalleryError(f"{path}: {index.ntotal} rows in the index, {len(rows.names)} names; nothing is written")
@@ -332,7 +332,7 @@ def _write_index(file: Path, index: Any) -> None:
 def _write_rows(file: Path, rows: GalleryRows) -> None:
     with appearing_hdf5(file, GalleryError) as content:
         content.create_dataset("names", data=np.asarray(rows.names, dtype=object), dtype=h5py.string_dtype())
-        # Paths may hold any byte; HDF5's text may not.
+        # Paths may hold any byte; HDF5 text may not.
         roots = [np.frombuffer(os.fsencode(root), np.uint8) for root in rows.roots]
         table = content.create_dataset("roots", (len(roots),), dtype=h5py.vlen_dtype(np.uint8))
         for number, root in enumerate(roots):
@@ -351,13 +351,13 @@ def crc32_of(file: Path) -> int:
 
 @contextlib.contextmanager
 def made_folder(path: Path) -> Iterator[None]:
-    """The folder, made if needed; and then gone again if nothing came to lie in it."""
+    """The folder, created if needed; a new one is removed again if it stays empty."""
     there = path.is_dir()
     try:
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise GalleryError(f"{path}: cannot be made: {os_reason(error)}") from None
+        raise GalleryError(f"{path}: could not be created: {os_reason(error)}") from None
     try:
         yield
     except BaseException:
@@ -374,7 +374,7 @@ def check_new_gallery(path: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise GalleryError(f"{path}: expected a gallery's folder or nothing, found a file; it is left as it is")
+        raise GalleryError(f"{path}: expected a gallery folder or no file, found a file; it is left as it is")
     if format_of(path) == GALLERY:
         if not overwrite:
             raise GalleryError(f"{path}: already exists; choose another output, --overwrite or --add-to")

@@ -1,6 +1,6 @@
-"""Ground truth of retrieval: which images of a gallery are relevant to which queries, and which do not count.
+"""Retrieval ground truth: which images of a gallery are relevant to which queries, and which are ignored.
 
-Read from JSON, that of revisited Oxford and Paris included, or from the folder of text files of Oxford5k and Paris6k.
+Read from JSON, including that of revisited Oxford and Paris, or from the text files of Oxford5k and Paris6k.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sppfeat.windows import COLUMNS
 
 DIFFICULTIES: Final = ("easy", "medium", "hard")
 T = TypeVar("T", str, int)
-# What Oxford5k puts before the names of its query images, and of no others.
+# The prefix that Oxford5k gives only to the names of its query images.
 _OXFORD_PREFIX: Final = "oxc1_"
 
 
 @dataclass(frozen=True)
 class JudgedQuery:
-    """A query: its image, the names of the gallery that are relevant to it, and those that do not count.
+    """A query: its image, the gallery names that are relevant to it, and those that are ignored.
 
-    window: the part of the image that is searched by, see `sppfeat.windows`; None: all of it.
+    window: the part of the image to search with, see `sppfeat.windows`; None: the whole image.
     """
 
     image: str
@@ -44,10 +44,10 @@ class JudgedQuery:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Queries, and how they are counted.
+    """Queries, and how they are evaluated.
 
-    own_counts: the query's own image counts as the lists say, as in the original protocol of Oxford5k; else it is left
-    out. outside: images that are in no ranking. revisited: the mean precision at 1, 5 and 10 is wanted as well.
+    own_counts: the query's own image counts as the lists say, as in the original protocol of Oxford5k; else it is
+    excluded. outside: images excluded from all rankings. revisited: also report the mean precision at 1, 5 and 10.
     """
 
     queries: list[JudgedQuery]
@@ -72,13 +72,13 @@ class _Places(msgspec.Struct):
 
 
 def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium") -> GroundTruth:
-    """Read ground truth from JSON: a query's name -> {"relevant": [names], "junk": [names]}; junk may be missing.
+    """Read ground truth from JSON: a query's name -> {"relevant": [names], "junk": [names]}; junk is optional.
 
     Or, as in revisited Oxford and Paris, -> {"easy": [names], "hard": [names], "junk": [names]}. There, `difficulty`
-    says what is relevant: `easy` counts the hard ones as junk, `medium` takes both, `hard` counts the easy ones as junk
+    says what is relevant: `easy` treats the hard ones as junk, `medium` uses both, `hard` treats the easy ones as junk
     (Radenovic, Iscen, Tolias, Avrithis, Chum 2018, "Revisiting Oxford and Paris", 3.3). Their own layout, lists
-    `imlist`, `qimlist` and `gnd` with places in `imlist`, is read as well, and so is that of the original protocol,
-    with lists `ok` and `junk`. `bbx`, the part of the query's image to search by, is x1, y1, x2, y2 in pixels with
+    `imlist`, `qimlist` and `gnd` with indices into `imlist`, is also read, and so is that of the original protocol,
+    with lists `ok` and `junk`. `bbx`, the part of the query's image to search with, is x1, y1, x2, y2 in pixels with
     x2 and y2 exclusive, and is rounded to whole pixels, as their code crops.
 
     A folder is read as that of Oxford5k: QUERY_query.txt with an image and its box, and lists QUERY_good.txt,
@@ -99,13 +99,13 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
         places = decode_document(content, _Places, what=what, error=UsageError)
         if len(places.qimlist) != len(places.gnd):
             raise UsageError(
-                f"{path}: expected a query of qimlist for each of gnd, found {len(places.qimlist)} and "
+                f"{path}: expected one query in qimlist per entry of gnd, found {len(places.qimlist)} and "
                 f"{len(places.gnd)}"
             )
         queries = [
             (name, _named(path, name, one, places.imlist)) for name, one in zip(places.qimlist, places.gnd, strict=True)
         ]
-        # Queries are no part of the gallery, where they are not listed as such; a store of all images holds them.
+        # Queries are not in the gallery unless they are listed there; a store of all images holds them.
         outside = frozenset(places.qimlist) - frozenset(places.imlist)
     else:
         queries = list(decode_document(content, dict[str, _Lists[str]], what=what, error=UsageError).items())
@@ -113,7 +113,9 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
         raise UsageError(f"{what}, found no query")
     kinds = {_kind(path, name, lists) for name, lists in queries}
     if len(kinds) > 1:
-        raise UsageError(f"{path}: expected lists of one kind for all queries, found {' and '.join(sorted(kinds))}")
+        raise UsageError(
+            f"{path}: expected the same kind of lists for all queries, found {' and '.join(sorted(kinds))}"
+        )
     return GroundTruth(
         [_judged(path, name, lists, difficulty) for name, lists in queries],
         own_counts=kinds == {"ok"},
@@ -125,8 +127,8 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
 def write_query_windows(truth: GroundTruth, path: str | os.PathLike[str]) -> int:
     """Write the windows of all queries as a CSV file for `extract --windows`; returns how many.
 
-    A name without an ending gets `.jpg`, as all images of Oxford and Paris have it. Raises UsageError for a file that
-    is there, or cannot be written, and for ground truth in which a query has no window.
+    A name without an extension gets `.jpg`, which all images of Oxford and Paris have. Raises UsageError for a file
+    that exists or cannot be written, and for ground truth in which a query has no window.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -145,13 +147,13 @@ def write_query_windows(truth: GroundTruth, path: str | os.PathLike[str]) -> int
 
 
 def _named(path: str | os.PathLike[str], query: str, lists: _Lists[int], images: list[str]) -> _Lists[str]:
-    """Lists of places as lists of names."""
+    """Lists of indices as lists of names."""
 
     def names(places: list[int] | None) -> list[str] | None:
         if places is None:
             return None
         if wrong := [at for at in places if not 0 <= at < len(images)]:
-            raise UsageError(f"{path}: query {query!r}: expected places below {len(images)}, found {wrong[0]}")
+            raise UsageError(f"{path}: query {query!r}: expected indices below {len(images)}, found {wrong[0]}")
         return [images[at] for at in places]
 
     return _Lists(
@@ -185,12 +187,12 @@ def _judged(path: str | os.PathLike[str], query: str, lists: _Lists[str], diffic
 
 def _checked(query: JudgedQuery, path: str | os.PathLike[str]) -> JudgedQuery:
     if both := query.relevant & query.junk:
-        raise UsageError(f"{path}: query {query.image!r}: {min(both)!r} is relevant and junk")
+        raise UsageError(f"{path}: query {query.image!r}: {min(both)!r} is both relevant and junk")
     return query
 
 
 def _window(path: str | os.PathLike[str], query: str, box: Box | None) -> Box | None:
-    """The pixels that cropping to a box gives, first and last ones inclusive."""
+    """The pixels that cropping to a box keeps, both ends inclusive."""
     if box is None:
         return None
     if all(map(math.isfinite, box)):

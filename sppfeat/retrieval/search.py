@@ -1,4 +1,4 @@
-"""Search a gallery: by pictures, which are described with the gallery's own recipe, by a store, or by descriptors."""
+"""Search a gallery with images, which are described with the gallery's recipe, with a store, or with descriptors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
 DEFAULT_ALPHA: Final = 3.0
 MAX_ALPHA: Final = 100
-# The descriptors of so many neighbors of each query are in memory at once; papers take 10 to 50.
+# The descriptors of this many neighbors per query are in memory at once; papers use 10 to 50.
 MAX_EXPAND: Final = 1000
-# Thumbnails of more would make a page that a phone cannot open.
+# With more thumbnails, a phone could not open the page.
 PAGE_QUERIES: Final = 200
 
 
@@ -37,10 +37,10 @@ PAGE_QUERIES: Final = 200
 class SearchOptions:
     """How a gallery is searched.
 
-    k: neighbours of a query, the nearest first. exclude_self: leave out the query's own file, and all windows of it.
-    expand: search again with the sum of the query and this many of its neighbours (alpha query expansion), each
+    k: neighbors per query, the nearest first. exclude_self: exclude the query's own file, and all its windows.
+    expand: search again with the sum of the query and this many of its neighbors (alpha query expansion), each
     weighted by its score to the power `alpha`; 0: search once.
-    Raises UsageError, naming the field, when a value cannot be.
+    Raises UsageError, naming the field, for an invalid value.
     """
 
     k: int = 10
@@ -61,8 +61,8 @@ class SearchOptions:
 class Neighbor:
     """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
 
-    path: of the image, where the folder that names are relative to, `root`, still exists; else None. box: the window on
-    it, where the row is one's.
+    path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: the window in
+    it, if the row describes one.
     """
 
     name: str
@@ -75,9 +75,9 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and its neighbours, or why it could not be described. path: of its image. box: the part asked for.
+    """A query and its neighbors, or why it could not be described. path: of its image. box: the part searched with.
 
-    root: the folder that `query` is relative to, where it is the name of a store's row; "" for an image given by path.
+    root: the folder that `query` is relative to, if it is the name of a store's row; "" for an image given by path.
     """
 
     query: str
@@ -90,7 +90,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Answers in the order of the queries. notes: for people. describing, searching: seconds."""
+    """Answers in the order of the queries. notes: for the user. describing, searching: seconds."""
 
     answers: list[Answer]
     notes: list[str]
@@ -110,11 +110,11 @@ def search_descriptors(
     *,
     own_rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours of descriptors [Q, D] of the gallery's recipe: rows [Q, k] int64 and scores [Q, k] float32.
+    """Neighbors of descriptors [Q, D] of the gallery's recipe: rows [Q, k] int64 and scores [Q, k] float32.
 
-    Scores are cosine similarities, falling; equal ones keep the order of the rows, and where the index is exact this
-    holds for the choice of the k as well. k is at most the size of the gallery. Missing neighbours, which an
-    approximate index may have, are row -1 with score -inf. own_rows: [Q, M] the rows to leave out for each query, those
+    Scores are cosine similarities, falling; equal ones keep the order of the rows, and with an exact index this
+    also decides which k are chosen. k is at most the size of the gallery. Missing neighbors, which an
+    approximate index may have, are row -1 with score -inf. own_rows: [Q, M] the rows to exclude per query, those
     of its own image; -1 for none.
     Raises UsageError for other shapes, and for values that are not finite.
     """
@@ -132,7 +132,7 @@ def _units(gallery: Gallery, descriptors: np.ndarray) -> np.ndarray:
 def search_units(
     gallery: Gallery, units: np.ndarray, options: SearchOptions, *, own_rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same, for vectors [Q, d] that are projected and of length 1."""
+    """The same, for projected vectors [Q, d] of length 1."""
     leave_out = 0 if own_rows is None else int((own_rows >= 0).sum(1).max(initial=0))
     if options.expand:
         rows, scores = _nearest(gallery, units, min(options.expand + leave_out, len(gallery)))
@@ -148,9 +148,9 @@ def search_units(
 
 
 def _nearest(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """k neighbours, equal scores in the order of the rows."""
+    """k neighbors, equal scores in the order of the rows."""
     size = len(gallery)
-    # One more than wanted shows whether the last score goes on beyond them.
+    # One more than requested shows whether more rows have the last score.
     scores, rows = _ask(gallery, units, min(k + 1, size))
     if gallery.exact and scores.shape[1] > k:
         cut = np.flatnonzero(scores[:, k - 1] == scores[:, k])
@@ -178,13 +178,13 @@ def _ask(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
         raise GalleryError(f"{gallery.path}: FAISS cannot search ({faiss_reason(error)})") from None
     missing = rows < 0
     if rows.max(initial=-1) >= len(gallery) or not (np.isfinite(scores) | missing).all():
-        raise GalleryError(f"{gallery.path}: its index finds rows that are not there; build the gallery again")
+        raise GalleryError(f"{gallery.path}: its index returns unknown rows; build the gallery again")
     scores[missing] = -np.inf
     return scores, rows
 
 
 def _sorted(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By falling score, then rising row. FAISS gives the first, and leaves equal scores in any order."""
+    """Sort by falling score, then rising row. FAISS sorts by score, but leaves equal scores in any order."""
     tied = (scores[:, 1:] == scores[:, :-1]).any(1)
     if tied.any():
         order = np.lexsort((rows[tied], -scores[tied]), axis=1)
@@ -194,7 +194,7 @@ def _sorted(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _without(rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without each query's own rows, moved to the end as missing ones."""
+    """Move each query's own rows to the end, as missing ones."""
     mine = np.stack([np.isin(found, of_query) for found, of_query in zip(rows, own, strict=True)])
     rows, scores = np.where(mine, -1, rows), np.where(mine, -np.inf, scores).astype(np.float32)
     at_end = np.argsort(mine, axis=1, kind="stable")
@@ -202,7 +202,7 @@ def _without(rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.
 
 
 def _expanded(gallery: Gallery, units: np.ndarray, rows: np.ndarray, scores: np.ndarray, alpha: float) -> np.ndarray:
-    """Each query plus its neighbours, weighted by their scores to the power `alpha`, brought to length 1."""
+    """Each query plus its neighbors, weighted by their scores to the power `alpha`, normalised to length 1."""
     expanded = units.copy()
     weights = np.where(rows >= 0, np.maximum(scores, 0), 0).astype(np.float32) ** alpha
     weights[rows < 0] = 0
@@ -225,12 +225,12 @@ def search_images(
     describer: Describer | None = None,
     box: Box | None = None,
 ) -> SearchResult:
-    """Search by pictures: of folders, files or lists, as `find_images` takes them.
+    """Search with the images of folders, files or lists, as `find_images` takes them.
 
-    They are described by the gallery's recipe; a picture that cannot be described is an answer with its reason.
-    weights: where the gallery's weights lie now, if not where they were. describer: one made by `describer_for`.
-    box: search by this part of every picture, pooled from its feature map; a picture that it reaches outside of fails.
-    Raises GalleryError when the network here is not that of the gallery, UsageError for a box that is none.
+    They are described with the gallery's recipe; an image that cannot be described gives an answer with the reason.
+    weights: where the gallery's weights are now, if they moved. describer: one made by `describer_for`.
+    box: search with this part of every image, pooled from its feature map; an image that does not contain it fails.
+    Raises GalleryError if the local network differs from that of the gallery, UsageError for an invalid box.
     """
     options = options or SearchOptions()
     if box is not None:
@@ -263,7 +263,7 @@ def search_images(
 
 
 def check_box(box: Box) -> None:
-    """Raise UsageError unless x1, y1, x2, y2 can be a part of a picture."""
+    """Raise UsageError unless x1, y1, x2, y2 can be a part of an image."""
     x1, y1, x2, y2 = box
     if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
         raise UsageError(
@@ -272,7 +272,7 @@ def check_box(box: Box) -> None:
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
-    """Search by the described rows of a store of the gallery's recipe, block by block."""
+    """Search with the described rows of a store of the gallery's recipe, block by block."""
     options = options or SearchOptions()
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, str(store.path))
     rows = unit_rows(store, gallery.projection)
@@ -294,7 +294,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
 
 
 def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, weights: str | None = None) -> Describer:
-    """The network that the gallery was described with. Raises GalleryError when the one here is another."""
+    """The network that the gallery was described with. Raises GalleryError if the local one differs."""
     from sppfeat.extraction import Describer
 
     recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
@@ -304,7 +304,7 @@ def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, we
 
 
 def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
-    """Write queries and their neighbours with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
     small = functools.cache(thumbnail)  # an image is often found by several queries
 
     def of_query(answer: Answer) -> str | None:
@@ -355,7 +355,7 @@ def _answer(
     rows, scores = search_units(gallery, units, options, own_rows=own)
     notes = []
     if options.k > len(gallery):
-        notes.append(f"k is {options.k}, the gallery has {len(gallery)} images: all are given")
+        notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
     there = [os.path.isdir(root) for root in gallery.rows.roots]
     answers = [
         Answer(
@@ -373,15 +373,15 @@ def _answer(
 
 
 def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
-    path, box = gallery.rows.picture(row)
+    path, box = gallery.rows.image(row)
     root = int(gallery.rows.root[row])
     return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
-    """[Q, M] the rows of each query's own file, windows included, filled up with -1.
+    """[Q, M] the rows of each query's own file, windows included, padded with -1.
 
-    Files are told by their paths, links to folders followed.
+    Files are identified by their paths; links to folders are followed.
     """
     table = gallery.rows
     roots = [os.path.realpath(root) for root in table.roots]
@@ -400,9 +400,9 @@ def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
 
 
 def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:
-    """What the queries are called, their items, and by their numbers why some can be none. Raises UsageError.
+    """The queries' names, their items, and the reasons for failed ones by number. Raises UsageError.
 
-    Files are called as they were given, the others by their names below the folder given. A source that is neither is
+    Files are named as given, other images by their names below the given folder. A source that is neither is
     a failed query, unless there is no other.
     """
     queries: list[str] = []

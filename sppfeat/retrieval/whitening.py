@@ -1,14 +1,14 @@
-"""PCA and whitening: shorter descriptors, in which no direction of the gallery's own variation drowns the others.
+"""PCA and whitening: shorter descriptors, in which no direction of the gallery's own variation dominates.
 
 Learned from unit rows x with mean m and covariance C = V diag(l) V', the largest eigenvalues first:
 
     y = diag(s) V' (x - m),     s_i = ((1 - shrinkage) l_i + shrinkage mean(l))^(-power / 2)
 
 over the K components kept. Power 0 is PCA (s = 1), power 1 whitening (Jegou, Chum 2012, "Negative evidences and
-co-occurences in image retrieval"). Shrinkage keeps directions that few rows can tell from noise from being blown up.
-A descriptor is projected, then brought to length 1 again.
+co-occurences in image retrieval"). Shrinkage avoids amplifying directions that few rows can tell from noise.
+A descriptor is projected, then normalised to length 1 again.
 
-Three ways to the same components, by the shape of the N rows of D values:
+Three routes to the same components, chosen by the shape of the N rows of D values:
 
     gram        N <= D: eigenvectors of the N x N matrix of inner products, carried over to the D dimensions
     covariance  D < N: eigenvectors of the D x D matrix
@@ -32,14 +32,14 @@ from sppfeat.files import appearing
 from sppfeat.store import BLOCK_BYTES, UnitRows, normalize_rows
 
 DEFAULT_DIMS: Final = 512
-# Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomised way is faster.
+# Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomised route is faster.
 EXACT_SIDE: Final = 4096
-# More rows hardly move 512 components, and cost time: 6 readings of them in the randomised way.
+# More rows hardly change 512 components, but cost time: the randomised route reads them 6 times.
 LEARNING_ROWS: Final = 50_000
-# Components beyond those wanted, and rounds, of the randomised way.
+# Extra components, and rounds, of the randomised route.
 OVERSAMPLING: Final = 32
 ROUNDS: Final = 5
-# Relative to the largest eigenvalue; what lies below is rounding of float32 products.
+# Relative to the largest eigenvalue; anything below is rounding of float32 products.
 RANK_TOLERANCE: Final = 1e-6
 
 
@@ -47,9 +47,9 @@ RANK_TOLERANCE: Final = 1e-6
 class ProjectionOptions:
     """How descriptors are projected.
 
-    dims: components kept; fewer where the rows have no more. whiten: also scale the components.
+    dims: components to keep; fewer if the rows have no more. whiten: also scale the components.
     power: of the scaling, 0 to 1. shrinkage: of the eigenvalues towards their mean, 0 to 1.
-    Raises UsageError, naming the field, when a value cannot be.
+    Raises UsageError, naming the field, for an invalid value.
     """
 
     dims: int = DEFAULT_DIMS
@@ -73,7 +73,7 @@ class Projection:
     """A learned projection of D dimensions onto K.
 
     mean: [D] float32. matrix: [D, K] float32, scaling included. eigenvalues: [K] float32, falling.
-    kept: part of the rows' variance in the K components, 0 to 1. power: 0 without whitening.
+    kept: fraction of the rows' variance in the K components, 0 to 1. power: 0 without whitening.
     learned_from: the store. rows: how many of its rows were used. route: `gram`, `covariance` or `randomized`.
     """
 
@@ -99,9 +99,9 @@ class Projection:
 
 
 def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -> Projection:
-    """Learn a projection from rows that are not projected themselves; from a sample when there are very many.
+    """Learn a projection from unprojected rows, or from a sample if there are very many.
 
-    Raises UsageError for fewer than two rows, or rows that are all alike.
+    Raises UsageError for fewer than two rows, or if all rows are equal.
     """
     options = options or ProjectionOptions()
     if rows.projection is not None:
@@ -123,7 +123,7 @@ def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -
         values, vectors = _by_covariance(rows, which, mean, wanted)
     solid = values > RANK_TOLERANCE * max(float(values[0]), 1e-12)
     if not solid.any() or total < 1e-10:
-        raise UsageError(f"{rows.store.path}: its {len(which)} descriptors are all alike: there is nothing to project")
+        raise UsageError(f"{rows.store.path}: its {len(which)} descriptors are all equal: there is nothing to project")
     values, vectors = values[solid], vectors[:, solid]
     # An eigenvector's sign is arbitrary; this fixes it, so that the same rows give the same projection.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
@@ -154,7 +154,7 @@ def _moments(rows: UnitRows, which: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _by_gram(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and vectors [D, K] by way of the inner products of the centred rows, from blocks of dimensions."""
+    """Eigenvalues and vectors [D, K] from the inner products of the centred rows, in blocks of dimensions."""
     count, dim = len(which), rows.dim
     size = max(1, BLOCK_BYTES // (4 * count))
     lengths = np.concatenate([_raw_lengths(rows, which[at : at + 1024]) for at in range(0, count, 1024)])
@@ -180,7 +180,7 @@ def _by_gram(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -
 
 
 def _raw_lengths(rows: UnitRows, which: np.ndarray) -> np.ndarray:
-    """What `UnitRows.take` divides the stored values of rows by, [n] float32."""
+    """[n] float32 lengths that `UnitRows.take` divides the rows' stored values by."""
     values = rows.store.descriptors[rows.rows[which]].astype(np.float64)
     lengths = np.sqrt(np.einsum("nd,nd->n", values, values))
     lengths[lengths == 0] = 1
@@ -200,7 +200,7 @@ def _by_covariance(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: 
 def _randomized(
     rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Subspace iteration: each round multiplies a basis by the covariance, in one reading of the rows."""
+    """Subspace iteration: each round multiplies a basis by the covariance, reading the rows once."""
     centre = mean.astype(np.float32)
     width = wanted + OVERSAMPLING
     basis = np.random.default_rng(seed).standard_normal((rows.dim, width), np.float32)
@@ -226,21 +226,21 @@ def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_projection(path: Path, projection: Projection) -> None:
-    """Write the arrays of a projection; the rest stands in the gallery's JSON. Raises GalleryError."""
+    """Write the arrays of a projection; the gallery's JSON has the rest. Raises GalleryError."""
     with appearing(path, GalleryError) as partial, open(partial, "wb") as file:
         np.savez(file, mean=projection.mean, matrix=projection.matrix, eigenvalues=projection.eigenvalues)
 
 
 def read_arrays(path: Path, dim: int, count: int) -> dict[str, np.ndarray]:
-    """Arrays of a projection of `dim` dimensions onto `count`. Raises GalleryError for a file that is not that."""
+    """Arrays of a projection of `dim` dimensions onto `count`. Raises GalleryError for any other file."""
     expected = {"mean": (dim,), "matrix": (dim, count), "eigenvalues": (count,)}
     try:
         with zipfile.ZipFile(path) as file:
             arrays = {name: _read_array(file, path, name, shape) for name, shape in expected.items()}
     except GalleryError:
         raise
-    except Exception as error:  # zipfile raises nearly anything on what it does not expect
-        raise GalleryError(f"{path}: expected a projection that is whole, found: {one_line(error)}") from None
+    except Exception as error:  # zipfile raises nearly anything on unexpected input
+        raise GalleryError(f"{path}: expected a complete projection, found: {one_line(error)}") from None
     for name, values in arrays.items():
         if not np.isfinite(values).all():
             raise GalleryError(f"{path}: {name} holds values that are not finite")
@@ -248,9 +248,9 @@ def read_arrays(path: Path, dim: int, count: int) -> dict[str, np.ndarray]:
 
 
 def _read_array(file: zipfile.ZipFile, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of this shape and no other: its length is known before it is read, and no pickle ever is."""
-    if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:  # a few bytes could stand for any number
-        raise GalleryError(f"{path}: expected {name} as it was written, found it compressed")
+    """An array of exactly this shape: its length is known before it is read, and pickles are never read."""
+    if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:  # a few bytes could expand to any number
+        raise GalleryError(f"{path}: expected {name} uncompressed, found it compressed")
     with file.open(f"{name}.npy") as member:
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,

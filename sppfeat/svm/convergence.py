@@ -1,4 +1,4 @@
-"""How near trained SVMs came to the best possible ones, as data and in words."""
+"""How close trained SVMs are to the optimum, as data and in words."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Unconverged(NamedTuple):
 
 @dataclass(frozen=True)
 class Convergence:
-    """The relative duality gaps of SVMs, of which those above `CONVERGED` are not what C and the rows ask for.
+    """The relative duality gaps of SVMs; an SVM with a gap above `CONVERGED` did not converge.
 
-    classes: [K]. gaps: [T, K] of the SVMs that are used, a row a trial. choice_gap: the largest of those that C was
-    chosen with; 0 where C was given, or is not known any more.
+    classes: [K]. gaps: [T, K] of the SVMs that are used, one row per trial. choice_gap: the largest of those that C was
+    chosen with; 0 where C was given, or is no longer known.
     """
 
     classes: list[str]
@@ -32,7 +32,7 @@ class Convergence:
 
     @property
     def not_converged(self) -> list[Unconverged]:
-        """The SVMs that are used and did not converge."""
+        """The SVMs in use that did not converge."""
         return [
             Unconverged(int(trial), self.classes[at], float(self.gaps[trial, at]))
             for trial, at in np.argwhere(~(self.gaps <= CONVERGED))
@@ -40,17 +40,17 @@ class Convergence:
 
     @property
     def largest_gap(self) -> float:
-        """Of the SVMs that are used."""
+        """The largest gap of the SVMs in use."""
         return float(self.gaps.max(initial=0))
 
     def warnings(self) -> list[str]:
-        """What is to be said, one line each; nothing where all SVMs converged."""
+        """One line per warning; empty if all SVMs converged."""
         lines = []
         if wrong := self.not_converged:
             worst = max(wrong, key=lambda one: one.gap)
             lines.append(
                 f"{len(wrong)} of {self.gaps.size} SVMs did not converge (largest relative gap {worst.gap:.2g}, class "
-                f"{worst.label!r}): their scores are not exact; a smaller C, or normalized descriptors, converge sooner"
+                f"{worst.label!r}): their scores are not exact; a smaller C or normalized descriptors converge faster"
             )
         if not self.choice_gap <= CONVERGED:
             lines.append(

@@ -1,4 +1,4 @@
-"""The choice of C by cross-validation, inside the rows that are trained with."""
+"""The choice of C by cross-validation, within the training rows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FOLDS: Final = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """The C of each class [K], and the curve it was chosen from: every C and the mean value it gave, parts of 1.
+    """The C of each class [K], and the curve it was chosen from: every C and its mean value, as fractions of 1.
 
-    The curve is empty where C was given. start: a solution at these C, of some of the rows, to begin the last fit with.
+    The curve is empty where C was given. start: a solution at these C for some of the rows, where the last fit starts.
     gap: the largest relative duality gap of all SVMs that the curve was measured with.
     """
 
@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
-    """One C for all classes, of the best mean per-class accuracy; the smallest of equally good ones.
+    """One C for all classes, with the best mean per-class accuracy; the smallest of equally good ones.
 
     labels: [M], the class of each of rows [M].
     """
@@ -40,8 +40,8 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
     fold = _folds((labels[:, None] == classes).argmax(1), options.seed)
     if not (fold > 0).any():
         raise UsageError(
-            f"C cannot be chosen by cross-validation: expected a class of at least 2 training images, found 1 in each "
-            f"of {len(classes)}; give one C"
+            f"C cannot be chosen by cross-validation: expected a class with at least 2 training images, found 1 in "
+            f"each of {len(classes)}; set one C"
         )
     costs = sorted(options.costs)
     values = np.full((FOLDS, len(costs)), np.nan)
@@ -68,11 +68,11 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
 
 
 def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
-    """The C of each class, of its best mean average precision; the smallest of equally good ones.
+    """The C of each class, with its best mean average precision; the smallest of equally good ones.
 
-    targets: [M, K] of +1, -1 and 0 (left out), for rows [M]. The folds of a class have their share of its +1 each, as
-    in the benchmarks that train class by class. A class without a +1 in any fold that another could learn from gets
-    the C that is best for the others.
+    targets: [M, K] of +1, -1 and 0 (excluded), for rows [M]. The +1 of a class are spread evenly over its folds, as
+    in the benchmarks that train class by class. A class that cannot be cross-validated for lack of +1 gets the C
+    that is best for the others.
     """
     count = targets.shape[1]
     if len(options.costs) == 1:
@@ -83,7 +83,7 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
     start: SvmSolution | None = None
     reached, gap = np.full(count, -np.inf), 0.0
     for number in range(FOLDS):
-        # Every class leaves out rows of its own: a target of 0.
+        # Every class excludes rows of its own: a target of 0.
         fit, held = (np.where(of, targets, 0).astype(np.int8) for of in (fold != number, fold == number))
         solution = None
         for at, cost in enumerate(costs):
@@ -99,8 +99,8 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
     overall = _mean(mean.T)
     if np.isnan(overall).all():
         raise UsageError(
-            f"C cannot be chosen by cross-validation: expected a class of at least 2 positive training images, found "
-            f"none among {count}; give one C"
+            f"C cannot be chosen by cross-validation: expected a class with at least 2 positive training images, "
+            f"found none among {count}; set one C"
         )
     best = np.where(np.isnan(mean).all(0), np.nanargmax(overall), np.nan_to_num(mean, nan=-1.0).argmax(0))
     return Choice(np.array(costs)[best], list(zip(costs, overall.tolist(), strict=True)), start, gap)
@@ -117,7 +117,7 @@ def _folds(kinds: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of the values that are numbers; NaN where none is."""
+    """Mean over the first axis, ignoring NaN; NaN where there is nothing else."""
     known = ~np.isnan(values)
     count = known.sum(0)
     total = np.where(known, values, 0.0).sum(0)

@@ -1,4 +1,4 @@
-"""Newton's method on the Gram matrix: for few rows of many values; every linear system is solved directly."""
+"""Newton's method on the Gram matrix, for few rows of many values; every linear system is solved directly."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class GramSpace:
     """w = sum_i a_i x_i; vectors are a [K, N], in double precision.
 
     At the minimum a_i = 2 c_i (y_i - z_i) on the active rows, where y_i z_i < 1, with margins z = gram a: the system
-    (gram + 1 / (2 c)) a = y on the active rows. Where they are the minority, it is solved as it stands; where they are
-    the majority, by the inverse of the system of all rows, which all classes share, and a system of the others.
+    (gram + 1 / (2 c)) a = y on the active rows. Where they are the minority, it is solved as is; where they are
+    the majority, with the inverse of the system of all rows, which all classes share, and a system of the others.
     """
 
     def __init__(self, gram: torch.Tensor) -> None:
@@ -60,8 +60,8 @@ class GramSpace:
         gap = total(costs * (slack.clamp(min=0) - alpha * ridge) ** 2) + total(alpha * (-slack).clamp(min=0))
         objective = total(start * start_margins) / 2 + total(costs * slack.clamp(min=0) ** 2)
         point, point_margins = start, start_margins
-        # Where rows depend on each other, many a make one w, and clipping can throw w far off. Then w itself is the
-        # point, and 2 c hinge the one of the dual problem, as in `PrimalSpace`.
+        # Where rows are linearly dependent, many a give the same w, and clipping can move w far off. Then w itself is
+        # the point, and 2 c hinge that of the dual problem, as in `PrimalSpace`.
         spoiled = (gap > before).nonzero()[:, 0]
         if len(spoiled):
             apart = vectors[spoiled] - 2 * (costs * targets * hinge)[spoiled]
@@ -70,7 +70,7 @@ class GramSpace:
             point, point_margins = start.clone(), start_margins.clone()
             point[spoiled], point_margins[spoiled] = vectors[spoiled], margins[spoiled]
             gap[spoiled], objective[spoiled] = own.clamp(min=0), before[spoiled]
-        # Large a that cancel in w leave rounding behind, which no gap tells of.
+        # Large a that cancel in w leave rounding errors that the gap does not show.
         gap += torch.finfo(point.dtype).eps * (point.abs() @ self._lengths) ** 2
         return _System(point, point_margins, objective, gap, start, start_margins, ridge, residual)
 
@@ -112,12 +112,12 @@ class GramSpace:
         return steps, steps @ self._gram, 1
 
     def _by_all_rows(self, common: float, odd: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """[K] which systems are solved by that of all rows, as `odd` [K, N], what those differ in, are fewer."""
+        """[K] which systems are solved with that of all rows, because `odd` [K, N], where they differ, are fewer."""
         few, many = odd.sum(1).double(), active.sum(1).double()
         wanted = few < many
         known = self._shared is not None and self._shared.ridge == common
         if not known and float(((many**3 - few**3) / 3)[wanted].sum()) > len(self._gram) ** 3 / 3:
-            self._shared = None  # two of them need not fit
+            self._shared = None  # two of them may not fit
             if float(self._gram.diagonal().sum()) < _INVERSE_CONDITION * common:
                 matrix = self._gram.clone()
                 matrix.diagonal().add_(common)
@@ -128,7 +128,7 @@ class GramSpace:
 
 
 class _AllRows:
-    """The system of all rows with one ridge, factored, and inverted when that is asked for."""
+    """The system of all rows with one ridge, factored, and inverted on demand."""
 
     def __init__(self, ridge: float, factor: torch.Tensor) -> None:
         self.ridge, self.factor = ridge, factor
@@ -145,8 +145,8 @@ class _AllRows:
 class GramBasis:
     """The eigenbasis of a Gram matrix: the same rows, as few values as the matrix has dimensions.
 
-    Where rows depend on each other and costs are very large, a of a size of 1e8 and more cancel in w, beyond double
-    precision; the weights in this basis do not.
+    Where rows are linearly dependent and costs very large, a of 1e8 and more cancel in w, beyond double precision; the
+    weights in this basis do not.
     """
 
     def __init__(self, gram: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ def _part(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _solving_bytes(rows: torch.Tensor) -> float:
-    """What the largest system of classes takes, rows [K, N] bool: rows of the whole, the matrix, its factor."""
+    """Bytes for the largest system of classes, rows [K, N] bool: rows of the whole, the matrix, its factor."""
     side = float(rows.sum(1).max()) if len(rows) else 0.0
     return 8 * side * (rows.shape[1] + 2 * side)
 
@@ -192,8 +192,8 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, *, definite: bool = True) 
         if not failed and bool(solved.isfinite().all()):
             solution: torch.Tensor = solved
             return solution
-    # Rounding can leave a Gram matrix of equal rows a little indefinite, which a very large cost does not hide: the
-    # directions that are rounding are left out.
+    # Rounding can leave a Gram matrix of equal rows slightly indefinite, which a very large cost does not hide:
+    # directions that are only rounding are dropped.
     values, vectors = torch.linalg.eigh(matrix)
     solid = values.abs() > len(right) * torch.finfo(matrix.dtype).eps * values.abs().max()
     shortest: torch.Tensor = vectors[:, solid] @ ((vectors[:, solid].T @ right) / values[solid])

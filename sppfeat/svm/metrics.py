@@ -1,8 +1,8 @@
 """How good scores and rankings are: accuracy per class, average precision, recall@k. Plain NumPy.
 
-Everywhere, targets are +1 (relevant), -1 (not), and 0: left out as if it were not there (VOC's "difficult", the junk
-of Oxford, Paris and Holidays). Equal scores keep the order of the rows, except where said otherwise.
-All values are parts of 1. A class without any row that counts has the value NaN; `mean_over_classes` leaves it out.
+Everywhere, targets are +1 (relevant), -1 (not), and 0: ignored (VOC's "difficult", the junk of Oxford, Paris and
+Holidays). Equal scores keep the order of the rows unless noted otherwise.
+All values are fractions of 1. A class without any row that counts has the value NaN; `mean_over_classes` skips it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ AP_METHODS: Final = ("step", "area", "11-point", "trapezoid")
 
 
 def accuracy_per_class(labels: np.ndarray, predicted: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """[K] part of the rows of each class that are predicted right, from labels [N] and predicted [N]."""
+    """[K] fraction of the rows of each class that are predicted correctly, from labels [N] and predicted [N]."""
     if labels.shape != predicted.shape or labels.ndim != 1:
         raise UsageError(
-            f"labels and predicted must be [N] both, found {list(labels.shape)} and {list(predicted.shape)}"
+            f"labels and predicted must both be [N], found {list(labels.shape)} and {list(predicted.shape)}"
         )
     right = labels == predicted
     return np.array([right[of].mean() if (of := labels == one).any() else np.nan for one in classes])
 
 
 def mean_over_classes(values: np.ndarray) -> float:
-    """Mean of the values [K] that are numbers: mean per-class accuracy, or mAP. Raises UsageError if none is."""
+    """Mean of the values [K], ignoring NaN: mean per-class accuracy, or mAP. Raises UsageError if all are NaN."""
     known = values[~np.isnan(values)]
     if not len(known):
         raise UsageError(f"expected at least one class with rows to evaluate, found {len(values)} without")
@@ -42,9 +42,9 @@ def average_precision(targets: np.ndarray, scores: np.ndarray, *, method: str = 
     """
     targets, scores = np.asarray(targets), np.asarray(scores)
     if targets.shape != scores.shape or targets.ndim != 1:
-        raise UsageError(f"targets and scores must be [N] both, found {list(targets.shape)} and {list(scores.shape)}")
+        raise UsageError(f"targets and scores must both be [N], found {list(targets.shape)} and {list(scores.shape)}")
     if np.isnan(scores).any():
-        raise UsageError(f"scores must be numbers, found NaN at row {int(np.isnan(scores).argmax())}")
+        raise UsageError(f"scores must be numbers, found NaN in row {int(np.isnan(scores).argmax())}")
     counted = targets != 0
     targets, scores = targets[counted], scores[counted]
     order = np.argsort(-scores, kind="stable")
@@ -65,7 +65,7 @@ def average_precisions(targets: np.ndarray, scores: np.ndarray, *, method: str =
 def ranked_average_precision(ranked: np.ndarray, *, relevant: int | None = None, method: str = "step") -> float:
     """Average precision of a ranking: targets [R], the best first; NaN where nothing is relevant.
 
-    relevant: how many +1 there are in all, where the ranking is cut short; None: those in it.
+    relevant: how many +1 there are in total, where the ranking is cut short; None: those in it.
     method, with precision p and recall r after every rank:
     step: mean of p at the relevant ranks; the area under the curve of p over r, taken in steps.
     area: the same, p replaced by the best p at this or a higher recall (VOC 2010 and later).
@@ -98,7 +98,7 @@ def ranked_average_precision(ranked: np.ndarray, *, relevant: int | None = None,
 def precision_at(ranked: np.ndarray, k: int) -> float:
     """Precision of the first k of a ranking [R] with a +1, or up to its last +1 where that comes earlier.
 
-    So that a query of few relevant images can reach 1 (Radenovic, Iscen, Tolias, Avrithis, Chum 2018).
+    This way a query with few relevant images can reach 1 (Radenovic, Iscen, Tolias, Avrithis, Chum 2018).
     """
     hits = ranked[ranked != 0] > 0
     last = min(int(np.flatnonzero(hits)[-1]) + 1, k)
@@ -106,5 +106,5 @@ def precision_at(ranked: np.ndarray, k: int) -> float:
 
 
 def recall_at(ranked: np.ndarray, k: int) -> float:
-    """Recall@k of one query as image search counts it: 1 if any of the first k of a ranking [R] is relevant, else 0."""
+    """Recall@k of one query as used in image search: 1 if any of the first k of a ranking [R] is relevant, else 0."""
     return float((ranked[ranked != 0][:k] > 0).any())

@@ -1,4 +1,4 @@
-"""Trained linear SVMs as plain arrays, and what they say of descriptors."""
+"""Trained linear SVMs as plain arrays, and their scores of descriptors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sppfeat.engines import resolve_device
 from sppfeat.errors import UsageError
 from sppfeat.store import Matrix
 
-# Up to which a class counts as converged: where liblinear ends at its default tolerance, about.
+# The relative gap up to which a class counts as converged: about where liblinear ends at its default tolerance.
 CONVERGED: Final = 1e-4
-# Descriptors that are read at a time.
+# Descriptors read at a time.
 _BLOCK_BYTES: Final = 1 << 26
 
 
@@ -23,8 +23,8 @@ class LinearSvm:
     """Linear scorers of K classes.
 
     weights: [K, D] float64. biases: [K] float64. classes: [K], in rising order. costs: [K], the C of each class.
-    route: `gram` or `primal`, how it was trained. gaps: [K], by how much, relative to the best possible objective,
-    each class's objective may at most lie above it.
+    route: `gram` or `primal`, how it was trained. gaps: [K], an upper bound on how far each class's objective is
+    above the optimum, relative to it.
     """
 
     weights: np.ndarray
@@ -50,7 +50,7 @@ class LinearSvm:
     ) -> np.ndarray:
         """[N, K] float32 scores of rows (None: all) of descriptors [., D]; positive means: of that class.
 
-        names: of the descriptors, for errors. Raises UsageError for rows that are not finite.
+        names: of the descriptors, for error messages. Raises UsageError for rows that are not finite.
         """
         if len(descriptors.shape) != 2 or descriptors.shape[1] != self.weights.shape[1]:
             raise UsageError(f"descriptors must be [N, {self.weights.shape[1]}], found {list(descriptors.shape)}")
@@ -83,14 +83,14 @@ class LinearSvm:
         return scores_on(self, device, descriptors, rows, names)
 
     def predict(self, descriptors: Matrix, *, device: str = "cpu") -> np.ndarray:
-        """[N] the class of the highest score; of equal scores the class that comes first."""
+        """[N] the class with the highest score; of equal scores the first class."""
         best: np.ndarray = self.classes[self.scores(descriptors, device=device).argmax(1)]
         return best
 
 
 def require_finite(wrong: Sequence[int] | np.ndarray, names: Sequence[str] | None) -> None:
-    """Raise UsageError that names the first of the rows that are not finite, where there is one."""
+    """Raise UsageError, naming the first row, if any rows are not finite."""
     if len(wrong):
         first = f"row {int(wrong[0])}" if names is None else names[int(wrong[0])]
         more = f", and {len(wrong) - 1} more row" + "s" * (len(wrong) > 2) if len(wrong) > 1 else ""
-        raise UsageError(f"{first}: expected a descriptor of finite numbers, found NaN or infinity{more}")
+        raise UsageError(f"{first}: expected finite numbers in the descriptor, found NaN or infinity{more}")

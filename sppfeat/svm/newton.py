@@ -3,7 +3,7 @@
 Newton's method on active sets (Keerthi and DeCoste, "A Modified Finite Newton Method for Fast Solution of Large Scale
 Linear SVMs", JMLR 2005; Chapelle, "Training a Support Vector Machine in the Primal", 2007), with an exact line search,
 in one of two spaces: `gram_space` and `primal_space`. Both stop at a duality gap, so at the same
-accuracy; a class that does not get there keeps its best point and the gap of that.
+accuracy; a class that does not get there keeps its best point and that point's gap.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import Any, Final, Protocol
 import torch
 
 _MAX_NEWTON: Final = 200
-# A linear system that is solved step by step is solved to this part of the gap: the active rows will change anyway.
+# An iterative solution of a linear system stops at this fraction of the gap: the active rows will change anyway.
 _FORCING: Final = 1e-2
 _MIN_FORCING: Final = 1e-9
-# Costs up to this, times the mean square of the rows, are minimised at once; and how well larger ones on the way.
+# Costs up to this, times the mean square of the rows, are minimised directly; larger ones in stages, to this tolerance.
 _MILD: Final = 100.0
 _ON_THE_WAY: Final = 1e-2
-# After so many steps in a row that gain nothing within the precision of the numbers, more will not.
+# After this many steps in a row that gain nothing within the precision of the numbers, more steps will not help.
 _MAX_STALE: Final = 3
-# The part of a slope that may be left where a line search ends.
+# The fraction of a slope that may remain where a line search ends.
 _SLOPE: Final = 1e-3
-# Of the margins, that a step may change without counting as one; and the longest step, in Newton's.
+# Relative change of the margins below which a step does not count; and the longest step, in Newton steps.
 _STILL: Final = 1e-13
 _LONGEST: Final = 1e3
-# What classes that are solved side by side may take together.
+# Memory for all classes that are solved in parallel.
 _THREAD_BYTES: Final = 1 << 30
-# Margins that the line search looks at at once, in all classes.
+# Margins that the line search reads at once, over all classes.
 _SEARCH_VALUES: Final = 1 << 22
 
 
 @dataclass
 class Classes:
-    """What K classes want of N rows.
+    """The targets of N rows for K classes, and their costs.
 
-    targets: [K, N] int8, +1, -1, or 0 for a row that is left out. positive, negative: [K] float64, the cost of a row
+    targets: [K, N] int8, +1, -1, or 0 for an excluded row. positive, negative: [K] float64, the cost of a row
     of target +1, and of one of target -1.
     """
 
@@ -57,7 +57,7 @@ class Classes:
         return Classes(self.targets[which], self.positive[which], self.negative[which])
 
     def costs(self, columns: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets and costs [K, B] of some rows; a row that is left out has cost 0."""
+        """Targets and costs [K, B] of some rows; an excluded row has cost 0."""
         targets = self.targets[:, columns]
         costs = torch.where(targets > 0, self.positive[:, None].to(dtype), self.negative[:, None].to(dtype))
         return targets.to(dtype), costs * (targets != 0)
@@ -68,7 +68,7 @@ class System:
     """K linear systems whose solutions are the minima if no row became active or inactive.
 
     vectors, margins: the point to stop at if it is good enough; objective, gap: [K] float64, there.
-    start, start_margins: the point that steps lead away from. What a space adds, `of` takes along.
+    start, start_margins: the point that steps start from. `of` also selects the fields that a space adds.
     """
 
     vectors: torch.Tensor
@@ -94,14 +94,14 @@ class Space(Protocol):
         """[K, N] of vectors [K, P]."""
 
     def inner(self, vectors: torch.Tensor, others: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
-        """[K] float64 inner products of weight vectors with others, of which the margins [K, N] are known."""
+        """[K] float64 inner products of weight vectors with others, whose margins [K, N] are known."""
 
     def system(self, vectors: torch.Tensor, margins: torch.Tensor, classes: Classes) -> System:
         """The linear systems at some vectors with their margins [K, N]."""
 
     def step(self, system: Any, classes: Classes, forcing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The steps [K, P] from `system.start` to the solutions; their margins [K, N]; and how many products with all
-        rows that took. Where they are found step by step, up to about `forcing` [K] times the gap."""
+        rows that took. Iterative solutions stop at about `forcing` [K] times the gap."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Minimum:
     products: int
 
     def replace(self, which: torch.Tensor, better: Minimum) -> None:
-        """Take other minima for some of the classes, where they are better."""
+        """Replace the minima of some classes where the others are better."""
         gained = better.gaps < self.gaps[which]
         at = which[gained]
         self.vectors[at] = better.vectors[gained]
@@ -125,7 +125,7 @@ class Minimum:
 def minimize_along(
     space: Space, classes: Classes, start: torch.Tensor | None, tolerance: float, stiffness: float
 ) -> Minimum:
-    """Minimise the objectives of K classes by way of smaller costs, each the start of the next.
+    """Minimise the objectives of K classes through a series of rising costs, each the start of the next.
 
     stiffness: costs times the mean square of the rows. Where it is large, many rows lie near the margin, and Newton's
     method takes hundreds of steps from afar, but few from the minimum of a tenth of the cost.
@@ -143,7 +143,7 @@ def minimize_along(
 
 
 def minimize(space: Space, classes: Classes, start: torch.Tensor | None, tolerance: float) -> Minimum:
-    """Minimise the objectives of K classes, from vectors [K, P] on. A class leaves the batch when it is done."""
+    """Minimise the objectives of K classes, starting from vectors [K, P]. A class leaves the batch when it is done."""
     count = len(classes)
     vectors = space.zeros(count)
     if start is not None:
@@ -159,9 +159,9 @@ def minimize(space: Space, classes: Classes, start: torch.Tensor | None, toleran
         system = space.system(vectors, margins, classes)
         best.products += 1
         gaps = system.gap / system.objective.clamp(min=1e-300)
-        # An objective is a sum of squares: where it comes out below 0, rounding is all there is.
+        # An objective is a sum of squares: below 0, it is nothing but rounding.
         gaps = torch.where((system.objective >= 0) & gaps.isfinite(), gaps, torch.inf)
-        # Near the limit of precision gaps go up and down.
+        # Near the limit of precision, gaps fluctuate.
         better = gaps < best.gaps[live]
         at = live[better]
         best.vectors[at] = system.vectors[better]
@@ -182,7 +182,7 @@ def minimize(space: Space, classes: Classes, start: torch.Tensor | None, toleran
         step += system.start - vectors
         step_margins += system.start_margins - margins
         length = _line_search(space, vectors, margins, step, step_margins, classes)
-        # Only a system that was solved too loosely can point upwards.
+        # Only a system that was solved too loosely can point uphill.
         forcing = torch.where(length > 0, forcing, _FORCING * forcing)
         vectors = vectors + length[:, None].to(step.dtype) * step
         margins = margins + length[:, None].to(step.dtype) * step_margins
@@ -195,9 +195,9 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def in_threads(work: Callable[[int], None], classes: Sequence[int], bytes_each: float) -> None:
-    """Work on each class, which takes `bytes_each` at most: several side by side, as far as memory allows.
+    """Work on each class, which takes at most `bytes_each`: several in parallel, as memory allows.
 
-    A thread for each is faster than all threads for one after the other, which mostly wait.
+    One thread per class is faster than all threads on one class at a time, which mostly wait.
     """
     if not classes:
         return
@@ -209,7 +209,7 @@ def in_threads(work: Callable[[int], None], classes: Sequence[int], bytes_each: 
         ) as pool:
             list(pool.map(work, classes))
     finally:
-        torch.set_num_threads(threads)  # what a thread sets, others that start later have too
+        torch.set_num_threads(threads)  # later threads inherit what a thread sets
 
 
 def _line_search(
@@ -220,7 +220,7 @@ def _line_search(
     step_margins: torch.Tensor,
     classes: Classes,
 ) -> torch.Tensor:
-    """[K] float64: how far to go along each step. The slope is piecewise linear and rises, its zero is looked for."""
+    """[K] float64: how far to go along each step. The slope is piecewise linear and rising; this finds its zero."""
     linear, quadratic = space.inner(vectors, step, step_margins), space.inner(step, step, step_margins)
     count, columns = margins.shape
     width = max(1, _SEARCH_VALUES // count)
@@ -237,8 +237,8 @@ def _line_search(
         return linear + length * quadratic - 2 * pull, quadratic + 2 * rise
 
     first, _ = slope(torch.zeros_like(linear))
-    # Where rows depend on each other, a step may change the vectors alone and no margin: its slope is rounding, and
-    # following it would lead anywhere. Such a step is taken as it is.
+    # Where rows are linearly dependent, a step may change only the vectors and no margin: its slope is rounding, and
+    # following it could lead anywhere. Such a step is taken as is.
     still = step_margins.abs().amax(1).double() <= _STILL * margins.abs().amax(1).double().clamp(min=1)
     length, low, high = torch.ones_like(linear), torch.zeros_like(linear), torch.full_like(linear, torch.inf)
     for _ in range(60):

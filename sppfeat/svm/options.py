@@ -11,7 +11,8 @@ from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
 
 # vissl: the costs of VISSL's VOC 2007 benchmark (facebookresearch/vissl, eval_resnet_8gpu_transfer_voc07_svm.yaml).
-# decades: of these, one a decade: on L2-normalised descriptors the value changes little within one, at half the time.
+# decades: one of these per decade: on L2-normalised descriptors the result changes little within a decade, and it takes
+# half the time.
 COST_GRIDS: Final = {
     "decades": (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
     "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
@@ -22,9 +23,9 @@ COST_GRIDS: Final = {
 class SvmOptions:
     """How SVMs are trained on a store.
 
-    costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows against
-    the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of everything random.
-    Raises UsageError, naming the field, when a value cannot be.
+    costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows
+    relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all draws.
+    Raises UsageError, naming the field, for an invalid value.
     """
 
     costs: tuple[float, ...] = COST_GRIDS["decades"]

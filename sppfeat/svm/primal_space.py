@@ -1,4 +1,4 @@
-"""Newton's method on the weights: for many rows, which every product reads once, block by block."""
+"""Newton's method on the weights, for many rows, which every product reads once, block by block."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from sppfeat.svm.newton import Classes, System, in_threads, total
 from sppfeat.svm.rows import Rows
 
-# Rows that stand for all in the preconditioner. More make it better, and each application longer.
+# Sample rows in the preconditioner. More make it better, but each application slower.
 _SAMPLE_ROWS: Final = 2048
-# Conjugate gradients are given up after so many products with all rows.
+# Conjugate gradients give up after this many products with all rows.
 _MAX_CONJUGATE: Final = 150
-# As many as they take, about, where they converge well: to compare with the work of a direct solution.
+# About as many as they take where they converge well, to compare with the work of a direct solution.
 _USUAL_CONJUGATE: Final = 40
-# The largest matrix of a direct solution, 200 MB; and the most values of rows that are gathered for one, 256 MB.
+# The largest matrix of a direct solution, 200 MB; and the most values of rows gathered for one, 256 MB.
 _DIRECT_SIDE: Final = 5000
 _DIRECT_VALUES: Final = 1 << 25
 
@@ -34,7 +34,7 @@ class PrimalSpace:
     """Vectors are w with b appended, [K, D + 1].
 
     Systems are solved by conjugate gradients, preconditioned by the same system of a sample of the rows; directly where
-    that is less work, and, in double precision, where conjugate gradients do not get there.
+    that is less work, and, in double precision, where conjugate gradients do not converge.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -92,8 +92,8 @@ class PrimalSpace:
         return steps, self._rows.margins(steps), used + 1
 
     def _direct_work(self, active: torch.Tensor) -> torch.Tensor:
-        """[2, K] multiplications of a direct solution over the values, and over the active rows; infinite where the
-        memory for one is too large."""
+        """[2, K] multiplications of a direct solution over the values, and over the active rows; infinite where it
+        takes too much memory."""
         dim = self._rows.dim + 1
         over_values = active * dim**2 + dim**3 / 3
         over_rows = active**2 * dim + active**3 / 3
@@ -162,7 +162,7 @@ class PrimalSpace:
             steps[at] = found
 
     def sample(self) -> torch.Tensor:
-        """[M, D + 1] rows that stand for all."""
+        """[M, D + 1] a sample of the rows."""
         if self._sample is None:
             count = len(self._rows)
             chosen = np.arange(count)
@@ -197,7 +197,7 @@ class _Preconditioner:
             matrix.diagonal().add_(1 if self._over_values else 1 / shared)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if failed:
-                continue  # rounding, at a very large scale: conjugate gradients go on without
+                continue  # rounding, at a very large scale: conjugate gradients continue without it
             self._factors[step] = (shared, factor.to(factors.dtype))
 
     @property
@@ -220,6 +220,6 @@ class _Preconditioner:
 
 
 def _solved(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    """[n] the solution of a positive definite system; None where rounding made it none."""
+    """[n] the solution of a positive definite system; None where rounding made it indefinite."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if failed else torch.cholesky_solve(right[:, None], factor)[:, 0]

@@ -1,4 +1,4 @@
-"""Rows that SVMs are trained on, read block by block in the precision that is asked for."""
+"""Rows that SVMs are trained on, read block by block in the requested precision."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from sppfeat.store import Matrix
 
-# Rows are converted to floating point in blocks of this size: larger ones leave the cache, and the allocator hands them
-# back to the system every time, which takes as long as the products (0.65 s against 0.35 s at 64 MB).
+# Rows are converted to floating point in blocks of this size: larger ones exceed the cache, and the allocator returns
+# them to the system every time, which takes as long as the products (0.65 s against 0.35 s at 64 MB).
 _BLOCK_BYTES: Final = 1 << 24
 # A matrix up to this size is converted once, and kept.
 _KEPT_BYTES: Final = 1 << 27
@@ -54,7 +54,7 @@ class Rows:
         return Rows(self.descriptors, rows, self.device, dtype, self.constant)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows in order, converted to floating point again at every reading unless they are few."""
+        """The rows in order, converted to floating point on every read unless they are few."""
         if self._kept:
             yield from self._kept
             return

@@ -1,6 +1,6 @@
-"""Linear SVMs for all classes at once: one against the rest, L2-regularised squared hinge.
+"""Linear SVMs for all classes at once: one against the rest, with L2-regularised squared hinge loss.
 
-For every class, with targets y_i = +1 or -1 (0: the row is left out), weights w and bias b minimise
+For every class, with targets y_i = +1 or -1 (0: the row is excluded), weights w and bias b minimise
 
     (|w|^2 + b^2) / 2  +  sum_i c_i max(0, 1 - y_i (w x_i + b))^2,      c_i = c, times positive_weight where y_i = +1:
 
@@ -33,12 +33,12 @@ from sppfeat.svm.rows import Rows, to_tensor
 ROUTES: Final = ("auto", "gram", "primal")
 # Duality gap over objective at which a class is done.
 TOLERANCE: Final = 1e-5
-# The largest Gram matrix that is chosen by itself: 11,585 rows. Solving takes up to twice as much on top, and 1 GiB.
+# The largest Gram matrix chosen automatically: 11,585 rows. Solving takes up to twice as much on top, and 1 GiB.
 GRAM_BYTES: Final = 1 << 30
-# Rows up to this size are solved in double precision from the start; larger ones in single, then the classes that need
-# it in double.
+# Rows up to this size are solved in double precision from the start; larger ones in single precision, then in double
+# for the classes that need it.
 _DOUBLE_BYTES: Final = 1 << 28
-# Working memory of the classes that are solved at once.
+# Working memory for the classes that are solved at once.
 _CHUNK_BYTES: Final = 1 << 29
 
 
@@ -53,11 +53,11 @@ def train_linear_svm(
     tolerance: float = TOLERANCE,
     names: Sequence[str] | None = None,
 ) -> LinearSvm:
-    """Train one linear SVM for each class against the rest.
+    """Train one linear SVM per class against the rest.
 
-    descriptors: [N, D], any real type, memory-mapped or not; read block by block. labels: [N], one class a row, or
-    [N, K] of +1, -1 and 0 (left out), where a row can be of several classes; classes are then 0 .. K-1.
-    names: of the rows, for the text of errors. The other arguments are those of `SvmProblem` and `SvmProblem.solve`.
+    descriptors: [N, D], any real type, memory-mapped or not; read block by block. labels: [N], one class per row, or
+    [N, K] of +1, -1 and 0 (excluded), where a row can have several classes; classes are then 0 .. K-1.
+    names: of the rows, for error messages. The other arguments are those of `SvmProblem` and `SvmProblem.solve`.
     Raises UsageError for rows that are not finite, for fewer than two classes, and for a class without both a
     positive and a negative row.
     """
@@ -93,7 +93,7 @@ def class_targets(
 class SvmSolution:
     """SVMs of K classes, trained on some rows of a problem.
 
-    rows: [M] the rows. costs: [K] the C of each class. solved: [K], false for a class that has no positive row: its
+    rows: [M] the rows. costs: [K] the C of each class. solved: [K], false for a class without a positive row: its
     scores are minus infinity. objectives, gaps: [K] float64, the objective and the relative duality gap. products: how
     often all rows were multiplied with the vectors of classes; in the primal route, how often they were read.
     """
@@ -113,7 +113,7 @@ class SvmSolution:
         return result
 
     def with_classes(self, which: np.ndarray, other: SvmSolution) -> SvmSolution:
-        """The same, with some classes [K] bool from another solution for the same rows."""
+        """This solution, with some classes [K] bool taken from another for the same rows."""
         taken = torch.from_numpy(which).to(self._vectors.device)
         return replace(
             self,
@@ -125,12 +125,12 @@ class SvmSolution:
 
 
 class SvmProblem:
-    """A set of rows, on subsets of which SVMs of any cost are trained: folds, a path of costs.
+    """A set of rows; SVMs of any cost are trained on subsets of it: folds, a path of costs.
 
-    descriptors: [., D], kept as they are and read block by block. only: which rows [N] of them; None: all.
-    device: as in `RunOptions`. route: `gram`, `primal`, or `auto`: gram where the rows are at most twice the
-    dimensions, so that its systems are no larger than theirs, and their Gram matrix fits into `gram_bytes`; afterwards,
-    the route taken. names: of the descriptors, for errors.
+    descriptors: [., D], kept as is and read block by block. only: which rows [N] of them; None: all.
+    device: as in `RunOptions`. route: `gram`, `primal`, or `auto`: gram where there are at most twice as many rows as
+    dimensions, so that its systems are no larger, and the Gram matrix fits into `gram_bytes`; afterwards,
+    the route taken. names: of the descriptors, for error messages.
     Raises UsageError for rows that are not finite.
     """
 
@@ -172,12 +172,12 @@ class SvmProblem:
         start: SvmSolution | tuple[np.ndarray, np.ndarray] | None = None,
         tolerance: float = TOLERANCE,
     ) -> SvmSolution:
-        """Train on rows [M] (None: all) with their targets [M, K] of +1, -1 and 0 (left out).
+        """Train on rows [M] (None: all) with their targets [M, K] of +1, -1 and 0 (excluded).
 
-        c: of all classes, or [K] of each.
-        start: what to begin from: a solution for the same classes, such as that of the next smaller cost, or of fewer
-        rows; or weights [K, D] and biases [K] that fit some of the rows, which the primal route makes use of.
-        Classes are independent, and solved so many at once that memory stays bounded, whatever K.
+        c: for all classes, or [K] one per class.
+        start: where to start: a solution for the same classes, such as that of the next smaller cost, or of fewer
+        rows; or weights [K, D] and biases [K] that fit some of the rows, which the primal route uses.
+        Classes are independent, and solved in batches so that memory stays bounded, whatever K.
         """
         for name, value in (("c", c), ("positive_weight", positive_weight), ("tolerance", tolerance)):
             if not (np.isfinite(value).all() and np.all(np.asarray(value) > 0)):
@@ -185,14 +185,14 @@ class SvmProblem:
         targets = _checked_targets(targets)
         count = targets.shape[1]
         if np.ndim(c) and np.shape(c) != (count,):
-            raise UsageError(f"c must be one number, or one for each of {count} classes, found {np.shape(c)[0]}")
+            raise UsageError(f"c must be one number, or one per class ({count}), found {np.shape(c)[0]}")
         each = np.broadcast_to(np.asarray(c, np.float64), (count,))
         chosen = np.arange(len(self._all)) if rows is None else _checked_rows(rows, len(self._all))
         if len(targets) != len(chosen):
-            raise UsageError(f"targets must have one row for each of {len(chosen)} descriptors, found {len(targets)}")
+            raise UsageError(f"targets must have one row per descriptor ({len(chosen)}), found {len(targets)}")
         begin = self._begin(start, chosen, count)
         solved = (targets == 1).any(0)
-        # A class without a positive row has nothing to pay for, and is done at once.
+        # A class without a positive row has nothing to minimise, and is done at once.
         negative = torch.from_numpy(np.where(solved, each, 0.0)).to(self._device)
         positive = negative * positive_weight
         vectors: list[torch.Tensor] = []
@@ -243,9 +243,9 @@ class SvmProblem:
         )
 
     def _minimize(self, rows: np.ndarray, classes: Classes, start: torch.Tensor | None, tolerance: float) -> Minimum:
-        """Solve some classes; those that the first way does not bring near the tolerance, by the second."""
+        """Solve some classes; retry those that the first method does not bring near the tolerance with the second."""
         if self._solver is None or not np.array_equal(self._solver.rows, rows):
-            self._solver = None  # two of them need not fit
+            self._solver = None  # two of them may not fit
             chosen = self._all if len(rows) == len(self._all) and _rising(rows) else self._all.only(rows)
             self._solver = _Solver(rows, chosen, None if self._gram is None else self._part_of_gram(rows, rows))
         solver = self._solver
@@ -268,7 +268,7 @@ class SvmProblem:
     def _begin(
         self, start: SvmSolution | tuple[np.ndarray, np.ndarray] | None, rows: np.ndarray, count: int
     ) -> torch.Tensor | None:
-        """The vectors [K, P] to begin with, for these rows."""
+        """The vectors [K, P] to start from, for these rows."""
         if isinstance(start, tuple):
             weights, biases = start
             expected = (count, self._all.dim)
@@ -283,19 +283,19 @@ class SvmProblem:
             raise UsageError(f"start must be a solution of {count} classes, found one of {len(start.solved)}")
         if self._gram is None or np.array_equal(start.rows, rows):
             return start._vectors
-        # Of rows that are new the solution says nothing; those that are gone are missed.
+        # The solution has nothing on new rows; removed rows are dropped from it.
         whole = start._vectors.new_zeros((count, len(self._all)))
         whole[:, torch.from_numpy(start.rows)] = start._vectors
         return whole[:, torch.from_numpy(rows)]
 
     def _class_bytes(self, rows: int) -> int:
-        """About what solving one class takes, at most."""
-        # Gram: vectors and margins of points and steps, hinges, ridges, products. Primal: targets, margins, the step's,
-        # factors, each once more while classes leave the batch; and directions as long as a row.
+        """About the most bytes that solving one class takes."""
+        # Gram: vectors and margins of points and steps, hinges, ridges, products. Primal: targets, margins, the step's
+        # margins, factors, each once more while classes leave the batch; and directions as long as a row.
         return rows * 8 * 16 if self._gram is not None else rows * (1 + 2 * 3 * 8) + 10 * 8 * (self._all.dim + 1)
 
     def _part_of_gram(self, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-        """[R, C] products of some rows with others; the whole is not copied."""
+        """[R, C] products of some rows with others, without copying the whole matrix."""
         assert self._gram is not None
         count = len(self._gram)
         if len(rows) == len(columns) == count and _rising(rows) and _rising(columns):
@@ -309,9 +309,9 @@ class SvmProblem:
 
 
 class _Solver:
-    """The spaces in which some rows are solved; kept for the next call, which is often of the same rows.
+    """The spaces in which some rows are solved; kept for the next call, which is often for the same rows.
 
-    first: in the Gram matrix; else in the rows, in double precision where they are few.
+    first: the Gram matrix, if there is one; else the rows, in double precision where they are few.
     """
 
     def __init__(self, rows: np.ndarray, values: Rows, gram: torch.Tensor | None) -> None:
@@ -330,7 +330,7 @@ class _Solver:
         return self._basis
 
     def double(self) -> PrimalSpace | None:
-        """The rows in double precision, where the first way had them in single."""
+        """The rows in double precision, where the first method had them in single."""
         single = isinstance(self.first, PrimalSpace) and self.first.dtype == torch.float32
         return PrimalSpace(self._values.to(torch.float64)) if single else None
 
@@ -372,7 +372,7 @@ def scores_on(
 
 
 def _require_finite(rows: Rows, places: np.ndarray | None, names: Sequence[str] | None) -> None:
-    """Raise UsageError that names the rows with values that are not finite; places: of the rows among the names."""
+    """Raise UsageError, naming the rows with values that are not finite; places: of the rows among the names."""
     parts = [place.start + (~block.isfinite().all(1)).nonzero()[:, 0].cpu().numpy() for place, block in rows.blocks()]
     wrong = np.concatenate(parts)
     require_finite(wrong if places is None else places[wrong], names)

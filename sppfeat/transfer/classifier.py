@@ -2,8 +2,8 @@
 
     /weights  (K, D) float32      /biases  (K,) float32      /classes  (K,) UTF-8      /costs, /gaps  (K,) float64
 
-with the root attributes `format`, `format_version`, `recipe` (JSON), `weights_sha256` (of the network), `images` (how
-many it was trained with), `positive_weight`, `route`.
+with the root attributes `format`, `format_version`, `recipe` (JSON), `weights_sha256` (of the network), `images` (the
+number it was trained on), `positive_weight`, `route`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FORMAT_VERSION: Final = 1
 class Classifier:
     """Linear SVMs and what they were trained on.
 
-    recipe, weights_sha256: of the descriptors, and of the network that makes them. images: trained with.
+    recipe, weights_sha256: of the descriptors, and of the network that makes them. images: trained on.
     curve: every C of the grid and its mean value in cross-validation, in percent; empty where C was given, or when
-    read from a file. choice_gap: the largest relative duality gap of the SVMs that C was chosen with; 0 likewise.
+    read from a file. choice_gap: the largest relative duality gap of the SVMs that C was chosen with; else 0.
     """
 
     svm: LinearSvm
@@ -42,7 +42,7 @@ class Classifier:
 
     @property
     def convergence(self) -> Convergence:
-        """How near the SVMs came to the best possible ones."""
+        """How close the SVMs are to the optimum."""
         return Convergence(self.classes, self.svm.gaps[None], self.choice_gap)
 
     @property
@@ -52,7 +52,7 @@ class Classifier:
 
 
 def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write the file; it appears whole. Raises ModelError."""
+    """Write the file atomically. Raises ModelError."""
     path = check_new_file(path, overwrite=overwrite, error=ModelError, kind=SVM)
     with appearing_hdf5(path, ModelError) as file:
         file.attrs["format"] = SVM
@@ -70,7 +70,7 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str], *, ove
 
 
 def open_classifier(path: str | os.PathLike[str]) -> Classifier:
-    """Read a file of `save_classifier`. Raises ModelError when it is none, or not whole."""
+    """Read a file of `save_classifier`. Raises ModelError if it is another file, or incomplete."""
     with open_hdf5(path, SVM, FORMAT_VERSION, ModelError) as file:
         svm = LinearSvm(
             weights=np.asarray(file["weights"], np.float64),
@@ -82,15 +82,15 @@ def open_classifier(path: str | os.PathLike[str]) -> Classifier:
         )
         count = len(svm.classes)
         if svm.weights.ndim != 2 or any(len(part) != count for part in (svm.weights, svm.biases, svm.costs, svm.gaps)):
-            raise ModelError(f"{path}: expected a row for each of its {count} classes, found other lengths")
+            raise ModelError(f"{path}: expected one row per class ({count}), found other lengths")
         if count < 2:
             raise ModelError(f"{path}: expected at least two classes, found {count}")
         positive_weight = float(file.attrs["positive_weight"])
         numbers = (svm.weights, svm.costs, np.array(positive_weight))
         if not all(np.isfinite(part).all() for part in numbers) or np.isnan(svm.biases).any():
-            raise ModelError(f"{path}: expected weights and costs that are finite, found some that are not")
+            raise ModelError(f"{path}: expected finite weights and costs, found NaN or infinity")
         if len(np.unique(svm.classes)) != count:
-            raise ModelError(f"{path}: expected classes of different names, found duplicates")
+            raise ModelError(f"{path}: expected unique class names, found duplicates")
         return Classifier(
             svm=svm,
             recipe=Recipe.from_json(str(file.attrs["recipe"])),

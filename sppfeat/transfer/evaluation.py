@@ -1,7 +1,7 @@
-"""Transfer evaluation: how well linear SVMs tell classes apart by the descriptors of a store.
+"""Transfer evaluation: how well linear SVMs tell classes apart from a store's descriptors.
 
-A protocol fixes splits into training and test rows. The cost C is chosen by cross-validation inside the training rows
-only, unless it is given. All folds and costs of a split share one `SvmProblem`, of its training rows.
+A protocol fixes splits into training and test rows. The cost C is chosen by cross-validation within the training rows
+unless it is given. All folds and costs of a split share one `SvmProblem`, of its training rows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MISTAKES: Final = 48
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was predicted wrong: by how much the score of `predicted` exceeded that of `label`.
+    """A misclassified test image; margin: by how much the score of `predicted` exceeds that of `label`.
 
-    With several classes an image, label is empty, and margin the score of a class that is not there.
+    With several classes per image, label is empty, and margin is the score of an absent class.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one store reached; values in percent.
+    """The result of one store; values in percent.
 
-    recipe, weights_sha256: what the descriptors were, after cutting levels out, and of the network that made them.
+    recipe, weights_sha256: of the descriptors, after cutting levels out, and of the network that made them.
     metric: `mean_per_class_accuracy`, or `mAP` (11 points, as VOC 2007 counts it). trials: its value in each.
     costs: [K] C of each class, for each trial. curve: every C of the grid and its mean value in cross-validation.
-    per_class: mean over the trials, by class; NaN for a class without a test image, which counts in no mean.
+    per_class: mean over the trials, by class; NaN for a class without a test image, which no mean includes.
     area_per_class: for mAP, AP as the area under the curve; else empty.
     confusion: [K, K] test images by class and predicted class, over all trials; empty for mAP.
-    mistakes: the most confident ones, worst first. rows: images that the parts are made of. train, test: images of
+    mistakes: the most confident ones, worst first. rows: images in the splits. train, test: images of
     each part, in one trial. test_part: the name of that part, for protocol split; else None. left_out_by_reason: how
-    many images are in no part of any trial, by why. convergence: of the SVMs of the classes, and of those that C was
-    chosen with. route: of the solver.
+    many images are in no part of any trial, by reason. convergence: of the SVMs of the classes, and of those that C
+    was chosen with. route: of the solver.
     """
 
     store: str
@@ -112,7 +112,7 @@ def evaluate_transfer(
 
     labels: None: from the names (`labels_from_folders`); for protocol voc2007, those of `read_voc_labels`.
     Raises StoreError for stores with pending rows or of other images than the first, UsageError for labels or classes
-    that the protocol cannot use. Warns, as SppFeatWarning, of SVMs that do not converge, and of classes that failed.
+    that the protocol cannot use. Warns, as SppFeatWarning, about SVMs that do not converge and classes that failed.
     """
     options = options or TransferOptions()
     if not stores:
@@ -123,7 +123,7 @@ def evaluate_transfer(
     for store in stores[1:]:
         if other := set(store.names) ^ set(first.names):
             raise StoreError(
-                f"{store.path}: expected the images of {first.path}, found {len(other)} that are in one only, "
+                f"{store.path}: expected the images of {first.path}, found {len(other)} that are in only one of them, "
                 f"such as {min(other)!r}"
             )
     failed = set().union(*(store.errors() for store in stores))
@@ -140,13 +140,13 @@ def evaluate_transfer(
 
 
 def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
-    """The names of a store that have a label and have not failed; warns of classes that failed whole.
+    """The names of a store that have a label and have not failed; warns about classes whose images all failed.
 
-    Raises UsageError for labels that match no row, and where every row with a label failed.
+    Raises UsageError for labels that match no row, and if every row with a label failed.
     """
     if not any(name in labels.classes for name in store.names):
         raise UsageError(
-            f"{store.path}: none of its {len(store)} names has a label; give a folder a class, or a labels file"
+            f"{store.path}: none of its {len(store)} names has a label; use one folder per class, or a labels file"
         )
     if unknown := labels.classes.keys() - set(store.names):
         raise UsageError(f"{len(unknown)} labels match no row of {store.path}, such as {min(unknown)!r}")
@@ -158,7 +158,7 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
     if lost := known - {labels.classes[name] for name in names}:
         shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)
         warnings.warn(
-            f"{store.path}: {len(lost)} of {len(known)} classes left out, since all of their images failed: {shown}",
+            f"{store.path}: {len(lost)} of {len(known)} classes skipped, because all their images failed: {shown}",
             SppFeatWarning,
             stacklevel=3,
         )
@@ -170,9 +170,9 @@ _Split = tuple[np.ndarray, np.ndarray]  # training and test rows, as positions i
 
 @dataclass(frozen=True)
 class _Task:
-    """Images, what they are, and how they are split; the same for every store that is compared.
+    """Images, their classes and splits; the same for every store that is compared.
 
-    labels: [N] the class of each name; or [N, K] +1, -1 and 0, where an image can be of several. left_out, test_part:
+    labels: [N] the class of each name; or [N, K] +1, -1 and 0, where an image can have several. left_out, test_part:
     as in `Transfer`.
     """
 
@@ -227,8 +227,8 @@ def _task(store: Store, failed: set[str], known: Labels, options: TransferOption
     if (few := counts < needed).any():
         shown = ", ".join(f"{name} {count}" for name, count in zip(classes[few][:5], counts[few][:5], strict=True))
         raise UsageError(
-            f"protocol {options.protocol}: expected at least {needed} images a class, found fewer in {few.sum()} of "
-            f"{len(classes)} ({shown}); a smaller per_class takes fewer"
+            f"protocol {options.protocol}: expected at least {needed} images per class, found fewer in {few.sum()} of "
+            f"{len(classes)} ({shown}); use a smaller per_class"
         )
     generator = np.random.default_rng(options.seed)
     splits = []
@@ -258,7 +258,7 @@ def _split_task(names: list[str], left_out: Counter[str], known: Labels) -> _Tas
     parts = np.array([part_of[name] for name in used])
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == test_part)
     if untrained := set(labels[test].tolist()) - set(labels[train].tolist()):
-        raise UsageError(f"class {min(untrained)!r}: has {test_part} images, and none to train with")
+        raise UsageError(f"class {min(untrained)!r}: has {test_part} images, but none to train with")
     return _Task(used, classes, labels, [(train, test)], left_out, test_part)
 
 
@@ -273,7 +273,7 @@ def _labels(names: list[str], known: Labels) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """How good the scores of test rows are; as in `Transfer`, for one trial."""
+    """How good the scores of the test rows are; as in `Transfer`, for one trial."""
 
     value: float
     per_class: np.ndarray
@@ -319,7 +319,7 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
             (trials[0].curve[at][0], float(np.mean([trial.curve[at][1] for trial in trials])))
             for at in range(len(trials[0].curve))
         ],
-        # The test part holds the same number of a class in every trial: where one value is NaN, all are.
+        # The test part has the same number of images per class in every trial: if one value is NaN, all are.
         per_class=dict(zip(classes, np.mean([one.per_class for one in verdicts], 0).tolist(), strict=True)),
         area_per_class=dict(zip(classes, np.mean([one.area_per_class for one in verdicts], 0).tolist(), strict=True))
         if several
@@ -339,7 +339,7 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
 
 
 def _once(mistakes: list[Mistake]) -> list[Mistake]:
-    """Without repetitions: an image can be taken for the same class in several trials."""
+    """Drop repetitions: an image can be mistaken for the same class in several trials."""
     seen: dict[tuple[str, str], Mistake] = {}
     for one in mistakes:
         seen.setdefault((one.name, one.predicted), one)

@@ -1,4 +1,4 @@
-"""What is known of a store's images: their class or classes, and which are to train with and which to test.
+"""Labels of a store's images: their class or classes, and which are for training and which for testing.
 
 From folders, from a CSV file, or from a PASCAL VOC folder.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from sppfeat.errors import UsageError, one_line
 from sppfeat.files import os_reason
 
-# The parts that a split may name. Images of the later ones are tested where there are none of the earlier.
+# The parts that a split may name. Later ones are tested where the earlier ones have no images.
 TEST_PARTS: Final = ("test", "val", "valid", "validation")
 PARTS: Final = ("train", *TEST_PARTS)
 _VOC_LINE: Final = re.compile(r"(\S+)\s+(-1|0|1)\s*")
@@ -27,21 +27,21 @@ _VOC_LINE: Final = re.compile(r"(\S+)\s+(-1|0|1)\s*")
 
 @dataclass(frozen=True)
 class Labels:
-    """Class, and one of `PARTS` where a split is known, by name."""
+    """The class of each name, and its part (one of `PARTS`) where a split is known."""
 
     classes: dict[str, str]
     splits: dict[str, str]
 
 
 def labels_from_folders(names: Sequence[str]) -> Labels:
-    """Labels from names: the folder that holds an image; the split from the first folder, where it is one."""
+    """Labels from names: the folder that holds an image; the split from the first folder, if that names a part."""
     classes = {name: posixpath.basename(posixpath.dirname(name)) for name in names if "/" in name}
     splits = {name: part for name in names if (part := name.split("/")[0]) in PARTS}
     return Labels(classes, splits)
 
 
 def read_labels(path: str | os.PathLike[str]) -> Labels:
-    """Read a CSV file with the columns name,label and, if wanted, split (one of PARTS). Raises UsageError."""
+    """Read a CSV file with the columns name,label and, optionally, split (one of PARTS). Raises UsageError."""
     classes: dict[str, str] = {}
     splits: dict[str, str] = {}
     try:
@@ -72,8 +72,8 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
 class VocLabels:
     """The classification task of a PASCAL VOC folder.
 
-    classes: in rising order. targets: by image id, [K] int8: +1 the class is there, -1 it is not, 0 only as
-    "difficult" objects, which count neither way. splits: `train` or `test` by image id.
+    classes: in rising order. targets: by image id, [K] int8: +1 the class is present, -1 it is not, 0 only as
+    "difficult" objects, which are ignored. splits: `train` or `test` by image id.
     """
 
     classes: list[str]
@@ -84,7 +84,7 @@ class VocLabels:
 def read_voc_labels(folder: str | os.PathLike[str], *, train: str = "trainval", test: str = "test") -> VocLabels:
     """Read `ImageSets/Main/CLASS_SPLIT.txt`, whose lines are an image id and -1, 0 or 1, for two splits.
 
-    folder: VOC2007, or the folder that holds it. Raises UsageError that names the file, and what is wrong in it.
+    folder: VOC2007, or the folder that holds it. Raises UsageError, naming the file and what is wrong with it.
     """
     root = Path(folder)
     if not (root / "ImageSets").is_dir() and (root / "VOC2007" / "ImageSets").is_dir():
@@ -116,7 +116,7 @@ def read_voc_labels(folder: str | os.PathLike[str], *, train: str = "trainval", 
             if ids is not None and listed.keys() != set(ids):
                 other = min(listed.keys() ^ set(ids))
                 raise UsageError(
-                    f"{path}: expected the images of {classes[0]}_{split}.txt, found {other!r} in one only"
+                    f"{path}: expected the images of {classes[0]}_{split}.txt, found {other!r} in only one of them"
                 )
             ids = ids or list(listed)
             columns.append([listed[one] for one in ids])
@@ -145,5 +145,5 @@ def _read_voc_list(path: Path) -> dict[str, int]:
             raise UsageError(f"{path}, line {number}: duplicate image {match[1]!r}")
         listed[match[1]] = int(match[2])
     if not listed:
-        raise UsageError(f"{path}: expected an image a line, found none")
+        raise UsageError(f"{path}: expected one image per line, found none")
     return listed

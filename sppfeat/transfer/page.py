@@ -15,7 +15,7 @@ from sppfeat.transfer.evaluation import Transfer
 
 MISTAKES_SHOWN: Final = 24
 CONFUSIONS_SHOWN: Final = 12
-_NAMED_CLASSES: Final = 30  # up to this many the confusion matrix has room for their names
+_NAMED_CLASSES: Final = 30  # up to this many, the confusion matrix has room for their names
 
 
 def write_transfer_report(path: Path, done: Sequence[Transfer]) -> None:
@@ -69,7 +69,7 @@ def _about(done: Transfer, first: Transfer) -> dict[str, Any]:
 
 
 def _matrix(done: Transfer) -> dict[str, Any] | None:
-    """Cells of the confusion matrix: row, column, share of the row, and what it says."""
+    """Cells of the confusion matrix: row, column, share of the row, and text."""
     if not done.confusion.size:
         return None
     names = list(done.per_class)
@@ -79,9 +79,9 @@ def _matrix(done: Transfer) -> dict[str, Any] | None:
             "row": int(row),
             "column": int(column),
             "share": float(done.confusion[row, column] / totals[row]),
-            "text": f"{names[row]} taken for {names[column]}: {done.confusion[row, column]} of {totals[row]}"
+            "text": f"{names[row]} predicted as {names[column]}: {done.confusion[row, column]} of {totals[row]}"
             if row != column
-            else f"{names[row]}: {done.confusion[row, column]} of {totals[row]} right",
+            else f"{names[row]}: {done.confusion[row, column]} of {totals[row]} correct",
         }
         for row, column in zip(*np.nonzero(done.confusion), strict=True)
     ]
@@ -89,7 +89,7 @@ def _matrix(done: Transfer) -> dict[str, Any] | None:
 
 
 def _confusions(done: Transfer) -> list[dict[str, Any]]:
-    """The pairs that are mixed up most, by their share of the class."""
+    """The pairs that are confused most often, by their share of the class."""
     if not done.confusion.size:
         return []
     names = list(done.per_class)

@@ -1,4 +1,4 @@
-"""Prediction: the scores of images, or of stores' rows, by a classifier."""
+"""Prediction: a classifier's scores of images or of stores' rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of
 
 @dataclass(frozen=True)
 class Prediction:
-    """The scores [K] of one image, or why there are none."""
+    """The scores [K] of one image, or the reason why there are none."""
 
     name: str
     scores: np.ndarray | None
@@ -38,11 +38,11 @@ def predict(
     *,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Prediction]:
-    """Score images of folders, files and lists, or of stores, about in order; memory does not grow with them.
+    """Score images of folders, files and lists, or of stores, roughly in order; memory does not grow with their number.
 
-    Images are described by the classifier's own recipe. A store's descriptors are taken as they are when that recipe
-    made them, or one of which its levels can be cut out; else its images are described anew, and `note` is told why.
-    Raises UsageError for sources without images, ModelError when the network's weights are not those of the classifier.
+    Images are described with the classifier's own recipe. A store's descriptors are used as is if that recipe made
+    them, or one that its levels can be cut out of; else its images are described again, and `note` is told why.
+    Raises UsageError for sources without images, ModelError if the network's weights are not those of the classifier.
     """
     options = options or RunOptions()
     stores = [source for source in sources if os.fspath(source) != "-" and format_of(source) == STORE]
@@ -52,7 +52,7 @@ def predict(
         store = open_store(path)
         view = _fitting_view(store, classifier)
         if isinstance(view, str):
-            note(f"{path}: {view}; its images are described anew by the recipe of the classifier")
+            note(f"{path}: {view}; its images are described again with the classifier's recipe")
             jobs.append(partial(_describe_store, store))
         else:
             yield from _predict_rows(classifier, store, view)
@@ -71,7 +71,8 @@ def predict(
         )
     if describer.dim != classifier.svm.weights.shape[1]:
         raise ModelError(
-            f"expected a classifier of {describer.dim} values by its recipe, found {classifier.svm.weights.shape[1]}"
+            f"expected a classifier of {describer.dim} values, as in its recipe, "
+            f"found {classifier.svm.weights.shape[1]}"
         )
     for job in jobs:
         rows = job(describer)
@@ -84,7 +85,7 @@ def predict(
 
 
 class _Row(NamedTuple):
-    """What is to be scored: its descriptor, or why there is none."""
+    """A row to score: its descriptor, or the reason why there is none."""
 
     name: str
     descriptor: np.ndarray | None
@@ -107,13 +108,13 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
             windows = np.array([row.window for row in rows], np.float64)
             items.append(Item(store.source_root, first.image, windows))
             names.append([row.name for row in rows])
-        else:  # a name that stands more than once is described as often
+        else:  # a duplicate name is described as often as it occurs
             items += [Item(store.source_root, row.image, problem=row.refused) for row in rows]
             names += [[row.name] for row in rows]
     if describer.recipe.crop != "none" and any(item.windows is not None for item in items):
         raise UsageError(
-            f"{store.path}: expected images, found windows: the recipe of the classifier crops "
-            f"({describer.recipe.crop}), and windows have no crop"
+            f"{store.path}: expected images, found windows: the classifier's recipe crops "
+            f"({describer.recipe.crop}), and windows cannot be cropped"
         )
     ready: dict[int, Described] = {}
     position = 0
@@ -125,7 +126,7 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
 
 
 class _RowItem(NamedTuple):
-    """The image that a row is named after, its window where it is one's, and why the name is not followed, if so."""
+    """The image that a row is named after, its window if it has one, and why the name is not followed, if it is not."""
 
     name: str
     image: str
@@ -146,7 +147,7 @@ def _row_item(store: Store, name: str) -> _RowItem:
 
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
-    """The store's descriptors as the classifier takes them, or why that cannot be."""
+    """The store's descriptors as the classifier takes them, or the reason why they do not fit."""
     if store.weights_sha256 != classifier.weights_sha256:
         return "was made with other weights"
     try:

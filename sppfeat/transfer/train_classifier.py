@@ -19,8 +19,8 @@ from sppfeat.transfer.labels import Labels, labels_from_folders
 def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:
     """Train on every image of a store that has a label; labels: None: from the names (`labels_from_folders`).
 
-    Raises StoreError for a store with pending rows, UsageError for labels that cannot be used. Warns, as
-    SppFeatWarning, of SVMs that do not converge, and of classes whose images all failed.
+    Raises StoreError for a store with pending rows, UsageError for unusable labels. Warns, as
+    SppFeatWarning, about SVMs that do not converge and classes whose images all failed.
     """
     options = options or SvmOptions()
     require_complete(store)

@@ -20,7 +20,7 @@ from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.recipe import Recipe
 
 CAT = Path(__file__).parents[2] / "photos" / "animals" / "cat.jpg"
-# The smallest network at hand, foreverything that is not about one network.
+# The smallest network at hand, for everything that is not about one network.
 TINY = "timm:test_resnet"
 
 

@@ -75,7 +75,7 @@ def test_index_search_and_change(folder: Path, call: Run, make_images: Callable[
     Path("names.txt").write_text("new1.png\n0003.png\n")
     assert "11 images now (2 removed)" in call("index", "--remove", "names.txt", "--from", "g")[1]
     _, table, notes = call("search", "g", "more.h5", "-k", "99")
-    assert "k is 99, the gallery has 11 images: all are given" in notes
+    assert "k is 99, but the gallery has 11 images: all are returned" in notes
     assert table.startswith(f"new0.png\n    1   1.0000  {more / 'new0.png'}\n")
     code, shown, _ = call("inspect", "g", "--verify")
     assert code == 0 and "gallery of 11 images" in shown and "verified" in shown
@@ -112,7 +112,7 @@ def test_a_part_of_a_picture(folder: Path, call: Run) -> None:
         ),
         (["index", "f.h5", "-o", "g2", "--memory", "lots"], 2, "--memory: expected a size such as 800MB"),
         (["index", "f.h5", "-o", "g2", "--memory", "100B"], 2, "memory: 10 rows of .* take at least"),
-        (["index", "f.h5", "-o", "g2", "--factory", "Flut"], 2, "FAISS refuses it .*one that works: IVF1,SQ8"),
+        (["index", "f.h5", "-o", "g2", "--factory", "Flut"], 2, "FAISS rejects it .*one that works: IVF1,SQ8"),
         (
             ["index", "f.h5", "-o", "g2", "--factory", "IVF64,PQ8"],
             2,
@@ -120,7 +120,7 @@ def test_a_part_of_a_picture(folder: Path, call: Run) -> None:
         ),
         (["index", "f.h5", "-o", "g2", "--device", "auto"], 2, "an index's device must be cpu, cuda"),
         (["index", "f.h5", "-o", "g2", "--whitening-from", "f.h5"], 2, "expected --whiten or --project with it"),
-        (["index", "f.h5", "-o", "f.h5"], 1, "expected a gallery's folder or nothing, found a file"),
+        (["index", "f.h5", "-o", "f.h5"], 1, "expected a gallery folder or no file, found a file"),
         (["index", "g", "-o", "g2"], 1, "g: expected a store"),
         (["search", "f.h5", "q.png"], 1, r"f.h5: expected a gallery, found a store \(a gallery is a folder\)"),
         (["search", "nowhere", "q.png"], 1, "nowhere: expected a gallery, found no such folder"),
@@ -243,5 +243,5 @@ def test_rows_that_are_not_there_are_never_looked_up(folder: Path, call: Run, mo
     call("index", "f.h5", "-o", "g")
     gallery = open_gallery("g")
     for wrong in (Wrong(10, 0.5), Wrong(3, float("nan"))):
-        with pytest.raises(GalleryError, match="its index finds rows that are not there"):
+        with pytest.raises(GalleryError, match="its index returns unknown rows"):
             search_store(dataclasses.replace(gallery, index=wrong), open_store("f.h5"))

@@ -1,4 +1,4 @@
-"""Annotations: VOC and COCO, and all that can be wrong with them."""
+"""Annotations: VOC and COCO, and everything that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -49,38 +49,38 @@ def test_boxes_count_from_zero(make_pair: Callable[..., tuple[Path, Path]]) -> N
     one = found.images["a.png"]
     assert one.boxes.tolist() == [[10, 20, 29, 39], [0, 0, 79, 59]] and one.labels == ["dog", "cat"]
     assert one.size == (80, 60) and not one.difficult.any()
-    assert found.notes == ["b.png: b.xml has no sound object; nothing is on it"] and not found.problems
+    assert found.notes == ["b.png: b.xml has no valid object; the image counts as empty"] and not found.problems
 
 
 @pytest.mark.parametrize(
     ("text", "note", "left"),
     [
-        (xml(("cat", 30, 10, 20, 40)), "x.png: box 0 (cat) 29,9,19,39: inverted; left out", 0),
-        (xml(("cat", 20, 10, 19, 40)), "x.png: box 0 (cat) 19,9,18,39: empty; left out", 0),
+        (xml(("cat", 30, 10, 20, 40)), "x.png: box 0 (cat) 29,9,19,39: inverted; skipped", 0),
+        (xml(("cat", 20, 10, 19, 40)), "x.png: box 0 (cat) 19,9,18,39: empty; skipped", 0),
         (xml(("cat", 20, 10, 20, 40)), None, 1),  # one pixel wide
         (xml(("cat", 80, 60, 80, 60)), None, 1),  # the last pixel
-        (xml(("cat", 82, 10, 82, 40)), "x.png: box 0 (cat) 81,9,81,39: outside the image of 80 x 60; left out", 0),
+        (xml(("cat", 82, 10, 82, 40)), "x.png: box 0 (cat) 81,9,81,39: outside the image of 80 x 60; skipped", 0),
         (
             xml(("cat", 20, 10, 99, 40)),
-            "x.png: box 0 (cat) 19,9,98,39: reaches beyond the image of 80 x 60; cut off",
+            "x.png: box 0 (cat) 19,9,98,39: extends beyond the image of 80 x 60; clipped",
             1,
         ),
         (
             xml(("cat", 200, 10, 300, 40)),
-            "x.png: box 0 (cat) 199,9,299,39: outside the image of 80 x 60; left out",
+            "x.png: box 0 (cat) 199,9,299,39: outside the image of 80 x 60; skipped",
             0,
         ),
-        (xml(("", 20, 10, 30, 40)), "x.png: object 0 (unnamed): expected a name and a bndbox; left out", 0),
-        (xml(("cat", float("nan"), 1, 2, 3)), "x.png: object 0 (cat): expected a name and a bndbox; left out", 0),
+        (xml(("", 20, 10, 30, 40)), "x.png: object 0 (unnamed): expected a name and a bndbox; skipped", 0),
+        (xml(("cat", float("nan"), 1, 2, 3)), "x.png: object 0 (cat): expected a name and a bndbox; skipped", 0),
         ("<annotation><object><name>cat</name></object></annotation>", "x.png: object 0 (cat): expected a name", 0),
-        (xml(), "x.png: x.xml has no sound object; nothing is on it", 0),
-        (xml(("cat", 0, 0, 80, 60)), None, 1),  # from 0: a pixel over the border is no fault
+        (xml(), "x.png: x.xml has no valid object; the image counts as empty", 0),
+        (xml(("cat", 0, 0, 80, 60)), None, 1),  # from 0: a pixel over the border is not an error
         (xml(("cat", 2, 2, 81, 61)), None, 1),
         (xml(("cat", 1, 1, 9, 9), size=None), None, 1),
         (xml(("cat", 1, 1, 9, 9), size=(0, 0)), None, 1),
     ],
 )
-def test_odd_boxes_are_named(
+def test_suspicious_boxes_are_named(
     make_pair: Callable[..., tuple[Path, Path]], text: str, note: str | None, left: int
 ) -> None:
     found = read_voc_files(*make_pair({"x": text}))
@@ -94,7 +94,7 @@ def test_odd_boxes_are_named(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (xml(("cat", 1, 1, 9, 9), size=(60, 80)), "annotated as 60 x 80 pixels, found 80 x 60: its boxes may be of"),
+        (xml(("cat", 1, 1, 9, 9), size=(60, 80)), "annotated as 60 x 80 pixels, found 80 x 60: its boxes may be for"),
         ("<annotation>", "expected an XML annotation, found: no element found"),
         ("", "expected an XML annotation, found"),
         ("<html></html>", "expected an <annotation>, found <html>"),
@@ -105,7 +105,7 @@ def test_odd_boxes_are_named(
         ("<!DOCTYPE annotation><annotation/>", "without a document type or entities"),
     ],
 )
-def test_annotations_that_cannot_be_used(make_pair: Callable[..., tuple[Path, Path]], text: str, problem: str) -> None:
+def test_unusable_annotations(make_pair: Callable[..., tuple[Path, Path]], text: str, problem: str) -> None:
     found = read_voc_files(*make_pair({"x": text}))
     assert list(found.images) == ["sound.png"] and problem in found.problems["x.png"]
 
@@ -115,19 +115,19 @@ def test_an_image_that_is_missing_and_images_without_annotation(make_pair: Calla
     Image.new("RGB", (9, 9)).save(images / "extra.png")
     found = read_voc_files(images, texts)
     assert found.problems == {"gone.jpg": "no such file"}
-    assert found.notes == ["images without an annotation are left out: 1, such as extra.png"]
+    assert found.notes == ["images without an annotation are skipped: 1, such as extra.png"]
 
 
-def test_a_turned_picture_whose_annotation_was_not(make_pair: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_rotated_image_whose_annotation_is_not(make_pair: Callable[..., tuple[Path, Path]]) -> None:
     images, texts = make_pair({})
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 60)).save(images / "t.jpg", exif=exif)
     (texts / "t.xml").write_text(xml(("cat", 1, 1, 9, 9)))
-    assert "(its EXIF turns it)" in read_voc_files(images, texts).problems["t.jpg"]
+    assert "(its EXIF rotates it)" in read_voc_files(images, texts).problems["t.jpg"]
 
 
-def test_a_swelling_document_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_expanding_document_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.xml"
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     path.write_text(f'<!DOCTYPE a [<!ENTITY e0 "lol">{entities}]><annotation>&e11;</annotation>')
@@ -150,7 +150,7 @@ def test_the_voc_layout(tmp_path: Path) -> None:
     found = read_voc(tmp_path, "train")
     assert list(found.images) == ["3.jpg", "1.jpg"] and "9.jpg" in found.problems
     assert read_annotations(str(tmp_path), split="test").images["2.jpg"].difficult.tolist() == [True]
-    with pytest.raises(UsageError, match="split 'val', found none; there are empty, test, train"):
+    with pytest.raises(UsageError, match="split 'val', found none; available: empty, test, train"):
         read_voc(tmp_path, "val")
     with pytest.raises(UsageError, match="expected images, found an empty list"):
         read_voc(tmp_path, "empty")
@@ -189,11 +189,11 @@ def test_coco(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(coco(annotations=odd))
     found = read_coco(tmp_path / "c.json", tmp_path)
     assert not len(found.images["sub/a.png"].boxes) and len(found.notes) == 5
-    assert "annotation 0: unknown category_id 4; left out" in found.notes[1]
+    assert "annotation 0: unknown category_id 4; skipped" in found.notes[1]
 
 
 def test_coco_classes_may_have_numbers_for_names(tmp_path: Path) -> None:
-    """A name is never taken for the id of a category, or for a number: `01` is another class than `1`."""
+    """A name is never mistaken for a category id, or for a number: `01` is another class than `1`."""
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (80, 60)).save(tmp_path / "sub/a.png")
     categories = [{"id": 1, "name": "2"}, {"id": 2, "name": "1"}, {"id": 3, "name": "01"}, {"id": 4, "name": 7}]
@@ -214,13 +214,13 @@ def test_coco_classes_may_have_numbers_for_names(tmp_path: Path) -> None:
         ("{", "expected a COCO file with images, annotations, categories"),
         ("[]", "expected a COCO file with images, annotations, categories"),
         ('{"images": []}', "expected a COCO file with images, annotations, categories"),
-        (coco(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "categories of different names"),
+        (coco(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "unique category names"),
         (coco(images=[{"id": 7, "file_name": "../a.png"}]), "file names relative to the images, found '../a.png'"),
         (
             coco(images=[{"id": 7, "file_name": "no.png"}]),
-            "found none that can be used; the first: no.png: no such file",
+            "found none that is usable; the first: no.png: no such file",
         ),
-        (coco(images=[]), "found none that can be used"),
+        (coco(images=[]), "found none that is usable"),
     ],
 )
 def test_bad_coco(tmp_path: Path, text: str, message: str) -> None:
@@ -233,7 +233,7 @@ def test_classes_are_selected_and_the_others_named(make_pair: Callable[..., tupl
     found = read_voc_files(*make_pair({"a": xml(("dog", 1, 1, 9, 9), ("cat", 1, 1, 9, 9), ("dog", 3, 3, 9, 9))}))
     chosen = select_classes(found, ["cat", "cow"])
     assert chosen.images["a.png"].labels == ["cat"] and len(chosen.images["a.png"].boxes) == 1
-    assert chosen.classes == ["cat", "cow"] and chosen.notes == ["unknown class 'dog': its 2 boxes are left out"]
+    assert chosen.classes == ["cat", "cow"] and chosen.notes == ["unknown class 'dog': its 2 boxes are skipped"]
     assert found.images["a.png"].labels == ["dog", "cat", "dog"]
 
 
@@ -241,7 +241,7 @@ def test_what_is_asked_for_must_be_clear(tmp_path: Path) -> None:
     for arguments in ({}, {"images": "x"}, {"annotations": "x"}, {"root": "a", "images": "b", "annotations": "c"}):
         with pytest.raises(UsageError, match="expected the root of a VOC layout, or both"):
             read_annotations(**arguments)
-    with pytest.raises(UsageError, match="--split belongs to a VOC layout"):
+    with pytest.raises(UsageError, match="--split requires a VOC layout"):
         read_annotations(images=str(tmp_path), annotations=str(tmp_path), split="test")
 
 
@@ -260,7 +260,7 @@ def test_real_annotations(shared: Path) -> None:
     ("inside", "what"),
     [("<object/>" * 10_001, "objects"), ("<part/>" * 300_001, "elements"), ("<a>" * 40 + "</a>" * 40, "levels")],
 )
-def test_an_xml_file_that_would_swell_is_refused(tmp_path: Path, inside: str, what: str) -> None:
+def test_an_xml_file_that_would_expand_is_refused(tmp_path: Path, inside: str, what: str) -> None:
     (tmp_path / "a.xml").write_text(f"<annotation>{inside}</annotation>")
     with pytest.raises(UsageError, match=f"at most [0-9]+ {what}, found more"):
         parse_xml(str(tmp_path / "a.xml"))
@@ -271,5 +271,5 @@ def test_a_list_of_ids_that_lead_elsewhere_is_refused(tmp_path: Path, one: str) 
     for place in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tmp_path / place).mkdir(parents=True)
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(f"{one}\n")
-    with pytest.raises(UsageError, match="expected ids of images"):
+    with pytest.raises(UsageError, match="expected image ids"):
         read_voc(tmp_path, "train")

@@ -27,10 +27,10 @@ def random_boxes(generator: np.random.Generator, count: int, side: int = 60) -> 
     return np.concatenate([corner, corner + generator.integers(0, side, (count, 2))], 1).astype(float)
 
 
-def random_pictures(seed: int, *, crowds: bool = False) -> list[Objects]:
-    """Detections near the objects and elsewhere, with scores that often are equal."""
+def random_images(seed: int, *, crowds: bool = False) -> list[Objects]:
+    """Detections near the objects and elsewhere, with many equal scores."""
     generator = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for _ in range(generator.integers(1, 8)):
         boxes = random_boxes(generator, int(generator.integers(0, 5)))
         near = boxes.repeat(generator.integers(0, 4), 0)
@@ -42,17 +42,17 @@ def random_pictures(seed: int, *, crowds: bool = False) -> list[Objects]:
         if crowds:
             difficult = crowd
         scores = generator.integers(0, 20, len(found)) / 20 + generator.random() * 0.01
-        pictures.append(Objects(boxes, difficult, crowd, found, scores))
-    return pictures
+        images.append(Objects(boxes, difficult, crowd, found, scores))
+    return images
 
 
 @pytest.mark.parametrize("method", ["11-point", "area"])
 @given(st.integers(0, 1 << 30), st.sampled_from([0.3, 0.5, 0.75]))
 @settings(max_examples=60, deadline=None)
 def test_voc_equals_plain_loops(method: str, seed: int, overlap: float) -> None:
-    pictures = random_pictures(seed)
-    if not sum((~one.difficult).sum() for one in pictures):
-        assert np.isnan(voc_average_precision(pictures, overlap=overlap, method=method))
+    images = random_images(seed)
+    if not sum((~one.difficult).sum() for one in images):
+        assert np.isnan(voc_average_precision(images, overlap=overlap, method=method))
         return
     plain = [
         {
@@ -61,10 +61,10 @@ def test_voc_equals_plain_loops(method: str, seed: int, overlap: float) -> None:
             "found": p.found.tolist(),
             "scores": p.scores.tolist(),
         }
-        for p in pictures
+        for p in images
     ]
     expected = reference.voc_eval(plain, overlap, method)
-    assert voc_average_precision(pictures, overlap=overlap, method=method) == pytest.approx(expected, abs=1e-12)
+    assert voc_average_precision(images, overlap=overlap, method=method) == pytest.approx(expected, abs=1e-12)
 
 
 def test_duplicates_are_wrong_and_difficult_ones_do_not_count() -> None:
@@ -75,7 +75,7 @@ def test_duplicates_are_wrong_and_difficult_ones_do_not_count() -> None:
     assert targets.tolist() == [1, -1, 0, -1] and objects == 1 and scores.tolist() == [0.9, 0.8, 0.7, 0.6]
 
 
-def coco_reference(pictures: list[Objects]) -> list[float]:
+def coco_reference(images: list[Objects]) -> list[float]:
     """Average precision at each overlap, by pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -85,12 +85,12 @@ def coco_reference(pictures: list[Objects]) -> list[float]:
 
     truth: dict[str, Any] = {
         "info": {},
-        "images": [{"id": i + 1} for i in range(len(pictures))],
+        "images": [{"id": i + 1} for i in range(len(images))],
         "categories": [{"id": 1, "name": "x"}],
         "annotations": [],
     }
     results = []
-    for number, one in enumerate(pictures):
+    for number, one in enumerate(images):
         for box, crowd in zip(one.boxes, one.crowd, strict=True):
             entry = as_box(box)
             truth["annotations"].append(
@@ -119,14 +119,14 @@ def coco_reference(pictures: list[Objects]) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(25))
 def test_coco_equals_pycocotools(seed: int) -> None:
-    pictures = random_pictures(seed, crowds=True)
-    if not sum(len(one.found) for one in pictures) or not sum((~one.difficult).sum() for one in pictures):
+    images = random_images(seed, crowds=True)
+    if not sum(len(one.found) for one in images) or not sum((~one.difficult).sum() for one in images):
         pytest.skip("pycocotools needs objects and detections")
-    ours = [coco_average_precision(pictures, overlap) for overlap in COCO_OVERLAPS]
-    assert ours == pytest.approx(coco_reference(pictures), abs=1e-9)
+    ours = [coco_average_precision(images, overlap) for overlap in COCO_OVERLAPS]
+    assert ours == pytest.approx(coco_reference(images), abs=1e-9)
 
 
-def test_coco_takes_the_100_best_of_a_picture() -> None:
+def test_coco_takes_the_100_best_of_an_image() -> None:
     boxes = np.array([[0.0, 0, 9, 9]])
     found = np.concatenate([random_boxes(np.random.default_rng(0), 100) + 200, boxes])
     one = Objects(boxes, np.zeros(1, bool), np.zeros(1, bool), found, np.linspace(1, 0.5, 101))
@@ -172,7 +172,7 @@ def test_targets_lead_back_to_their_boxes() -> None:
     window, box = np.array([[0.0, 0, 9, 19]]), np.array([[5.0, 10, 14, 49]])
     np.testing.assert_allclose(box_targets(window, box), [[0.5, 1.0, 0.0, np.log(2)]])
     assert moved_boxes(window, np.array([[-5.0, 0, 90, 90]]), (30, 20)).tolist() == [[0, 0, 29, 19]]
-    # One that shrinks is one pixel at least, and so is one that leaves the image.
+    # A shrinking box keeps at least one pixel, and so does one that leaves the image.
     pixel, shrunk = np.array([[7.0, 7, 7, 7]]), np.array([[0.0, 0, -3, -3]])
     assert moved_boxes(pixel, shrunk, (30, 20)).tolist() == [[7, 7, 7, 7]]
     assert moved_boxes(pixel, np.array([[40.0, 0, 0, 0]]), (30, 20)).tolist() == [[29, 7, 29, 7]]

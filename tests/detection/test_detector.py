@@ -1,4 +1,4 @@
-"""Detectors: trained, stopped, saved, run and evaluated on small pictures of coloured blocks."""
+"""Detectors: trained, stopped, saved, run and evaluated on small images of coloured blocks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from sppfeat.windows.selective_search import ProposalOptions
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
-# A random network's descriptors are weak: more cost than trained ones need.
+# A random network's descriptors are weak: they need a larger C than trained ones.
 OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, cache_bytes=1 << 24)
 
 
 def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, float, float, float, float]]]:
-    """Pixels of 160 x 120, and its blocks as VOC has them, from 1."""
+    """Pixels of 160 x 120, and its blocks in VOC's coordinates, which start at 1."""
     pixels = generator.integers(100, 150, (120, 160, 3)).astype(np.uint8)
     objects = []
     for name, left in (("red", 0), ("blue", 80)):
@@ -101,7 +101,7 @@ def test_a_detector_finds_what_it_learned(trained: Path, voc: Path, windows: dic
 
 
 def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path) -> None:
-    """Not 100 of all classes together: those of low ranks count, too."""
+    """Not 100 over all classes: those with low ranks count, too."""
     bare = replace(open_detector(trained), box_weights=None, box_biases=None)
     apart = np.array([[x, y, x + 11, y + 9] for y in range(0, 120, 10) for x in range(0, 156, 13)], float)
     annotated = read_voc(voc, "test")
@@ -112,28 +112,28 @@ def test_evaluation_keeps_100_detections_of_each_class(trained: Path, voc: Path)
 
 def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     runner = DetectorRunner(open_detector(trained))
-    pictures = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in windows.items()]
+    images = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in windows.items()]
     count = 0
-    for found in runner.detect(pictures):
+    for found in runner.detect(images):
         assert (np.diff(found.scores) <= 0).all() and (found.scores >= -0.5).all() and found.windows >= 60
         assert (found.boxes >= 0).all() and (found.boxes[:, 2:] <= [159, 119]).all()
         assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
         count += len(found.scores)
     assert count
-    few = list(runner.detect(pictures, DetectOptions(threshold=-10, max_detections=3)))
+    few = list(runner.detect(images, DetectOptions(threshold=-10, max_detections=3)))
     assert all((np.bincount(found.labels, minlength=2) <= 3).all() for found in few)
     assert any(len(found.scores) == 6 for found in few)
-    best = runner.detect(pictures, DetectOptions(threshold=-10))
+    best = runner.detect(images, DetectOptions(threshold=-10))
     for some, every in zip(few, best, strict=True):
         for label in range(2):
             assert (some.scores[some.labels == label] == every.scores[every.labels == label][:3]).all()
-    (nothing,) = runner.detect([replace(pictures[0], windows=None)])
+    (nothing,) = runner.detect([replace(images[0], windows=None)])
     assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
     (missing,) = runner.detect([Item.at(voc / "no.png", windows["000.png"])])
     assert missing.error == "no such file"
 
 
-def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+def test_windows_that_reach_outside_are_skipped(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     runner = DetectorRunner(open_detector(trained))
     path = str(voc / "JPEGImages" / "000.png")
     (inside,) = runner.detect([Item.at(path, windows["000.png"])])
@@ -143,7 +143,7 @@ def test_windows_that_reach_outside_are_left_out(trained: Path, voc: Path, windo
 
 
 class Counting:
-    """Counts the images that were taken."""
+    """Counts the processed images."""
 
     seen = 0
 
@@ -203,10 +203,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[AnnotatedImages, di
     return AnnotatedImages(str(root), images, ["blue", "red"]), windows
 
 
-def test_pictures_of_several_shapes_are_taken_in_order(
+def test_images_of_several_shapes_are_taken_in_order(
     mixed: tuple[AnnotatedImages, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
-    """So that a training that stops amid a pass, and again, ends in the same detector."""
+    """So a training that is stopped during a pass, and again, ends in the same detector."""
     annotated, windows = mixed
     whole = train_detector(annotated, windows, tmp_path / "whole.h5", SMALL, OPTIONS)
     assert sum(whole.hard) > 0
@@ -228,7 +228,7 @@ def test_pictures_of_several_shapes_are_taken_in_order(
     assert (done.hard, done.rows) == (whole.hard, whole.rows) and same(tmp_path / "det.h5", tmp_path / "whole.h5")
 
 
-def test_an_overwritten_detector_that_was_stopped_goes_on(
+def test_a_stopped_overwrite_of_a_detector_resumes(
     trained: Path, mixed: tuple[AnnotatedImages, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
     path = tmp_path / "det.h5"
@@ -252,9 +252,9 @@ def test_windows_on_a_crowd_are_no_negatives(
         yes = np.append(np.zeros(len(one.boxes), bool), True)
         few.images[name] = Annotation(np.concatenate([one.boxes, everywhere]), [*one.labels, "red"], yes, yes, one.size)
     crowded = train_detector(few, windows, tmp_path / "b.h5", SMALL, OPTIONS)
-    # No window is a negative of the class whose crowd is everywhere; objects and windows of others still are.
+    # No window is a negative of the class whose crowd is everywhere; objects and windows of other classes still are.
     assert crowded.classes == ["blue"] and done.classes == ["blue", "red"]
-    assert "class 'red' has no negative window: it is left out" in crowded.notes
+    assert "class 'red' has no negative window and is skipped" in crowded.notes
 
 
 def test_the_cache_is_bounded(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_row_cache() -> None:
 
 
 def test_a_reservoir_samples_evenly() -> None:
-    """Of 100 rows offered, 10 stay; each about as often as any other."""
+    """Of 100 offered rows, 10 stay, each with the same probability."""
     kept = np.zeros(100)
     for seed in range(400):
         reservoir = Reservoir(10, 1, 1)
@@ -304,7 +304,7 @@ def test_a_reservoir_samples_evenly() -> None:
     assert kept.min() > 40 / 3 and kept.max() < 40 * 2
 
 
-def test_classes_without_objects_and_pictures_without_windows(
+def test_classes_without_objects_and_images_without_windows(
     voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     annotated = read_voc(voc, "trainval")
@@ -313,10 +313,10 @@ def test_classes_without_objects_and_pictures_without_windows(
     some["001.png"] = np.concatenate([some["001.png"], [[0, 0, 500, 9]]])
     done = train_detector(annotated, some, tmp_path / "det.h5", SMALL, OPTIONS)
     assert done.classes == ["blue", "red"] and open_detector(tmp_path / "det.h5").classes == ["blue", "red"]
-    assert "class 'green' has no box that counts: it is left out" in done.notes
+    assert "class 'green' has no box that counts and is skipped" in done.notes
     assert "000.png: has no windows; only its objects are used" in done.notes
-    assert any(note.startswith("001.png: 1 windows are left out: the first reaches outside") for note in done.notes)
-    with pytest.raises(ModelError, match="already exists"):  # before windows are searched for hours
+    assert any(note.startswith("001.png: 1 windows are skipped: the first reaches outside") for note in done.notes)
+    with pytest.raises(ModelError, match="already exists"):  # before hours of searching for windows
         train_detector(annotated, None, tmp_path / "det.h5", SMALL, OPTIONS)
     with pytest.raises(UsageError, match="expected windows of the images, found none"):
         train_detector(annotated, {}, tmp_path / "x.h5", SMALL, OPTIONS)
@@ -330,7 +330,7 @@ def replace_boxes(annotated: AnnotatedImages) -> AnnotatedImages:
     return replace(annotated, images=images)
 
 
-def test_a_picture_that_breaks_later_is_left_out(
+def test_an_image_that_breaks_later_is_skipped(
     voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, trained: Path
 ) -> None:
     annotated = read_voc(voc, "trainval")
@@ -343,10 +343,10 @@ def test_a_picture_that_breaks_later_is_left_out(
     assert done.failed.keys() == {"005.png"} and not same(tmp_path / "det.h5", trained)
 
 
-def test_a_class_whose_images_cannot_be_read_is_left_out(
+def test_a_class_whose_images_cannot_be_read_is_skipped(
     voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """Also by a training that is stopped afterwards, and goes on."""
+    """Also by a training that is stopped afterwards and resumed."""
     annotated = read_voc(voc, "trainval")
     one = annotated.images["005.png"]
     annotated.images["005.png"] = replace(one, labels=["green"] * len(one.labels))
@@ -366,7 +366,7 @@ def test_a_class_whose_images_cannot_be_read_is_left_out(
                 stop=lambda: counting.seen >= most,  # noqa: B023
             )
             assert done.interrupted == (most == 30) and done.classes == ["blue", "red"] and one.labels
-            assert done.notes[-1] == "class 'green' has no object on a readable image: it is left out"
+            assert done.notes[-1] == "class 'green' has no object on a readable image and is skipped"
     finally:
         (voc / "JPEGImages/005.png").write_bytes(content)
     assert open_detector(path).classes == ["blue", "red"]
@@ -401,12 +401,12 @@ def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None
     save_detector(model, tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5", "r+") as file:
         file.attrs["recipe"] = replace(model.recipe, scales=(64,)).to_json()
-    with pytest.raises(ModelError, match="its recipe_hash is of another recipe"):
+    with pytest.raises(ModelError, match="its recipe_hash does not match its recipe"):
         open_detector(tmp_path / "x.h5")
 
 
 def call(*arguments: str | Path) -> Result:
-    """The command line within this process, which saves seconds of imports; exit codes of errors need `run_sppfeat`."""
+    """The command line in this process, which saves seconds of imports; exit codes of errors need `run_sppfeat`."""
     from sppfeat_cli.app import app
 
     return CliRunner().invoke(app, [str(each) for each in arguments])
@@ -416,9 +416,9 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     det, windows = tmp_path / "det.h5", voc / "windows.json"
     options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64,128", "--levels", "2,1"]
     done = run_sppfeat("train", "detector", voc, "-o", det, "--windows", windows, "--c", "0.1", *options)
-    # A picture on which nothing is, is named, and learned from.
+    # An image without objects is named, and used for training.
     assert done.returncode == 3 and "detector of 2 classes" in done.stdout
-    assert re.search(r"\d+\.png: \d+\.xml has no sound object", done.stderr)
+    assert re.search(r"\d+\.png: \d+\.xml has no valid object", done.stderr)
     again = call("train", "detector", voc, "-o", det, "--windows", windows)
     assert isinstance(again.exception, ModelError) and "already exists" in str(again.exception)
     assert "detector of 2 classes (blue, red)" in call("inspect", det).stdout
@@ -465,7 +465,7 @@ def test_command_line_finds_windows_itself(
     assert [one["image"] for one in document["results"]] == ["a.png", "flat.png"]
     assert document["results"][0]["detections"]
     wrong = run_sppfeat("detect", trained, tmp_path / "in", "--windows", voc / "windows.json")
-    assert wrong.returncode == 2 and "the windows are of none of the 3 images" in wrong.stderr
+    assert wrong.returncode == 2 and "the windows match none of the 3 images" in wrong.stderr
     assert isinstance(call("detect", voc / "windows.json", tmp_path / "in").exception, ModelError)
     assert isinstance(call("train", "detector", "-o", tmp_path / "x.h5").exception, UsageError)
 
@@ -473,9 +473,9 @@ def test_command_line_finds_windows_itself(
 def test_command_line_on_coco_without_windows(
     voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Windows are found first and kept; a class that is not asked for is named; the search's options are kept.
+    """Windows are proposed first and kept; a class that is not selected is named; the proposal options are kept.
 
-    Classes are named by numbers that are other categories' ids.
+    Class names are numbers that are other categories' ids.
     """
     annotated = read_voc(voc, "trainval").subset([f"{n:03}.png" for n in range(8)])
     document: dict[str, list[object]] = {"categories": [{"id": 2, "name": "1"}, {"id": 1, "name": "2"}]}
@@ -503,7 +503,7 @@ def test_command_line_on_coco_without_windows(
     reds, blues = (sum(one.labels.count(c) for one in annotated.images.values()) for c in ("red", "blue"))
     assert reds + 1 != blues and table[1].split()[0] == "1" and table[1].split()[-1] == str(reds + 1), table
     twice = call("train", "detector", *data, "-o", tmp_path / "x.h5", "--classes", "1,1", *options)
-    assert isinstance(twice.exception, UsageError) and "expected names of different classes" in str(twice.exception)
+    assert isinstance(twice.exception, UsageError) and "expected unique class names" in str(twice.exception)
 
     propose_folder(voc / "JPEGImages", tmp_path / "few.h5", ProposalOptions(max_windows=9), workers=1)
     path = tmp_path / "nine.h5"

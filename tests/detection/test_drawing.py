@@ -88,7 +88,7 @@ def cover(a: np.ndarray, b: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_do_not_cover_each_other_where_there_is_room(seed: int) -> None:
-    """Twelve objects that lie nearly in one place, and one at each edge."""
+    """Twelve objects in nearly the same place, and one at each edge."""
     generator = np.random.default_rng(seed)
     near = np.array([200, 150, 420, 330]) + generator.integers(-12, 13, (8, 4))
     edges = np.array([[0, 0, 90, 70], [560, 0, 639, 90], [0, 400, 100, 479], [500, 410, 639, 479]])
@@ -109,7 +109,7 @@ def test_labels_without_room_are_still_on_the_image() -> None:
 
 def test_a_label_keeps_its_score_and_what_a_font_lacks() -> None:
     pen = ImageDraw.Draw(Image.new("RGB", (9, 9)))
-    # No font has these: they are named rather than lost.
+    # No font has these: they are escaped rather than lost.
     label = layout_label(pen, "a\U0010fffe\x1b[31m\udc80", 0.5, 16, 900)
     assert [text for _, text in label.texts] == [r"a\U0010fffe\x1b[31m\udc80", "0.50"] and label.sign is None
     for room in (200, 90, 80):
@@ -136,7 +136,7 @@ def test_a_negative_score_has_a_sign_that_can_be_seen(side: int) -> None:
         assert (drawn[above_or_below, left : right + 1] == class_color(0)).all()
 
 
-def test_drawings_have_names_of_their_own() -> None:
+def test_drawings_have_unique_names() -> None:
     names = ["a.png", "a.png.jpg", "a.jpg", "A.jpg", "b/a.jpg", "c.gif", "c.png", "d.png", "d.png.jpg/e.png"]
     names += ["é" * 125 + ".png", "é" * 126 + ".png", *("x" * 251 + end for end in (".jpg", ".png", ".gif"))]
     names += [r"q\\.jpg"]
@@ -144,12 +144,12 @@ def test_drawings_have_names_of_their_own() -> None:
     assert files["a.jpg"] == "a.jpg" and files["b/a.jpg"] == "b/a.jpg" and files[r"q\\.jpg"] == "q\\.jpg"
     assert (files["c.gif"], files["c.png"]) == ("c.gif.jpg", "c.png.jpg")
     assert files["a.png"] == "a.png.jpg" and files["a.png.jpg"] == "a.png~2.jpg"
-    assert files["d.png"] == "d.png~2.jpg"  # `d.png.jpg` is a folder of others
+    assert files["d.png"] == "d.png~2.jpg"  # `d.png.jpg` is the folder of other drawings
     assert len({file.casefold() for file in files.values()}) == len(names)
     assert max(len(os.fsencode(os.path.basename(file))) for file in files.values()) == 255
 
 
-def test_images_that_begin_alike_are_named_in_linear_time() -> None:
+def test_names_with_the_same_start_take_linear_time() -> None:
     files = drawing_files(["x" * 250 + f"{number:05}.png" for number in range(20_000)])
     assert len(set(files.values())) == 20_000
 
@@ -226,7 +226,7 @@ def test_one_image_that_cannot_be_drawn(
     with pytest.raises(ImageError, match="no such file"):
         drawings.draw(str(source / "a.jpg"), "a.jpg", FOUND, ["cat"])
     (tmp_path / "out/b.jpg").write_text("of another program")
-    with pytest.raises(ImageError, match="is there now; it is left as it is"):
+    with pytest.raises(ImageError, match="exists by now; it is left as it is"):
         drawings.draw(str(source / "b.jpg"), "b.jpg", FOUND, ["cat"])
     (tmp_path / "out/b.jpg").unlink()
     wide = tmp_path / "wide.png"
@@ -247,7 +247,7 @@ HOSTILE = '<script>alert("x")</script>\x1b[31m\'&'
 
 
 def test_a_page_of_detections(images: Callable[..., Path], tmp_path: Path) -> None:
-    """Names are text, and an image that is gone by now is a place without it."""
+    """Names are escaped, and a missing image leaves a placeholder."""
     source = images("there.jpg", "gone.jpg", "none.jpg")
     page = DetectionPage(detector_of(HOSTILE, "größe"))
     page.add(str(source / "there.jpg"), "there.jpg", FOUND)
@@ -256,14 +256,14 @@ def test_a_page_of_detections(images: Callable[..., Path], tmp_path: Path) -> No
     (source / "gone.jpg").unlink()
     page.write(tmp_path / "page.html", title=f"Detections of {HOSTILE}", note="score at least -0.5")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<figure") == 2 and text.count("data:image/jpeg") == 1 and text.count("image not at hand") == 1
+    assert text.count("<figure") == 2 and text.count("data:image/jpeg") == 1 and text.count("image not available") == 1
     assert "<script" not in text and "<b>gone" not in text and html.escape("<b>gone.jpg") in text
     assert "größe" in text and text.count("&lt;script&gt;") == 4  # title, heading, alternative text, caption
 
 
 @pytest.fixture
 def blind(tmp_path: Path, images: Callable[..., Path]) -> Blind:
-    """Arguments that detect on three images with a detector that gives every window 0.25, and the images' folder."""
+    """Arguments that detect in three images with a detector that scores every window -0.25, and the images' folder."""
     from dataclasses import replace
 
     from sppfeat.extraction.pipeline import Describer
@@ -279,7 +279,7 @@ def blind(tmp_path: Path, images: Callable[..., Path]) -> Blind:
 def test_results_come_before_what_is_written(
     blind: Blind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full when drawings and the page are written costs these alone."""
+    """A disk that is full when drawings and the page are written costs only these."""
     arguments, _ = blind
 
     def full(self: Path, target: Path) -> Path:
@@ -307,7 +307,7 @@ def test_results_come_before_what_is_written(
 
 
 def call(arguments: list[str | Path], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The command line within this process; its exit code."""
+    """The command line in this process; its exit code."""
     import sys
 
     from sppfeat_cli import main
@@ -368,4 +368,4 @@ def test_drawing_by_command_line(
     shown = capsys.readouterr()
     document = json.loads(shown.out)
     assert document["not_drawn"] == {"b.jpg": "no such file"} and len(document["results"]) == 3
-    assert "not drawn: b.jpg: no such file" in shown.err and "image not at hand" in page.read_text()
+    assert "not drawn: b.jpg: no such file" in shown.err and "image not available" in page.read_text()

@@ -1,4 +1,4 @@
-"""Pages: what they show of images, never anything from elsewhere, and where they may be written."""
+"""Pages: what they show of images, nothing from elsewhere, and where they may be written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_thumbnail_shows_a_row(folder: Path) -> None:
     ],
 )
 def test_windows_that_are_too_large(folder: Path, window: str, size: tuple[int, int]) -> None:
-    """The part that lies on the image is shown, and all of it where none does."""
+    """The part inside the image is shown, or the whole image if there is none."""
     assert shown(thumbnail(str(folder), f"a.jpg#{window}")).size == size
 
 
@@ -87,7 +87,7 @@ def test_nothing_from_outside_the_root_is_shown(folder: Path) -> None:
         assert unsafe_name(name) is not None and thumbnail(str(folder), name) is None
     for name in ("a.jpg", "in/..a.jpg", "..a/b..jpg", r"caf\xe9.jpg", r"back\\slash.jpg", r"\\x41.jpg", "猫.jpg"):
         assert unsafe_name(name) is None
-    # Links that lie below the root are the user's own.
+    # Links below the root are the user's own.
     (folder / "link.jpg").symlink_to(secret)
     assert shown(thumbnail(str(folder), "link.jpg")).size == (30, 30)
 
@@ -114,7 +114,7 @@ def test_a_thumbnail_never_raises(folder: Path) -> None:
 
 
 def test_pages_of_a_store_from_elsewhere(folder: Path, make_store: Callable[..., Store], tmp_path: Path) -> None:
-    """Names out of the root, windows that are none and markup in names break no page, and bring nothing into it."""
+    """Names outside the root, invalid windows and markup in names neither break a page nor get into it."""
     names = ["x/a.jpg#nan,0,1,1", "x/a.jpg#0,0,1000000,1000000", *(f"x/{name}" for name in HOSTILE)]
     names += [f"../{name}" for name in ("secret.jpg", "secret.jpg#1,1,9,9", "y/a.jpg")] + ["y/b.jpg"]
     (folder / "x").mkdir()
@@ -125,7 +125,7 @@ def test_pages_of_a_store_from_elsewhere(folder: Path, make_store: Callable[...,
     write_duplicates_page(pages[0], find_duplicates(store, 0.9))
     options = TransferOptions(protocol="random", per_class=1, trials=1, costs=(1.0,))
     write_transfer_report(pages[1], evaluate_transfer([store], options))
-    with pytest.raises(GalleryError, match="expected a name below its folder"):
+    with pytest.raises(GalleryError, match="expected a name inside its folder"):
         create_gallery(store, tmp_path / "g")
     sound = [name for name in names if unsafe_name(name) is None]
     store = make_store(rows[: len(sound)], "g.h5", names=sound, root=str(folder))
@@ -137,7 +137,7 @@ def test_pages_of_a_store_from_elsewhere(folder: Path, make_store: Callable[...,
         assert "<script>" not in text
         assert {shown(address).size for address in re.findall(r'src="(data:[^"]+)"', text)} <= {(100, 60)}
     text = pages[0].read_text()
-    assert text.count("data:image/jpeg") == 1 and text.count("image not at hand") == len(names) - 1
+    assert text.count("data:image/jpeg") == 1 and text.count("image not available") == len(names) - 1
     assert "x/&lt;script&gt;&#34;&#39;.jpg" in text and "x/a b&amp;amp;.jpg" in text
 
 
@@ -173,7 +173,7 @@ def test_a_file_that_is_read_only_is_left(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_query_given_by_its_path_is_shown(folder: Path, make_store: Callable[..., Store], tmp_path: Path) -> None:
-    """Wherever it is: the user named it. What it is called says nothing about windows."""
+    """Wherever it is: the user named it. Its name says nothing about windows."""
     odd = tmp_path / r"back\slash#1,1,9,9.jpg"
     (tmp_path / "secret.jpg").rename(odd)
     store = make_store(np.ones((2, 8)), names=["a.jpg", "b.jpg"], root=str(folder))

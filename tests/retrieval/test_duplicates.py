@@ -1,4 +1,4 @@
-"""Near-duplicates against a naive search of connected groups, on made and on real pictures."""
+"""Near-duplicates against a naive search of connected groups, on synthetic and on real images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sppfeat.retrieval.duplicates import find_duplicates
 
 
 def naive_groups(rows: np.ndarray, threshold: float) -> set[frozenset[int]]:
-    """Spread from every row over all that are similar, one at a time."""
+    """Spread from every row to all similar ones, one at a time."""
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     similar = units @ units.T >= threshold
     groups, seen = set(), set()
@@ -40,7 +40,7 @@ def naive_groups(rows: np.ndarray, threshold: float) -> set[frozenset[int]]:
 def test_groups_equal_a_naive_search(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, threshold: float, block: int
 ) -> None:
-    """Chains of pairs across blocks, too: at 0.55 rows hang together over others."""
+    """Including chains of pairs across blocks: at 0.55 rows are linked through others."""
     monkeypatch.setattr("sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * 6 * block)
     monkeypatch.setattr("sppfeat.retrieval.duplicates.TILE", 7)
     monkeypatch.setattr("sppfeat.retrieval.duplicates.WAITING_PAIRS", block)
@@ -65,7 +65,7 @@ def test_groups_equal_a_naive_search(
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_memory_does_not_grow_with_the_square_of_the_rows(make_store: MakeStore, alike: bool) -> None:
-    """Scores of all pairs at once take 144 MB, and pairs that all match over 1 GB more."""
+    """Scores of all pairs at once would take 144 MB, and pairs that all match over 1 GB more."""
     rows = np.random.default_rng(0).normal(size=(6000, 4))
     store = make_store(np.ones((6000, 4)) if alike else rows)
     tracemalloc.start()
@@ -88,13 +88,13 @@ def test_equal_rows_belong_together_at_1(make_store: MakeStore) -> None:
             find_duplicates(make_store(rows), threshold)
 
 
-def test_the_largest_picture_comes_first(
+def test_the_largest_image_comes_first(
     tmp_path: Path, make_images: Callable[..., Path], tiny: Recipe, run_sppfeat: Callable[..., Any]
 ) -> None:
     folder = make_images(4)
-    with Image.open(folder / "0002.png") as picture:
-        picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.BICUBIC).save(folder / "twice.png")
-        picture.save(folder / "same <b>.png")
+    with Image.open(folder / "0002.png") as image:
+        image.resize((3 * image.width, 3 * image.height), Image.Resampling.BICUBIC).save(folder / "twice.png")
+        image.save(folder / "same <b>.png")
     extract_folder(folder, tmp_path / "f.h5", tiny)
     (group,) = find_duplicates(open_store(tmp_path / "f.h5"), 0.9992).groups  # a random network
     assert group[0].name == "twice.png" and {one.name for one in group[1:]} == {"0002.png", "same <b>.png"}
@@ -105,7 +105,7 @@ def test_the_largest_picture_comes_first(
     document = json.loads(done.stdout)
     assert [one["name"] for one in document["groups"][0]][0] == "twice.png" and document["images"] == 6
     text = page.read_text()
-    assert text.count("data:image/jpeg;base64,") == 2 and "image not at hand" in text
+    assert text.count("data:image/jpeg;base64,") == 2 and "image not available" in text
     assert "same &lt;b&gt;.png" in text and "<b>.png" not in text
     assert "http" not in text.replace("http-equiv", "")  # nothing from elsewhere
     again = run_sppfeat("duplicates", tmp_path / "f.h5", "--html", page)

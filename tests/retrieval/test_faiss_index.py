@@ -1,4 +1,4 @@
-"""Indexes: the choice, building block by block, recall, and what FAISS refuses."""
+"""Indexes: the choice, building block by block, recall, and what FAISS rejects."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def clustered(count: int, clusters: int = 40, dim: int = 32, seed: int = 0) -> n
     ("rows", "dim", "memory", "factory", "why"),
     [
         (75, 16_000, None, "Flat", "exact"),
-        (10_000, 512, 20_000_000, "IVF256,SQ8", "full rows would take 20.5 MB; 8 bits a value fit 20.0 MB (--memory)"),
+        (10_000, 512, 20_000_000, "IVF256,SQ8", "take 20.5 MB; 8 bits per value fit 20.0 MB (--memory)"),
         (600_000, 512, 2_000_000_000, "HNSW32", "a graph over the full rows is the fastest that fits 2.00 GB"),
         (1_000_000, 512, 4_000_000_000, "HNSW32", "fits 4.00 GB (--memory)"),
         (1_000_000, 512, 1_000_000_000, "IVF4096,SQ8", "full rows would take 2.05 GB"),
-        (1_000_000, 512, 250_000_000, "IVF4096,PQ128", "128 bytes a row fit 0.25 GB"),
+        (1_000_000, 512, 250_000_000, "IVF4096,PQ128", "128 bytes per row fit 0.25 GB"),
         (10_000_000, 64, 64_000_000_000, "IVF16384,SQ8", "a graph over 10,000,000 rows takes too long to build"),
     ],
 )
@@ -61,7 +61,7 @@ def test_every_list_can_be_trained() -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF32,SQ8", "IVF32,PQ4x4"])
 def test_what_is_built_is_what_the_memory_says(make_store: MakeStore, factory: str) -> None:
-    """Bytes of the choice are those of the file, within a tenth, and searching finds what it is said to find."""
+    """The estimated bytes match the file within a tenth, and searching reaches the reported recall."""
     rows = unit_rows(make_store(clustered(3000)))
     built = build_index(rows, IndexOptions(factory=factory, recall=0.9, measure=150))
     assert built.index.ntotal == 3000 and built.measured == 150
@@ -73,7 +73,7 @@ def test_what_is_built_is_what_the_memory_says(make_store: MakeStore, factory: s
 
 
 def test_sizes_of_the_rule(make_store: MakeStore) -> None:
-    """What the rule counts on an index taking is what it takes, within a twentieth."""
+    """The rule's estimate of an index's size is right within a twentieth."""
     faiss = load_faiss()
     rows = unit_rows(make_store(clustered(4000)))
     flat, graph = 4 * 32 * 4000, 4 * 32 * 4000 + 284 * 4000
@@ -108,20 +108,20 @@ def test_effort_is_the_least_that_finds_enough(make_store: MakeStore) -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("bogus", "factory 'bogus': FAISS refuses it .*could not parse index string bogus.*one that works: IVF"),
+        ("bogus", "factory 'bogus': FAISS rejects it .*could not parse index string bogus.*one that works: IVF"),
         ("IVF4,PQ7", "should be a multiple of the number of subquantizers.*; one that works: IVF32,SQ8"),
-        ("LSH", "FAISS refuses it for inner products of 32 values"),
+        ("LSH", "FAISS rejects it for inner products of 32 values"),
         (
             "IVF4096,PQ8",
             r"needs at least 4096 rows to train, found 1500; Flat is exact .*IVF32,SQ8 needs",
         ),
-        ("IVF4,PQ8x10", "needs at least|refuses"),
+        ("IVF4,PQ8x10", "needs at least|rejects"),
         ("", "factory must be a FAISS factory string"),
     ],
 )
 def test_factories_that_cannot_be(make_store: MakeStore, factory: str, message: str) -> None:
     rows = unit_rows(make_store(clustered(1500)))
-    if factory == "IVF4,PQ8x10":  # 1024 centres a code
+    if factory == "IVF4,PQ8x10":  # 1024 centres per code
         rows = rows.only(np.arange(300))
     with pytest.raises(UsageError, match=message):
         build_index(rows, IndexOptions(factory=factory))

@@ -1,4 +1,4 @@
-"""The gallery: it stays whole whatever happens, names stay with their rows, and damage is refused by name."""
+"""The gallery: it stays complete whatever happens, names stay with their rows, and damaged files are named."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def descriptors(count: int, seed: int = 0, dim: int = 16) -> np.ndarray:
 
 
 def assert_every_row_finds_itself(path: Path, *stores: Store, without: Collection[str] = ()) -> None:
-    """The one test of all: each row of the stores, as a query, finds its own name first."""
+    """The central check: each row of the stores, as a query, finds its own name first."""
     gallery = open_gallery(path)
     expected = {name for store in stores for name in store.names} - set(without)
     assert set(gallery.rows.names) == expected and gallery.index.ntotal == len(expected)
@@ -53,7 +53,7 @@ def assert_every_row_finds_itself(path: Path, *stores: Store, without: Collectio
         for answer in search_store(gallery, store, SearchOptions(k=1)).answers:
             if answer.query not in without:
                 assert answer.neighbors[0].name == answer.query
-                assert answer.neighbors[0].score > 0.7  # 8-bit codes cut off what training did not see
+                assert answer.neighbors[0].score > 0.7  # 8-bit codes clip what training did not see
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -70,12 +70,12 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     assert (done.removed, done.rows) == (70, 220)
     assert bool(done.notes) == (factory in ("HNSW8", "IVF4,SQ8,RFlat"))
     assert_every_row_finds_itself(path, first, second, without=gone)
-    # Those removed can come back; the others are known to be there, unchanged.
+    # Removed rows can be added again; the others are recognised as unchanged.
     again = add_to_gallery(second, path)
     assert (again.added, again.skipped) == (30, 60)
     assert_every_row_finds_itself(path, first, second, without=gone - set(second.names))
     gallery = open_gallery(path)
-    assert {gallery.rows.picture(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
+    assert {gallery.rows.image(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
     assert verify_gallery(gallery) == []
     assert sorted(p.suffix for p in path.iterdir()) == [".faiss", ".h5", ".json"]
 
@@ -103,20 +103,20 @@ def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Pat
     assert before is not None and after is not None and np.array_equal(before.matrix, after.matrix)
     assert open_gallery(path).index.d == 9 and sorted(p.name for p in path.glob("projection*")) == ["projection-1.npz"]
     clamped = create_gallery(first, path, projection=ProjectionOptions(dims=500), overwrite=True)
-    assert clamped.notes[0].startswith("16 dimensions are kept")
+    assert clamped.notes[0].startswith("only 16 dimensions are kept")
 
 
 def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) -> None:
     store, path = make_store(descriptors(20), "a.h5"), tmp_path / "g"
     create_gallery(store, path)
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    with pytest.raises(GalleryError, match=r"holds '0000.jpg' already, with another descriptor .*index --remove"):
+    with pytest.raises(GalleryError, match=r"already holds '0000.jpg' with another descriptor .*index --remove"):
         add_to_gallery(make_store(descriptors(20, 9), "b.h5"), path)
     with pytest.raises(GalleryError, match=r"another recipe than .*c.h5 \(dimensions: 16 here, 8 there\)"):
         add_to_gallery(make_store(descriptors(20, 9, dim=8), "c.h5"), path)
     with pytest.raises(GalleryError, match="unknown name '0200.jpg': did you mean .*, and 1 more; nothing is removed"):
         remove_from_gallery(path, ["0001.jpg", "0200.jpg", "0201.jpg"])
-    with pytest.raises(GalleryError, match="20 names are all that it holds"):
+    with pytest.raises(GalleryError, match="these 20 names are all it holds"):
         remove_from_gallery(path, store.names)
     with pytest.raises(UsageError, match="expected names to remove, found none"):
         remove_from_gallery(path, [])
@@ -134,7 +134,7 @@ def test_a_failure_at_any_step_leaves_the_old_gallery(
     more = make_store(descriptors(5, 1), "b.h5", names=[f"b{n}.jpg" for n in range(5)])
 
     class Killed(BaseException):
-        """As SIGKILL, but for the partial file that it would leave."""
+        """Like SIGKILL, except for the partial file that it would leave."""
 
     def stop(*arguments: object) -> None:
         raise Killed
@@ -153,13 +153,13 @@ def test_a_failure_at_any_step_leaves_the_old_gallery(
         with pytest.raises(Killed):
             add_to_gallery(more, path)
     (path / ".index-7.faiss.partial").write_bytes(b"half")
-    # Once the description is replaced, the new gallery stands, whatever files lie beside it.
+    # Once the description is replaced, the new gallery is in place, whatever other files there are.
     expected = (store, more) if at == "after" else (store,)
     assert_every_row_finds_itself(path, *expected)
     assert add_to_gallery(more, path).added == (0 if at == "after" else 5)
     remove_from_gallery(path, ["b0.jpg"])
     assert_every_row_finds_itself(path, store, more, without={"b0.jpg"})
-    assert len(list(path.iterdir())) == 3  # what was left over is gone
+    assert len(list(path.iterdir())) == 3  # leftovers are removed
 
 
 def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path) -> None:
@@ -189,11 +189,11 @@ def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path) -> None:
 
 
 def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
-    """While another process adds and removes by turns, every opening gives one of the two."""
+    """While another process adds and removes in turn, every open gives one of the two."""
     store, path = make_store(descriptors(30), "a.h5"), tmp_path / "g"
     more = make_store(descriptors(10, 1), "b.h5", names=[f"b{n}.jpg" for n in range(10)])
     create_gallery(store, path)
-    # The writer goes on until its input ends, and rests between: how often either gets a core must not decide.
+    # The writer runs until its input ends, with pauses: the result must not depend on scheduling.
     code = (
         "import select, sys, time\nfrom sppfeat.retrieval.gallery import *\nfrom sppfeat import open_store\n"
         "more = open_store(sys.argv[1])\nwhile not select.select([sys.stdin], [], [], 0.2)[0]:\n"
@@ -213,30 +213,30 @@ def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "gallery.json").unlink(), "one that was interrupted before it was whole; build it again"),
+        (lambda path: (path / "gallery.json").unlink(), "interrupted before it was complete; build it again"),
         (lambda path: (path / "gallery.json").write_text("{"), "a folder whose gallery.json is not that of a gallery"),
-        (lambda path: (path / "index-1.faiss").unlink(), "index-1.faiss: belongs to the gallery, and cannot be read"),
+        (lambda path: (path / "index-1.faiss").unlink(), "belongs to the gallery, but could not be read"),
         (lambda path: (path / "index-1.faiss").write_bytes(b"x"), r"index-1.faiss: expected \d+ bytes, found 1"),
         (lambda path: flip(path / "index-1.faiss", 900, 1), "index-1.faiss: is damaged: its bytes do not match"),
         (lambda path: flip(path / "rows-1.h5", 900, 1), "rows-1.h5: is damaged: its bytes do not match"),
-        (lambda path: flip(path / "index-1.faiss", 0, 4, sign=True), "index-1.faiss: expected a FAISS index"),
+        (lambda path: flip(path / "index-1.faiss", 0, 4, sign=True), "index-1.faiss: expected a complete FAISS index"),
         (lambda path: flip(path / "index-1.faiss", 4, 4, sign=True), "index-1.faiss: expected"),
         (lambda path: flip(path / "index-1.faiss", 8, 8, sign=True), "index-1.faiss: expected"),
         (lambda path: flip(path / "rows-1.h5", 0, 8, sign=True), "rows-1.h5: expected an HDF5 file, found a file that"),
-        (lambda path: change(path, format_version=9), r"its format 9 is newer than this sppfeat reads \(1\)"),
+        (lambda path: change(path, format_version=9), r"its format 9 is newer than this sppfeat can read \(1\)"),
         (lambda path: change(path, rows=7), "index-1.faiss: expected 7 rows of 16 values, found 20 of 16"),
         (lambda path: change(path, dim=7), "index-1.faiss: expected 20 rows of 7 values, found 20 of 16"),
         (lambda path: change(path, recipe={"recipe_version": 99}), "version 99 is newer"),
-        (lambda path: change(path, rows="20"), r"expected a gallery that is whole, found: Expected `int`.*\$.rows"),
+        (lambda path: change(path, rows="20"), r"expected a complete gallery, found: Expected `int`.*\$.rows"),
         (
             lambda path: change(path, files={}),
-            r"whole, found: .*missing required field `index` - at `\$.files`",
+            r"complete gallery, found: .*missing required field `index` - at `\$.files`",
         ),
-        (lambda path: change(path, odd=1), "that is whole, found: .*unknown field `odd`"),
+        (lambda path: change(path, odd=1), "complete gallery, found: .*unknown field `odd`"),
         (lambda path: change(path, recipe_hash="0" * 64), "found a recipe that does not match its recipe_hash"),
         (lambda path: change(path, projection=PROJECTION), "found a projection without its file"),
-        (lambda path: name_index(path, "../index-1.faiss"), "expected a file of a gallery, found '../index-1.faiss'"),
-        (lambda path: name_index(path, "rows-1.h5"), "expected a file of a gallery, found 'rows-1.h5'"),
+        (lambda path: name_index(path, "../index-1.faiss"), "the name of a gallery file, found '../index-1.faiss'"),
+        (lambda path: name_index(path, "rows-1.h5"), "expected the name of a gallery file, found 'rows-1.h5'"),
         (lambda path: fifo(path / "index-1.faiss"), "index-1.faiss: expected a file, found something else"),
     ],
 )
@@ -254,7 +254,7 @@ PROJECTION = {"dim": 3, "kept": 1, "power": 0, "shrinkage": 0, "learned_from": "
 
 
 def flip(file: Path, start: int, count: int, *, sign: bool = False) -> None:
-    """Other bytes in the middle of a file, which keeps its size; sign: with a checksum that says they are right."""
+    """Change bytes in the middle of a file, which keeps its size; sign: with a matching checksum."""
     content = bytearray(file.read_bytes())
     content[start : start + count] = bytes(255 - byte for byte in content[start : start + count])
     file.write_bytes(content)
@@ -263,7 +263,7 @@ def flip(file: Path, start: int, count: int, *, sign: bool = False) -> None:
 
 
 def resign(path: Path) -> None:
-    """Sizes and checksums of the files as they are now, as whoever means harm would write them."""
+    """Write the current sizes and checksums of the files, as an attacker would."""
     files = json.loads((path / "gallery.json").read_text())["files"]
     for entry in files.values():
         content = (path / entry["file"]).read_bytes()
@@ -278,7 +278,7 @@ def name_index(path: Path, name: str) -> None:
 
 
 def fifo(file: Path) -> None:
-    """Whoever opens it waits for a writer."""
+    """A file that blocks whoever opens it until there is a writer."""
     file.unlink()
     os.mkfifo(file)
 
@@ -289,7 +289,7 @@ def change(path: Path, **values: object) -> None:
 
 
 def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> None:
-    """Names one row off, in a gallery that looks whole: `--verify` holds rows against the store."""
+    """Names shifted by one row, in a gallery that looks intact: `--verify` compares rows with the store."""
     store, path = make_store(descriptors(20)), tmp_path / "g"
     create_gallery(store, path)
     gallery = open_gallery(path)
@@ -305,7 +305,7 @@ def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> 
     )
     gallery_files._write_rows(path / "rows-1.h5", slipped)
     resign(path)
-    assert sum("is not that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
+    assert sum("differs from that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
 
 
 def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> None:
@@ -367,11 +367,11 @@ def test_lists_in_another_file_are_refused(
         replace_index(path, index)
         before = other.read_bytes()
         more = make_store(descriptors(9, 1), "b.h5", names=[f"b{n}.jpg" for n in range(9)])
-        with pytest.raises(GalleryError, match="lists that are kept in the index itself, found OnDiskInvertedLists"):
+        with pytest.raises(GalleryError, match="lists inside the index itself, found OnDiskInvertedLists"):
             add_to_gallery(more, path)
         assert other.read_bytes() == before
         other.unlink()
-        with pytest.raises(GalleryError, match="expected a FAISS index that is whole, found: could not"):
+        with pytest.raises(GalleryError, match="expected a complete FAISS index, found: could not"):
             open_gallery(path)
         for file in path.iterdir():
             file.unlink()
@@ -387,7 +387,7 @@ def test_numbers_beyond_the_rows_are_refused(make_store: MakeStore, tmp_path: Pa
     for wrong in (200, -1):
         ids[3] = wrong
         replace_index(path, index)
-        with pytest.raises(GalleryError, match="list 2 holds numbers of rows beyond 200"):
+        with pytest.raises(GalleryError, match="list 2 holds row ids beyond 200"):
             open_gallery(path)
     flat = faiss.IndexFlatIP(16)
     mapped = faiss.IndexIDMap(flat)
@@ -410,7 +410,7 @@ def test_sizes_beyond_the_file_are_refused_before_memory_is_taken(make_store: Ma
     (path / "index-1.faiss").write_bytes(content.replace(count, (1 << 33).to_bytes(8, "little")))
     resign(path)
     before = load_faiss().get_deserialization_vector_byte_limit()
-    with pytest.raises(GalleryError, match=r"FAISS index that is whole, found: .*deserialization_vector_byte_limit"):
+    with pytest.raises(GalleryError, match=r"complete FAISS index, found: .*deserialization_vector_byte_limit"):
         open_gallery(path)
     assert load_faiss().get_deserialization_vector_byte_limit() == before
 
@@ -431,7 +431,7 @@ def test_names_that_lead_elsewhere_are_refused(make_store: MakeStore, tmp_path: 
     gallery_files._write_rows(path / "rows-1.h5", dataclasses.replace(rows, names=[*rows.names[:4], name]))
     resign(path)
     with pytest.raises(
-        GalleryError, match=rf"row 4 .*: expected a name below its folder, found one that .*{re.escape(reason)}"
+        GalleryError, match=rf"row 4 .*: expected a name inside its folder, found one that .*{re.escape(reason)}"
     ):
         open_gallery(path)
 
@@ -442,7 +442,7 @@ def test_names_that_lead_elsewhere_come_into_no_gallery(make_store: MakeStore, t
     store = make_store(descriptors(2), "b.h5")
     outside = dataclasses.replace(store, names=["b.jpg", "../c.jpg"])
     for change in (lambda: create_gallery(outside, tmp_path / "new"), lambda: add_to_gallery(outside, path)):
-        with pytest.raises(GalleryError, match=r"b\.h5: row 1 \('\.\./c\.jpg'\): expected a name below its folder"):
+        with pytest.raises(GalleryError, match=r"b\.h5: row 1 \('\.\./c\.jpg'\): expected a name inside its folder"):
             change()
     assert len(open_gallery(path)) == 2 and not (tmp_path / "new").exists()
 
@@ -504,8 +504,8 @@ def test_a_gallery_in_the_current_folder(
 
 
 def test_folders_that_are_not_utf_8(make_store: MakeStore, tmp_path: Path) -> None:
-    root = os.fsdecode(b"/pictures/\xff")
+    root = os.fsdecode(b"/images/\xff")
     create_gallery(make_store(descriptors(5), root=root), tmp_path / "g")
     gallery = open_gallery(tmp_path / "g")
-    assert gallery.rows.picture(0) == (f"{root}/0000.jpg", None)
-    assert gallery.about.sources[0].source_root == r"/pictures/\xff"
+    assert gallery.rows.image(0) == (f"{root}/0000.jpg", None)
+    assert gallery.about.sources[0].source_root == r"/images/\xff"

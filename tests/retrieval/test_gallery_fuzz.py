@@ -1,4 +1,4 @@
-"""Every file of a gallery, damaged at random: clear errors or right answers, no crash, no hang."""
+"""Every file of a gallery, damaged at random: clear errors or correct answers, no crash, no hang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sppfeat.retrieval.whitening import ProjectionOptions
 
 
 def test_damage(make_store: MakeStore, tmp_path: Path) -> None:
-    """300 of each file, and of the indexes of three kinds; takes some 10 s, most of them FAISS's and HDF5's."""
+    """300 of each file, and of the indexes of three kinds; takes about 10 s, mostly in FAISS and HDF5."""
     store = make_store(np.random.default_rng(0).normal(size=(90, 16)))
     factories = {"lists": "IVF4,SQ8", "graph": "HNSW8", "refined": "PCA6,IVF4,Flat,RFlat"}
     for name, factory in factories.items():

@@ -22,7 +22,7 @@ from sppfeat.windows.reading import read_windows
 
 
 def clustered(count: int, things: int, *, seed: int = 0, dim: int = 12, noise: float = 1.0) -> np.ndarray:
-    """Rows of `things` things, one after another in turn."""
+    """Rows of `things` things, in turn."""
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(things, dim))
     return centres[np.arange(count) % things] + noise * generator.normal(size=(count, dim))
@@ -30,7 +30,7 @@ def clustered(count: int, things: int, *, seed: int = 0, dim: int = 12, noise: f
 
 @pytest.fixture
 def things(make_store: MakeStore) -> Store:
-    """40 pictures of 8 things, one folder a thing."""
+    """40 images of 8 things, one folder per thing."""
     names = [f"thing{n % 8}/{n:02}.jpg" for n in range(40)]
     return make_store(clustered(40, 8), names=names)
 
@@ -60,7 +60,7 @@ def test_leave_one_out_equals_a_naive_loop_and_scikit_learn(things: Store) -> No
 
 def test_two_stores_by_a_pattern(make_store: MakeStore) -> None:
     server = make_store(clustered(24, 8), "server.h5", names=[f"obj{n % 8}_{n}.jpg" for n in range(24)])
-    # Another order of things than the gallery's, and one that it does not have.
+    # Things in another order than in the gallery, and one that it does not have.
     names = [f"q/obj{n}_t.jpg" for n in (5, 1, 7, 9)]
     client = make_store(clustered(8, 8, seed=1)[[5, 1, 7, 0]], "client.h5", names=names)
     done = evaluate_retrieval(server, client, RetrievalOptions(relevant=r"regex:(obj\d+)_"))
@@ -102,7 +102,7 @@ def test_difficulties_of_revisited_oxford(things: Store, tmp_path: Path) -> None
     names = things.names
     lists = {"easy": [names[8]], "hard": [names[16], names[24]], "junk": [names[32]]}
     (tmp_path / "gnd.json").write_text(json.dumps({names[0]: lists}))
-    # Their own layout, with names that have neither folders nor endings.
+    # Their own layout, with names that have neither folders nor extensions.
     judged = {"easy": [8], "hard": [16, 24], "junk": [32], "bbx": [0, 0, 9, 9]}
     places = {"imlist": [name[7:9] for name in names], "qimlist": [names[0][7:9]], "gnd": [judged]}
     (tmp_path / "places.json").write_text(json.dumps(places))
@@ -132,15 +132,15 @@ def test_difficulties_of_revisited_oxford(things: Store, tmp_path: Path) -> None
         ('{"q": {"relevant": [], "ok": []}}', "or easy, hard and junk, found relevant, ok"),
         (
             '{"q": {"relevant": []}, "r": {"ok": []}}',
-            "expected lists of one kind for all queries, found ok and relevant",
+            "expected the same kind of lists for all queries, found ok and relevant",
         ),
         ('{"q": {"ok": [], "bbx": [5, 5, 5, 9]}}', "query 'q': expected a box x1, y1, x2, y2 in pixels, found 5,5,5,9"),
-        ('{"imlist": [], "qimlist": ["q"], "gnd": []}', "expected a query of qimlist for each of gnd, found 1 and 0"),
+        ('{"imlist": [], "qimlist": ["q"], "gnd": []}', "one query in qimlist per entry of gnd, found 1 and 0"),
         ('{"q": {"easy": ["a"]}}', "expected lists relevant and junk, or easy, hard and junk, found easy"),
-        ('{"q": {"relevant": ["a"], "junk": ["a"]}}', "query 'q': 'a' is relevant and junk"),
+        ('{"q": {"relevant": ["a"], "junk": ["a"]}}', "query 'q': 'a' is both relevant and junk"),
         (
             '{"imlist": [], "qimlist": ["q"], "gnd": [{"easy": [4], "hard": [], "junk": []}]}',
-            "query 'q': expected places below 0, found 4",
+            "query 'q': expected indices below 0, found 4",
         ),
         ('{"thing0/99.jpg": {"relevant": []}}', "query 'thing0/99.jpg': unknown image 'thing0/99.jpg': did you mean"),
         (
@@ -188,7 +188,7 @@ def test_queries_of_one_folder(things: Store, make_store: MakeStore) -> None:
         assert done.average_precisions[name] == pytest.approx(100 * expected)
 
 
-def test_windows_of_an_image_are_no_neighbours_of_each_other(make_store: MakeStore) -> None:
+def test_windows_of_an_image_are_no_neighbors_of_each_other(make_store: MakeStore) -> None:
     """Nor do they expand each other; without that, every window would find its own image first."""
     names = [f"thing{n % 4 // 2}/{n // 4}{n % 2}.jpg#{part},0,9,9" for n in range(12) for part in (0, 1, 2)]
     rows = np.repeat(clustered(12, 4), 3, 0) + 0.1 * clustered(36, 36, seed=5)
@@ -211,7 +211,7 @@ BOXES = ([136.5, 34.1, 648.5, 955.7], [0.0, 3.4, 20.5, 9.6], [7.0, 8.0, 9.0, 9.0
 
 
 def oxford(make_store: MakeStore) -> tuple[Store, Store, list[str]]:
-    """A gallery of 30 images, of which 3 are those of the queries, the queries by their boxes, and the ranked names."""
+    """A gallery of 30 images, 3 of them those of the queries, the queries' boxes, and the ranked names."""
     images = [f"place_{n:03}" for n in range(30)]
     gallery = make_store(clustered(30, 6), "g.h5", names=[f"images/{name}.jpg" for name in images])
     windows = ("136,34,647,955", "0,3,19,9", "7,8,8,8")
@@ -225,7 +225,7 @@ def ranked_names(gallery: Store, queries: Store, images: list[str]) -> list[list
 
 
 def test_revisited_oxford_as_its_authors_evaluate(make_store: MakeStore, tmp_path: Path) -> None:
-    """Queries by their boxes, their images in no ranking, precision at 1, 5 and 10 in the mean."""
+    """Queries are boxes, their images are in no ranking, and precision is averaged at 1, 5 and 10."""
     gallery, queries, images = oxford(make_store)
     known = images[3:]  # what they search: all but the images of the queries
     gnd = [
@@ -256,7 +256,7 @@ def test_revisited_oxford_as_its_authors_evaluate(make_store: MakeStore, tmp_pat
         assert list(done.precision.values()) == pytest.approx(100 * np.mean(expected, 0))
     # A store of whole images has no such rows.
     with pytest.raises(
-        UsageError, match=r"expected a row of its box, 'images/place_000.jpg#136,34,647,955', found none"
+        UsageError, match=r"expected a row for its box, 'images/place_000.jpg#136,34,647,955', found none"
     ):
         evaluate_retrieval(gallery, truth=read_ground_truth(tmp_path / "gnd.json"))
     whole = evaluate_retrieval(
@@ -280,7 +280,7 @@ def test_oxford5k_as_its_authors_evaluate(make_store: MakeStore, tmp_path: Path)
         expected = oxford_precision(ranked[q], {*lists[q]["good"], *lists[q]["ok"]}, set(lists[q]["junk"]))
         assert done.average_precisions[name] == pytest.approx(100 * expected)
     assert done.precision == {} and done.queries == 3
-    # Whole queries: their own rows are not left out either, and come first.
+    # Whole queries: their own rows are not excluded either, and come first.
     alone = evaluate_retrieval(gallery, None, RetrievalOptions(whole_queries=True), truth=read_ground_truth(tmp_path))
     assert alone.recall[1] == 100
     (tmp_path / "place_1_query.txt").write_text("oxc1_place_001 1 2 3\n")
@@ -338,7 +338,7 @@ def test_command_line(things: Store, tmp_path: Path, run_sppfeat: Callable[..., 
     document = json.loads(done.stdout)
     assert {"queries", "gallery", "mAP", "recall@1", "recall@5", "recall@10"} <= document.keys()
     assert document["dim"] == 8 and 0 < document["mAP"] <= 100 and len(document["per_query"]) == 40
-    # What it takes to repeat it, and that the whitening has seen the rows that it is judged by.
+    # What it takes to repeat it, and that the whitening was learned from the evaluated rows.
     assert document["recipe"]["levels"] == [6, 3, 2, 1] and document["seed"] == 0
     assert document["options"]["projection"]["dims"] == 8 and document["options"]["relevant"] == "folder"
     assert document["options"]["store"] == str(things.path) == document["projection"]["learned_from"]
@@ -368,8 +368,8 @@ def test_real_buildings_equal_scikit_learn(shared: Path, tmp_path: Path) -> None
     assert (done.queries, done.gallery) == (25, 75) and done.mean_average_precision > 70
 
 
-def test_what_is_in_no_ranking_is_no_neighbour_either(make_store: MakeStore) -> None:
-    """Query expansion takes neither the query's own image nor images that are queries alone; two stores, no boxes."""
+def test_what_is_in_no_ranking_is_no_neighbor_either(make_store: MakeStore) -> None:
+    """Query expansion uses neither the query's own image nor images that are only queries; two stores, no boxes."""
     rows = np.eye(6)[[0, 1, 2, 3]] + 0.01
     rows[0] = [1, 0, 0.9, 0, 0, 0]  # the query's own image, near a wrong one
     rows[1] = [1, 0.2, 0, 0, 0, 0]  # what is relevant

@@ -38,7 +38,7 @@ def few_values(count: int, dim: int = 8, seed: int = 0) -> np.ndarray:
 def test_ties_keep_the_order_of_rows(gallery_of: Callable[..., Gallery], count: int) -> None:
     rows = few_values(count)
     gallery = gallery_of(rows)
-    for queries in (1, 30):  # FAISS computes 20 and more at once in another way
+    for queries in (1, 30):  # FAISS computes 20 and more at once differently
         asked = few_values(queries, seed=1)
         expected, by_hand = cosine_ranking(asked, rows)
         for k in (1, 3, 10, 1000):
@@ -64,7 +64,7 @@ def test_exact_search_equals_sorting_by_hand(gallery_of: Callable[..., Gallery])
 
 
 def test_names_are_those_of_their_rows(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
-    """Every picture of a folder, with a failed one amid them, finds itself by name and path."""
+    """Every image of a folder, with a failed one among them, finds itself by name and path."""
     folder = make_images(12)
     (folder / "0005.png").write_bytes(b"")
     extract_folder(folder, tmp_path / "f.h5", tiny)
@@ -91,15 +91,15 @@ def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: 
     gallery = gallery_of(few_values(5))
     store = open_store(gallery.about.sources[0].store)
     result = search_store(gallery, store, SearchOptions(k=9))
-    assert result.notes == ["k is 9, the gallery has 5 images: all are given"]
+    assert result.notes == ["k is 9, but the gallery has 5 images: all are returned"]
     assert [len(answer.neighbors) for answer in result.answers] == [5] * 5
     without = search_store(gallery, store, SearchOptions(k=9, exclude_self=True))
     assert [len(answer.neighbors) for answer in without.answers] == [4] * 5
 
 
 @pytest.mark.parametrize("expand", [0, 2])
-def test_own_windows_are_left_out(make_store: MakeStore, tmp_path: Path, expand: int) -> None:
-    """All of the query's image, whatever row it is asked by, and no other image's."""
+def test_own_windows_are_excluded(make_store: MakeStore, tmp_path: Path, expand: int) -> None:
+    """All of the query's image, whichever row is the query, and no other image's."""
     names = [f"{n // 3}.jpg#{n % 3},0,9,9" if n < 12 else f"{n}.jpg" for n in range(15)]
     store = make_store(np.repeat(np.eye(5, 8), 3, 0) + 0.1 * few_values(15), names=names, root=str(tmp_path))
     create_gallery(store, tmp_path / "g")
@@ -130,7 +130,7 @@ def test_query_expansion_equals_the_formula(gallery_of: Callable[..., Gallery], 
 
 
 def test_expansion_with_an_index_that_faiss_reads_without_its_quantizer(gallery_of: Callable[..., Gallery]) -> None:
-    """FAISS 1.15 alone would end the process here."""
+    """FAISS 1.15 by itself would crash here."""
     rows = np.random.default_rng(3).normal(size=(90, 16))
     gallery = gallery_of(rows, "IVF4,PQ4x4fs")
     found, scores = search_descriptors(gallery, rows[:5], SearchOptions(k=3, expand=2))

@@ -1,4 +1,4 @@
-"""PCA and whitening against a singular value decomposition, in all three ways; limits and damage."""
+"""PCA and whitening against a singular value decomposition, by all three routes; limits and damage."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_no_more_components_than_the_rows_have(make_store: MakeStore) -> None:
 def test_rows_that_cannot_be_projected(make_store: MakeStore) -> None:
     with pytest.raises(UsageError, match=r"expected at least 2 described images to project, found 1"):
         learn_projection(unit_rows(make_store(np.ones((1, 4)))))
-    with pytest.raises(UsageError, match="its 3 descriptors are all alike"):
+    with pytest.raises(UsageError, match="its 3 descriptors are all equal"):
         learn_projection(unit_rows(make_store(np.ones((3, 4)))))
     for change in ({"dims": 0}, {"power": 1.5}, {"shrinkage": -0.1}, {"power": float("nan")}):
         with pytest.raises(UsageError, match="must be"):
@@ -108,7 +108,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"PK\x03\x04", whole[:-30], whole[:100] + b"\xff" + whole[101:]):
         path.write_bytes(damaged)
-        with pytest.raises(GalleryError, match=r"projection-1\.npz: expected a projection that is whole"):
+        with pytest.raises(GalleryError, match=r"projection-1\.npz: expected a complete projection"):
             read_arrays(path, 3, 2)
     arrays = {"mean": good.mean, "matrix": good.matrix, "eigenvalues": good.eigenvalues}
     np.savez(path, **(arrays | {"mean": np.array([object()] * 3)}))  # pickled inside

@@ -79,7 +79,7 @@ def test_eleven_points_of_a_worked_example() -> None:
 
 def test_scores_may_be_infinite_but_not_nan() -> None:
     assert average_precision(np.array([1, -1]), np.array([0.0, -np.inf])) == 1
-    with pytest.raises(UsageError, match="NaN at row 1"):
+    with pytest.raises(UsageError, match="NaN in row 1"):
         average_precision(np.array([1, -1]), np.array([0.0, np.nan]))
 
 

@@ -32,7 +32,7 @@ BOTH = pytest.mark.parametrize("route", ["gram", "primal"])
 def make_rows(
     count: int, dim: int, classes: int, *, seed: int = 0, spread: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that resemble descriptors, not negative and of length 1, and labels in which every class appears."""
+    """Rows that resemble descriptors, non-negative and of length 1, and labels in which every class appears."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     rows = np.abs(random.normal(size=(classes, dim))[labels] + spread * 3 * random.normal(size=(count, dim)))
@@ -55,11 +55,11 @@ def objectives(
 
 
 def reference(rows: np.ndarray, targets: np.ndarray, c: float, positive_weight: float = 1.0) -> LinearSvm:
-    """LinearSVC, one class at a time, run to its end."""
+    """LinearSVC, one class at a time, run to convergence."""
     weights, biases = [], []
     for target in targets.T:
         weight = {1: positive_weight, -1: 1.0}
-        # Its primal solver ends exactly, but slowly for many dimensions.
+        # Its primal solver is exact, but slow for many dimensions.
         dual = rows.shape[1] > max(40, len(rows))
         model = LinearSVC(C=c, class_weight=weight, dual=dual, tol=1e-7, max_iter=100_000)
         model.fit(rows[target != 0].astype(np.float64), target[target != 0])
@@ -116,8 +116,8 @@ KINDS = ["directions", "classes", "dependent", "repeated"]
 
 
 def make_kind(kind: str, count: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of mean length 1 and labels of 5 classes: of any direction, resembling descriptors, of nearly 8 dimensions
-    alone, or each of them twice, perhaps with another label."""
+    """Rows of mean length 1 and labels of 5 classes: of any direction, resembling descriptors, of little more than 8
+    dimensions, or each row twice, perhaps with another label."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % 5
     rows = random.normal(size=(count, dim))
@@ -144,7 +144,7 @@ def test_every_fit_comes_near_the_minimum(shape: tuple[int, int], kind: str, rou
             solution = problem.solve(targets, c=c, tolerance=1e-6)
             assert solution.converged.all(), (norm, c, solution.gaps)
             primal, dual = bounds(problem.svm(solution, np.arange(5)), rows, targets, c)
-            np.testing.assert_allclose(primal, solution.objectives, rtol=1e-6)  # what is reported is true
+            np.testing.assert_allclose(primal, solution.objectives, rtol=1e-6)  # the reported value is true
             # A point of the dual problem that is made from w alone is far off before w is the minimum to many digits.
             assert (dual <= primal * (1 + 1e-9)).all()
             loose = (1 - dual / primal > 1e-4) & (c * (norm**2 + 1) < 1e4)
@@ -184,7 +184,7 @@ def test_single_precision_is_left_where_it_does_not_hold(monkeypatch: pytest.Mon
 
 
 def test_training_leaves_the_number_of_threads_as_it_was() -> None:
-    """Also that of threads that start later."""
+    """Including that of threads that start later."""
     rows, labels = make_rows(60, 100, 4)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -217,7 +217,7 @@ def test_systems_side_by_side_stay_within_memory(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("weight", [0.3, 2.0, 30.0])
 def test_weighted_positives_by_the_system_of_all_rows(weight: float) -> None:
-    """Where nearly all rows are active and positive ones weigh otherwise, the matrix left over is not definite."""
+    """If nearly all rows are active and positive ones have another weight, the remaining matrix is indefinite."""
     rows, labels = make_rows(300, 200, 12)
     targets, _ = class_targets(labels)
     for c in (0.01, 0.3):
@@ -256,7 +256,7 @@ print(found.route, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_some_rows_alone_are_a_problem() -> None:
-    """Only their Gram matrix is made; row numbers count among them."""
+    """Only their Gram matrix is computed; row numbers refer to them."""
     rows, labels = make_rows(90, 100, 3)
     some = np.arange(0, 90, 2)
     problem = SvmProblem(rows, some)
@@ -339,7 +339,7 @@ def test_folds_and_warm_starts_share_one_problem(route: str) -> None:
     np.testing.assert_allclose(start.gaps, 0, atol=1e-5)
     np.testing.assert_allclose(problem.scores(start, test), alone.scores(rows[test]), atol=2e-2)
     np.testing.assert_allclose(problem.svm(start, classes).scores(rows), problem.scores(start), atol=1e-5)
-    assert problem.solve(targets[train], train, c=1.0, start=start).products == 2  # margins, and nothing left to do
+    assert problem.solve(targets[train], train, c=1.0, start=start).products == 2  # margins, and nothing else to do
     longer = problem.solve(targets, c=1.0, start=start)
     cold = problem.solve(targets, c=1.0)
     np.testing.assert_allclose(longer.objectives, cold.objectives, rtol=1e-4)
@@ -349,7 +349,7 @@ def test_folds_and_warm_starts_share_one_problem(route: str) -> None:
 
 @BOTH
 def test_weights_of_fewer_rows_are_a_start(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same minimum; by the primal route, where it goes step by step, with fewer readings of the rows."""
+    """To the same minimum; the primal route, which is iterative, reads the rows fewer times."""
     monkeypatch.setattr(sppfeat.svm.primal_space, "_USUAL_CONJUGATE", 0)
     monkeypatch.setattr(sppfeat.svm.primal_space, "_SAMPLE_ROWS", 40)
     rows, labels = make_rows(300, 30, 4)
@@ -455,7 +455,7 @@ def test_what_cannot_be_is_refused() -> None:
             train_linear_svm(rows, labels, **arguments)  # type: ignore[arg-type]
     for message, given_labels in {
         r"at least two classes, found 1: \['a'\]": ["a"] * 20,
-        r"one row for each of 20 descriptors, found 19": labels[:19],
+        r"one row per descriptor \(20\), found 19": labels[:19],
         r"of \+1, -1 and 0": np.full((20, 1), 2),
         r"class 1: expected at least one positive row": np.array([[1, -1], [-1, -1]] * 10),
         r"class 0: expected at least one negative row": np.ones((20, 1)),

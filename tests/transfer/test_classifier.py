@@ -1,4 +1,4 @@
-"""Classifiers: training on a store, the file, and sorting images by the recipe that it keeps."""
+"""Classifiers: training on a store, the file, and sorting images with its own recipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
-    """Pictures that are about red, green or blue, a folder each."""
+    """Images that are roughly red, green or blue, one folder each."""
     generator = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):
         (tmp_path / "colours" / name).mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> N
 
 
 def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    """With levels cut out of the store, and with a store of another recipe, whose images are described anew."""
+    """With levels cut out of the store, and with a store of another recipe, whose images are described again."""
     extract_folder(colours, tmp_path / "f.h5", replace(tiny, levels=(3, 2, 1)))
     extract_folder(colours, tmp_path / "other.h5", replace(tiny, pooling="avg"))
     notes: list[str] = []
@@ -105,7 +105,7 @@ def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: 
     assert made.returncode == 0 and document["classes"] == ["blue", "green", "red"] and len(document["curve"]) == 11
     (tmp_path / "new").mkdir()
     Image.new("RGB", (90, 70), (200, 30, 20)).save(tmp_path / "new" / "a.jpg")
-    (tmp_path / "new" / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "new" / "bad.jpg").write_bytes(b"no image")
     sorted_ = run_sppfeat("predict", tmp_path / "m.h5", tmp_path / "new", "--json", "--top", "2")
     results = {one["image"]: one for one in json.loads(sorted_.stdout)["results"]}
     assert sorted_.returncode == 3 and "failed: bad.jpg" in sorted_.stderr
@@ -157,9 +157,9 @@ def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) ->
         (lambda file: file.attrs.__setitem__("format_version", 99), "format 99 is newer than this sppfeat reads"),
         (lambda file: file.__delitem__("biases"), "KeyError"),
         (lambda file: file.attrs.__setitem__("recipe", "[]"), "expected a JSON object"),
-        (nan, "expected weights and costs that are finite"),
-        (short, "expected a row for each of its 3 classes"),
-        (lambda file: file.attrs.__setitem__("positive_weight", np.inf), "expected weights and costs that are finite"),
+        (nan, "expected finite weights and costs"),
+        (short, r"expected one row per class \(3\)"),
+        (lambda file: file.attrs.__setitem__("positive_weight", np.inf), "expected finite weights and costs"),
         (one_class, "expected at least two classes, found 1"),
     ):
         with pytest.raises(ModelError, match=message):
@@ -207,7 +207,7 @@ def test_svms_that_do_not_converge_are_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As a warning, in the document, in the file, and by `inspect`."""
+    """As a warning, in the document, in the file, and in `inspect`."""
     from sppfeat_cli.app import app
 
     monkeypatch.setattr("sppfeat.svm.newton._MAX_NEWTON", 1)
@@ -281,12 +281,12 @@ def test_windows_and_a_recipe_that_crops(colours: Path, tmp_path: Path, tiny: Re
     extract_folder(colours, tmp_path / "f.h5", replace(tiny, crop="center"))
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
     extract_folder(colours, tmp_path / "w.h5", tiny, windows={"red/1.png": np.array([[0, 0, 30, 40]])})
-    with pytest.raises(UsageError, match=r"w\.h5: expected images, found windows: the recipe of the classifier crops"):
+    with pytest.raises(UsageError, match=r"w\.h5: expected images, found windows: the classifier.s recipe crops"):
         list(predict(classifier, [tmp_path / "w.h5"]))
 
 
 def test_other_weights_are_refused(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    """A model knows the network it was trained for, also when its name stays."""
+    """A model recognises the network it was trained for, even if another has the same name."""
     extract_folder(colours, tmp_path / "f.h5", tiny)
     classifier = replace(
         train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,))), weights_sha256="1" * 64

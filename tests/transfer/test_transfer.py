@@ -38,7 +38,7 @@ DIM = 40
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., Store]:
-    """A store of `count` rows a class, drawn around a centre of each class."""
+    """A store of `count` rows per class, drawn around a centre of each class."""
 
     def make(
         file: str = "f.h5", *, classes: int = 4, count: int = 12, folder: str = "", noise: float = 0.6, seed: int = 0
@@ -98,7 +98,7 @@ def test_folders_named_train_and_test(make_images: Callable[..., Path], tmp_path
             make_images(3, f"data/{part}/{name}", seed=number)
     extract_folder(tmp_path / "data", tmp_path / "f.h5", tiny)
     (done,) = evaluate_transfer([open_store(tmp_path / "f.h5")], TransferOptions(protocol="split", costs=(1.0,)))
-    assert done.value == 100 and done.per_class.keys() == {"a", "b"}  # test pictures equal training pictures
+    assert done.value == 100 and done.per_class.keys() == {"a", "b"}  # test images equal training images
 
 
 def test_random_splits(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_random_splits(make_store: Callable[..., Store], monkeypatch: pytest.Mon
 
 
 def test_c_is_chosen_inside_the_training_rows(make_store: Callable[..., Store]) -> None:
-    """Whatever the test rows hold, the choice of C stays."""
+    """The choice of C does not depend on the test rows."""
     from sppfeat.svm.cost_selection import choose_cost
     from sppfeat.svm.solver import SvmProblem
 
@@ -143,7 +143,7 @@ def test_stores_are_compared_on_the_same_splits(make_store: Callable[..., Store]
     assert both[1].trials == alone[0].trials and both[0].value > both[1].value
     assert len(both[0].trials) == 3
     with pytest.raises(
-        StoreError, match=r"other\.h5: expected the images of .*good\.h5, found 12 that are in one only"
+        StoreError, match=r"other\.h5: expected the images of .*good\.h5, found 12 that are in only one of them"
     ):
         evaluate_transfer([good, make_store("other.h5", classes=3)])
 
@@ -171,13 +171,13 @@ def test_folders_without_classes_are_named(make_store: Callable[..., Store]) -> 
         classes={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
         splits={name: ("train", "test")[at % 2] for at, name in enumerate(store.names)},
     )
-    with pytest.raises(UsageError, match="class 'test': has test images, and none to train with"):
+    with pytest.raises(UsageError, match="class 'test': has test images, but none to train with"):
         evaluate_transfer([store], TransferOptions(protocol="split"), labels=labels)
 
 
 def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) -> None:
     with pytest.raises(
-        UsageError, match=r"expected at least 31 images a class, found fewer in 4 of .*\(class0 12, class1 12"
+        UsageError, match=r"expected at least 31 images per class, found fewer in 4 of .*\(class0 12, class1 12"
     ):
         evaluate_transfer([make_store()], TransferOptions(protocol="caltech101"))
     with pytest.raises(UsageError, match="at least two classes, found 1: class0"):
@@ -257,7 +257,7 @@ def write_voc(folder: Path, targets: np.ndarray, parts: list[str]) -> list[str]:
         for part in ("trainval", "test"):
             rows = [f"{row:06} {value:2}" for row, value in enumerate(values) if parts[row] == part]
             (lists / f"kind{column}_{part}.txt").write_text("\n".join(rows) + "\n")
-    for part in ("trainval", "test"):  # a VOC folder has these too, and they name no class
+    for part in ("trainval", "test"):  # a VOC folder has these too, but they name no class
         (lists / f"{part}.txt").write_text("".join(f"{row:06}\n" for row in range(len(parts)) if parts[row] == part))
     return [f"JPEGImages/{row:06}.jpg" for row in range(len(parts))]
 
@@ -272,7 +272,7 @@ def write_store(path: Path, names: list[str], rows: np.ndarray, recipe: Recipe |
 
 @pytest.fixture
 def voc(tmp_path: Path) -> tuple[Path, Store, np.ndarray, list[str]]:
-    """A VOC folder of 3 classes and a store of its images; some images are of several classes, or difficult."""
+    """A VOC folder of 3 classes and a store of its images; some images have several classes, or are difficult."""
     generator = np.random.default_rng(2)
     targets = np.where(generator.random((90, 3)) < 0.35, 1, -1)
     targets[generator.random((90, 3)) < 0.08] = 0
@@ -341,7 +341,7 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
             lambda lists: (lists / "kind0_test.txt").write_text("000000 2\n"),
             "kind0_test.txt, line 1: expected an image",
         ),
-        (lambda lists: (lists / "kind0_test.txt").write_text(""), "kind0_test.txt: expected an image a line"),
+        (lambda lists: (lists / "kind0_test.txt").write_text(""), "kind0_test.txt: expected one image per line"),
         (lambda lists: (lists / "kind2_test.txt").write_text("000000 1\n"), "expected the images of kind0_test.txt"),
         (lambda lists: (lists / "kind0_test.txt").write_text("000000 1\n" * 2), "line 2: duplicate image '000000'"),
         (
@@ -493,7 +493,7 @@ def test_svms_that_converge_are_told(make_store: Callable[..., Store]) -> None:
 def test_a_class_without_a_test_image(
     make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
 ) -> None:
-    """It is in no mean, null in JSON, last in every list, and said; images of no part are counted."""
+    """It is in no mean, null in JSON, last in every list, and reported; images of no part are counted."""
     from sppfeat_cli.evaluate import _document
 
     store = make_store(noise=2.5)
@@ -590,7 +590,7 @@ def test_a_class_whose_images_all_failed(make_store: Callable[..., Store]) -> No
     with StoreWriter(store) as writer:
         for row in range(12):
             writer.fail(row, "broken")
-    with pytest.warns(SppFeatWarning, match=r"f\.h5: 1 of 3 classes left out, since all .* failed: 'class0'"):
+    with pytest.warns(SppFeatWarning, match=r"f\.h5: 1 of 3 classes skipped, because all .* failed: 'class0'"):
         (done,) = evaluate_transfer([store], TransferOptions(trials=1))
     assert list(done.per_class) == ["class1", "class2"] and done.left_out_by_reason == {"failed": 12}
     with StoreWriter(store) as writer:
@@ -601,7 +601,7 @@ def test_a_class_whose_images_all_failed(make_store: Callable[..., Store]) -> No
 
 
 def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
-    """One file, with thumbnails inside and names escaped, that takes nothing from elsewhere."""
+    """One file, with thumbnails inside and names escaped, that loads nothing from elsewhere."""
     for seed, name in enumerate(("<b>", "b", "c")):
         make_images(6, f"data/{name}", seed=seed)
     extract_folder(tmp_path / "data", tmp_path / "f.h5", tiny)
@@ -625,10 +625,10 @@ def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) ->
 def test_page_by_command_line(
     make_store: Callable[..., Store], tmp_path: Path, run_sppfeat: Callable[..., object]
 ) -> None:
-    """Without the pictures at hand, and with the C given."""
+    """Without the images, and with a given C."""
     store, page = make_store(noise=2.5).path, tmp_path / "r.html"
     done = run_sppfeat("evaluate", "transfer", store, "--c", "1", "--trials", "2", "--report", page)
-    assert done.returncode == 0 and "image not at hand" in page.read_text()  # type: ignore[attr-defined]
+    assert done.returncode == 0 and "image not available" in page.read_text()  # type: ignore[attr-defined]
 
 
 def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -638,7 +638,7 @@ def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_voc_real_data(shared: Path, tmp_path: Path) -> None:
-    """The lists of a real VOC folder: as many images and classes as it says, and C chosen within them."""
+    """The lists of a real VOC folder: the right number of images and classes, and C chosen within them."""
     labels = read_voc_labels(shared / "data" / "voc2007-subset")
     assert len(labels.classes) == 20 and {"train", "person"} <= set(labels.classes)
     assert sum(part == "train" for part in labels.splits.values()) == 400 and len(labels.splits) == 600
