@@ -36,9 +36,9 @@ EASY_SCORE: Final = -1.2
 BIAS_FEATURE: Final = 10.0
 # Random negatives, before there is a model to find hard ones: about this many in total, at most these per image.
 FIRST_NEGATIVES: Final = 8000
-FIRST_PER_PICTURE: Final = 50
+FIRST_PER_IMAGE: Final = 50
 # Hard negatives per image and pass: the hardest. More from one image add little.
-HARD_PER_PICTURE: Final = 100
+HARD_PER_IMAGE: Final = 100
 # Windows per object for box regression.
 BOX_ROWS_PER_OBJECT: Final = 20
 # Box rows per class; they are solved in double precision, in four times their memory.
@@ -256,7 +256,7 @@ class Trainer:
         self._norms += [len(norms), norms.sum()]
 
     def _take_first(self, at: int, rows: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> None:
-        wanted = int(np.clip(FIRST_NEGATIVES // len(self._names), 2, FIRST_PER_PICTURE))
+        wanted = int(np.clip(FIRST_NEGATIVES // len(self._names), 2, FIRST_PER_IMAGE))
         room = self.cache.capacity - sum(self.positives.values()) - self.cache.count
         negative = np.flatnonzero((targets == -1).any(1))
         chosen = generator.permutation(negative)[: min(wanted, max(0, room // 2))]
@@ -292,7 +292,7 @@ class Trainer:
         hard = self.cache.unknown(at, np.flatnonzero(hardness > HARD_SCORE))
         if not len(hard):
             return
-        hard = hard[np.argsort(-hardness[hard], kind="stable")[:HARD_PER_PICTURE]]
+        hard = hard[np.argsort(-hardness[hard], kind="stable")[:HARD_PER_IMAGE]]
         if len(hard) > self.cache.free:
             self._solve(_ROUGH_TOLERANCE)
             self._make_room(len(hard))

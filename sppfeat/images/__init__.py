@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sppfeat.images.batching import ShapeBatcher
 from sppfeat.images.reading import decode, open_image, read_image, upright_size
-from sppfeat.images.resizing import PreparedImage, ShapeBatcher, prepare_image
+from sppfeat.images.resizing import PreparedImage, prepare_image
 from sppfeat.images.sources import (
     EXTENSIONS,
     NO_FINGERPRINT,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sppfeat.pyramid.processor import pool_maps, pool_windows
+from sppfeat.pyramid.cpu import pool_maps, pool_windows
 
 __all__ = ["pool_maps", "pool_windows"]

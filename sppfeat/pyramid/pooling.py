@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
-from sppfeat.pyramid.processor import GEM_FLOOR, max_of_rois
+from sppfeat.pyramid.cpu import GEM_FLOOR, max_of_rois
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
 # The types that NumPy has, too; it has no bfloat16.

@@ -1,4 +1,4 @@
-"""Boxes: areas and overlaps, regression from windows, and suppression of duplicates.
+"""Boxes: areas and overlaps, regression from windows, and non-maximum suppression (NMS).
 
 Box regression: Girshick, Donahue, Darrell, Malik, "Rich feature hierarchies for accurate object detection and semantic
 segmentation", CVPR 2014 (arXiv:1311.2524), appendix C.

@@ -42,7 +42,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def folder(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten pictures, described in f.h5 of the current folder."""
+    """Ten images, described in f.h5 of the current folder."""
     images = make_images(10)
     extract_folder(images, tmp_path / "f.h5", tiny)
     monkeypatch.chdir(tmp_path)
@@ -81,18 +81,18 @@ def test_index_search_and_change(folder: Path, call: Run, make_images: Callable[
     assert code == 0 and "gallery of 11 images" in shown and "verified" in shown
 
 
-def test_a_part_of_a_picture(folder: Path, call: Run) -> None:
+def test_a_part_of_an_image(folder: Path, call: Run) -> None:
     call("index", "f.h5", "-o", "g")
     query = folder / "0003.png"
-    with Image.open(query) as picture:
-        width, height = picture.size
+    with Image.open(query) as image:
+        width, height = image.size
 
     def nearest(box: str) -> tuple[str, float]:
         _, out, _ = call("search", "g", query, "--box", box, "--json")
         found = json.loads(out)["results"][0]["neighbors"][0]
         return found["name"], found["score"]
 
-    # The whole picture as a box has the picture's own descriptor; a part has another.
+    # The whole image as a box has the image's own descriptor; a part has another.
     assert nearest(f"0,0,{width - 1},{height - 1}") == ("0003.png", pytest.approx(1, abs=1e-3))
     assert nearest("0,0,20,20")[1] < 0.999
     code, _, errors = call("search", "g", query, "--box", "0,0,20,2000")
@@ -168,7 +168,7 @@ def test_an_old_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
-    """Rows of windows are found by a part of their picture, by name, with the picture's path and the box."""
+    """Rows of windows are found by a part of their image, by name, with the image's path and the box."""
     boxes = {"0003.png": np.array([[0, 0, 20, 20], [10, 10, 40, 40]]), "0004.png": np.array([[0, 0, 20, 20]])}
     extract_folder(folder, "w.h5", tiny, windows=boxes)
     call("index", "w.h5", "-o", "g")
