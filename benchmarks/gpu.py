@@ -113,12 +113,12 @@ def extraction(folder: Path, count: int) -> None:
     listing.write_text("\n".join(map(str, files)) + "\n")
     for _ in range(2):  # the first run warms files and card up
         done = extract_folder(listing, folder / "gpu.h5", recipe, RunOptions(device="cuda"), overwrite=True)
-    busy = done.decode / done.workers
+    busy = done.stages.decode / done.stages.workers
     print(
         f"| from {len(files)} JPEG files to a store | {done.images_per_second:.0f} | "
         f"{done.images_per_second / fastest:.2f} |"
     )
-    print(f"| decoding alone would allow ({done.workers} threads) | {done.described / busy:.0f} | |")
+    print(f"| decoding alone would allow ({done.stages.workers} threads) | {done.described / busy:.0f} | |")
 
 
 def pooling() -> None:

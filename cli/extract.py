@@ -189,9 +189,9 @@ def _document(done: "Extraction") -> dict[str, Any]:
         "device": done.device,
         "engine": done.engine,
         "stages": {
-            "decode": round(done.decode, 3),
-            "forward": round(done.forward, 3),
-            "write": round(done.write, 3),
+            "decode": round(done.stages.decode, 3),
+            "forward": round(done.stages.forward, 3),
+            "write": round(done.stages.write, 3),
         },
         "bottleneck": done.bottleneck,
         **windows,
@@ -226,10 +226,11 @@ def _summary(done: "Extraction") -> str:
     ):
         if count:
             parts.append(f"{count} {word}")
+    busy = done.stages
     text = (
         f"{printable(done.store)}: {counted(done.images, _unit(done))} ({', '.join(parts)}), {done.dim} values each\n"
         f"{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
-        f"busy: decode {done.decode:.1f} s, forward {done.forward:.1f} s (over all threads), write {done.write:.1f} s"
+        f"busy: decode {busy.decode:.1f} s, forward {busy.forward:.1f} s (over all threads), write {busy.write:.1f} s"
     )
     if done.bottleneck is not None:
         text += f"\nbottleneck: {_bottleneck(done)}"

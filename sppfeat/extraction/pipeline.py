@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from sppfeat.backbones import Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
+from sppfeat.extraction.stages import Stages
 from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
@@ -52,20 +53,6 @@ class Described(NamedTuple):
 # How windows use the scales of a recipe: each window is pooled at all scales and fused, as a whole image is; or at the
 # one scale that brings its area closest to 224 x 224, as SPP-net does for detection.
 WINDOW_SCALES: Final = ("all", "nearest")
-
-
-@dataclass
-class StageTimes:
-    """Seconds of work by stage, summed over threads. `pool`, of windows, is a part of `forward`."""
-
-    decode: float = 0.0
-    forward: float = 0.0
-    pool: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, stage: str, seconds: float) -> None:
-        with self._lock:
-            setattr(self, stage, getattr(self, stage) + seconds)
 
 
 class _Unreadable(NamedTuple):
@@ -149,7 +136,7 @@ class Describer:
                 )
         self.weights_sha256 = description.weights_sha256
         self.dim = description.dim
-        self.times = StageTimes()
+        self.times = Stages()
         self._geometry = functools.lru_cache(maxsize=1024)(description.geometry)
         self._gate = _Gate()
         self._most_pixels = 0  # that went through the network in one pass
@@ -316,7 +303,7 @@ class Describer:
         except MemoryError:
             return _Unreadable("cannot be decoded: out of memory", item.fingerprint())
         finally:
-            self.times.add("decode", time.perf_counter() - start)
+            self.times.spend("decode", time.perf_counter() - start)
 
     def _forward(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
@@ -325,7 +312,7 @@ class Describer:
         try:
             return self._attempt(batch, rows)
         finally:
-            self.times.add("forward", time.perf_counter() - start)
+            self.times.spend("forward", time.perf_counter() - start)
 
     def _attempt(
         self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
@@ -409,7 +396,7 @@ class Describer:
         rows, columns = self._geometry(height, width)
         rois = map_windows(row.windows[row.rois_at(scale)], row.prepared.size, (width, height), columns, rows)
         descriptors = normalize(engine.pool_windows(feature_map, rois), self.recipe.normalize)
-        self.times.add("pool", time.perf_counter() - start)
+        self.times.spend("pool", time.perf_counter() - start)
         return descriptors
 
     def _fused(self, index: int, row: _Row) -> Described:

@@ -15,7 +15,8 @@ from sppfeat.engines import resolve_device
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.plan import make_plan, with_windows
-from sppfeat.extraction.workers import Work, fill_rows, fill_rows_with
+from sppfeat.extraction.stages import Stages
+from sppfeat.extraction.workers import fill_rows, fill_rows_with
 from sppfeat.images import ImageList, find_images, path_to_name
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
@@ -41,8 +42,7 @@ class Extraction:
     before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
     changed. gone: rows of the store whose file no longer exists; they are kept. pending: rows left for the next run,
     after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
-    seconds, decode, forward, write: of this run; decode and forward are summed over their threads, of which there were
-    `workers` and `streams`.
+    seconds: of this run. stages: of its work, summed over threads.
     If windows are described, all of these count windows, and without_windows counts the images without any; else it is
     None.
     """
@@ -60,11 +60,7 @@ class Extraction:
     device: str
     engine: str
     seconds: float
-    decode: float
-    forward: float
-    write: float
-    workers: int
-    streams: int
+    stages: Stages
     without_windows: int | None = None
 
     @property
@@ -76,10 +72,11 @@ class Extraction:
         """
         if not self.described:
             return None
-        decode = self.decode if self.device == "cpu" else self.decode / self.workers
-        forward = self.forward if self.device == "cpu" else self.forward / self.streams
+        stages, on_cpu = self.stages, self.device == "cpu"
+        decode = stages.decode if on_cpu else stages.decode / stages.workers
+        forward = stages.forward if on_cpu else stages.forward / stages.streams
         # One thread writes, beside all others.
-        busy = {"decode": decode, "forward": forward, "write": self.write if self.write > self.seconds / 2 else 0.0}
+        busy = {"decode": decode, "forward": forward, "write": stages.write if stages.write > self.seconds / 2 else 0.0}
         return max(busy, key=lambda stage: busy[stage])
 
     @property
@@ -143,7 +140,7 @@ def extract_folder(
         plan = make_plan(store, rows, images, retry_failed=retry_failed)
         observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
         described = failed = changed = 0
-        work = Work()
+        work = Stages()
         with StoreWriter(store) as writer:
             writer.reset(sorted(plan.redo))
             for item, of_item in plan.todo:
@@ -181,11 +178,7 @@ def extract_folder(
             device=device,
             engine=describer.engine,
             seconds=time.perf_counter() - began,
-            decode=work.decode,
-            forward=work.forward,
-            write=work.write,
-            workers=work.workers,
-            streams=work.streams,
+            stages=work,
             without_windows=without_windows,
         )
 

@@ -27,6 +27,7 @@ from sppfeat import errors
 from sppfeat.errors import BackboneError, SppFeatError, one_line
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.plan import Todo
+from sppfeat.extraction.stages import Stages
 from sppfeat.images import Item
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
@@ -38,29 +39,14 @@ FLUSH_SECONDS: Final = 0.25
 Outcome = tuple[str, str | None]  # a row's name, and why it failed
 
 
-@dataclasses.dataclass
-class Work:
-    """Seconds of each stage, the first two summed over their threads, of which there are `workers` and `streams`."""
-
-    decode: float = 0.0
-    forward: float = 0.0
-    write: float = 0.0
-    workers: int = 0
-    streams: int = 0
-
-    def add(self, other: Work) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-
 def fill_rows(
-    writer: StoreWriter, describer: Describer, todo: list[Todo], stop: Callable[[], bool], work: Work
+    writer: StoreWriter, describer: Describer, todo: list[Todo], stop: Callable[[], bool], work: Stages
 ) -> Generator[Outcome, None, None]:
     """Describe items, and write each of their rows in place; adds the time taken to `work`.
 
     All windows of an image come together.
     """
-    before = dataclasses.replace(describer.times)
+    before = describer.times.copy()
     last_flush = time.perf_counter()
     try:
         for done in describer.describe((item for item, _ in todo), stop=stop):
@@ -81,11 +67,12 @@ def fill_rows(
         writer.flush()
         work.write += time.perf_counter() - start
     finally:
-        times = describer.times
+        now = describer.times
         work.add(
-            Work(
-                times.decode - before.decode,
-                times.forward - before.forward,
+            Stages(
+                decode=now.decode - before.decode,
+                forward=now.forward - before.forward,
+                pool=now.pool - before.pool,
                 workers=describer.workers,
                 streams=describer.streams,
             )
@@ -93,7 +80,7 @@ def fill_rows(
 
 
 def fill_rows_with(
-    devices: list[str], options: RunOptions, store: Store, todo: list[Todo], stop: Callable[[], bool], work: Work
+    devices: list[str], options: RunOptions, store: Store, todo: list[Todo], stop: Callable[[], bool], work: Stages
 ) -> Generator[Outcome, None, None]:
     """`fill_rows` with one process per device. Hold `lock_store`: it keeps others out for all of them.
 
@@ -133,7 +120,7 @@ def fill_rows_with(
                 kind = getattr(errors, message["kind"], BackboneError)
                 failure = failure or kind(message["error"])
             else:
-                work.add(Work(**message))
+                work.add(Stages(**message))
         if failure is not None:
             raise failure
     finally:
@@ -227,7 +214,7 @@ def main() -> None:
     def say(message: object) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    work = Work()
+    work = Stages()
     try:
         describer = Describer(Recipe.from_json(task["recipe"]), RunOptions(**task["options"]))
         todo = [_heard(one) for one in task["todo"]]
@@ -235,7 +222,7 @@ def main() -> None:
         with StoreWriter(open_store(task["store"])) as writer:
             for name, error in fill_rows(writer, describer, todo, stop.is_set, work):
                 say([places[name], error])
-        say(dataclasses.asdict(work))
+        say(work.told())
     except SppFeatError as error:
         say({"error": str(error), "kind": type(error).__name__})
     except Exception as error:  # reported to the parent, which someone reads

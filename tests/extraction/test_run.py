@@ -36,6 +36,7 @@ from sppfeat import (
 from sppfeat.backbones.backbone import Backbone, load_backbone
 from sppfeat.engines.torch_engine import TorchEngine
 from sppfeat.extraction.pipeline import Describer
+from sppfeat.extraction.stages import Stages
 from sppfeat.images import resizing as preprocess
 from sppfeat.images.resizing import prepare_image
 from sppfeat.pyramid.pooling import pool_pyramid
@@ -580,11 +581,15 @@ def test_real_data(shared: Path, tmp_path: Path) -> None:
 def test_the_bottleneck_is_the_stage_that_the_others_wait_for(make_images: MakeImages, tmp_path: Path) -> None:
     done = extract_folder(make_images(2), tmp_path / "f.h5", TINY)
     assert done.bottleneck in ("decode", "forward")
-    on_cpu = replace(done, device="cpu", seconds=10.0, write=1.0, workers=8, streams=1)
-    assert replace(on_cpu, decode=3.0, forward=9.0).bottleneck == "forward"
-    assert replace(on_cpu, decode=12.0, forward=9.0).bottleneck == "decode"
-    assert replace(on_cpu, decode=3.0, forward=9.0, write=9.5).bottleneck == "write"
+
+    def slowest(device: str, decode: float, forward: float, write: float = 1.0) -> str | None:
+        stages = Stages(decode, forward, write=write, workers=8, streams=1)
+        return replace(done, device=device, seconds=10.0, stages=stages).bottleneck
+
+    assert slowest("cpu", 3, 9) == "forward"
+    assert slowest("cpu", 12, 9) == "decode"
+    assert slowest("cpu", 3, 9, 9.5) == "write"
     # Beside a GPU, eight threads decode while one feeds it.
-    assert replace(on_cpu, device="cuda:0", decode=12.0, forward=9.0).bottleneck == "forward"
-    assert replace(on_cpu, device="cuda:0", decode=79.0, forward=9.0).bottleneck == "decode"
-    assert replace(on_cpu, described=0).bottleneck is None
+    assert slowest("cuda:0", 12, 9) == "forward"
+    assert slowest("cuda:0", 79, 9) == "decode"
+    assert replace(done, described=0).bottleneck is None
