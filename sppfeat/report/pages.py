@@ -35,7 +35,7 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     require_extra("jinja2", "report", "an HTML page")
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if not os.path.isdir(path.parent):
-        raise ReportError(f"{path}: expected its folder {path.parent} to exist, found none")
+        raise ReportError(f"{path}: its folder {path.parent} does not exist")
     if os.path.lexists(path):
         if not path.is_file():
             kind = "a folder" if path.is_dir() else "a special file"

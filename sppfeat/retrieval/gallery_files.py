@@ -370,7 +370,7 @@ def made_folder(path: Path) -> Iterator[None]:
 def check_new_gallery(path: Path, *, overwrite: bool) -> None:
     """Raise GalleryError unless a gallery can be built at a path: nothing, an empty folder, or one to overwrite."""
     if not path.parent.is_dir():
-        raise GalleryError(f"{path}: expected its folder {path.parent} to exist, found none")
+        raise GalleryError(f"{path}: its folder {path.parent} does not exist")
     if not os.path.lexists(path):
         return
     if not path.is_dir():

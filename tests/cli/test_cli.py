@@ -108,7 +108,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
         (["extract", "one.png", "-o", "f.h5", "--backbone", "torchvision:resnet5"], 2, "did you mean .*resnet50"),
         (["extract", "one.png", "-o", "f.h5", "--weights", "none.pth"], 1, "none.pth: expected a weights file"),
         (["extract", "one.png", "-o", "f.h5", "--weights", "x.zip"], 1, "x.zip: expected a weights file"),
-        (["extract", "one.png", "-o", "none/f.h5"], 1, "none/f.h5: expected its folder none to exist"),
+        (["extract", "one.png", "-o", "none/f.h5"], 1, "none/f.h5: its folder none does not exist"),
         (
             ["extract", "one.png", "-o", "x.zip"],
             1,

@@ -123,7 +123,7 @@ def test_captures_of_a_lane_use_one_pool(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("recorder", "reason"),
     [
-        (Recorder(off=1.0), "other values"),
+        (Recorder(off=1.0), "values differ"),
         (Recorder(error=RuntimeError("operation not permitted\nx")), "not permitted"),
     ],
 )

@@ -273,7 +273,7 @@ def test_invalid_outputs(make_images: MakeImages, tmp_path: Path) -> None:
     assert photo.read_bytes() == before
     with pytest.raises(StoreError, match="found a folder"):
         extract_folder(folder, folder, TINY)
-    with pytest.raises(StoreError, match="expected its folder .* to exist"):
+    with pytest.raises(StoreError, match="its folder .* does not exist"):
         extract_folder(folder, tmp_path / "none" / "f.h5", TINY)
     extract_folder(folder, tmp_path / "f.h5", TINY)
     with pytest.raises(StoreError, match="already exists"):
@@ -440,7 +440,7 @@ def test_memory_that_others_take_costs_no_row(
 
     monkeypatch.setattr(Backbone, "feature_map", small)
     options = RunOptions(device="cpu", engine="torch", batch_size=4)
-    with pytest.raises(BackboneError, match="memory is short .* the rows that are left stay pending"):
+    with pytest.raises(BackboneError, match="out of memory .* the remaining rows stay pending"):
         extract_folder(folder, tmp_path / "f.h5", TINY, options)
     counts = open_store(tmp_path / "f.h5").counts()
     assert counts["failed"] == 0 and counts["pending"] > 0

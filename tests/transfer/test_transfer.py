@@ -618,7 +618,7 @@ def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) ->
     assert check_page(page, overwrite=True) == page
     with pytest.raises(ReportError, match="it is left as it is"):
         check_page(next((tmp_path / "data").glob("*/*.png")), overwrite=True)
-    with pytest.raises(ReportError, match="expected its folder .* to exist"):
+    with pytest.raises(ReportError, match="its folder .* does not exist"):
         check_page(tmp_path / "nowhere" / "r.html", overwrite=False)
 
 
