@@ -407,9 +407,9 @@ def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None
 
 def call(*arguments: str | Path) -> Result:
     """The command line in this process, which saves seconds of imports; exit codes of errors need `run_sppfeat`."""
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
-    return CliRunner().invoke(app, [str(each) for each in arguments])
+    return CliRunner().invoke(build(), [str(each) for each in arguments])
 
 
 def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -66,8 +66,8 @@ def test_an_item_is_cut_down_to_the_windows_that_are_left(images: ImageList, mak
 def test_windows_of_other_images(images: ImageList) -> None:
     listed, _ = with_windows(images, {images.names[0]: BOXES[:1], "no.png": BOXES[:1], images.names[1]: BOXES[:0]})
     assert [item.name for item in listed.items] == [images.names[0], "no.png"]
-    assert listed.problems == {"no.png": "its image is not among the images of the sources (no.png)"}
-    with pytest.raises(UsageError, match="of none of the 4 images .* found 'no.png'"):
+    assert listed.problems == {"no.png": "its image is not in the sources (no.png)"}
+    with pytest.raises(UsageError, match="none of the 4 images .* found 'no.png'"):
         with_windows(images, {"no.png": BOXES})
 
 

@@ -344,7 +344,7 @@ def test_command_line(things: Store, tmp_path: Path, run_sppfeat: Callable[..., 
     assert document["options"]["store"] == str(things.path) == document["projection"]["learned_from"]
     assert document["projection"]["learned_from_evaluated_rows"] is True
     text = run_sppfeat("evaluate", "retrieval", things.path, "--whiten", "--project", "8").stdout
-    assert f"whitening learned from 40 rows of {things.path}, which are evaluated here" in text
+    assert f"whitening learned from 40 rows of {things.path}, which are also evaluated" in text
     wrong = run_sppfeat("evaluate", "retrieval", things.path, "--queries", things.path)
     assert wrong.returncode == 2 and "expected STORE, or --gallery STORE --queries STORE" in wrong.stderr
 

@@ -191,13 +191,13 @@ def test_training_with_one_c_ends_well(colours: Path, tmp_path: Path, tiny: Reci
 def test_an_output_that_cannot_be_is_found_before_training(
     output: str, colours: Path, tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
     extract_folder(colours, tmp_path / "f.h5", tiny)
     (tmp_path / "photo.jpg").write_bytes(b"a photograph")
     monkeypatch.setattr("sppfeat.transfer.train_classifier.train_classifier", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(ModelError, match=re.escape(str(tmp_path / output))):
-        app(["train", "svm", str(tmp_path / "f.h5"), "-o", str(tmp_path / output)])
+        build()(["train", "svm", str(tmp_path / "f.h5"), "-o", str(tmp_path / output)])
     assert (tmp_path / "photo.jpg").read_bytes() == b"a photograph"
 
 
@@ -208,13 +208,13 @@ def test_svms_that_do_not_converge_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As a warning, in the document, in the file, and in `inspect`."""
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
     monkeypatch.setattr("sppfeat.svm.newton._MAX_NEWTON", 1)
     rows = np.random.default_rng(1).normal(size=(60, 20))
     store = make_store(rows, names=[f"{'abc'[at % 3]}/{at:02}.jpg" for at in range(60)])
     with pytest.warns(SppFeatWarning, match=r"f\.h5: \d of 3 SVMs did not converge"), pytest.raises(SystemExit):
-        app(["train", "svm", str(store.path), "-o", str(tmp_path / "m.h5"), "--c", "10", "--json"])
+        build()(["train", "svm", str(store.path), "-o", str(tmp_path / "m.h5"), "--c", "10", "--json"])
     document = json.loads(capsys.readouterr().out)
     gaps = {one["class"]: one["gap"] for one in document["not_converged"]}
     assert document["converged"] is False and max(gaps.values()) == document["largest_gap"] > 1e-4
@@ -222,7 +222,7 @@ def test_svms_that_do_not_converge_are_told(
     assert {one.label: one.gap for one in read.convergence.not_converged} == gaps
     for words, expected in ((["--json"], '"converged": false'), ([], f"{len(gaps)} of 3 SVMs did not converge")):
         with pytest.raises(SystemExit):
-            app(["inspect", str(tmp_path / "m.h5"), *words])
+            build()(["inspect", str(tmp_path / "m.h5"), *words])
         assert expected in capsys.readouterr().out
 
 

@@ -571,7 +571,7 @@ def test_results_come_before_the_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
     def full(path: Path, done: object) -> None:
         raise ReportError(f"{path}: cannot be written: the disk is full")
@@ -580,7 +580,7 @@ def test_results_come_before_the_page(
     page = str(tmp_path / "r.html")
     words = ["evaluate", "transfer", str(make_store().path), "--trials", "1", "--json", "--report", page]
     with pytest.raises(SystemExit, match="1"):
-        app(words)
+        build()(words)
     out, err = capsys.readouterr()
     assert json.loads(out)["trials"] and err == f"sppfeat: {page}: cannot be written: the disk is full\n"
 

@@ -333,7 +333,7 @@ def test_windows_of_other_images(make_images: Callable[..., Path], tiny: Recipe,
 def test_command_line(
     make_images: Callable[..., Path], tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
     folder = make_images(2)
     file = write_windows(
@@ -345,7 +345,9 @@ def test_command_line(
     assert "failed: 0001.png#0,0,900,9: reaches outside the image" in done.stderr
     broken = tmp_path / "w.csv"
     broken.write_text("name,x1,y1,x2,y2\n0000.png,9,2,3,4\n")
-    wrong = CliRunner().invoke(app, ["extract", str(folder), "-o", str(tmp_path / "x.h5"), "--windows", str(broken)])
+    wrong = CliRunner().invoke(
+        build(), ["extract", str(folder), "-o", str(tmp_path / "x.h5"), "--windows", str(broken)]
+    )
     assert isinstance(wrong.exception, UsageError) and "w.csv, line 2: '0000.png': inverted" in str(wrong.exception)
     assert not (tmp_path / "x.h5").exists()
 

@@ -192,10 +192,10 @@ def test_extract_takes_proposals(scene: Path, tmp_path: Path, tiny: Recipe) -> N
 
 
 def test_inspect(scene: Path, tmp_path: Path) -> None:
-    from sppfeat_cli.app import app
+    from sppfeat_cli.app import build
 
     propose_folder(scene.parent, tmp_path / "w.h5", workers=1)
-    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "w.h5")])
+    shown = CliRunner().invoke(build(), ["inspect", str(tmp_path / "w.h5")])
     assert "windows of 1 image," in shown.stdout and "selective-search, at most 2000" in shown.stdout
-    document = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "w.h5"), "--json"]).stdout)
+    document = json.loads(CliRunner().invoke(build(), ["inspect", str(tmp_path / "w.h5"), "--json"]).stdout)
     assert document["format"] == "windows" and document["windows"] == len(open_windows(tmp_path / "w.h5")["a.png"])
