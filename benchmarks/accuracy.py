@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
@@ -26,6 +25,7 @@ import numpy as np
 
 from sppfeat import Describer, Recipe, Store, extract_folder, open_store
 from sppfeat.images.sources import find_images
+from sppfeat.machine import available_cores
 
 HABIT = dict(crop="center", levels=(1,), pooling="avg", layer="bn2")
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression on the descriptions")
     arguments = parser.parse_args()
     figures = measure(arguments.data, arguments.rounds, arguments.only, arguments.keep)
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(f"\n{platform.machine()}, {available_cores()} cores, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "pillow", "scikit-learn")))
     print("\n| recipe | length | Caltech-101 | KTH mAP | images/s |")
     print("|---|---|---|---|---|")

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from extract import processor
 
+from sppfeat.machine import available_cores
+
 HERE = Path(__file__).parents[1]
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     sides = [HERE, *(path.resolve() for path in arguments.others)]
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "pillow")))
     columns = "commit | short side | images/s | times this one | whole process, s | peak memory, MB"
     print(f"\n| {columns} |\n|{'---|' * 6}")

@@ -42,6 +42,7 @@ from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
 from sppfeat.images import Fingerprint, Item
 from sppfeat.images.reading import read_image
+from sppfeat.machine import available_cores
 from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import open_windows, propose_folder
 
@@ -373,7 +374,7 @@ def print_tables(work: Path) -> None:
         name: json.loads((work / f"{name}.json").read_text()) for name in PARTS if (work / f"{name}.json").exists()
     }
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "openvino"))
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}\n")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {libraries}\n")
     if "pooling" in found:
         one = found["pooling"]
         print("| pooling of 2,000 windows | ms | |\n|---|---|---|")

@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sppfeat.machine import available_cores
+
 if TYPE_CHECKING:
     from sppfeat import Recipe
 
@@ -171,7 +173,7 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
         with runner.lane():
             runner.feature_maps(image)
 
-    with ThreadPoolExecutor(os.cpu_count()) as decoders:
+    with ThreadPoolExecutor(available_cores()) as decoders:
         list(decoders.map(decode, paths[:20]))
         start = time.perf_counter()
         images = list(decoders.map(decode, paths))
@@ -223,7 +225,7 @@ def main() -> None:
     # From all over the list, so that all classes, and thus all image shapes, take part.
     some = files[:: max(1, len(files) // arguments.files)][: arguments.files]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "timm", "pillow"))
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {libraries}")
     print(f"{len(some)} files; medians of {arguments.repeats}\n")
     with tempfile.TemporaryDirectory() as folder:
         listing, store = Path(folder, "some.txt"), Path(folder, "out.h5")
@@ -240,7 +242,7 @@ def main() -> None:
 
 def compare(listing: Path, count: int, name: str, size: int, store: Path, repeats: int, python: str | None) -> None:
     """Measure all sides with one network at one size, and print their table."""
-    tried = {n: run("plain_loop", listing, name, size, n).loop for n in sorted({0, 1, 2, os.cpu_count() or 1})}
+    tried = {n: run("plain_loop", listing, name, size, n).loop for n in sorted({0, 1, 2, available_cores()})}
     best = min(tried, key=lambda workers: tried[workers])
     sides: dict[str, tuple[object, ...]] = {
         f"plain loop, {size} centre crop, {best} workers": ("plain_loop", listing, name, size, best)

@@ -31,6 +31,7 @@ from extract import processor
 from pyramid import LEVELS, by_roi_pool, random_rois, same_maps, whole
 
 from sppfeat import Recipe, RunOptions, extract_folder, open_store, pool_pyramid, pool_rois
+from sppfeat.machine import available_cores
 from sppfeat.pyramid import pooling as pyramid
 
 INTERPRETED = """
@@ -221,7 +222,7 @@ def main() -> None:
     for name in ("torch", "torchvision", "triton"):
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {', '.join(versions)}")
     if not torch.cuda.is_available():
         print("\nNo NVIDIA GPU found: nothing was measured on one.")
         environment = {**os.environ, "TRITON_INTERPRET": "1"}

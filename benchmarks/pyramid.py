@@ -10,7 +10,6 @@ Values are compared first. Both sides of a row take turns within one process; me
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import time
@@ -23,6 +22,7 @@ from extract import processor
 from torchvision.ops import roi_pool
 
 from sppfeat import pool_pyramid, pool_rois
+from sppfeat.machine import available_cores
 
 LEVELS = (6, 3, 2, 1)
 # Channels, height and width: last blocks and heads of common networks at 224 and 448 pixels, and earlier layers.
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="of each side in each turn")
     arguments = parser.parse_args()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {libraries}")
     print(f"levels {LEVELS}, float32; medians of {arguments.repeats}\n")
 
     print("| channels x height x width | batch | memory | per level, us | sppfeat, us | times as fast |")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from typing import Any
 
 import numpy as np
 from extract import processor
+
+from sppfeat.machine import available_cores
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 ROWS, DIM, CLUSTERS, QUERIES, K = 1_000_000, 512, 10_000, 1_000, 10
@@ -225,7 +226,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the million rows by this, to try the script")
     parser.add_argument("--folder", type=Path, help="folder that keeps the rows, to reuse them")
     arguments = parser.parse_args()
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("faiss-cpu", "numpy", "torch")))
     with tempfile.TemporaryDirectory() as temporary:
         if "overhead" in arguments.parts:

@@ -32,6 +32,8 @@ from typing import Final
 
 from extract import processor
 
+from sppfeat.machine import available_cores
+
 PHOTOS: Final = Path(__file__).parents[1] / "photos"
 PHOTO: Final = PHOTOS / "animals" / "cat.jpg"
 COMMAND: Final = (sys.executable, "-c", "from sppfeat_cli import main; main()")
@@ -197,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "timm", "typer", "numpy", "h5py"))
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {libraries}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = prepare(folder)

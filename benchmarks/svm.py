@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from extract import processor
 
+from sppfeat.machine import available_cores
+
 GAP = 1e-4
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)  # those of VISSL
 FOLDS = 3
@@ -335,7 +337,7 @@ def main() -> None:
     parser.add_argument("--parts", default="compare,shapes,many", help="what to run (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink every size by this, to try the script")
     arguments = parser.parse_args()
-    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn")))
 
     def size(number: int) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type[SppFeatError], kind: str) -> Path:
+def check_new_file(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    error: type[SppFeatError],
+    kind: str,
+    other: Callable[[Path], str | None] | None = None,
+) -> Path:
     """The path, if a file may be written there: a new file, or, with `overwrite`, in place of a file of `kind`.
 
-    kind: one of NOUNS. Call it before the work starts: a mistyped output must not destroy a photograph or other
-    results, and an unwritable folder must not waste the work. A symlink is followed, and stays.
+    kind: one of NOUNS. other: says what a file is if it is not of that kind, else None; by default, by its format.
+    Call it before the work starts: a mistyped output must not destroy a photograph or other results, and an unwritable
+    folder must not waste the work. A symlink is followed, and stays.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if not os.path.isdir(path.parent):
@@ -107,14 +115,18 @@ def check_new_file(path: str | os.PathLike[str], *, overwrite: bool, error: type
             kind_found = "a folder" if path.is_dir() else "a special file"
             raise error(f"{path}: expected a file to write to, found {kind_found}")
         if path.stat().st_size:
-            found = format_of(path)
-            if found != kind:
-                what = NOUNS.get(str(found), "another file")
+            what = other(path) if other is not None else _other_than(kind, path)
+            if what is not None:
                 raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
             if not overwrite:
                 raise error(f"{path}: already exists; choose another output, or use --overwrite")
     check_can_write(path, error)
     return path
+
+
+def _other_than(kind: str, path: Path) -> str | None:
+    found = format_of(path)
+    return None if found == kind else NOUNS.get(str(found), "another file")
 
 
 def check_can_write(path: Path, error: type[SppFeatError]) -> None:

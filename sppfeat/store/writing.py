@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import platform
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError
-from sppfeat.files import DAMAGE, STORE, appearing, check_hdf5, new_hdf5, os_reason, partial_path
+from sppfeat.files import DAMAGE, STORE, appearing, check_hdf5, check_new_file, new_hdf5, os_reason, partial_path
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 from sppfeat.store.reading import _COLUMNS, ERROR_BYTES, FORMAT_VERSION, Status, Store
@@ -40,26 +39,9 @@ def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
 
     Only a store is ever replaced, intact or damaged: a mistyped output must not destroy a photograph or other results.
     """
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        if not os.path.isdir(path.parent):
-            raise StoreError(f"{path}: its folder {path.parent} does not exist") from None
-        return
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {os_reason(error)}") from None
-    if not stat.S_ISREG(info.st_mode):
-        kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a special file"
-        raise StoreError(f"{path}: expected a file to write the store to, found {kind}")
-    if not info.st_size:
-        return
-    if not os.access(path, os.R_OK | os.W_OK):
+    if path.is_file() and not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path}: the store is not writable")
-    found = _other_kind(path)
-    if found is not None:
-        raise StoreError(f"{path}: expected a store or a new file, found {found}; it is left as it is")
-    if not resume and not overwrite:
-        raise StoreError(f"{path}: already exists; choose another output, or use --resume or --overwrite")
+    check_new_file(path, overwrite=overwrite or resume, error=StoreError, kind=STORE, other=_other_kind)
 
 
 def _other_kind(path: Path) -> str | None:
