@@ -175,7 +175,7 @@ def _table(done: "list[Transfer]") -> str:
     lines.append("hardest: " + ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst))
     if first.untested:
         named = ", ".join(map(printable, first.untested[:5])) + ", ..." * (len(first.untested) > 5)
-        lines.append(f"no test images, left out of the mean: {named} ({counted(len(first.untested), 'class')})")
+        lines.append(f"no test images, excluded from the mean: {named} ({counted(len(first.untested), 'class')})")
     return "\n".join(lines)
 
 
@@ -186,7 +186,7 @@ def _part(done: "Transfer") -> str:
 
 def _left_out(done: "Transfer") -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in done.left_out_by_reason.items())
-    return f"; {done.left_out} left out ({reasons})" if done.left_out else ""
+    return f"; {done.left_out} skipped ({reasons})" if done.left_out else ""
 
 
 def _difference(one: "Transfer", first: "Transfer") -> str:

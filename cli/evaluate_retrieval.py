@@ -178,7 +178,7 @@ def _text(done: "Retrieval") -> str:
         source = printable(done.projection.learned_from)
         lines.append(f"{kind} learned from {counted(done.projection.rows, 'row')} of {source}{here}")
     if done.left_out:
-        lines.append(f"left out, no relevant images: {len(done.left_out)}, such as {printable(done.left_out[0])}")
+        lines.append(f"skipped, no relevant images: {len(done.left_out)}, such as {printable(done.left_out[0])}")
     worst = sorted(done.average_precisions.items(), key=lambda item: item[1])[:5]
     if worst[0][1] < 100:
         lines.append(

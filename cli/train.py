@@ -85,7 +85,7 @@ def svm(
         return
     best = max((value for _, value in classifier.curve), default=None)
     accuracy = "" if best is None else f" (cross-validated accuracy {best:.1f} %)"
-    missing = f", {left_out} left out (failed or without a label)" * bool(left_out)
+    missing = f", {left_out} skipped (failed or without a label)" * bool(left_out)
     typer.echo(
         f"{printable(output)}: {len(classifier.classes)} classes from {classifier.images} images{missing}; "
         f"C = {cost:g}{accuracy}; solver: {classifier.svm.route}"

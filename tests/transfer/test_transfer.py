@@ -515,8 +515,8 @@ def test_a_class_without_a_test_image(
     shown = run_sppfeat(*words, "--report", tmp_path / "r.html")
     assert shown.returncode == 0 and not shown.stderr  # type: ignore[attr-defined]
     lines = shown.stdout.splitlines()  # type: ignore[attr-defined]
-    assert "28 images: 20 for training and 8 for testing; 20 left out (16 in neither part, 4 of part val)" in lines[1]
-    assert "class0" not in lines[2] and lines[3] == "no test images, left out of the mean: class0, class1 (2 classes)"
+    assert "28 images: 20 for training and 8 for testing; 20 skipped (16 in neither part, 4 of part val)" in lines[1]
+    assert "class0" not in lines[2] and lines[3] == "no test images, excluded from the mean: class0, class1 (2 classes)"
     text = (tmp_path / "r.html").read_text()
     assert text.count("no test image") == 2 and "nan" not in text
     assert text.index('title="class3"') < text.index('title="class0"')
