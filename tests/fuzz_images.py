@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from memory import peak_kb
 from PIL import Image
 
 from sppfeat.errors import ImageError
@@ -163,7 +163,7 @@ def read_all(paths: list[str]) -> None:
             outcome = "ImageError"
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_kb() / 1024
         print(json.dumps([path, outcome, time.process_time() - begun, peak]), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Filling the rows of a store: in this process, or in one process per GPU, each with its own part of the rows.
 
-A worker is started with `python -m sppfeat.extraction.workers DESCRIPTOR`. It reads its task from one line of JSON on
+A worker runs `main` with the number of a file descriptor as its argument. It reads its task from one line of JSON on
 standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard output:
 `[place, error]` for each row that is about to be written, and finally an object with its times, or with the error that
 ended it. The line `stop` makes it finish the rows in flight; the end of its input, when its parent is gone, ends it at
@@ -147,7 +147,7 @@ class _Child:
         answers, theirs = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sppfeat.extraction.workers", str(theirs)],
+                [sys.executable, "-c", "from sppfeat.extraction.workers import main; main()", str(theirs)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs],
@@ -230,7 +230,3 @@ def main() -> None:
     # The thread that obeys is still reading: a normal exit would wait for it.
 
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

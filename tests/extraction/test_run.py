@@ -544,9 +544,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png", compress_level=0)
     code = (
-        "import sys, resource; from sppfeat.extraction.pipeline import Describer; from conftest import TINY\n"
+        "import sys; from conftest import TINY; from memory import peak_kb\n"
+        "from sppfeat.extraction.pipeline import Describer\n"
         "n = sum(1 for d in Describer(TINY).describe([sys.argv[1]] * int(sys.argv[2])) if d.error is None)\n"
-        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(n, peak_kb())"
     )
     peaks = []
     for count in (500, 3000):

@@ -59,7 +59,8 @@ def test_two_processes_give_what_one_gives_and_resume(
         patch.setattr(RunOptions, "devices", lambda self: ["cpu", "cpu"])
         first = extract_folder(folder, tmp_path / "two.h5", TINY, OPTIONS, observer=log, stop=log.stop.is_set)
         assert first.described + first.failed == len(log.rows) >= 3 and first.pending == 61 - len(log.rows)
-        assert first.workers >= 2 and first.decode > 0 and first.forward > 0 and first.write > 0
+        stages = first.stages
+        assert stages.workers >= 2 and stages.decode > 0 and stages.forward > 0 and stages.write > 0
         second = extract_folder(folder, tmp_path / "two.h5", TINY, OPTIONS, observer=log)
     assert (second.reused, second.pending, second.failed) == (first.described, 0, 1)
     assert sorted(name for name, _ in log.rows) == sorted(open_store(tmp_path / "two.h5").names)
@@ -113,7 +114,7 @@ def test_a_process_that_is_killed_leaves_its_rows(
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "sppfeat.extraction.workers", "1"],
+        [sys.executable, "-c", "from sppfeat.extraction.workers import main; main()", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
