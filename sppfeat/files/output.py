@@ -103,7 +103,8 @@ def check_new_file(
 ) -> Path:
     """The path, if a file may be written there: a new file, or, with `overwrite`, in place of a file of `kind`.
 
-    kind: one of NOUNS. other: says what a file is if it is not of that kind, else None; by default, by its format.
+    kind: one of NOUNS; or any noun, with `other`, which says what a file is if it is not of that kind, else None. By
+    default its format says so.
     Call it before the work starts: a mistyped output must not destroy a photograph or other results, and an unwritable
     folder must not waste the work. A symlink is followed, and stays.
     """
@@ -117,7 +118,9 @@ def check_new_file(
         if path.stat().st_size:
             what = other(path) if other is not None else _other_than(kind, path)
             if what is not None:
-                raise error(f"{path}: expected {NOUNS[kind]} or a new file, found {what}; it is left as it is")
+                raise error(
+                    f"{path}: expected {NOUNS.get(kind, kind)} or a new file, found {what}; it is left as it is"
+                )
             if not overwrite:
                 raise error(f"{path}: already exists; choose another output, or use --overwrite")
     check_can_write(path, error)

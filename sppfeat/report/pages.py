@@ -18,7 +18,7 @@ from PIL import Image
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
-from sppfeat.files import appearing, check_can_write, os_reason, unsafe_name
+from sppfeat.files import appearing, check_new_file, os_reason, unsafe_name
 from sppfeat.images import decode, open_image, upright_size
 from sppfeat.store import image_of
 
@@ -33,24 +33,15 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     is a page and `overwrite` is set; MissingExtraError without jinja2.
     """
     require_extra("jinja2", "report", "an HTML page")
-    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    if not os.path.isdir(path.parent):
-        raise ReportError(f"{path}: its folder {path.parent} does not exist")
-    if os.path.lexists(path):
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "a special file"
-            raise ReportError(f"{path}: expected a file to write a page to, found {kind}")
-        try:
-            with open(path, "rb") as file:
-                beginning = file.read(len(_BEGINNING))
-        except OSError as error:
-            raise ReportError(f"{path}: expected a file to write a page to: {os_reason(error)}") from None
-        if beginning and beginning.lower() != _BEGINNING:
-            raise ReportError(f"{path}: expected an HTML page or a new file, found another file; it is left as it is")
-        if beginning and not overwrite:
-            raise ReportError(f"{path}: already exists; choose another page, or --overwrite")
-    check_can_write(path, ReportError)
-    return path
+    return check_new_file(path, overwrite=overwrite, error=ReportError, kind="an HTML page", other=_other_than_page)
+
+
+def _other_than_page(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return None if file.read(len(_BEGINNING)).lower() == _BEGINNING else "another file"
+    except OSError as error:
+        raise ReportError(f"{path}: expected an HTML page or a new file, found: {os_reason(error)}") from None
 
 
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:

@@ -331,7 +331,7 @@ def test_detect_refuses_before_it_works(
         (["--draw", "/proc"], "/proc/drawing: cannot be written"),
         (["--draw", source / "a"], "would mix drawings with the images"),
         (["--html", tmp_path / "none/p.html"], "p.html: its folder .*none does not exist"),
-        (["--html", tmp_path / "folder.html"], "folder.html: expected a file to write a page to, found a folder"),
+        (["--html", tmp_path / "folder.html"], "folder.html: expected a file to write to, found a folder"),
         (["--html", source / "a.jpg", "--overwrite"], "a.jpg: expected an HTML page or a new file, found another file"),
         (["--html", tmp_path / "d.h5", "--overwrite"], "d.h5: expected an HTML page or a new file, found another file"),
         (["--html", "/proc/p.html"], "/proc/p.html: cannot be written"),
