@@ -30,10 +30,10 @@ class Network:
         """The network as plain data; only the first use on a machine builds the network."""
         if (kept := read_description(self._asked)) is not None:
             return kept
-        self.note_preparing()
+        self.log_preparing()
         return self.backbone.description
 
-    def note_preparing(self) -> None:
+    def log_preparing(self) -> None:
         """Log that the network is prepared, once: describing and converting it are one wait."""
         if not self._told:
             self._told = True

@@ -91,7 +91,7 @@ class OpenVinoEngine:
         entry = _entry(self._description)
         self._compiled = _read_entry(entry, options)
         if self._compiled is None:
-            network.note_preparing()
+            network.log_preparing()
             from sppfeat.engines.openvino_conversion import convert
 
             self._compiled = convert(network.backbone, options, _odd_size(self._description))

@@ -106,12 +106,6 @@ class SvmSolution:
     products: int
     _vectors: torch.Tensor
 
-    @property
-    def converged(self) -> np.ndarray:
-        """[K] whether each class came within a relative gap of `CONVERGED`."""
-        result: np.ndarray = self.gaps <= CONVERGED
-        return result
-
     def with_classes(self, which: np.ndarray, other: SvmSolution) -> SvmSolution:
         """This solution, with some classes [K] bool taken from another for the same rows."""
         taken = torch.from_numpy(which).to(self._vectors.device)

@@ -21,6 +21,7 @@ import sppfeat.svm.primal_space
 import sppfeat.svm.rows
 import sppfeat.svm.solver
 from sppfeat import UsageError
+from sppfeat.svm.model import CONVERGED
 from sppfeat.svm.solver import LinearSvm, SvmProblem, class_targets, train_linear_svm
 
 DEVICES = [
@@ -143,7 +144,7 @@ def test_every_fit_comes_near_the_minimum(shape: tuple[int, int], kind: str, rou
         problem = SvmProblem(rows, route=route)
         for c in (1e-4, 1.0, 1e4):
             solution = problem.solve(targets, c=c, tolerance=1e-6)
-            assert solution.converged.all(), (norm, c, solution.gaps)
+            assert (solution.gaps <= CONVERGED).all(), (norm, c, solution.gaps)
             primal, dual = bounds(problem.svm(solution, np.arange(5)), rows, targets, c)
             np.testing.assert_allclose(primal, solution.objectives, rtol=1e-6)  # the reported value is true
             # A point of the dual problem that is made from w alone is far off before w is the minimum to many digits.
