@@ -65,14 +65,15 @@ def retrieval(
     whole_queries: Annotated[
         bool, typer.Option("--whole-queries", help="Search by whole images, even if the ground truth has boxes.")
     ] = _RETRIEVAL.whole_queries,
-    method: Annotated[
+    ap: Annotated[
         str | None,
         typer.Option(
+            "--ap",
             metavar="NAME",
             help="Average precision: step, trapezoid, area or 11-point.",
             show_default="step; trapezoid with --ground-truth",
         ),
-    ] = _RETRIEVAL.method,
+    ] = _RETRIEVAL.ap,
     project: options.Project = None,
     whiten: options.Whiten = False,
     whiten_power: options.WhitenPower = _PROJECTION.power,
@@ -110,7 +111,7 @@ def retrieval(
         raise UsageError("expected STORE, or --gallery STORE --queries STORE")
     chosen = RetrievalOptions(
         relevant=relevant,
-        method=method,
+        ap=ap,
         projection=options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from),
         expand=expand,
         alpha=alpha,
@@ -148,7 +149,7 @@ def _document(done: "Retrieval") -> dict[str, Any]:
         "queries": done.queries,
         "gallery": done.gallery,
         **percent(done),
-        "method": done.method,
+        "ap": done.ap,
         "dim": done.dim,
         "left_out": done.left_out,
         "variance_kept": None if done.projection is None else 100 * done.projection.kept,
@@ -168,7 +169,7 @@ def _text(done: "Retrieval") -> str:
     from sppfeat.retrieval import percent
 
     lines = ["  ".join(f"{name} {value:.2f} %" for name, value in percent(done).items())]
-    about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.method}"
+    about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.ap}"
     if done.projection is not None:
         about += f"; {100 * done.projection.kept:.1f} % of the variance kept ({done.projection.route})"
     lines.append(about)

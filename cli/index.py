@@ -48,12 +48,7 @@ def index(
             metavar="STRING", help="FAISS factory string, such as IVF4096,PQ64.", show_default="by size and memory"
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Maximum memory for the index, such as 4GB.", show_default="half of what is available"
-        ),
-    ] = None,
+    memory: Annotated[str | None, options.memory("half of what is available, for the index")] = None,
     recall: Annotated[
         float,
         typer.Option(metavar="X", help="Fraction of the 10 true neighbors that an approximate index is tuned to find."),

@@ -214,6 +214,11 @@ Nms = Annotated[
 ]
 
 
+def memory(default: str) -> Any:
+    """`--memory` of a command, and what it bounds."""
+    return typer.Option(metavar="SIZE", help="Memory limit, such as 4GB.", show_default=default)
+
+
 def split(default: str) -> Any:
     """`--split` of a VOC layout."""
     return typer.Option(metavar="NAME", help="Image list in ImageSets/Main.", show_default=default)

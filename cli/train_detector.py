@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import counted, integers, print_json, printable, scales
+from sppfeat_cli.output import byte_count, counted, integers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def detector(
     box_regression: Annotated[
         bool, typer.Option("--box-regression/--no-box-regression", help="Learn to move windows onto objects.")
     ] = _TRAINING.box_regression,
-    memory: Annotated[int, typer.Option(metavar="MB", help="Memory for descriptors of windows, in MB.")] = 1074,
+    memory: Annotated[str | None, options.memory("1 GiB, for rows of windows")] = None,
     seed: options.Seed = _TRAINING.seed,
     device: options.Device = RunOptions.device,
     engine: options.Engine = RunOptions.engine,
@@ -76,7 +76,7 @@ def detector(
         positive_weight=positive_weight,
         passes=passes,
         box_regression=box_regression,
-        cache_bytes=memory * 1_000_000,
+        memory=byte_count("memory", memory) if memory is not None else TrainingOptions.memory,
         seed=seed,
     )
     options.check_proposals(windows)

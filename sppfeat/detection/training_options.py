@@ -17,7 +17,7 @@ class TrainingOptions:
     negative_overlap: windows that overlap every object of a class by less are its negatives.
     box_regression: learn to move boxes, from windows that overlap an object by at least `box_overlap`, regularised
     by `box_ridge`.
-    passes: the most over the images for hard negatives. cache_bytes: memory for rows; box rows take half as much more.
+    passes: the most over the images for hard negatives. memory: bytes for rows; box rows take half as much more.
     seed: of all randomness.
     """
 
@@ -29,7 +29,7 @@ class TrainingOptions:
     box_overlap: float = 0.6
     box_ridge: float = 1000.0
     passes: int = 3
-    cache_bytes: int = 1 << 30
+    memory: int = 1 << 30
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class TrainingOptions:
         for name in ("negative_overlap", "box_overlap"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be above 0 and at most 1, found {getattr(self, name)!r}")
-        for name, low, high in (("passes", 1, 100), ("cache_bytes", 1 << 20, 1 << 40), ("seed", 0, 1 << 31)):
+        for name, low, high in (("passes", 1, 100), ("memory", 1 << 20, 1 << 40), ("seed", 0, 1 << 31)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")

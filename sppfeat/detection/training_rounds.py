@@ -85,15 +85,14 @@ class Trainer:
             self._note(f"{name}: has no windows; only its objects are used")
         dim = describer.recipe.bins * (describer.dim // describer.recipe.dimensions(1))
         wanted = sum(self.positives.values())
-        capacity = min(options.cache_bytes // (2 * (dim + 1)), 1 << 22)
+        capacity = min(options.memory // (2 * (dim + 1)), 1 << 22)
         if wanted > capacity // 2:
             needed = 4 * (dim + 1) * wanted
             raise UsageError(
-                f"memory for rows (cache_bytes) must be at least {needed} bytes for {wanted} objects, "
-                f"found {options.cache_bytes}"
+                f"memory for rows must be at least {needed} bytes for {wanted} objects, found {options.memory}"
             )
         self.cache = RowCache(capacity, dim + 1, len(self.classes))
-        per_class = max(16, options.cache_bytes // 2 // (2 * dim) // len(self.classes))
+        per_class = max(16, options.memory // 2 // (2 * dim) // len(self.classes))
         self._boxes = (
             Reservoir(min(per_class, MAX_BOX_ROWS), dim, len(self.classes)) if options.box_regression else None
         )

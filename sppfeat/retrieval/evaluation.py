@@ -32,7 +32,7 @@ class RetrievalOptions:
     """How retrieval is evaluated.
 
     relevant: `folder`: the folder that holds the query's image; `regex:PATTERN`: the same text in the pattern's
-    group. Not used with ground truth. method: of average precision, see `ranked_average_precision`; None: `trapezoid`
+    group. Not used with ground truth. ap: average precision, a method of `ranked_average_precision`; None: `trapezoid`
     with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
     whole_queries: search with whole images even if the ground truth has a box for the query.
     expand, alpha: alpha query expansion as in `SearchOptions`.
@@ -40,15 +40,15 @@ class RetrievalOptions:
     """
 
     relevant: str = "folder"
-    method: str | None = None
+    ap: str | None = None
     projection: ProjectionOptions | None = None
     expand: int = 0
     alpha: float = DEFAULT_ALPHA
     whole_queries: bool = False
 
     def __post_init__(self) -> None:
-        if self.method is not None and self.method not in AP_METHODS:
-            raise UsageError(unknown_name("method", self.method, AP_METHODS))
+        if self.ap is not None and self.ap not in AP_METHODS:
+            raise UsageError(unknown_name("ap", self.ap, AP_METHODS))
         if self.relevant != "folder":
             _pattern(self.relevant)
         if not 0 <= self.expand <= MAX_EXPAND:
@@ -72,7 +72,7 @@ class Retrieval:
     precision: dict[int, float]
     average_precisions: dict[str, float]
     left_out: list[str]
-    method: str
+    ap: str
     dim: int
     projection: Projection | None
     learned_here: bool
@@ -110,7 +110,7 @@ def evaluate_retrieval(
         targets = _targets_from_keys(options.relevant, rows, asked)
         if queries is None:
             own = _own_rows(rows)
-    method = options.method or ("step" if truth is None else "trapezoid")
+    ap = options.ap or ("step" if truth is None else "trapezoid")
     values: dict[str, float] = {}
     left_out: list[str] = []
     recalls = {k: 0.0 for k in RECALLS}
@@ -122,7 +122,7 @@ def evaluate_retrieval(
         if not (ranked > 0).any():
             left_out.append(name)
             continue
-        values[name] = 100 * ranked_average_precision(ranked, method=method)
+        values[name] = 100 * ranked_average_precision(ranked, method=ap)
         for k in recalls:
             recalls[k] += 100 * recall_at(ranked, k)
         for k in precisions:
@@ -137,7 +137,7 @@ def evaluate_retrieval(
         precision={k: total / len(values) for k, total in precisions.items()},
         average_precisions=values,
         left_out=left_out,
-        method=method,
+        ap=ap,
         dim=rows.dim,
         projection=projection,
         learned_here=projection is not None

@@ -30,7 +30,7 @@ from sppfeat.windows.selective_search import ProposalOptions
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
 # A random network's descriptors are weak: they need a larger C than trained ones.
-OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, cache_bytes=1 << 24)
+OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, memory=1 << 24)
 
 
 def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, float, float, float, float]]]:
@@ -259,12 +259,12 @@ def test_windows_on_a_crowd_are_no_negatives(
 
 def test_the_cache_is_bounded(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
     annotated = read_voc(voc, "trainval")
-    few = replace(OPTIONS, cache_bytes=1 << 20)
+    few = replace(OPTIONS, memory=1 << 20)
     recipe = replace(SMALL, levels=(6, 3, 2, 1))  # 50 bins of 96 channels: 109 rows fit
     done = train_detector(annotated, windows, tmp_path / "det.h5", recipe, few)
     assert done.rows <= (1 << 20) // (2 * (50 * 96 + 1))
     assert evaluate_detector(open_detector(tmp_path / "det.h5"), read_voc(voc, "test"), windows).eleven_point > 50
-    with pytest.raises(UsageError, match=r"memory for rows \(cache_bytes\) must be at least"):
+    with pytest.raises(UsageError, match=r"memory for rows must be at least"):
         train_detector(annotated, windows, tmp_path / "x.h5", replace(recipe, levels=(16,)), few)
 
 

@@ -55,7 +55,7 @@ def test_leave_one_out_equals_a_naive_loop_and_scikit_learn(things: Store) -> No
         and 30 < done.mean_average_precision < 95
     )
     assert list(done.recall.values()) == pytest.approx(100 * np.mean(first, 0)) and done.recall[1] < 100
-    assert (done.queries, done.gallery, done.left_out, done.method) == (40, 40, [], "step")
+    assert (done.queries, done.gallery, done.left_out, done.ap) == (40, 40, [], "step")
 
 
 def test_two_stores_by_a_pattern(make_store: MakeStore) -> None:
@@ -91,9 +91,9 @@ def test_ground_truth_with_junk(things: Store, tmp_path: Path) -> None:
     done = evaluate_retrieval(things, truth=read_ground_truth(tmp_path / "gnd.json"))
     # Without junk the ranking begins relevant, no, relevant: trapezoids (1 + 1) / 2 and (1/2 + 2/3) / 2.
     assert done.mean_average_precision == pytest.approx(100 * (1 + 7 / 12) / 2)
-    assert done.method == "trapezoid" and done.recall[1] == 100
+    assert done.ap == "trapezoid" and done.recall[1] == 100
     stepped = evaluate_retrieval(
-        things, None, RetrievalOptions(method="step"), truth=read_ground_truth(tmp_path / "gnd.json")
+        things, None, RetrievalOptions(ap="step"), truth=read_ground_truth(tmp_path / "gnd.json")
     )
     assert stepped.mean_average_precision == pytest.approx(100 * (1 + 2 / 3) / 2)
 
@@ -171,8 +171,8 @@ def test_bad_relevance_and_stores(things: Store, make_store: MakeStore) -> None:
         evaluate_retrieval(flat)
     with pytest.raises(StoreError, match=r"flat.h5: was made with another recipe than .*f.h5 \(weights: 0000"):
         evaluate_retrieval(things, make_store(clustered(4, 2), "flat.h5", weights="1" * 64))
-    with pytest.raises(UsageError, match="unknown method 'steps'"):
-        RetrievalOptions(method="steps")
+    with pytest.raises(UsageError, match="unknown ap 'steps'"):
+        RetrievalOptions(ap="steps")
     for alpha in (-3.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="alpha must be a number from 0 to 100"):
             RetrievalOptions(expand=2, alpha=alpha)
