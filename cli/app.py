@@ -72,7 +72,9 @@ def run() -> None:
     if sys.stderr is not None and sys.stderr.isatty() and "--quiet" not in sys.argv:
         # What the library waits for; whoever looks at a log has the results.
         logging.getLogger("sppfeat").setLevel(logging.INFO)
-        logging.getLogger("sppfeat").addHandler(logging.StreamHandler(sys.stderr))
+        handler = logging.StreamHandler(sys.stderr)
+        handler.format = lambda record: printable(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("sppfeat").addHandler(handler)
     try:
         with results_alone(as_json="--json" in sys.argv):
             build(next(iter(sys.argv[1:]), None))()

@@ -1,7 +1,7 @@
 """`sppfeat detect`: detect objects in images."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,6 @@ from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
 from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
-
-if TYPE_CHECKING:
-    pass
 
 _DETECT = options.Defaults("sppfeat.detection:DetectOptions")
 

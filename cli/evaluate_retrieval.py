@@ -149,7 +149,7 @@ def _document(done: "Retrieval") -> dict[str, Any]:
         "queries": done.queries,
         "gallery": done.gallery,
         **percent(done),
-        "ap": done.ap,
+        "method": done.ap,
         "dim": done.dim,
         "left_out": done.left_out,
         "variance_kept": None if done.projection is None else 100 * done.projection.kept,

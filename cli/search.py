@@ -1,5 +1,6 @@
 """`sppfeat search`: search a gallery by images or by a store."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,8 @@ def search(
     are answered; the exit code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
+    if os.path.lexists(gallery) and not any(query == "-" or os.path.lexists(query) for query in queries):
+        options.check_sources(queries[:1])
 
     from sppfeat.files import STORE, format_of
     from sppfeat.report import check_page

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side
+from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side, unknown_backbone
 from sppfeat.backbones.layer_steps import layer_steps
 from sppfeat.backbones.tracing import TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
@@ -223,7 +223,7 @@ def _build(backbone: str, weights: str) -> tuple[nn.Module, InputSpec, Weights |
             return (*_build_torchvision(name, weights == "pretrained"), None)
         if family == "timm" and name:
             return (*_build_timm(name, weights == "pretrained"), None)
-    raise UsageError(unknown_name("backbone", backbone, [*PACKAGED, "torchvision:NAME", "timm:NAME"]))
+    raise UsageError(unknown_backbone(backbone))
 
 
 def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:

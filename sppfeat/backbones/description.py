@@ -19,7 +19,7 @@ import msgspec
 
 from sppfeat._version import __version__
 from sppfeat.backbones.geometry import Geometry, Step, follow
-from sppfeat.errors import BackboneError, SppFeatError
+from sppfeat.errors import BackboneError, SppFeatError, UsageError, unknown_name
 from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, write_entry
 from sppfeat.recipe import Recipe
 
@@ -110,6 +110,17 @@ def shortest_side(steps: tuple[Step, ...], stride: int) -> int:
     return PROBE if steps else stride
 
 
+def check_backbone(name: str) -> None:
+    """Raise UsageError for a name of none of the kinds of backbones."""
+    if name not in PACKAGED and not name.startswith(("torchvision:", "timm:")):
+        raise UsageError(unknown_backbone(name))
+
+
+def unknown_backbone(name: str) -> str:
+    """The message for a name of no backbone."""
+    return unknown_name("backbone", name, [*PACKAGED, "torchvision:NAME", "timm:NAME"])
+
+
 def package_file(package: str) -> str | None:
     """The weights file of a package, without importing it; None if the package is not installed."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -156,8 +167,8 @@ def read_description(recipe: Recipe) -> Description | None:
     return Description(resolved, kept.layer, kept.weights_sha256, kept.minimum_side, kept.steps, kept.no_geometry)
 
 
-def keep_description(asked: Recipe, found: Description) -> None:
-    """Cache the description of the network that a recipe names."""
+def keep_description(asked: Recipe, found: Description, weights_file: list[object]) -> None:
+    """Cache the description of the network that a recipe names; weights_file: of `asked`, before it was read."""
     recipe = found.recipe
     assert recipe.mean is not None and recipe.std is not None and recipe.interpolation is not None
     kept = _Kept(
@@ -171,22 +182,32 @@ def keep_description(asked: Recipe, found: Description) -> None:
         steps=found.steps,
         no_geometry=found.no_geometry,
     )
+    try:
+        body = msgspec.json.encode(kept)
+    except UnicodeEncodeError:  # a path that is not UTF-8
+        return
     # Stores and models hold the recipe filled in: it names the same network.
-    for named in {_entry(asked), _entry(recipe)}:
-        write_entry(named, msgspec.json.encode(kept), kept=_KEPT_ENTRIES)
+    entries = {_entry(asked), _entry(recipe)}
+    # A file that was replaced meanwhile has another network.
+    if weights_file_of(asked) == weights_file:
+        for entry in entries:
+            write_entry(entry, body, kept=_KEPT_ENTRIES)
 
 
 def _entry(recipe: Recipe) -> Path:
     made_from: dict[str, object] = {
         "recipe": [getattr(recipe, name) for name in _NETWORK_FIELDS],
-        "weights": _weights_file(recipe),
+        "weights": weights_file_of(recipe),
         "versions": {"sppfeat": __version__} | network_versions(),
     }
     return cache_folder() / "networks" / f"{cache_key(made_from)}.json"
 
 
-def _weights_file(recipe: Recipe) -> list[object]:
-    """The path, size and time of the weights file, where it is known beforehand."""
+def weights_file_of(recipe: Recipe) -> list[object]:
+    """What tells the weights file, where it is known beforehand, from any that replaces it.
+
+    Programs that copy a file keep its size and modification time, but not its number and the time of its change.
+    """
     path = None
     if recipe.weights not in ("pretrained", "random"):
         path = os.path.abspath(recipe.weights)
@@ -196,7 +217,7 @@ def _weights_file(recipe: Recipe) -> list[object]:
         about = os.stat(path) if path is not None else None
     except OSError:
         about = None
-    return [] if about is None else [path, about.st_size, about.st_mtime_ns]
+    return [] if about is None else [path, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 
 @functools.cache

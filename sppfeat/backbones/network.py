@@ -6,7 +6,14 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from sppfeat.backbones.description import Description, keep_description, read_description
+from sppfeat.backbones.description import (
+    Description,
+    check_backbone,
+    keep_description,
+    read_description,
+    weights_file_of,
+)
+from sppfeat.errors import BackboneError, one_line
 from sppfeat.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ class Network:
         """The network as plain data; only the first use on a machine builds the network."""
         if (kept := read_description(self._asked)) is not None:
             return kept
+        check_backbone(self._asked.backbone)
         self.log_preparing()
         return self.backbone.description
 
@@ -42,8 +50,19 @@ class Network:
     @functools.cached_property
     def backbone(self) -> Backbone:
         """The network itself, on the CPU: takes seconds, and imports torch."""
-        from sppfeat.backbones.backbone import load_backbone
-
+        try:
+            from sppfeat.backbones.backbone import load_backbone
+        except (ImportError, OSError, MemoryError) as error:
+            raise BackboneError(f"PyTorch could not be imported: {one_line(error)}") from None
+        weights_file = weights_file_of(self._asked)
         built = load_backbone(self._asked)
-        keep_description(self._asked, built.description)
+        keep_description(self._asked, built.description, weights_file)
+        described = self.__dict__.get("description", built.description)
+        if described.weights_sha256 != built.description.weights_sha256:
+            # Downloaded weights are described without their file, which may have been replaced.
+            raise BackboneError(
+                f"backbone {self._asked.backbone}: its weights have changed since they were described "
+                f"({described.weights_sha256[:12]} then, {built.description.weights_sha256[:12]} now): "
+                "run the command again"
+            )
         return built

@@ -50,7 +50,7 @@ class Annotation:
 
 @dataclass
 class AnnotatedImages:
-    """Annotations by image name, in order; names are relative to `root`, see `sppfeat.images.reading.path_to_name`.
+    """Annotations by image name, in order; names are relative to `root`, see `sppfeat.images.path_to_name`.
 
     classes: the class names that occur, or that COCO lists, in order. problems: skipped images, and why.
     notes: what is skipped, changed or suspicious in images that are used, one line each.

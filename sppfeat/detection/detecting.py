@@ -289,7 +289,7 @@ def window_notes(name: str, done: Detections) -> list[str]:
     """What is suspicious about the windows of a searched image."""
     notes = []
     if done.left_out:
-        notes.append(f"{name}: {done.left_out} windows reach outside the image and are skipped")
+        notes.append(f"{name}: windows that reach outside the image are skipped: {done.left_out}")
     if not done.windows:
         notes.append(f"{name}: has no windows")
     return notes

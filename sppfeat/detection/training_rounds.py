@@ -219,7 +219,7 @@ class Trainer:
         objects = len(annotation.boxes) if self._step == 0 else 0
         if self._step == 0 and not good.all():
             reason = next(iter(done.row_errors.values()))
-            self._note(f"{name}: {int((~good).sum())} windows are skipped: the first {reason}")
+            self._note(f"{name}: windows skipped: {int((~good).sum())}; the first {reason}")
         labels = np.array([self.classes.index(x) if x in self.classes else -1 for x in annotation.labels], int)
         overlap = overlaps(windows, annotation.boxes)
         # A window on one object of a crowd is not a negative, however little of the crowd it holds.

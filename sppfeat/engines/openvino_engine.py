@@ -13,7 +13,6 @@ import platform
 import re
 import sys
 import threading
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,15 +91,19 @@ class OpenVinoEngine:
         self._compiled = _read_entry(entry, options)
         if self._compiled is None:
             network.log_preparing()
+            backbone = network.backbone
             from sppfeat.engines.openvino_conversion import convert
 
-            self._compiled = convert(network.backbone, options, _odd_size(self._description))
+            self._compiled = convert(backbone, options, _odd_size(self._description))
             self._check_values()
             _write_entry(entry, self._compiled)
         else:
             # At its first pass the binding fills tables of its own, and two threads that do so at once wait for each
             # other for ever, one for the table and one for the interpreter: so the first pass is this thread's.
-            self._infer(np.zeros((1, *_odd_size(self._description), 3), np.uint8))
+            try:
+                self._infer(np.zeros((1, *_odd_size(self._description), 3), np.uint8))
+            except RuntimeError as error:
+                raise failure(self._description, error) from None
 
     def at_work(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -200,7 +203,7 @@ def _entry(description: Description) -> Path:
         "layer": description.layer.name,
         "weights_sha256": description.weights_sha256,
         "input": [recipe.mean, recipe.std, recipe.precision],
-        "versions": {"sppfeat": __version__, "openvino": version("openvino")} | network_versions(),
+        "versions": {"sppfeat": __version__, "openvino": import_openvino().__version__} | network_versions(),
         "machine": _machine(),
     }
     return cache_folder() / "networks" / f"{cache_key(made_from)}.bin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import time
 from collections import deque
@@ -113,6 +114,12 @@ class _Gate:
             yield
 
 
+def check_windows(recipe: Recipe) -> None:
+    """Raise UsageError for a recipe that windows cannot be described with."""
+    if recipe.crop != "none":
+        raise UsageError(f"windows need crop 'none', found {recipe.crop!r}")
+
+
 class Describer:
     """Describes images by a recipe, which it completes (layer, mean, ...). The network is loaded on first use.
 
@@ -142,16 +149,18 @@ class Describer:
         self._most_pixels = 0  # that went through the network in one pass
         self.workers = self._options.num_workers or available_cores()
         self._engine: Engine | None = None
+        self._loading = threading.Lock()
         self._batch_size = 1
         # Batch sizes by shape, where memory is short.
         self._fitting: dict[tuple[int, ...], int] = {}
 
     def load(self) -> Engine:
         """The engine, loaded on first use. Raises BackboneError, DeviceError."""
-        if self._engine is None:
-            self._engine = load_engine(self._network, self._options)
-            self._batch_size = self._options.batch_size or self._engine.batch_size
-        return self._engine
+        with self._loading:
+            if self._engine is None:
+                self._engine = load_engine(self._network, self._options)
+                self._batch_size = self._options.batch_size or self._engine.batch_size
+            return self._engine
 
     @property
     def engine(self) -> str:
@@ -164,7 +173,11 @@ class Describer:
         return self._engine.streams if self._engine is not None else 0
 
     def describe(
-        self, items: Iterable[Item | str], *, scales: str = "all", stop: Callable[[], bool] = lambda: False
+        self,
+        items: Iterable[Item | str | os.PathLike[str]],
+        *,
+        scales: str = "all",
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Described]:
         """Describe every item, or the image at every path, roughly in order; one that cannot be described comes with
         its reason.
@@ -180,7 +193,9 @@ class Describer:
         """
         if scales not in WINDOW_SCALES:
             raise UsageError(unknown_name("scales", scales, WINDOW_SCALES))
-        for index, row in self._run((Item.at(each) if isinstance(each, str) else each for each in items), scales, stop):
+        for index, row in self._run(
+            (each if isinstance(each, Item) else Item.at(each) for each in items), scales, stop
+        ):
             if isinstance(row, _Unreadable):
                 yield Described(index, None, (0, 0), row.fingerprint, row.reason, {})
             else:
@@ -213,8 +228,8 @@ class Describer:
 
     def _begin(self, items: Iterable[tuple[int, Item]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
         for index, item in items:
-            if item.windows is not None and self.recipe.crop != "none":
-                raise UsageError(f"windows need crop 'none', found {self.recipe.crop!r}")
+            if item.windows is not None:
+                check_windows(self.recipe)
             yield index, item, decoders.submit(self._prepare, item)
 
     def _pipeline(
@@ -293,15 +308,17 @@ class Describer:
 
     def _prepare(self, item: Item) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
+        # Taken first: a file that is still being copied is another one by the next run.
+        fingerprint = item.fingerprint()
         if item.problem is not None:
-            return _Unreadable(item.problem, item.fingerprint())
+            return _Unreadable(item.problem, fingerprint)
         try:
             with quiet_pillow:
                 return prepare_image(item.path, self.recipe, minimum=self.minimum_side)
         except ImageError as error:
-            return _Unreadable(str(error), item.fingerprint())
+            return _Unreadable(str(error), fingerprint)
         except MemoryError:
-            return _Unreadable("cannot be decoded: out of memory", item.fingerprint())
+            return _Unreadable("cannot be decoded: out of memory", fingerprint)
         finally:
             self.times.spend("decode", time.perf_counter() - start)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.images import NO_FINGERPRINT, ImageList, Item
-from sppfeat.store import Status, Store, row_name, row_names, split_row_name
+from sppfeat.store import Status, Store, row_name, row_names, split_row_name, window_text
 
 
 class Todo(NamedTuple):
@@ -64,8 +64,9 @@ def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[
         distinct = list(first.values())
         count += len(boxes)
         if distinct:
-            rounded = np.round(np.asarray(boxes, np.float64)[distinct], 3)
-            items.append(replace(item, windows=rounded))
+            # As the names say them, so that they are rounded once.
+            rounded = [[float(edge) for edge in window_text(boxes[at]).split(",")] for at in distinct]
+            items.append(replace(item, windows=np.array(rounded)))
     without = sum(name not in windows or not len(windows[name]) for name in known)
     repeated = count - sum(len(row_names(item)) for item in items)
     return ImageList(images.root, items, repeated), without

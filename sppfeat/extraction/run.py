@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sppfeat.engines import resolve_device
-from sppfeat.errors import StoreError, UsageError
-from sppfeat.extraction.pipeline import Describer
+from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
+from sppfeat.extraction.pipeline import Describer, check_windows
 from sppfeat.extraction.plan import make_plan, with_windows
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import fill_rows, fill_rows_with
@@ -121,6 +121,8 @@ def extract_folder(
     devices = options.devices()
     for each in devices:
         resolve_device(each)
+    if windows is not None and recipe is not None:
+        check_windows(recipe)
     # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     check_output(path, overwrite=overwrite, resume=resume)
@@ -135,34 +137,41 @@ def extract_folder(
         device = options.device if len(devices) > 1 else describer.device
         if overwrite and path.exists() and len(devices) == 1:
             describer.load()  # a network that cannot run must not destroy the existing store
+        created = not path.exists() or not path.stat().st_size
         store = _prepare_store(path, images, describer, fresh=overwrite)
         rows = {name: row for row, name in enumerate(store.names)}
         plan = make_plan(store, rows, images, retry_failed=retry_failed)
         observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
         described = failed = changed = 0
         work = Stages()
-        with StoreWriter(store) as writer:
-            writer.reset(sorted(plan.redo))
-            for item, of_item in plan.todo:
-                if item.problem is not None:
-                    for row, name in zip(of_item, row_names(item), strict=True):
-                        writer.fail(row, item.problem)
-                        observer.row(name, item.problem)
-                        failed += 1
-            for row in plan.lost:
-                writer.fail(row, "the file no longer exists")
-            readable = [todo for todo in plan.todo if todo.item.problem is None]
-            if len(devices) > 1:
-                writer.flush()
-                filled = fill_rows_with(devices, options, store, readable, stop, work)
-            else:
-                filled = fill_rows(writer, describer, readable, stop, work)
-            with contextlib.closing(filled):  # also if the observer raises: processes must not outlive the lock
-                for name, error in filled:
-                    described += error is None
-                    failed += error is not None
-                    changed += error is None and rows[name] in plan.changed
-                    observer.row(name, error)
+        try:
+            with StoreWriter(store) as writer:
+                readable = [todo for todo in plan.todo if todo.item.problem is None]
+                redo = plan.redo.intersection(row for todo in readable for row in todo.rows)
+                writer.reset(sorted(plan.redo - redo))
+                for item, of_item in plan.todo:
+                    if item.problem is not None:
+                        for row, name in zip(of_item, row_names(item), strict=True):
+                            writer.fail(row, item.problem)
+                            observer.row(name, item.problem)
+                            failed += 1
+                for row in plan.lost:
+                    writer.fail(row, "the file no longer exists")
+                if len(devices) > 1:
+                    writer.flush()
+                    filled = fill_rows_with(devices, options, store, readable, sorted(redo), stop, work)
+                else:
+                    filled = fill_rows(writer, describer, readable, sorted(redo), stop, work)
+                with contextlib.closing(filled):  # also if the observer raises: processes must not outlive the lock
+                    for name, error in filled:
+                        described += error is None
+                        failed += error is not None
+                        changed += error is None and rows[name] in plan.changed
+                        observer.row(name, error)
+        except (BackboneError, DeviceError, MissingExtraError):
+            if created and not describer.streams and not described + failed:
+                path.unlink()  # no network was loaded, and nothing was made but a list of names
+            raise
         pending = plan.rows - described - failed
         return Extraction(
             store=str(path),

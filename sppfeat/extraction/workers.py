@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -40,17 +40,26 @@ Outcome = tuple[str, str | None]  # a row's name, and why it failed
 
 
 def fill_rows(
-    writer: StoreWriter, describer: Describer, todo: list[Todo], stop: Callable[[], bool], work: Stages
+    writer: StoreWriter,
+    describer: Describer,
+    todo: list[Todo],
+    redo: Sequence[int],
+    stop: Callable[[], bool],
+    work: Stages,
 ) -> Generator[Outcome, None, None]:
     """Describe items, and write each of their rows in place; adds the time taken to `work`.
 
-    All windows of an image come together.
+    All windows of an image come together. redo: rows that were done or failed; they become pending when the first
+    image is described, and not if no network can be run.
     """
     before = describer.times.copy()
     last_flush = time.perf_counter()
     try:
         for done in describer.describe((item for item, _ in todo), stop=stop):
             item, rows = todo[done.position]
+            if redo:
+                writer.reset(redo)
+                redo = ()
             for at, (row, name) in enumerate(zip(rows, row_names(item), strict=True)):
                 start = time.perf_counter()
                 descriptor, error = done.row(at)
@@ -80,7 +89,13 @@ def fill_rows(
 
 
 def fill_rows_with(
-    devices: list[str], options: RunOptions, store: Store, todo: list[Todo], stop: Callable[[], bool], work: Stages
+    devices: list[str],
+    options: RunOptions,
+    store: Store,
+    todo: list[Todo],
+    redo: Sequence[int],
+    stop: Callable[[], bool],
+    work: Stages,
 ) -> Generator[Outcome, None, None]:
     """`fill_rows` with one process per device. Hold `lock_store`: it keeps others out for all of them.
 
@@ -88,6 +103,7 @@ def fill_rows_with(
     """
     each = options.num_workers or max(1, available_cores() // len(devices))
     heard: queue.Queue[tuple[int, Any]] = queue.Queue()
+    again = set(redo)
     parts = [todo[number :: len(devices)] for number in range(len(devices))]
     names = [[name for item, _ in part for name in row_names(item)] for part in parts]
     children = [_Child(number, heard) for number in range(len(devices))]
@@ -100,6 +116,7 @@ def fill_rows_with(
                     "recipe": store.recipe.to_json(),
                     "options": dataclasses.asdict(dataclasses.replace(options, device=device, num_workers=each)),
                     "todo": [_told(one) for one in part],
+                    "redo": sorted(again.intersection(row for one in part for row in one.rows)),
                 }
             )
         left, stopped = len(children), False
@@ -220,7 +237,7 @@ def main() -> None:
         todo = [_heard(one) for one in task["todo"]]
         places = {name: place for place, name in enumerate(name for item, _ in todo for name in row_names(item))}
         with StoreWriter(open_store(task["store"])) as writer:
-            for name, error in fill_rows(writer, describer, todo, stop.is_set, work):
+            for name, error in fill_rows(writer, describer, todo, task["redo"], stop.is_set, work):
                 say([places[name], error])
         say(work.told())
     except SppFeatError as error:

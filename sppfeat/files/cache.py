@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,12 @@ def cache_folder() -> Path:
     """The folder of everything that sppfeat can recreate."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path is invalid and must be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sppfeat"
+    if os.path.isabs(base):
+        return Path(base, "sppfeat")
+    try:
+        return Path.home() / ".cache" / "sppfeat"
+    except RuntimeError:  # a user without a home, as in some containers: below a file there is nothing
+        return Path(os.devnull, "sppfeat")
 
 
 def cache_key(made_from: dict[str, object]) -> str:
@@ -34,9 +40,11 @@ def cache_key(made_from: dict[str, object]) -> str:
 def read_entry(entry: Path) -> bytes | None:
     """The content of an entry; None unless it is intact and this user's."""
     try:
-        with open(entry, "rb", buffering=0) as file:  # a body is some 10 MB: read once, into its place
+        # A body is some 10 MB: read once, into its place. O_NONBLOCK: opening a pipe would wait for a writer.
+        with open(entry, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            about = os.fstat(file.fileno())
             # Compiled networks run as programs do: never read another user's.
-            if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid != os.geteuid():
+            if not stat.S_ISREG(about.st_mode) or (hasattr(os, "geteuid") and about.st_uid != os.geteuid()):
                 return None
             header, body = file.read(_HEADER), file.read()
     except OSError:

@@ -12,7 +12,7 @@ def unsafe_name(name: str) -> str | None:
     r"""Why a name must not be resolved to a file below its source root; None if it may be.
 
     Sound names are relative, stay below the root, and have `\\` for a backslash and `\x80` to `\xff` for bytes that
-    are not UTF-8, as `sppfeat.images.reading.path_to_name` writes them.
+    are not UTF-8, as `sppfeat.images.path_to_name` writes them.
     """
     if not name or "\0" in name:
         return "contains a NUL byte" if name else "is empty"

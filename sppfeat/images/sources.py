@@ -61,7 +61,8 @@ class Item:
     @classmethod
     def at(cls, path: str | os.PathLike[str], windows: np.ndarray | None = None) -> Item:
         """The image at a path, or windows on it."""
-        folder, name = os.path.split(os.path.abspath(path))
+        # Not `abspath`: what `..` means behind a link is known to the system alone.
+        folder, name = os.path.split(os.path.join(os.getcwd(), os.fspath(path)))
         return cls(folder, path_to_name(name), windows)
 
     @property

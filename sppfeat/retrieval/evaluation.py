@@ -48,7 +48,7 @@ class RetrievalOptions:
 
     def __post_init__(self) -> None:
         if self.ap is not None and self.ap not in AP_METHODS:
-            raise UsageError(unknown_name("ap", self.ap, AP_METHODS))
+            raise UsageError(unknown_name("average precision", self.ap, AP_METHODS))
         if self.relevant != "folder":
             _pattern(self.relevant)
         if not 0 <= self.expand <= MAX_EXPAND:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from conftest import TINY
 from safetensors.torch import save_file
 from timm import create_model
 
-from sppfeat import Recipe
+from sppfeat import BackboneError, Recipe
 from sppfeat.backbones import backbone as backbone_module
 from sppfeat.backbones.description import read_description
 from sppfeat.backbones.network import Network
@@ -84,3 +86,87 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert Network(TINY).description == Network(TINY).description
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    recipe = Recipe(backbone="timm:test_resnet", weights=str(path), layer="layer1")
+    state = {name: value.contiguous() for name, value in create_model("test_resnet").state_dict().items()}
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}
+    save_file(state, path)
+    fold = backbone_module.fold_batch_norms
+
+    def replaced(trunk: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        save_file(other, path)
+        return fold(trunk)
+
+    monkeypatch.setattr(backbone_module, "fold_batch_norms", replaced)
+    first = Network(recipe).description
+    monkeypatch.setattr(backbone_module, "fold_batch_norms", fold)
+    assert read_description(recipe) is None
+    assert Network(recipe).description.weights_sha256 != first.weights_sha256
+
+
+def test_a_copy_with_the_size_and_time_of_the_old_file_is_another_network(tmp_path: Path) -> None:
+    path, new = tmp_path / "w.safetensors", tmp_path / "new.safetensors"
+    recipe = Recipe(backbone="timm:test_resnet", weights=str(path), layer="layer1")
+    state = {name: value.contiguous() for name, value in create_model("test_resnet").state_dict().items()}
+    save_file(state, path)
+    save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()}, new)
+    os.utime(path, (1000, 1000))
+    os.utime(new, (1000, 1000))
+    first = Network(recipe).description
+    os.replace(new, path)
+    assert read_description(recipe) is None and Network(recipe).description.weights_sha256 != first.weights_sha256
+
+
+def test_weights_that_are_not_those_described_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Network(TINY).description
+    described = Network(TINY)
+    assert described.description == found
+    load = backbone_module.load_backbone
+
+    def changed(recipe: Recipe) -> backbone_module.Backbone:
+        built = load(recipe)
+        built.description = replace(built.description, weights_sha256="0" * 64)
+        return built
+
+    monkeypatch.setattr(backbone_module, "load_backbone", changed)
+    with pytest.raises(BackboneError, match="its weights have changed since they were described"):
+        described.backbone  # noqa: B018
+    assert Network(TINY).description.weights_sha256 == "0" * 64, "the next run is of the new weights"
+
+
+def test_weights_in_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = os.path.join(tmp_path, os.fsdecode(b"w\xff.pth"))
+    torch.save(create_model("test_resnet").state_dict(), path)
+    recipe = Recipe(backbone="timm:test_resnet", weights=path, layer="layer1")
+    assert Network(recipe).description == Network(recipe).description
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert Network(TINY).description == Network(TINY).description
+    assert read_description(TINY) is None
+
+
+def test_a_pipe_is_no_entry(own_cache: Path) -> None:
+    Network(TINY).description  # noqa: B018
+    for kept in own_cache.glob("*.json"):
+        kept.unlink()
+        os.mkfifo(kept)
+    assert read_description(TINY) is None
+
+
+def test_a_name_of_no_kind_is_refused_without_torch() -> None:
+    code = (
+        "import sys; from sppfeat import Recipe, UsageError\nfrom sppfeat.backbones import Network\n"
+        "try: Network(Recipe(backbone='nope')).description\nexcept UsageError as e: print(e, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("unknown backbone 'nope'") and done.stdout.endswith("False\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -180,6 +181,22 @@ def test_no_command_connects_to_anything(make_images: Callable[..., Path], tmp_p
     assert [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()] and all(
         path.is_relative_to(home / ".cache" / "sppfeat") for path in home.rglob("*") if path.is_file()
     )
+
+
+def test_no_name_commands_the_terminal_while_it_waits(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    """On a terminal, the name of a network that is being prepared is shown; it may come from anybody's model."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", RUN, "extract", str(make_images(1)), "-o", str(tmp_path / "f.h5")]
+    done = subprocess.run(
+        [*command, "--backbone", "timm:x\x1b]0;OWNED\x07"],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    os.close(theirs)
+    shown = os.read(ours, 10_000)
+    os.close(ours)
+    assert done.returncode == 2 and b"preparing timm:x" in shown and b"\x1b" not in shown
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 2.5, 4.5])

@@ -315,7 +315,7 @@ def test_classes_without_objects_and_images_without_windows(
     assert done.classes == ["blue", "red"] and open_detector(tmp_path / "det.h5").classes == ["blue", "red"]
     assert "class 'green' has no box that counts and is skipped" in done.notes
     assert "000.png: has no windows; only its objects are used" in done.notes
-    assert any(note.startswith("001.png: 1 windows are skipped: the first reaches outside") for note in done.notes)
+    assert any(note.startswith("001.png: windows skipped: 1; the first reaches outside") for note in done.notes)
     with pytest.raises(ModelError, match="already exists"):  # before hours of searching for windows
         train_detector(annotated, None, tmp_path / "det.h5", SMALL, OPTIONS)
     with pytest.raises(UsageError, match="expected windows of the images, found none"):

@@ -362,7 +362,7 @@ def test_another_recipe_version_or_machine_has_another_entry(own_cache: Path, mo
         entries.add(entry(other))
     monkeypatch.setattr(openvino_engine, "_machine", lambda: ["another"])
     entries.add(entry(TINY))
-    monkeypatch.setattr(openvino_engine, "version", lambda name: "0")
+    monkeypatch.setattr(openvino_engine.import_openvino(), "__version__", "0")
     entries.add(entry(TINY))
     assert len(entries) == 6
     # What does not change the network shares it.

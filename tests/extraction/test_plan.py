@@ -13,7 +13,7 @@ from conftest import MakeStore
 from sppfeat import UsageError, open_store
 from sppfeat.extraction.plan import make_plan, with_windows
 from sppfeat.images import ImageList, Item, find_images
-from sppfeat.store import Store, row_names
+from sppfeat.store import Store, row_name, row_names
 from sppfeat.store.writing import StoreWriter
 
 BOXES = np.array([[0, 0, 9, 9], [1.23456, 0, 9, 9], [0, 0, 9, 9.0001]])
@@ -69,6 +69,16 @@ def test_windows_of_other_images(images: ImageList) -> None:
     assert listed.problems == {"no.png": "its image is not in the sources (no.png)"}
     with pytest.raises(UsageError, match="none of the 4 images .* found 'no.png'"):
         with_windows(images, {"no.png": BOXES})
+
+
+def test_windows_are_rounded_once_as_their_names_are(images: ImageList) -> None:
+    """0.0005 becomes 0.001 or 0; of two windows with one name, one would be a row that is never filled."""
+    ties = np.array([[0.0005, 0, 50, 50], [0, 0, 50, 50], [0.0015, 0.0025, 50.0005, 50.1235]])
+    listed, _ = with_windows(images, {images.names[0]: ties})
+    (item,) = listed.items
+    assert item.windows is not None
+    assert row_names(item) == list(dict.fromkeys(row_name(item.name, box) for box in ties))
+    assert len(set(row_names(item))) == len(item.windows)
 
 
 def test_no_network_is_needed() -> None:

@@ -594,3 +594,83 @@ def test_the_bottleneck_is_the_stage_that_the_others_wait_for(make_images: MakeI
     assert slowest("cuda:0", 12, 9) == "forward"
     assert slowest("cuda:0", 79, 9) == "decode"
     assert replace(done, described=0).bottleneck is None
+
+
+def test_a_network_that_cannot_run_changes_nothing(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = make_images(3), tmp_path / "s.h5"
+    extract_folder(folder, path, TINY, RunOptions(engine="torch"))
+    before = path.read_bytes()
+    changed = next(iter(folder.iterdir()))
+    Image.new("RGB", (90, 80), "red").save(changed)
+
+    def refuse(*arguments: object) -> None:
+        raise BackboneError("cannot be run")
+
+    monkeypatch.setattr(TorchEngine, "__init__", refuse)
+    with pytest.raises(BackboneError, match="cannot be run"):
+        extract_folder(folder, path, TINY, RunOptions(engine="torch"))
+    assert path.read_bytes() == before
+    with pytest.raises(BackboneError, match="cannot be run"):
+        extract_folder(folder, tmp_path / "new.h5", TINY, RunOptions(engine="torch"))
+    assert not (tmp_path / "new.h5").exists()
+
+
+def test_windows_with_a_recipe_that_crops_are_refused_before_a_store_is_made(
+    make_images: MakeImages, tmp_path: Path
+) -> None:
+    folder = make_images(1)
+    windows = {next(iter(folder.iterdir())).name: np.array([[0, 0, 9, 9]])}
+    with pytest.raises(UsageError, match="windows need crop 'none'"):
+        extract_folder(folder, tmp_path / "s.h5", replace(TINY, crop="center"), windows=windows)
+    assert not (tmp_path / "s.h5").exists()
+
+
+def test_an_image_that_was_still_being_copied_is_tried_again(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(1)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+
+    def finished_meanwhile(*arguments: object, **options: object) -> object:
+        try:
+            return prepare_image(*arguments, **options)  # type: ignore[arg-type]
+        finally:
+            file.write_bytes(whole)
+
+    monkeypatch.setattr("sppfeat.extraction.pipeline.prepare_image", finished_meanwhile)
+    assert extract_folder(folder, tmp_path / "s.h5", TINY).failed == 1
+    monkeypatch.undo()
+    assert extract_folder(folder, tmp_path / "s.h5", TINY).described == 1
+
+
+def test_paths_are_those_of_the_system(make_images: MakeImages, tmp_path: Path) -> None:
+    """`link/..` is the folder above the one that the link leads to."""
+    folder = make_images(1)
+    (file,) = folder.iterdir()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "inside").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(folder / "inside")
+    (done,) = Describer(TINY).describe([tmp_path / "elsewhere" / "link" / ".." / file.name])
+    assert done.error is None
+
+
+def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    load = TorchEngine.__init__
+
+    def counted(self: TorchEngine, *arguments: object) -> None:
+        made.append(self)
+        load(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TorchEngine, "__init__", counted)
+    describer = Describer(TINY, RunOptions(engine="torch"))
+    threads = [threading.Thread(target=describer.load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1

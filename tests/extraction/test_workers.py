@@ -77,7 +77,7 @@ def test_the_error_of_a_process_is_that_of_the_run(make_images: MakeImages, tmp_
     extract_folder(folder, output, TINY, OPTIONS, stop=lambda: True)
     store = open_store(output)
     todo = [Todo(Item(str(folder), name), [row]) for row, name in enumerate(store.names)]
-    arguments = (OPTIONS, store, todo, lambda: False, Stages())
+    arguments = (OPTIONS, store, todo, [], lambda: False, Stages())
     with lock_store(output), pytest.raises(DeviceError, match="device cuda:77: expected an NVIDIA GPU"):
         list(fill_rows_with(["cpu", "cuda:77"], *arguments))
     # Half of the rows were the other one's.

@@ -171,7 +171,7 @@ def test_bad_relevance_and_stores(things: Store, make_store: MakeStore) -> None:
         evaluate_retrieval(flat)
     with pytest.raises(StoreError, match=r"flat.h5: was made with another recipe than .*f.h5 \(weights: 0000"):
         evaluate_retrieval(things, make_store(clustered(4, 2), "flat.h5", weights="1" * 64))
-    with pytest.raises(UsageError, match="unknown ap 'steps'"):
+    with pytest.raises(UsageError, match="unknown average precision 'steps'"):
         RetrievalOptions(ap="steps")
     for alpha in (-3.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="alpha must be a number from 0 to 100"):
