@@ -1,7 +1,7 @@
 """Our file formats: telling which one a file has, and opening it without trusting it.
 
 Each of our HDF5 files has the root attributes `format` and `format_version`; a gallery is a folder with a
-`gallery.json` that has both keys.
+`gallery.json`, or of shards with a `manifest.json`, that has both keys.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
     path = Path(path)
     try:
         if path.is_dir():
-            about = path / "gallery.json"
-            if not about.is_file():
+            about = next((path / name for name in ("gallery.json", "manifest.json") if (path / name).is_file()), None)
+            if about is None:
                 return None
-            found = decode_document(about.read_bytes(), _Format, what=str(about), error=UsageError).format
+            # Lenient: a manifest may have paths that are not UTF-8.
+            content = about.read_bytes()
+            found = decode_document(content, _Format, what=str(about), error=UsageError, lenient=True).format
         else:
             check_hdf5(path)
             with h5py.File(path, "r", locking=False) as file:

@@ -32,15 +32,15 @@ _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 # The child's last message about a sound file.
 _SOUND: Final = b"\0"
 # Sound files by path, size, time and inode: one command opens a file several times.
-_sound: set[tuple[str, int, int, int]] = set()
+_sound: set[tuple[str, int, int, int, bool]] = set()
 _MOST_KNOWN: Final = 1024
 
 
-def check_hdf5(path: str | os.PathLike[str]) -> None:
+def check_hdf5(path: str | os.PathLike[str], *, strings: bool = True) -> None:
     """Raise OSError unless a file is of the kind of HDF5 that sppfeat writes, and safe to read.
 
     Such a file has plain datasets at its root, each contiguous in the file: no filters, no chunks, no links, and no
-    external storage.
+    external storage. strings: also read all text of variable length; without, the caller must not read any.
     """
     path = Path(path)
     if stat.S_ISFIFO(os.stat(path).st_mode):
@@ -50,14 +50,14 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
         if file.read(len(_SIGNATURE)) != _SIGNATURE:
             raise OSError("not an HDF5 file")
     key = (os.path.realpath(path), info.st_size, info.st_mtime_ns, info.st_ino)
-    if key in _sound:
+    if (*key, True) in _sound or (*key, strings) in _sound:
         return
     # A failed check is repeated each time: the cause may have been a stall, or a shortage of memory.
-    if (reason := _reason_in_child(path)) is not None:
+    if (reason := _reason_in_child(path, strings)) is not None:
         raise OSError(reason)
     if len(_sound) >= _MOST_KNOWN:
         _sound.clear()
-    _sound.add(key)
+    _sound.add((*key, strings))
 
 
 def hdf5_reason(error: OSError) -> str:
@@ -67,7 +67,7 @@ def hdf5_reason(error: OSError) -> str:
     return f"cut short ({inner})" if "truncated file" in inner else inner
 
 
-def _reason_in_child(path: Path) -> str | None:
+def _reason_in_child(path: Path, strings: bool) -> str | None:
     """What is wrong with a file, as a child process finds it; the child uses h5py alone."""
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def _reason_in_child(path: Path) -> str | None:
                 os.close(sender)
                 raise
     if not child:
-        _look_and_exit(path, sender)
+        _look_and_exit(path, strings, sender)
     os.close(sender)
     said, ended, status = bytearray(), False, None
     try:
@@ -110,7 +110,7 @@ def _reason_in_child(path: Path) -> str | None:
     return said.lstrip(b".").decode("utf-8", "replace") or "its header is damaged"
 
 
-def _look_and_exit(path: Path, sender: int) -> None:
+def _look_and_exit(path: Path, strings: bool, sender: int) -> None:
     status = 1
     try:
         faulthandler.disable()
@@ -125,7 +125,7 @@ def _look_and_exit(path: Path, sender: int) -> None:
     except (OSError, ValueError):
         pass  # a system without /proc has no such limit
     try:
-        _look(path, sender)
+        _look(path, strings, sender)
         os.write(sender, _SOUND)
         status = 0
     except OSError as error:
@@ -136,8 +136,8 @@ def _look_and_exit(path: Path, sender: int) -> None:
         os._exit(status)
 
 
-def _look(path: Path, sender: int) -> None:
-    """Read a file's attributes, dataset offsets and strings. Raises OSError and whatever h5py raises."""
+def _look(path: Path, strings: bool, sender: int) -> None:
+    """Read a file's attributes, dataset offsets and, if wanted, strings. Raises OSError and whatever h5py raises."""
     size = path.stat().st_size
     with h5py.File(path, "r", locking=False) as file:
         for key in file.attrs:
@@ -160,7 +160,7 @@ def _look(path: Path, sender: int) -> None:
             if held and (place is None or place + held > size):
                 raise OSError(f"cut short: /{name} ends beyond the {size} bytes of the file")
             if dataset.dtype.kind == "O" and dataset.ndim == 1:
-                for start in range(0, len(dataset), _BLOCK_ROWS):
+                for start in range(0, len(dataset) if strings else 0, _BLOCK_ROWS):
                     dataset[start : start + _BLOCK_ROWS]
                     signal.alarm(DEADLINE_SECONDS)
                     os.write(sender, b".")

@@ -1,23 +1,32 @@
-"""Finding images, reading one safely, resizing it, and batching images of equal shape."""
+"""Finding images in folders, archives and buckets, reading one safely, resizing it, and batching equal shapes."""
 
 from __future__ import annotations
 
+from sppfeat.images.archives import from_builtins, to_builtins
 from sppfeat.images.batching import ShapeBatcher
-from sppfeat.images.reading import decode, open_image, read_image, upright_size
-from sppfeat.images.resizing import PreparedImage, prepare_image
-from sppfeat.images.sources import (
+from sppfeat.images.items import (
     EXTENSIONS,
     NO_FINGERPRINT,
+    Content,
     Fingerprint,
-    ImageList,
     Item,
-    find_images,
     fingerprint_of,
+    member_to_name,
     name_to_path,
     path_to_name,
 )
+from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
+from sppfeat.images.read_ahead import read_ahead
+from sppfeat.images.reading import decode, open_image, read_image, upright_size
+from sppfeat.images.remote import fingerprints
+from sppfeat.images.resizing import PreparedImage, prepare_image
+from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
+from sppfeat.images.urls import is_url
 
 __all__ = [
+    "Columns",
+    "Content",
+    "DEFAULT_COLUMNS",
     "EXTENSIONS",
     "Fingerprint",
     "ImageList",
@@ -25,13 +34,23 @@ __all__ = [
     "NO_FINGERPRINT",
     "PreparedImage",
     "ShapeBatcher",
+    "Sources",
     "decode",
     "find_images",
     "fingerprint_of",
+    "fingerprints",
+    "from_builtins",
+    "is_there",
+    "is_url",
+    "item_at",
+    "member_to_name",
     "name_to_path",
     "open_image",
+    "open_sources",
     "path_to_name",
     "prepare_image",
+    "read_ahead",
     "read_image",
+    "to_builtins",
     "upright_size",
 ]

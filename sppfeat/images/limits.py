@@ -88,21 +88,46 @@ _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
 
 
-class BoundedFile(io.FileIO):
-    """A file of which a decoder may read only `MAX_READ` bytes, counted from when `bound` was called; then OSError."""
+class BoundedFile(io.RawIOBase):
+    """A file of which a decoder may read only `MAX_READ` bytes, counted from when `bound` was called; then OSError.
 
-    _left: int | None = None
+    size: of the file in bytes. Closing it closes what it wraps.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._left: int | None = None
+        self.size = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
 
     def bound(self) -> None:
         self._left = MAX_READ
 
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._raw.seek(offset, whence)
+
+    def fileno(self) -> int:
+        """Of a local file, which libtiff reads by itself; OSError for any other."""
+        return self._raw.fileno()
+
     def readinto(self, buffer: Any, /) -> int:
-        count = super().readinto(buffer)
+        count: int = self._raw.readinto(buffer) or 0
         if self._left is not None:
             self._left -= count
             if self._left < 0:
                 raise OSError(f"more than {MAX_READ:,} bytes of pixels")
         return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
 
 
 def check_structure(file: BinaryIO) -> int:
@@ -123,12 +148,27 @@ def check_structure(file: BinaryIO) -> int:
     elif _is_run_length_bmp(start):
         _check_run_length(file, start)
     elif start.startswith(b"RIFF") or start[4:8] == b"ftyp":
-        size = os.fstat(file.fileno()).st_size
+        size = _size(file)
         if size > MAX_WHOLE_FILE:
             kind = "WebP" if start.startswith(b"RIFF") else "AVIF"
             raise ImageError(f"{kind} file of {size:,} bytes: expected at most {MAX_WHOLE_FILE:,}")
     file.seek(0)
     return coefficients
+
+
+def _size(file: BinaryIO) -> int:
+    """Of a file in bytes; its position stays."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
+
+
+def _is_local(file: BinaryIO) -> bool:
+    try:
+        return file.fileno() >= 0
+    except OSError:
+        return False
 
 
 def working_set(image: Image.Image, *, turned: bool = False) -> int:
@@ -270,7 +310,7 @@ def _check_scans(file: BinaryIO, frame: bytes) -> int:
             f"expected at most {MAX_WORKING_SET / 2**20:,.0f}"
         )
     most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS // max(1, width * height)))
-    start, size = file.tell(), os.fstat(file.fileno()).st_size
+    start, size = file.tell(), _size(file)
     # Within the pixels 0xFF is escaped, so counting the marker's bytes counts all scans, and perhaps some more.
     if size - start <= _MOST_WALKED and 1 + _count_scans(file) <= most:
         return coefficients
@@ -370,7 +410,7 @@ def _is_run_length_bmp(start: bytes) -> bool:
 
 
 def _check_run_length(file: BinaryIO, start: bytes) -> None:
-    size = os.fstat(file.fileno()).st_size
+    size = _size(file)
     if size > MAX_RLE_BYTES:
         raise ImageError(f"run-length BMP of {size:,} bytes: expected at most {MAX_RLE_BYTES:,}")
     width, height = (abs(side) for side in struct.unpack_from("<ii", start, 18))
@@ -403,13 +443,16 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
                 (values[tag],) = struct.unpack_from(order + code, directory, at + (12 if big else 8))
     except (struct.error, OSError, OverflowError, ValueError):
         return
-    size = os.fstat(file.fileno()).st_size
+    size = _size(file)
     if total > size:
         raise ImageError(f"TIFF directory claims {total:,} bytes of values, found a file of {size:,}")
     if total > MAX_METADATA:
         raise ImageError(f"TIFF with {total:,} bytes of metadata: expected at most {MAX_METADATA:,}")
     if 322 in values and 323 in values and 0 < values[322] * values[323] < MIN_TILE_AREA:
         raise ImageError(f"TIFF tiles of {values[322]} x {values[323]} pixels: expected at least 16 x 16")
+    # What is compressed libtiff reads by itself from a local file; Pillow gives it any other whole.
+    if size > MAX_WHOLE_FILE and values.get(259, 1) != 1 and not _is_local(file):
+        raise ImageError(f"compressed TIFF of {size:,} bytes in an archive: expected at most {MAX_WHOLE_FILE:,}")
     pieces = max(counts.get(273, 0), counts.get(324, 0))
     if pieces > MAX_TIFF_PIECES:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")

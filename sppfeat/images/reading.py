@@ -6,16 +6,14 @@ import contextlib
 import ctypes
 import io
 import logging
-import os
-import stat
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sppfeat.errors import ImageError, one_line
+from sppfeat.images.items import AVIF, Fingerprint, Item, open_file
 from sppfeat.images.limits import COEFFICIENTS, BoundedFile, check_structure, check_working_set
-from sppfeat.images.sources import AVIF, Fingerprint, reason_not_readable
 
 # Only these decoders are ever tried, so no file can reach those that start programs (EPS) or follow links.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if AVIF else ()))
@@ -70,29 +68,24 @@ class DecodedImage(NamedTuple):
     size: tuple[int, int]
 
 
-def open_image(path: str) -> tuple[Image.Image, Fingerprint]:
-    """Open an image's header; close the image when done. Raises ImageError with the reason, without the path."""
-    try:
-        # Without O_NONBLOCK, opening a pipe that is named like an image would block forever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise ImageError(reason_not_readable(path, error)) from None
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode) or not info.st_size:
-        os.close(descriptor)
-        if stat.S_ISDIR(info.st_mode):
-            raise ImageError("is a folder, not an image")
-        raise ImageError("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "is not a regular file")
-    bounded = BoundedFile(descriptor, "rb")
+def open_image(source: Item | str) -> tuple[Image.Image, Fingerprint]:
+    """Open the header of an item's image, or a file's; close the image when done.
+
+    Raises ImageError with the reason, without the path.
+    """
+    raw, fingerprint = open_file(source) if isinstance(source, str) else source.open()
+    bounded = BoundedFile(raw)
     file = io.BufferedReader(bounded)
     try:
+        if not bounded.size:
+            raise ImageError("empty file (0 bytes)")
         coefficients = check_structure(file)
         bounded.bound()
         image = Image.open(file, formats=_FORMATS)
         image.info[COEFFICIENTS] = coefficients
         # The image now owns the file: closing one closes the other.
         image._exclusive_fp = True
-        return image, Fingerprint(info.st_size, info.st_mtime_ns)
+        return image, fingerprint
     except ImageError:
         file.close()
         raise
@@ -172,9 +165,12 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     return pixels
 
 
-def read_image(path: str, *, orientation: str = "exif") -> DecodedImage:
-    """Read one image at full size; see `decode`. Raises ImageError with the reason, without the path."""
-    image, _ = open_image(path)
+def read_image(source: Item | str, *, orientation: str = "exif") -> DecodedImage:
+    """Read one image, an item's or a file's, at full size; see `decode`.
+
+    Raises ImageError with the reason, without the path.
+    """
+    image, _ = open_image(source)
     with image:
         size, turn = upright_size(image, orientation=orientation)
         return DecodedImage(decode(image, turn, orientation=orientation), size)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError, one_line
+from sppfeat.images.items import Fingerprint, Item
 from sppfeat.images.limits import MAX_WORKING_SET, working_set
+from sppfeat.images.memory import DecodingMemory
 from sppfeat.images.reading import decode, open_image, upright_size
-from sppfeat.images.sources import Fingerprint
 from sppfeat.machine import available_cores, available_memory
 from sppfeat.recipe import Recipe
 
@@ -27,31 +26,6 @@ _RESAMPLING: Final = {
 }
 # Decoding memory per core: with it, photographs of 30 megapixels never wait for each other.
 CORE_BYTES: Final = 256 << 20
-
-
-class DecodingMemory:
-    """A limit in bytes for all images that are being decoded; an image above it is decoded alone.
-
-    Images wait in order, so that a large one does not wait forever.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
-        self._turn = threading.Lock()
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, amount: int) -> Iterator[None]:
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._most)
-            self._taken += amount
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= amount
-                self._changed.notify_all()
 
 
 @functools.cache
@@ -106,9 +80,9 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
     return new_width, new_height
 
 
-def prepare_image(path: str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
-    """Read one image and resize it to every scale of a resolved recipe. Raises ImageError."""
-    image, fingerprint = open_image(path)
+def prepare_image(source: Item | str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
+    """Read one image, an item's or a file's, and resize it to every scale of a resolved recipe. Raises ImageError."""
+    image, fingerprint = open_image(source)
     with image, contextlib.ExitStack() as stack:
         for scale in recipe.scales:
             scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded

@@ -1,78 +1,98 @@
-"""Sources of images: folders, files and lists, and the names that images go by."""
+"""Sources of images: folders, files, lists, archives and URLs, as streams of items in a stable order."""
 
 from __future__ import annotations
 
 import codecs
 import errno
+import io
+import itertools
 import os
 import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
-import numpy as np
-from PIL import features
-
-from sppfeat.errors import UsageError
-
-# Pillow before 11.3 warns when asked about AVIF.
-AVIF: Final = "avif" in features.modules and features.check("avif")
-EXTENSIONS: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if AVIF else set())
+from sppfeat.errors import ImageError, UsageError
+from sppfeat.images.archives import ARCHIVE_EXTENSIONS, archive_items, is_archive, member_at, places_within
+from sppfeat.images.blobs import Blob
+from sppfeat.images.items import (
+    AVIF,
+    EXTENSIONS,
+    NO_FINGERPRINT,
+    Fingerprint,
+    Item,
+    fingerprint_of,
+    is_image_name,
+    name_to_path,
+    path_to_name,
+    reason_not_readable,
 )
+from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
+from sppfeat.images.remote import UrlFile
+from sppfeat.images.urls import (
+    PROTOCOLS,
+    check_protocol,
+    is_url,
+    leads_out,
+    protocol_of,
+    unknown_protocol,
+    url_path,
+    walk_url,
+)
+
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
+MAX_RANGE: Final = 1_000_000
+_RANGE: Final = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 
 
-class Fingerprint(NamedTuple):
-    """Detects a changed file: its size in bytes and modification time in nanoseconds; zeros if unreadable."""
+class _Found(NamedTuple):
+    """Something that a source names: an image, an archive, or what has a problem. place: absolute path, or URL."""
 
-    file_size: int
-    mtime_ns: int
-
-
-NO_FINGERPRINT: Final = Fingerprint(0, 0)
+    place: str
+    problem: str | None = None
+    fingerprint: Fingerprint | None = None
 
 
-def fingerprint_of(path: str) -> Fingerprint:
-    """The fingerprint of a file as it is now; `NO_FINGERPRINT` if there is no file."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return NO_FINGERPRINT
-    return Fingerprint(info.st_size, info.st_mtime_ns)
+class Sources:
+    """The images of sources as a stream of items, which can be iterated again and holds no list of them.
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """What travels from a source to a store: an image, or the windows on it that are described.
-
-    name: a POSIX path relative to `root`. windows: [K, 4] x1, y1, x2, y2, pixels of the upright original, inclusive
-    ends; None: the whole image. problem: why there is no image to read, if the source knows (a folder named x.jpg, a
-    looping symlink, ...).
+    Iterating twice gives the same order. The same name may come twice, where sources overlap or a list repeats a line:
+    who keeps rows by name leaves out the second. root: the folder or URL that names are relative to.
+    Iterating raises UsageError for what only reading shows: a prefix that cannot be listed, a parquet file without the
+    columns, a list that changed meanwhile.
     """
 
-    root: str
-    name: str
-    windows: np.ndarray | None = None
-    problem: str | None = None
+    def __init__(self, sources: Sequence[_Source], root: str, columns: Columns) -> None:
+        self.root = root
+        self._sources = sources
+        self._columns = columns
+        self._prefix = root if root.endswith("/") else root + "/"
 
-    @classmethod
-    def at(cls, path: str | os.PathLike[str], windows: np.ndarray | None = None) -> Item:
-        """The image at a path, or windows on it."""
-        # Not `abspath`: what `..` means behind a link is known to the system alone.
-        folder, name = os.path.split(os.path.join(os.getcwd(), os.fspath(path)))
-        return cls(folder, path_to_name(name), windows)
+    def prefixes(self) -> Iterator[str]:
+        """What the names begin with of everything below the folders, prefixes and archives among the sources."""
+        for source in self._sources:
+            if (place := source.whole()) is not None:
+                yield "" if place == self.root else path_to_name(place.removeprefix(self._prefix)) + "/"
 
-    @property
-    def path(self) -> str:
-        """The file that holds the image."""
-        return name_to_path(self.root, self.name)
-
-    def fingerprint(self) -> Fingerprint:
-        """The fingerprint of the file as it is now."""
-        return fingerprint_of(self.path)
+    def __iter__(self) -> Iterator[Item]:
+        for source in self._sources:
+            for found in source:
+                if not found.place.startswith(self._prefix):  # a list that changed after its root was found
+                    raise UsageError(f"{found.place}: expected a path below the root {self.root}")
+                name = path_to_name(found.place.removeprefix(self._prefix))
+                if is_url(found.place):
+                    name = "/".join("\\x2e." if part == ".." else part for part in name.split("/"))
+                if found.problem is not None:
+                    yield Item(self.root, name, problem=found.problem)
+                elif is_archive(found.place):
+                    yield from archive_items(self.root, name, found.place, self._columns)
+                elif is_url(found.place):
+                    content = UrlFile(found.place, *(found.fingerprint or ()))
+                    yield Item(self.root, name, content=content)
+                else:
+                    yield Item(self.root, name)
 
 
 @dataclass(frozen=True)
@@ -97,8 +117,8 @@ class ImageList:
         return {item.name: item.problem for item in self.items if item.problem is not None}
 
     def has(self, name: str) -> bool:
-        """Whether a file of that name exists, listed or not."""
-        return os.path.lexists(name_to_path(self.root, name))
+        """Whether an image of that name exists, listed or not. Behind a URL it is taken to exist: nobody asks."""
+        return is_url(self.root) or is_there(self.root, name)
 
     def below(self, root: str) -> ImageList:
         """The same images, named from a folder further up."""
@@ -107,54 +127,240 @@ class ImageList:
         return ImageList(root, items, self.repeated)
 
 
-def find_images(sources: Sequence[str | os.PathLike[str]], *, root: str | None = None) -> ImageList:
-    """List the images of folders (recursive), single files, text lists, and `-` (a list on standard input).
+def open_sources(
+    sources: Sequence[str | os.PathLike[str]], *, root: str | None = None, columns: Columns = DEFAULT_COLUMNS
+) -> Sources:
+    """The images of folders, images, text lists, `-` (a list on standard input), archives and URLs, as a stream.
 
-    Folders are walked in name order, symlinked folders included; lists keep their order, one path per line, relative
-    to the current folder. Names are relative to `root`, by default the one folder given, or the deepest folder that
-    holds all sources. Whatever looks like an image but is none becomes a problem, not a gap.
-    Raises UsageError for a source that is missing, of an unknown kind, or outside `root`.
+    Folders are walked in name order, symlinked folders included; lists keep their order, one path or URL per line,
+    paths relative to the current folder. Archives (tar, zip, parquet) are read in their own order; those that a folder
+    contains are not opened. `{00..99}` in a name stands for each number. Prefixes of buckets are walked as folders are.
+    Names are relative to `root`, by default the one folder given, or the deepest folder that holds all sources; members
+    of an archive are named as if it were a folder. Whatever looks like an image but is none becomes a problem, not a
+    gap. columns: of parquet files.
+    Raises UsageError for a source that is missing, of an unknown kind, or outside `root`; MissingExtraError.
     """
     if not sources:
-        raise UsageError("no source: expected folders, images, text lists or -")
-    paths: list[str] = []
-    reasons: dict[str, str] = {}
-    roots: list[str] = []
-    for source in [os.fspath(source) for source in sources]:
-        found = list(_list_source(source))
-        for path, reason in found:
-            paths.append(path)
-            if reason is not None:
-                reasons[path] = reason
-        if source != "-" and os.path.isdir(source):
-            roots.append(_absolute(source))
-        else:
-            roots.extend({os.path.dirname(path) for path, _ in found})
-    base = _absolute(root) if root is not None else (os.path.commonpath(roots) if roots else os.getcwd())
-    prefix = base.rstrip("/") + "/"
-    unique = dict.fromkeys(paths)
-    for path in unique:
-        if not path.startswith(prefix):
-            raise UsageError(f"{path}: expected a path below the root {base}")
-    items = [Item(base, path_to_name(path[len(prefix) :]), problem=reasons.get(path)) for path in unique]
-    return ImageList(base, items, repeated=len(paths) - len(unique))
+        raise UsageError("no source: expected folders, images, text lists, archives, URLs or -")
+    opened: list[_Source] = []
+    for source in sources:
+        for one in _expanded(os.fspath(source)):
+            opened.append(_open_source(one))
+    base = None
+    if root is not None:
+        base = re.sub("([^:/])/+$", r"\1", _url(root)) if is_url(root) else _absolute(root)
+    common: str | None = None
+    for each in opened:
+        for folder, example in each.folders():
+            if base is not None:
+                if not _is_within(folder, base):
+                    raise UsageError(f"{example}: expected a path below the root {base}")
+            elif common is None:
+                common = folder
+            elif common != folder:
+                common = _common(common, folder, example)
+    return Sources(opened, base or common or os.getcwd(), columns)
 
 
-def path_to_name(relative: str) -> str:
-    r"""A file's relative path as UTF-8 text that `name_to_path` reverses: `\` becomes `\\`, a byte that is not
-    UTF-8 becomes `\xNN`."""
-    if relative.isascii() and "\\" not in relative:
-        return relative
-    escaped = relative.replace("\\", "\\\\")
-    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", escaped)
+def find_images(
+    sources: Sequence[str | os.PathLike[str]], *, root: str | None = None, columns: Columns = DEFAULT_COLUMNS
+) -> ImageList:
+    """All images of sources at once, each name once; see `open_sources`."""
+    stream = open_sources(sources, root=root, columns=columns)
+    items: dict[str, Item] = {}
+    count = 0
+    for item in stream:
+        count += 1
+        known = items.get(item.name)
+        if known is None or (known.problem is None and item.problem is not None):
+            items[item.name] = item
+    return ImageList(stream.root, list(items.values()), repeated=count - len(items))
 
 
-def name_to_path(root: str, name: str) -> str:
-    """The path of the file that `name` stands for."""
-    relative = re.sub(
-        r"\\(?:\\|x([89a-f][0-9a-f]))", lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] else "\\", name
+def item_at(root: str, name: str) -> Item:
+    """The item that a row's name stands for: a local file, a member of an archive, or what is behind a URL.
+
+    Nothing but the archive is opened, and nothing above the root is reached for a name that `unsafe_name` accepts. A
+    connection is made only if the root itself is a URL. What is not there has a problem.
+    """
+    remote = is_url(root)
+    if remote and leads_out(name):
+        return Item(root, name, problem="its name leads out of its URL")
+    for archive in places_within(name):
+        place = name_to_path(root, archive)
+        if remote or os.path.isfile(place):
+            return member_at(root, archive, place, name) or Item(root, name, problem="is not in its archive")
+    return Item(root, name, content=UrlFile(name_to_path(root, name)) if remote else None)
+
+
+def is_there(root: str, name: str) -> bool:
+    """Whether an image of that name exists, a broken one included. Of what is behind a URL nobody asks: it does not."""
+    return not is_url(root) and item_at(root, name).is_there()
+
+
+class _Source:
+    """One source: what it names, each time it is iterated."""
+
+    def __iter__(self) -> Iterator[_Found]:
+        raise NotImplementedError
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        """The folders that hold what it names, and an example of each; found without listing them."""
+        raise NotImplementedError
+
+    def whole(self) -> str | None:
+        """The folder, prefix or archive of which it names every image."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Single(_Source):
+    """An image or an archive, at a path or a URL."""
+
+    place: str
+
+    def __iter__(self) -> Iterator[_Found]:
+        yield _Found(self.place)
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        yield _folder_of(self.place), self.place
+
+    def whole(self) -> str | None:
+        return self.place if is_archive(self.place) else None
+
+
+@dataclass(frozen=True)
+class _Folder(_Source):
+    top: str
+
+    def __iter__(self) -> Iterator[_Found]:
+        return _walk(self.top)
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        yield self.top, self.top
+
+    def whole(self) -> str | None:
+        return self.top
+
+
+@dataclass(frozen=True)
+class _Prefix(_Source):
+    """Everything below the prefix of a bucket."""
+
+    url: str
+
+    def __iter__(self) -> Iterator[_Found]:
+        try:
+            for url, fingerprint, problem in walk_url(self.url):
+                if problem is not None or is_image_name(url):
+                    yield _Found(url, problem, fingerprint)
+        except ImageError as error:
+            raise UsageError(f"{self.url}: expected a prefix that can be listed, found: {error}") from None
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        yield self.url, self.url
+
+    def whole(self) -> str | None:
+        return self.url
+
+
+@dataclass(frozen=True)
+class _List(_Source):
+    """A list: a file, a URL, or what was read from standard input."""
+
+    name: str
+    content: bytes | None = None
+
+    def __iter__(self) -> Iterator[_Found]:
+        for place in self._places():
+            yield _Found(place)
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        last = None
+        for place in self._places():
+            if (folder := _folder_of(place)) != last:
+                last = folder
+                yield folder, place
+
+    def _places(self) -> Iterator[str]:
+        with self._open() as file:
+            try:
+                for number, raw in enumerate(file):
+                    line = raw.removeprefix(codecs.BOM_UTF8) if not number else raw
+                    line = line.removesuffix(b"\n").removesuffix(b"\r")
+                    # No path contains a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
+                    if b"\0" in line:
+                        raise UsageError(f"{self.name}: expected a UTF-8 list with one path per line, found NUL bytes")
+                    if line:
+                        text = os.fsdecode(line)
+                        for one in _expanded(text) if "{" in text else (text,):
+                            yield _url(one) if is_url(one) else _absolute(one)
+            except (OSError, ImageError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise UsageError(f"{self.name}: expected a readable text list, found: {reason}") from None
+
+    def _open(self) -> BinaryIO:
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        try:
+            if is_url(self.name):
+                return Blob.at(self.name).open()
+            return open(self.name, "rb")
+        except OSError as error:
+            raise UsageError(f"{self.name}: expected a readable text list, found: {error.strerror}") from None
+        except ImageError as error:
+            raise UsageError(f"{self.name}: expected a readable text list, found: {error}") from None
+
+
+def _open_source(source: str) -> _Source:
+    if source == "-":
+        if sys.stdin is None:
+            raise UsageError("-: expected a list on standard input, but it is closed")
+        return _List("standard input", sys.stdin.buffer.read())
+    if is_url(source):
+        check_protocol(source)
+        url, end = _url(source), os.path.splitext(url_path(source))[1].lower()
+        if end in LIST_EXTENSIONS:
+            return _List(url)
+        is_file = end in EXTENSIONS or is_archive(url) or protocol_of(url) in ("http", "https")
+        return _Single(url) if is_file else _Prefix(url.rstrip("/"))
+    if os.path.isdir(source):
+        return _Folder(_absolute(source))
+    if not os.path.lexists(source):
+        if (protocol := unknown_protocol(source)) is not None:
+            raise UsageError(f"{source}: unknown protocol {protocol}: expected one of {', '.join(PROTOCOLS)}")
+        raise UsageError(f"{source}: no such file or folder")
+    end = os.path.splitext(source)[1].lower()
+    if end in LIST_EXTENSIONS:
+        return _List(source)
+    if end in EXTENSIONS or is_archive(source):
+        return _Single(_absolute(source))
+    raise UsageError(
+        f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}), an archive "
+        f"({', '.join(sorted(ARCHIVE_EXTENSIONS))}) or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
     )
-    return os.path.join(root, relative)
+
+
+def _expanded(source: str) -> Iterator[str]:
+    """A source, or several where it contains ranges such as `{000..099}` and is no file by itself."""
+    if _RANGE.search(source) and (is_url(source) or not os.path.lexists(source)):
+        return _in_range(source)
+    return iter((source,))
+
+
+def _in_range(text: str) -> Iterator[str]:
+    match = _RANGE.search(text)
+    if match is None:
+        yield text
+        return
+    first, last = int(match[1]), int(match[2])
+    width = max(len(match[1]), len(match[2])) if match[1][0] == "0" or match[2][0] == "0" else 0
+    step = 1 if first <= last else -1
+    if abs(last - first) >= MAX_RANGE:
+        raise UsageError(f"{match[0]}: expected a range of at most {MAX_RANGE:,}, found {abs(last - first) + 1:,}")
+    for number in range(first, last + step, step):
+        for rest in _in_range(text[match.end() :]):
+            yield f"{text[: match.start()]}{number:0{width}d}{rest}"
 
 
 def _absolute(path: str) -> str:
@@ -162,79 +368,104 @@ def _absolute(path: str) -> str:
     return "/" + os.path.abspath(path).lstrip("/")
 
 
-def _list_source(source: str) -> Iterator[tuple[str, str | None]]:
-    if source == "-":
-        if sys.stdin is None:
-            raise UsageError("-: expected a list on standard input, but it is closed")
-        yield from _list_lines("standard input", sys.stdin.buffer.read())
-    elif os.path.isdir(source):
-        yield from _walk(_absolute(source))
-    elif not os.path.lexists(source):
-        raise UsageError(f"{source}: no such file or folder")
-    elif os.path.splitext(source)[1].lower() in LIST_EXTENSIONS:
-        try:
-            with open(source, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise UsageError(f"{source}: expected a readable text list, found: {error.strerror}") from None
-        yield from _list_lines(source, content)
-    elif os.path.splitext(source)[1].lower() in EXTENSIONS:
-        yield _absolute(source), None
-    else:
-        raise UsageError(
-            f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}) "
-            f"or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
-        )
+def _url(text: str) -> str:
+    protocol, _, rest = text.partition("://")
+    return f"{protocol.lower()}://{rest}"
 
 
-def _list_lines(source: str, content: bytes) -> Iterator[tuple[str, str | None]]:
-    # No path contains a NUL; a list in UTF-16, or one made for `xargs -0`, is full of them.
-    if b"\0" in content:
-        raise UsageError(f"{source}: expected a UTF-8 list with one path per line, found NUL bytes")
-    for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n"):
-        line = line.removesuffix(b"\r")
-        if line:
-            yield _absolute(os.fsdecode(line)), None
+def _folder_of(place: str) -> str:
+    """The folder of a file, or what is before the last slash of a URL's path: at least its protocol."""
+    if not is_url(place):
+        return os.path.dirname(place)
+    protocol, _, rest = url_path(place).partition("://")
+    return f"{protocol}://{rest.rpartition('/')[0]}"
 
 
-def _walk(top: str) -> Iterator[tuple[str, str | None]]:
-    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each entry carries the
-    # identities of the folders above it, to detect symlinks that loop back to one of them.
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+def _is_within(folder: str, base: str) -> bool:
+    return folder == base or folder.startswith(base if base.endswith("/") else base + "/")
+
+
+def _common(one: str, other: str, example: str) -> str:
+    """The deepest folder, or URL, that holds two of them."""
+    if not is_url(one) and not is_url(other):
+        return os.path.commonpath([one, other])
+    if protocol_of(one) != protocol_of(other):
+        raise UsageError(f"{example}: expected local sources only, or URLs of one protocol, found {one} as well")
+    both = zip(one.split("/")[3:], other.split("/")[3:], strict=False)
+    same_host = one.split("/")[2] == other.split("/")[2]
+    parts = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+    return "/".join([*one.split("/")[:3], *parts]) if same_host else f"{protocol_of(one)}://"
+
+
+def _walk(top: str) -> Iterator[_Found]:
+    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each folder carries the
+    # identities of those above it, to detect symlinks that loop back to one of them.
+    stack: list[tuple[str, Iterator[tuple[str, bool]], frozenset[tuple[int, int]]]]
+    stack = [(top, iter([("", False)]), frozenset())]
     while stack:
-        path, above = stack.pop()
-        is_image = path != top and os.path.splitext(path)[1].lower() in EXTENSIONS
+        folder, entries, above = stack[-1]
+        name, is_file = next(entries, (None, False))
+        if name is None:
+            stack.pop()
+            continue
+        path = os.path.join(folder, name) if name else folder
+        if is_file:
+            yield _Found(path)
+            continue
+        is_image = bool(name) and is_image_name(name)
         try:
             info = os.stat(path)
-            is_folder = stat.S_ISDIR(info.st_mode)
         except OSError as error:
             # What stat cannot read may be a folder of images. A dangling symlink is not.
             if is_image or error.errno != errno.ENOENT:
-                yield path, reason_not_readable(path, error)
+                yield _Found(path, reason_not_readable(path, error))
             continue
-        if not is_folder:
+        if not stat.S_ISDIR(info.st_mode):
             if is_image:
-                yield path, None
+                yield _Found(path)
             continue
         reason = "is a folder, not an image" if is_image else None
         identity = (info.st_dev, info.st_ino)
-        entries: list[str] = []
+        inside: list[tuple[str, bool]] = []
         if identity in above:
             reason = "symlink loops back to a folder that contains it"
         else:
             try:
-                entries = sorted(os.listdir(path), key=os.fsencode, reverse=True)
+                inside = _entries(path)
             except OSError as error:
                 reason = reason_not_readable(path, error)
         if reason is not None:
-            yield path, reason
-        inside = above | {identity}
-        stack.extend((os.path.join(path, entry), inside) for entry in entries)
+            yield _Found(path, reason)
+        stack.append((path, iter(inside), above | {identity}))
 
 
-def reason_not_readable(path: str, error: OSError) -> str:
-    if error.errno == errno.ELOOP:
-        return "symlink loops"
-    if error.errno == errno.ENOENT:
-        return "symlink points to nothing" if os.path.islink(path) else "no such file"
-    return f"cannot be read: {error.strerror or error}"
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """A folder's images, links and folders in name order, and whether each is certainly a regular file."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                is_file = entry.is_file(follow_symlinks=False)
+            except OSError:  # the walk looks again, and says why
+                is_file = False
+            if not is_file or is_image_name(entry.name):
+                found.append((entry.name, is_file))
+    return sorted(found, key=lambda entry: os.fsencode(entry[0]))
+
+
+__all__ = [
+    "AVIF",
+    "EXTENSIONS",
+    "NO_FINGERPRINT",
+    "Fingerprint",
+    "ImageList",
+    "Item",
+    "Sources",
+    "find_images",
+    "fingerprint_of",
+    "is_there",
+    "item_at",
+    "name_to_path",
+    "open_sources",
+    "path_to_name",
+]
