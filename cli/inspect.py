@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sppfeat_cli import options
 from sppfeat_cli.output import convergence_document, counted, human_bytes, print_json, printable
+
+if TYPE_CHECKING:
+    from sppfeat.store import Store
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +19,8 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Store, model, file of windows, or gallery.", show_default=False)
+        str,
+        typer.Argument(metavar="FILE", help="Store, model, file of windows, or gallery.", show_default=False),
     ],
     failures: Annotated[bool, typer.Option("--failures", help="List failed images, with reasons.")] = False,
     verify: Annotated[
@@ -27,7 +31,7 @@ def inspect(
     """Show what a store, model, file of windows or gallery holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
     from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
-    from sppfeat.store import open_store, verify_store
+    from sppfeat.store import open_store, store_bytes, verify_store
 
     kind = format_of(file)
     if kind == GALLERY and not failures:
@@ -46,7 +50,6 @@ def inspect(
         return
 
     store = open_store(file)
-    errors = store.errors()
     problems = verify_store(store) if verify else []
     about: dict[str, Any] = {
         "file": file,
@@ -55,7 +58,8 @@ def inspect(
         **store.counts(),
         "dim": store.dim,
         "dtype": store.recipe.dtype,
-        "bytes": store.path.stat().st_size,
+        "bytes": store_bytes(store),
+        **_folder_document(store),
         "source_root": store.source_root,
         "weights_sha256": store.weights_sha256,
         "recipe_hash": store.recipe_hash,
@@ -65,11 +69,11 @@ def inspect(
     if as_json:
         print_json(
             about
-            | ({"failures": errors} if failures else {})
+            | ({"failures": store.errors()} if failures else {})
             | ({"verified": not problems, "problems": problems} if verify else {})
         )
     elif failures:
-        for name, reason in errors.items():
+        for name, reason in store.failures():
             typer.echo(f"{printable(name)}: {printable(reason)}")
     else:
         typer.echo(_text(about))
@@ -80,6 +84,20 @@ def inspect(
             typer.echo(f"verified: all {about['done']} described rows match their checksums")
     if problems:
         raise typer.Exit(1)
+
+
+def _folder_document(store: "Store") -> dict[str, Any]:
+    """What only a folder of shards has: shards, those under work, and the part that it is."""
+    from sppfeat.store import building_progress
+
+    if store.manifest is None:
+        return {}
+    building = building_progress(store)
+    return {
+        "shards": len(store.manifest.shards),
+        "building": {"shards": building.shards, "images": building.new, "pending": building.pending},
+        "part": store.manifest.part,
+    }
 
 
 def _inspect_svm(file: str, as_json: bool) -> None:
@@ -254,12 +272,26 @@ def _text(about: dict[str, Any]) -> str:
     lines = [
         f"{printable(about['file'])}: store of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
+        *_folder_lines(about),
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         f"  images below: {printable(about['source_root'])}",
         f"  weights: sha256 {printable(about['weights_sha256'][:16])}",
         *_recipe_lines(about["recipe"]),
     ]
     lines.append("  made with: " + _versions(about["versions"]))
-    if about["pending"]:
+    if about["pending"] or about.get("building", {}).get("shards"):
         lines.append("  to describe pending images, run the same `sppfeat extract` again")
     return "\n".join(lines)
+
+
+def _folder_lines(about: dict[str, Any]) -> list[str]:
+    if "shards" not in about:
+        return []
+    part = "" if about["part"] is None else f"; part {about['part'][0]} of {about['part'][1]}"
+    lines = [f"  in {counted(about['shards'], 'shard')}{part}"]
+    if (building := about["building"])["shards"]:
+        lines.append(
+            f"  under work: {counted(building['shards'], 'shard')}, {counted(building['images'], 'new image')}, "
+            f"{building['pending']} pending"
+        )
+    return lines

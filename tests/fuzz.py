@@ -41,7 +41,9 @@ from sppfeat.images.sources import Fingerprint, find_images
 from sppfeat.retrieval.gallery import read_names
 from sppfeat.retrieval.gallery_files import read_rows
 from sppfeat.retrieval.ground_truth import read_ground_truth
-from sppfeat.store.writing import StoreWriter, create_store
+from sppfeat.store.reading import open_file
+from sppfeat.store.shards import create_folder, open_folder
+from sppfeat.store.writing import StoreWriter, create_store, lock_store
 from sppfeat.transfer.classifier import open_classifier
 from sppfeat.transfer.labels import read_labels, read_voc_labels
 from sppfeat.windows.proposals import _Journal, _write, open_windows
@@ -70,6 +72,16 @@ def kinds(folder: Path) -> dict[str, Kind]:
     with StoreWriter(open_store(store)) as writer:
         for row, values in enumerate(rows):
             writer.write(row, values, (10, 10), Fingerprint(1, 1))
+    with lock_store(folder / "shards", folder=True):
+        shards = create_folder(folder / "shards", recipe=recipe, weights_sha256=sha, dim=4, source_root="/nowhere")
+        for number in (1, 2):
+            with StoreWriter(shard := shards.begin_shard([f"{number}/{name}" for name in NAMES])) as writer:
+                for row, values in enumerate(rows):
+                    writer.write(row, values, (10, 10), Fingerprint(1, 1))
+                writer.fail(4, "broken")
+            shards.publish(shard)
+    manifest = folder / "shards" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))  # in one line
     with h5py.File(folder / "svm.h5", "w") as file:
         file.attrs.update({"format": SVM, "format_version": 1, "recipe": recipe.to_json(), "weights_sha256": sha})
         file.attrs.update({"images": 5, "positive_weight": 1.0, "route": "gram"})
@@ -148,7 +160,17 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     def store_of(path: Path) -> object:
         format_of(path)
+        list(open_file(path, names=False).names)  # as a shard is opened
         return verify_store(open_store(path))
+
+    def folder_of(path: Path) -> object:
+        format_of(path.parent)
+        opened = open_store(path.parent)
+        with contextlib.suppress(SppFeatError):  # the rest must be clean, too
+            opened.descriptors[::3], opened.errors(), list(opened.names)
+        with contextlib.suppress(SppFeatError):
+            list(open_folder(path.parent).iter_shards())
+        return verify_store(opened)
 
     def journal_of(path: Path) -> object:
         found = _Journal(folder / "j.h5", ProposalOptions(), "/nowhere", fresh=False)
@@ -168,6 +190,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     images = str(folder / "images")
     found = {
         "store": ("store.h5", store_of),
+        "manifest": ("shards/manifest.json", folder_of),
         "svm": ("svm.h5", open_classifier),
         "detector": ("detector.h5", open_detector),
         "windows-h5": ("windows.h5", lambda path: dict(open_windows(path))),

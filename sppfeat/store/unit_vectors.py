@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
-from sppfeat.images import name_to_path
+from sppfeat.images import Item, is_there, item_at, name_to_path
 from sppfeat.machine import available_memory
 from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name
@@ -37,7 +37,7 @@ class Projection(Protocol):
 class UnitRows:
     """The described rows of a store, in its order: normalised, and if there is a projection, projected and normalised.
 
-    Only names and row numbers are kept in memory; values are read from the file on demand.
+    Only names and row numbers are kept in memory, also of a folder; values are read from the file on demand.
     rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32,
     only after `in_memory`.
     """
@@ -115,7 +115,7 @@ def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
     if not store.counts()["done"]:
         raise StoreError(f"{store.path}: expected described images, found {len(store)}, all of them failed")
     rows = np.flatnonzero(store.status == Status.DONE)
-    names = store.names if len(rows) == len(store) else [store.names[row] for row in rows]
+    names = list(store.names) if len(rows) == len(store) else [store.names[row] for row in rows.tolist()]
     return UnitRows(store, rows, names, projection)
 
 
@@ -151,8 +151,16 @@ def block_rows(dim: int) -> int:
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
+def item_of(root: str, name: str) -> tuple[Item, Box | None]:
+    """The image that a row was made from, to be opened, and its window if the row has one; see `item_at`."""
+    image, window = split_row_name(name)
+    if window is None or is_there(root, name):  # an image may be named like a window
+        return item_at(root, name), None
+    return item_at(root, image), window
+
+
 def image_of(root: str, name: str) -> tuple[str, Box | None]:
-    """The file that a row was made from, and its window if the row has one."""
+    """Where the image is that a row was made from, and its window if the row has one; no archive is opened."""
     path = name_to_path(root, name)
     image, window = split_row_name(name)
     if window is None or os.path.lexists(path):  # an image may be named like a window

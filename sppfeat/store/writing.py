@@ -12,36 +12,96 @@ import fcntl
 import json
 import os
 import platform
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import h5py
 import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.errors import StoreBusyError, StoreError
-from sppfeat.files import DAMAGE, STORE, appearing, check_hdf5, check_new_file, new_hdf5, os_reason, partial_path
+from sppfeat.files import (
+    DAMAGE,
+    STORE,
+    appearing,
+    check_can_write,
+    check_hdf5,
+    check_new_file,
+    format_of,
+    new_hdf5,
+    os_reason,
+    partial_path,
+    sync_folder,
+)
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
-from sppfeat.store.reading import _COLUMNS, ERROR_BYTES, FORMAT_VERSION, Status, Store
+from sppfeat.store.digests import name_digests
+from sppfeat.store.manifest import LOCK, MANIFEST, foreign_files, is_shard, unlisted_shards
+from sppfeat.store.reading import _COLUMNS, DIGEST_TYPE, ERROR_BYTES, FORMAT_VERSION, Column, Status, Store
 
+# What flock says on network and FUSE file systems that have no locks.
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+# A killed run loses the work of this time, and what is on its way to the disk.
+FLUSH_SECONDS: Final = 0.25
+# Rows that are written together; a block is full at either.
+BLOCK_BYTES: Final = 1 << 24
+BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
 _MARK_BYTES: Final = 1 << 20
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
 
-def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, resume: bool, folder: bool = False) -> None:
     """Raise StoreError unless a store can be created, resumed or overwritten at a path.
 
-    Only a store is ever replaced, intact or damaged: a mistyped output must not destroy a photograph or other results.
+    folder: the store is to be a folder of shards, as one that exists is. Only a store is ever replaced, intact or
+    damaged: a mistyped output must not destroy a photograph or other results.
     """
+    if folder or path.is_dir():
+        _check_folder(path, overwrite=overwrite, resume=resume)
+        return
+    if is_shard(path):
+        raise StoreError(f"{path}: is a shard, which never changes in place; give the folder {path.parent} instead")
     if path.is_file() and not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"{path}: the store is not writable")
     check_new_file(path, overwrite=overwrite or resume, error=StoreError, kind=STORE, other=_other_kind)
+
+
+def _check_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
+    parent = path.parent
+    if not parent.is_dir():
+        raise StoreError(f"{path}: its folder {parent} does not exist")
+    if not os.path.lexists(path):
+        check_can_write(path, StoreError)
+        return
+    if not path.is_dir():
+        raise StoreError(f"{path}: expected a folder of shards or nothing, found a file; it is left as it is")
+    foreign = foreign_files(path)
+    if (path / MANIFEST).exists():
+        if format_of(path) != STORE:
+            foreign = [MANIFEST]  # another program's, or damaged: either way not ours to replace
+        elif not overwrite and not resume:
+            raise StoreError(f"{path}: already exists; choose another output, or use --overwrite")
+        elif not overwrite:
+            foreign = []  # nothing is removed: notes may lie beside the shards
+    elif not overwrite and not foreign and (shards := unlisted_shards(path, None)):
+        raise StoreError(
+            f"{path}: damaged: expected {MANIFEST} beside its {len(shards)} shards, found none; run an interrupted "
+            "`sppfeat merge` again, restore the file, or use --overwrite to start over"
+        )
+    if foreign:
+        raise StoreError(
+            f"{path}: expected a store or an empty folder, found {foreign[0]!r} in it; it is left as it is"
+        )
+    check_can_write(path / MANIFEST, StoreError)
 
 
 def _other_kind(path: Path) -> str | None:
@@ -60,23 +120,58 @@ def _other_kind(path: Path) -> str | None:
     return None if kind == STORE else f"an HDF5 file of format {kind!r}"
 
 
+# Descriptors of the locks that this process holds.
+_locks: set[int] = set()
+
+
+def _leave_locks() -> None:
+    """In a forked child, which would hold its parent's locks after a kill: opening an HDF5 file forks one."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextlib.contextmanager
-def lock_store(path: Path) -> Iterator[None]:
+def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
     """Hold the exclusive right to write to a store; the lock ends with the process. Raises StoreBusyError, StoreError.
 
+    folder: the store is a folder, which is created if needed; a new one is removed again if it stays empty.
     The lock is a hidden file beside the store, because the store itself may be replaced, and its readers must not be
-    locked out.
+    locked out; or inside its folder, whose own parent need not be writable.
     """
-    beside = path.with_name(f".{path.name}.lock")
+    inside = folder or path.is_dir()
+    beside = path / LOCK if inside else path.with_name(f".{path.name}.lock")
+    try:
+        if new := inside and not path.is_dir():
+            path.mkdir()
+            sync_folder(path.parent)
+    except FileExistsError:
+        new = False  # by another process
+        if not path.is_dir():
+            raise StoreError(
+                f"{path}: expected a folder of shards or nothing, found a file; it is left as it is"
+            ) from None
+    except FileNotFoundError:
+        raise StoreError(f"{path}: its folder {path.parent} does not exist") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be created: {os_reason(error)}") from None
     while True:
         try:
             descriptor = _above_standard(os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         except OSError as error:
-            raise StoreError(f"{path}: cannot write in {path.parent}: {error.strerror}") from None
+            raise StoreError(f"{path}: cannot write in {beside.parent}: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                raise StoreError(
+                    f"{path}: cannot be locked: its file system has no locks ({error.strerror}); write to a local "
+                    "disk, then copy the store"
+                ) from None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
             raise StoreBusyError(f"{path}: another process is writing to it; wait for it to end") from None
@@ -85,15 +180,21 @@ def lock_store(path: Path) -> Iterator[None]:
             if os.stat(beside).st_ino == os.fstat(descriptor).st_ino:
                 break
         os.close(descriptor)
+    _locks.add(descriptor)
     try:
-        # Remove what a killed writer left behind: no other process may be writing now.
-        with contextlib.suppress(OSError):
-            os.unlink(partial_path(path))
+        if not inside:
+            # Remove what a killed writer left behind: no other process may be writing now.
+            with contextlib.suppress(OSError):
+                os.unlink(partial_path(path))
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
+        _locks.discard(descriptor)
         os.close(descriptor)
+        if new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def create_store(
@@ -114,7 +215,7 @@ def create_store(
                 "recipe_hash": recipe.identity(weights_sha256),
                 "weights_sha256": weights_sha256,
                 "source_root": np.void(os.fsencode(source_root)),
-                "versions": json.dumps(_versions()),
+                "versions": json.dumps(library_versions()),
             },
         )
 
@@ -141,7 +242,7 @@ def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> Non
         with h5py.File(partial, "r", locking=False) as file:
             places = {name: file[name].id.get_offset() for name in store.columns}
         with open(store.path, "rb") as old, open(partial, "r+b") as new:
-            for name, column in store.columns.items():
+            for name, column in store.columns.items():  # not the digests, which follow from the names
                 old.seek(column.offset)
                 new.seek(places[name])
                 left = column.row_bytes * len(store)
@@ -169,27 +270,39 @@ def _write_structure(path: Path, names: Sequence[str], dim: int, dtype: str, att
         for name, (kind, width) in columns.items():
             space = h5py.h5s.create_simple((count, *width))
             h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(kind)), space, layout)
+        file.create_dataset("name_digest", data=name_digests(names).view(DIGEST_TYPE)[:, 0])
     with open(path, "r+b") as whole:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(whole.fileno(), 0, os.fstat(whole.fileno()).st_size)
 
 
 class StoreWriter:
-    """Fills the rows of a store. Hold `lock_store` while it is open; call `flush` now and then.
+    """Fills the rows of a store. Hold `lock_store` while it is open, as a context.
 
-    A row is written in two steps: its values at once, its status at the next `flush`, after the values are on disk.
-    Raises StoreError when a write fails; what was flushed stays.
+    One thread of its own writes: it takes the rows given so far every FLUSH_SECONDS, or once they fill a block, writes
+    them in runs of consecutive rows, waits for the disk, and only then writes their status. A crash thus loses what
+    was given in the last FLUSH_SECONDS and while one block is written, and leaves no row that is done without its
+    values. Memory is three blocks: who gives rows faster than the disk takes them waits.
+    seconds: how long the thread has been at work.
+    Raises StoreError when a write fails, from any method, as soon as the thread finds out; what was flushed stays.
     """
 
     def __init__(self, store: Store) -> None:
         self._path = store.path
         self._columns = store.columns
+        self._shape = store.columns["descriptors"].shape[1:]
         try:
             self._descriptor = _above_standard(os.open(store.path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
-        self._waiting: dict[int, Status] = {}
+        self.seconds = 0.0
+        self._changed = threading.Condition()  # guards what follows
+        self._filling, self._spare = _Block(store.columns), _Block(store.columns)
+        self._busy = self._asked = self._closing = False
+        self._failure: Exception | None = None
         self._unsynced = False
+        self._thread = threading.Thread(target=self._work, name="store", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -200,56 +313,98 @@ class StoreWriter:
         try:
             if not isinstance(error, StoreError):
                 self.flush()
-                if self._unsynced:
-                    self._sync()
         finally:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            self._thread.join()
             os.close(self._descriptor)
+        if error is None and self._failure is not None:  # that of the last statuses
+            raise self._failure
 
     def reset(self, rows: Sequence[int]) -> None:
-        """Make rows pending again, before their values are touched."""
-        for row in rows:
-            self._write("status", row, Status.PENDING)
+        """Make rows pending again, before their values are touched; on disk when it returns."""
+        self.flush()
+        if not len(rows):
+            return
+        ordered = np.sort(np.asarray(rows, np.int64))
+        for first, end in _runs(ordered):
+            self._write("status", int(ordered[first]), np.full(end - first, Status.PENDING, np.uint8))
         self._sync()
 
     def write(self, row: int, descriptor: np.ndarray, image_size: tuple[int, int], fingerprint: Fingerprint) -> None:
-        """Write a described row; it counts as done after the next `flush`."""
-        self._write_row(row, descriptor, image_size, b"", fingerprint)
-        self._waiting[row] = Status.DONE
+        """Write a described row, soon; `descriptor` [D] is copied, so its memory may be used again at once."""
+        if descriptor.shape != self._shape:
+            raise StoreError(f"{self._path}: expected a descriptor of {self._shape}, found {descriptor.shape}")
+        self._give(_Row(row, Status.DONE, image_size, b"", fingerprint), descriptor)
 
     def fail(self, row: int, reason: str, fingerprint: Fingerprint = NO_FINGERPRINT) -> None:
-        """Write a failed row: zeros, and the reason; it counts as failed after the next `flush`."""
+        """Write a failed row, soon: zeros, and the reason."""
         text = " ".join(reason.split()).encode("utf-8", "backslashreplace")[:ERROR_BYTES]
-        zeros = np.zeros(self._columns["descriptors"].shape[1], self._columns["descriptors"].dtype)
-        self._write_row(row, zeros, (0, 0), text.decode("utf-8", "ignore").encode(), fingerprint)
-        self._waiting[row] = Status.FAILED
+        self._give(_Row(row, Status.FAILED, (0, 0), text.decode("utf-8", "ignore").encode(), fingerprint), 0)
 
     def flush(self) -> None:
-        """Write the values to disk, then the status of their rows."""
-        if not self._waiting:
+        """Wait until every row given so far is on disk, and its status is written."""
+        with self._changed:
+            self._asked = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure is not None or not (self._filling.rows or self._busy))
+            if self._failure is not None:
+                raise self._failure
+
+    def _give(self, row: _Row, values: np.ndarray | int) -> None:
+        with self._changed:
+            if self._filling.full:
+                self._changed.wait_for(lambda: self._failure is not None or not self._filling.full)
+            if self._failure is not None:
+                raise self._failure
+            self._filling.add(row, values)
+            if self._filling.full:
+                self._changed.notify_all()
+
+    def _work(self) -> None:
+        """The writing thread. Nobody else touches the block that it has taken."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._asked or self._closing or self._filling.full, FLUSH_SECONDS)
+                    if self._closing:
+                        break
+                    block, self._filling = self._filling, self._spare
+                    self._asked, self._busy = False, True
+                    self._changed.notify_all()
+                start = time.perf_counter()
+                self._write_block(block)
+                self.seconds += time.perf_counter() - start
+                with self._changed:
+                    self._spare, self._busy = block, False
+                    self._changed.notify_all()
+            if self._unsynced and self._failure is None:
+                self._sync()
+        except Exception as error:  # raised where someone reads it
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _write_block(self, block: _Block) -> None:
+        if not block.rows:
             return
+        rows, columns = block.in_order()
+        status = columns.pop("status")
+        runs = _runs(rows)
+        for first, end in runs:
+            for name, values in columns.items():
+                self._write(name, int(rows[first]), values[first:end])
         self._sync()
-        for row, status in self._waiting.items():
-            self._write("status", row, status)
-        self._waiting.clear()
-        self._unsynced = True  # by the next flush, or at the end
+        for first, end in runs:
+            self._write("status", int(rows[first]), status[first:end])
+        self._unsynced = True  # by the next block, or at the end
+        block.rows.clear()
 
-    def _write_row(
-        self, row: int, descriptor: np.ndarray, image_size: tuple[int, int], error: bytes, fingerprint: Fingerprint
-    ) -> None:
-        column = self._columns["descriptors"]
-        values = np.ascontiguousarray(descriptor, dtype=column.dtype)
-        if values.shape != column.shape[1:]:
-            raise StoreError(f"{self._path}: expected a descriptor of {column.shape[1:]}, found {values.shape}")
-        self._write("descriptors", row, values)
-        self._write("checksum", row, zlib.crc32(values.data))
-        self._write("image_size", row, image_size)
-        self._write("error", row, error)
-        self._write("file_size", row, fingerprint.file_size)
-        self._write("file_mtime_ns", row, fingerprint.mtime_ns)
-
-    def _write(self, name: str, row: int, value: Any) -> None:
+    def _write(self, name: str, row: int, values: np.ndarray) -> None:
+        """Write values of a column, of this row and those after it."""
         column = self._columns[name]
-        data = memoryview(np.asarray(value, dtype=column.dtype).tobytes())
+        data = values.reshape(-1).view(np.uint8).data
         place = column.offset + row * column.row_bytes
         try:
             while data:
@@ -266,6 +421,59 @@ class StoreWriter:
         self._unsynced = False
 
 
+class _Row(NamedTuple):
+    row: int
+    status: Status
+    image_size: tuple[int, int]
+    error: bytes
+    fingerprint: Fingerprint
+
+
+class _Block:
+    """Rows in the order they came, with their values [B, D] in one array."""
+
+    def __init__(self, columns: dict[str, Column]) -> None:
+        self._columns = columns
+        column = columns["descriptors"]
+        self._most = max(1, min(column.shape[0], BLOCK_ROWS, BLOCK_BYTES // max(1, column.row_bytes)))
+        self._values = np.empty((self._most, *column.shape[1:]), column.dtype)
+        self.rows: list[_Row] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) >= self._most
+
+    def add(self, row: _Row, values: np.ndarray | int) -> None:
+        self._values[len(self.rows)] = values
+        self.rows.append(row)
+
+    def in_order(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """[n] row numbers, ascending, and [n, ...] their values of every column."""
+        rows = np.array([one.row for one in self.rows], np.int64)
+        order = np.argsort(rows, kind="stable")  # of a row that was given twice, the last one stays
+        values = self._values[: len(rows)]
+        if (np.diff(rows) < 0).any():
+            rows, values = rows[order], values[order]
+        given = [self.rows[at] for at in order.tolist()]
+        plain = {
+            "status": [one.status for one in given],
+            "image_size": [one.image_size for one in given],
+            "error": [one.error for one in given],
+            "file_size": [one.fingerprint.file_size for one in given],
+            "file_mtime_ns": [one.fingerprint.mtime_ns for one in given],
+            "checksum": [zlib.crc32(one) for one in values],
+        }
+        columns = {name: np.array(found, self._columns[name].dtype) for name, found in plain.items()}
+        return rows, {"descriptors": values, **columns}
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of consecutive numbers begin and end in ascending ones [n]."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return list(pairwise(edges))
+
+
 def _above_standard(descriptor: int) -> int:
     """The same file, never with the number of a standard stream: a library that prints would write into it."""
     if descriptor > 2:
@@ -276,7 +484,8 @@ def _above_standard(descriptor: int) -> int:
         os.close(descriptor)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What a file is made with: this program, Python and the libraries that matter for values."""
     found = {"sppfeat": __version__, "python": platform.python_version()}
     for library in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

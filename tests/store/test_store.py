@@ -90,8 +90,7 @@ def test_status_comes_after_the_values_are_on_disk(path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "pwrite", write)
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: (events.append("sync"), real_sync(descriptor)))
     fill(path, range(3))
-    assert events[-5:] == ["sync", "status", "status", "status", "sync"]
-    assert "status" not in events[:-4]
+    assert events == ["values"] * 6 + ["sync", "status", "sync"]  # consecutive rows are one write per column
 
 
 def test_a_reader_sees_rows_as_they_are_written(path: Path) -> None:
