@@ -1,10 +1,12 @@
 """`sppfeat extract`: describe images in a store."""
 
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.errors import UsageError
 from sppfeat.recipe import (
     CROPS,
     DTYPES,
@@ -37,7 +39,16 @@ def register(app: typer.Typer) -> None:
 
 def extract(
     sources: options.Sources,
-    output: options.Output,
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE|DIR",
+            help="Output file, or with a trailing slash a folder of shards.",
+            show_default=False,
+        ),
+    ],
     backbone: options.Backbone = Recipe.backbone,
     weights: options.Weights = Recipe.weights,
     layer: options.Layer = Recipe.layer,
@@ -99,13 +110,35 @@ def extract(
     batch_size: options.BatchSize = RunOptions.batch_size,
     num_workers: options.NumWorkers = RunOptions.num_workers,
     root: options.Root = None,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Write a folder of shards of at most N rows.", show_default="65536 in a folder"),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Describe only part I of N of the images, into a folder of its own; see `sppfeat merge`.",
+            show_default="all images",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Describe on a Ray cluster: its address, auto or local (this machine alone).",
+            show_default="this process",
+        ),
+    ] = None,
+    image_column: options.ImageColumn = None,
+    name_column: options.NameColumn = None,
     resume: options.Resume = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Describe images of any size by one fixed-length descriptor each, in one HDF5 file (a store).
+    """Describe images of any size by one fixed-length descriptor each, in one HDF5 file or a folder of them (a store).
 
     Run the same command again to resume: described images are kept, changed and new ones are described. An image that
     cannot be described is reported and marked failed, and never stops the run.
@@ -136,8 +169,14 @@ def extract(
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     options.check_sources(sources)
 
-    from sppfeat.extraction import extract_folder
+    from sppfeat.extraction import ShardOptions, extract_folder
+    from sppfeat.images import Columns
     from sppfeat.windows import windows_from
+
+    shards = None
+    if shard_rows is not None or part is not None:
+        rows = ShardOptions.rows if shard_rows is None else shard_rows
+        shards = ShardOptions(rows=rows, part=_part(part) if part is not None else None)
 
     boxes = windows_from(windows) if windows is not None else None
     unit, failures = "image" if boxes is None else "window", f"`sppfeat inspect {output} --failures`"
@@ -149,9 +188,12 @@ def extract(
             run,
             windows=boxes,
             root=root,
+            columns=Columns(image_column, name_column),
             resume=resume,
             retry_failed=retry_failed,
             overwrite=overwrite,
+            shards=shards,
+            cluster=cluster,
             observer=progress,
             stop=progress.stop.is_set,
         )
@@ -161,11 +203,19 @@ def extract(
         typer.echo(_summary(done))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
-        left = f"{counted(done.pending, _unit(done))} left"
+        left = f"{'at least ' * done.stopped}{counted(done.pending, _unit(done))} left"
         print(f"sppfeat: interrupted, {left}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.failed:
         raise typer.Exit(3)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`3/64` as numbers."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None:
+        raise UsageError(f"--part: expected I/N such as 3/64, found {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _unit(done: "Extraction") -> str:

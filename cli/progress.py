@@ -90,6 +90,12 @@ class Progress(Observer):
             self.say(f"... and {len(gone) - LISTED:,} more gone")
         self._bar = _new_bar(todo, self._unit)
 
+    def planned(self, todo: int) -> None:
+        """More work is known: `todo` items in all."""
+        if self._bar is not None:
+            self._bar.total = todo
+            self._bar.refresh()
+
     def row(self, name: str, error: str | None) -> None:
         """One image is done, or failed for a reason."""
         if self._quiet:

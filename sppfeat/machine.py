@@ -7,6 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+# Set by `limit_cores`.
+_most_cores: int | None = None
+
+
+def limit_cores(count: int) -> None:
+    """Let this process use at most this many cores; for processes that share a machine by agreement."""
+    global _most_cores
+    _most_cores = count
+
 
 def available_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or the lowest limit of its control groups."""
@@ -21,7 +30,7 @@ def available_memory() -> int:
 def available_cores(proc: Path = Path("/proc/self")) -> int:
     """Cores that this process may use: those of its CPU affinity, up to the quotas of its control groups.
 
-    A fraction of a core counts as one.
+    A fraction of a core counts as one. See also `limit_cores`.
     """
     mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Version 2 has "QUOTA PERIOD" in one file, version 1 in two; without a limit the quota is "max" or -1.
@@ -29,7 +38,7 @@ def available_cores(proc: Path = Path("/proc/self")) -> int:
     periods = control_group_values("cpu", "cpu.max", "cpu.cfs_period_us", proc)
     shares = [(quota.split()[0], period.split()[-1]) for quota, period in zip(quotas, periods, strict=False)]
     limits = [-(-int(quota) // int(period)) for quota, period in shares if quota.isdigit() and int(period) > 0]
-    return max(1, min([mask, *limits]))
+    return max(1, min([mask, *limits, *([] if _most_cores is None else [_most_cores])]))
 
 
 def control_group_values(controller: str, file: str, file_v1: str, proc: Path = Path("/proc/self")) -> Iterator[str]:

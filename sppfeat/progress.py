@@ -14,8 +14,14 @@ class Observer:
         gone: names of rows whose file no longer exists. device: where the network will run; empty if none does.
         """
 
+    def planned(self, todo: int) -> None:
+        """More work is known than when it started: `todo` rows in all."""
+
     def row(self, name: str, error: str | None) -> None:
-        """One image or window is done, or failed with a reason."""
+        """One image or window is done, or failed with a reason.
+
+        For an extraction, done means described: its row reaches the disk soon, and before the extraction returns.
+        """
 
     def note(self, text: str) -> None:
         """Something is unusual about an image or a class; there may be one note per image."""

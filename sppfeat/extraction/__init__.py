@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from sppfeat.extraction.pipeline import Described, Describer
 from sppfeat.extraction.run import Extraction, extract_folder
+from sppfeat.extraction.sharded import ShardOptions
 
-__all__ = ["Described", "Describer", "Extraction", "extract_folder"]
+__all__ = ["Described", "Describer", "Extraction", "ShardOptions", "extract_folder"]

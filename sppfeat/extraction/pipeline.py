@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from sppfeat.backbones import Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
 from sppfeat.extraction.stages import Stages
-from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image
+from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
@@ -219,6 +219,7 @@ class Describer:
             finally:
                 forwarders.shutdown(cancel_futures=True)
         finally:
+            read_ahead.forget()
             decoders.shutdown(cancel_futures=True)
 
     def _ahead(self, passes: int) -> int:
@@ -230,6 +231,7 @@ class Describer:
         for index, item in items:
             if item.windows is not None:
                 check_windows(self.recipe)
+            item.expect()
             yield index, item, decoders.submit(self._prepare, item)
 
     def _pipeline(
@@ -308,17 +310,17 @@ class Describer:
 
     def _prepare(self, item: Item) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
-        # Taken first: a file that is still being copied is another one by the next run.
-        fingerprint = item.fingerprint()
+        # Taken first: a file that is still being copied is another one by the next run. To ask a bucket takes time.
+        early = item.fingerprint() if item.content is None else None
         if item.problem is not None:
-            return _Unreadable(item.problem, fingerprint)
+            return _Unreadable(item.problem, early or item.fingerprint())
         try:
             with quiet_pillow:
-                return prepare_image(item.path, self.recipe, minimum=self.minimum_side)
+                return prepare_image(item, self.recipe, minimum=self.minimum_side)
         except ImageError as error:
-            return _Unreadable(str(error), fingerprint)
+            return _Unreadable(str(error), early or item.fingerprint())
         except MemoryError:
-            return _Unreadable("cannot be decoded: out of memory", fingerprint)
+            return _Unreadable("cannot be decoded: out of memory", early or item.fingerprint())
         finally:
             self.times.spend("decode", time.perf_counter() - start)
 
@@ -395,15 +397,17 @@ class Describer:
 
     def _descriptors(
         self, engine: Engine, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> list[np.ndarray]:
-        """The descriptor [D] of each image, or those of its windows [k, D]."""
+    ) -> Sequence[np.ndarray | str]:
+        """The descriptor [D] of each image, or those of its windows [k, D]; or why an image has none."""
         maps = engine.feature_maps(np.stack([pixels for _, pixels in batch]))
         if rows[0].windows is not None:
             return [
                 self._pool_windows(engine, one, row, key[1], pixels)
                 for one, row, (key, pixels) in zip(maps, rows, batch, strict=True)
             ]
-        return list(normalize(engine.pool(maps), self.recipe.normalize))
+        described = normalize(engine.pool(maps), self.recipe.normalize)
+        # Of several scales, the stored values are known when all are fused.
+        return to_stored(described, self.recipe.dtype) if len(self.recipe.scales) == 1 else list(described)
 
     def _pool_windows(self, engine: Engine, feature_map: Any, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
         """[k, D] descriptors of the windows that one image has at one scale."""
@@ -446,13 +450,12 @@ class Describer:
 
     def _fused_whole(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
-        descriptor = fuse([part for part in row.parts if part is not None], self.recipe.fuse)
-        with np.errstate(over="ignore"):
-            stored = descriptor.astype(self.recipe.dtype)
-        if not np.isfinite(stored).all():
-            largest = float(np.abs(descriptor).max())
-            reason = f"the descriptor is not finite as {self.recipe.dtype} (largest value {largest:.3g})"
-            return Described(index, None, size, fingerprint, reason, {})
+        parts = [part for part in row.parts if part is not None]
+        stored: np.ndarray | str = parts[0]
+        if len(parts) > 1:
+            stored = to_stored(fuse(parts, self.recipe.fuse)[None], self.recipe.dtype)[0]
+        if isinstance(stored, str):
+            return Described(index, None, size, fingerprint, stored, {})
         return Described(index, stored[None], size, fingerprint, None, {})
 
 
@@ -476,3 +479,16 @@ def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
         return np.concatenate(parts, axis=-1)
     together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
     return together
+
+
+def to_stored(descriptors: np.ndarray, dtype: str) -> list[np.ndarray | str]:
+    """Rows [N, D] of float32 in the store's type; for a row that is not finite in it, the reason instead."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = descriptors.astype(dtype, copy=False)
+        # Rounding keeps order: all values are finite if the largest is.
+        largest = np.maximum(descriptors.max(1), -descriptors.min(1))
+        finite = np.isfinite(largest.astype(dtype))
+    rows: list[np.ndarray | str] = list(stored)
+    for at in np.flatnonzero(~finite):
+        rows[at] = f"the descriptor is not finite as {dtype} (largest value {largest[at]:.3g})"
+    return rows

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sppfeat.errors import UsageError
-from sppfeat.images import NO_FINGERPRINT, ImageList, Item
+from sppfeat.images import NO_FINGERPRINT, ImageList, Item, fingerprints
 from sppfeat.store import Status, Store, row_name, row_names, split_row_name, window_text
 
 
@@ -18,6 +18,28 @@ class Todo(NamedTuple):
 
     item: Item
     rows: list[int]
+
+
+class Job(NamedTuple):
+    """Rows of one file to describe.
+
+    shard: its number among those of the plan; 0 of a store that is one file. new: whether there is no such shard yet:
+    its rows are those of `todo`.
+    redo: rows that were done or failed before. changed: those of them that were done, and whose file changed.
+    lost: pending rows whose file no longer exists.
+    """
+
+    shard: int
+    todo: list[Todo]
+    new: bool = False
+    redo: list[int] = []
+    changed: frozenset[int] = frozenset()
+    lost: list[int] = []
+
+    @property
+    def rows(self) -> int:
+        """The number of rows to describe."""
+        return sum(len(one.rows) for one in self.todo)
 
 
 @dataclass(frozen=True)
@@ -75,16 +97,22 @@ def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[
 def make_plan(store: Store, rows: Mapping[str, int], images: ImageList, *, retry_failed: bool) -> Plan:
     """Compare the items with the rows of a store; `rows` has row numbers by name."""
     status = store.status.tolist()
-    files = list(zip(store.file_size.tolist(), store.file_mtime_ns.tolist(), strict=True))
+    files = list(zip(store.file_size[:].tolist(), store.file_mtime_ns[:].tolist(), strict=True))
     todo: list[Todo] = []
     gone: list[str] = []
     redo: set[int] = set()
     listed: set[str] = set()
     reused = failed_before = 0
+
+    def is_known(item: Item) -> bool:
+        """Whether a row of it is not pending: others are read anyway."""
+        return any(status[rows[name]] != Status.PENDING for name in row_names(item))
+
+    asked = fingerprints(item for item in images.items if is_known(item))
     for item in images.items:
-        file = item.fingerprint()
         wanted: list[int] = []
         names = row_names(item)
+        file = next(asked) if is_known(item) else NO_FINGERPRINT
         listed.update(names)
         for at, name in enumerate(names):
             row = rows[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,19 +14,21 @@ import numpy as np
 from sppfeat.engines import resolve_device
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer, check_windows
-from sppfeat.extraction.plan import make_plan, with_windows
+from sppfeat.extraction.plan import Job, make_plan, with_windows
+from sppfeat.extraction.sharded import ShardOptions, WithWindows, coverage, fill_shards, prepare_folder
 from sppfeat.extraction.stages import Stages
-from sppfeat.extraction.workers import fill_rows, fill_rows_with
-from sppfeat.images import ImageList, find_images, path_to_name
+from sppfeat.extraction.workers import Tally, fill_file
+from sppfeat.images import DEFAULT_COLUMNS, Columns, ImageList, Item, find_images, open_sources, path_to_name
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import (
     Store,
-    StoreWriter,
     check_output,
     create_store,
     extend_store,
+    is_folder_store,
     lock_store,
+    open_folder,
     open_store,
     row_names,
 )
@@ -41,7 +43,8 @@ class Extraction:
     images: listed in the sources. repeated: duplicates in the sources. described: in this run. reused: described
     before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
     changed. gone: rows of the store whose file no longer exists; they are kept. pending: rows left for the next run,
-    after an interruption. dim: length of a descriptor. device, engine: where and how the network ran.
+    after an interruption. stopped: before all sources were listed. dim: length of a descriptor. device, engine: where
+    and how the network ran.
     seconds: of this run. stages: of its work, summed over threads.
     If windows are described, all of these count windows, and without_windows counts the images without any; else it is
     None.
@@ -62,6 +65,7 @@ class Extraction:
     seconds: float
     stages: Stages
     without_windows: int | None = None
+    stopped: bool = False
 
     @property
     def bottleneck(self) -> str | None:
@@ -75,14 +79,15 @@ class Extraction:
         stages, on_cpu = self.stages, self.device == "cpu"
         decode = stages.decode if on_cpu else stages.decode / stages.workers
         forward = stages.forward if on_cpu else stages.forward / stages.streams
-        # One thread writes, beside all others.
-        busy = {"decode": decode, "forward": forward, "write": stages.write if stages.write > self.seconds / 2 else 0.0}
+        # One thread writes, beside all others, which wait for it only if it never rests.
+        write = stages.write if stages.write > 0.9 * self.seconds else 0.0
+        busy = {"decode": decode, "forward": forward, "write": write}
         return max(busy, key=lambda stage: busy[stage])
 
     @property
     def interrupted(self) -> bool:
         """Whether the run was stopped before every image was described."""
-        return self.pending > 0
+        return self.pending > 0 or self.stopped
 
     @property
     def images_per_second(self) -> float:
@@ -98,113 +103,188 @@ def extract_folder(
     *,
     windows: Mapping[str, np.ndarray] | None = None,
     root: str | None = None,
+    columns: Columns = DEFAULT_COLUMNS,
     resume: bool = True,
     retry_failed: bool = False,
     overwrite: bool = False,
+    shards: ShardOptions | None = None,
+    cluster: str | None = None,
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Extraction:
-    """Describe the images of folders, files or lists (see `find_images`) into the store `output`.
+    """Describe the images of folders, files, lists, archives and URLs (see `open_sources`) into the store `output`.
 
     An existing store is resumed: rows that are done stay, pending rows and changed files are described, and new files
     are added at the end. `retry_failed` tries failed rows again. `overwrite` starts over; `resume=False` rejects an
     existing store. Names are relative to `root`; by default to the root of the resumed store, if it contains all
-    sources, else to the folder that does.
+    sources, else to the folder that does. columns: of parquet files.
     windows: [K, 4] by image name (see `read_windows`): each window is described instead, from one pass per image, in a
     row named `image#x1,y1,x2,y2` (see `split_row_name`). Images without windows get no row.
+    shards: write a folder of shards, as for an `output` that is a folder or ends with a slash: then images are
+    described while the sources are listed, and memory does not grow with their number.
+    cluster: describe on many machines into such a folder, which all of them reach; see `RayCluster`.
     Raises StoreError for an output that is not a store or was made with another recipe, and whatever `find_images` and
     `Describer` raise. An image that cannot be described is a failed row, not an error.
     """
     began = time.perf_counter()
     observer = observer or Observer()
     options = options or RunOptions()
-    devices = options.devices()
-    for each in devices:
+    for each in options.devices():
         resolve_device(each)
-    if windows is not None and recipe is not None:
+    recipe = recipe or Recipe()
+    if windows is not None:
         check_windows(recipe)
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
-    check_output(path, overwrite=overwrite, resume=resume)
-    images, without_windows = _list(sources, path if resume and not overwrite else None, root, windows)
-    if not images.items:
-        raise UsageError(f"{_show_sources(sources)}: expected images, found none")
-    with lock_store(path):
-        check_output(path, overwrite=overwrite, resume=resume)
-        # With several GPUs, this process only needs the network's description, and no room on any GPU.
-        own = replace(options, device="cpu", engine="torch") if len(devices) > 1 else options
-        describer = Describer(recipe or Recipe(), own)
-        device = options.device if len(devices) > 1 else describer.device
-        if overwrite and path.exists() and len(devices) == 1:
+    in_folder = shards is not None or cluster is not None or path.is_dir() or os.fspath(output).endswith(os.sep)
+    check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
+    stays = resume and not overwrite
+    run = _Run(several, path, recipe, options, windows, root, columns, stays, retry_failed, observer, stop)
+    with contextlib.ExitStack() as stack:
+        found = None
+        if not in_folder:  # listed before anything is created
+            found = _list(run)
+        stack.enter_context(lock_store(path, folder=in_folder))
+        check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
+        describer = run.describer()
+        if overwrite and path.exists() and len(options.devices()) == 1:
             describer.load()  # a network that cannot run must not destroy the existing store
-        created = not path.exists() or not path.stat().st_size
-        store = _prepare_store(path, images, describer, fresh=overwrite)
-        rows = {name: row for row, name in enumerate(store.names)}
-        plan = make_plan(store, rows, images, retry_failed=retry_failed)
-        observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
-        described = failed = changed = 0
-        work = Stages()
-        try:
-            with StoreWriter(store) as writer:
-                readable = [todo for todo in plan.todo if todo.item.problem is None]
-                redo = plan.redo.intersection(row for todo in readable for row in todo.rows)
-                writer.reset(sorted(plan.redo - redo))
-                for item, of_item in plan.todo:
-                    if item.problem is not None:
-                        for row, name in zip(of_item, row_names(item), strict=True):
-                            writer.fail(row, item.problem)
-                            observer.row(name, item.problem)
-                            failed += 1
-                for row in plan.lost:
-                    writer.fail(row, "the file no longer exists")
-                if len(devices) > 1:
-                    writer.flush()
-                    filled = fill_rows_with(devices, options, store, readable, sorted(redo), stop, work)
-                else:
-                    filled = fill_rows(writer, describer, readable, sorted(redo), stop, work)
-                with contextlib.closing(filled):  # also if the observer raises: processes must not outlive the lock
-                    for name, error in filled:
-                        described += error is None
-                        failed += error is not None
-                        changed += error is None and rows[name] in plan.changed
-                        observer.row(name, error)
-        except (BackboneError, DeviceError, MissingExtraError):
-            if created and not describer.streams and not described + failed:
-                path.unlink()  # no network was loaded, and nothing was made but a list of names
-            raise
-        pending = plan.rows - described - failed
-        return Extraction(
-            store=str(path),
-            images=sum(len(row_names(item)) for item in images.items),
-            described=described,
-            reused=plan.reused,
-            failed=failed + plan.failed_before,
-            changed=changed,
-            gone=len(plan.gone),
-            pending=pending,
-            repeated=images.repeated,
-            dim=describer.dim,
-            device=device,
-            engine=describer.engine,
-            seconds=time.perf_counter() - began,
-            stages=work,
-            without_windows=without_windows,
+        done = (
+            _into_folder(run, describer, shards or ShardOptions(), cluster)
+            if found is None
+            else _into_file(run, describer, *found)
         )
+    return replace(done, seconds=time.perf_counter() - began)
 
 
-def _list(
-    sources: Source | Sequence[Source],
-    resumed: Path | None,
-    root: str | None,
-    windows: Mapping[str, np.ndarray] | None,
-) -> tuple[ImageList, int | None]:
+@dataclass(frozen=True)
+class _Run:
+    """What `extract_folder` is asked for; resume: whether what is in the output stays."""
+
+    sources: list[Source]
+    path: Path
+    recipe: Recipe
+    options: RunOptions
+    windows: Mapping[str, np.ndarray] | None
+    root: str | None
+    columns: Columns
+    resume: bool
+    retry_failed: bool
+    observer: Observer
+    stop: Callable[[], bool]
+
+    def describer(self) -> Describer:
+        """With several GPUs, this process only needs the network's description, and no room on any GPU."""
+        several = len(self.options.devices()) > 1
+        return Describer(self.recipe, replace(self.options, device="cpu", engine="torch") if several else self.options)
+
+    def device(self, describer: Describer) -> str:
+        """The devices by name."""
+        return self.options.device if len(self.options.devices()) > 1 else describer.device
+
+
+def _into_file(run: _Run, describer: Describer, images: ImageList, without_windows: int | None) -> Extraction:
+    path, device = run.path, run.device(describer)
+    created = not path.exists() or not path.stat().st_size
+    store = _prepare_store(path, images, describer, fresh=not run.resume)
+    rows = {name: row for row, name in enumerate(store.names)}
+    plan = make_plan(store, rows, images, retry_failed=run.retry_failed)
+    run.observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
+    tally = Tally()
+    job = Job(0, plan.todo, redo=sorted(plan.redo), changed=frozenset(plan.changed), lost=plan.lost)
+    try:
+        fill_file(store, job, describer, run.options, tally, run.observer, run.stop)
+    except (BackboneError, DeviceError, MissingExtraError):
+        if created and not describer.streams and not tally.described + tally.failed:
+            path.unlink()  # no network was loaded, and nothing was made but a list of names
+        raise
+    return Extraction(
+        store=str(path),
+        images=sum(len(row_names(item)) for item in images.items),
+        described=tally.described,
+        reused=plan.reused,
+        failed=tally.failed + plan.failed_before,
+        changed=tally.changed,
+        gone=len(plan.gone),
+        pending=plan.rows - tally.described - tally.failed,
+        repeated=images.repeated,
+        dim=describer.dim,
+        device=device,
+        engine=describer.engine,
+        seconds=0.0,
+        stages=tally.stages,
+        without_windows=without_windows,
+    )
+
+
+def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address: str | None) -> Extraction:
+    path, device, engine = run.path, run.device(describer), describer.engine
+    sources = open_sources(run.sources, root=run.root, columns=run.columns)
+    is_new = not run.resume or not is_folder_store(path)
+    if run.root is None and not is_new and _is_below(sources.root, before := open_folder(path).manifest.source_root):
+        sources = open_sources(run.sources, root=before, columns=run.columns)
+    items: Iterable[Item] = sources
+    with_windows = None
+    if run.windows is not None:
+        items = with_windows = WithWindows(sources, run.windows, sources.root)
+    cluster = None
+    with contextlib.ExitStack() as stack:
+        if address is not None:
+            from sppfeat.extraction.cluster import RayCluster
+
+            cluster = stack.enter_context(RayCluster(address, describer.recipe, run.options))
+            device = cluster.device
+        folder = prepare_folder(path, describer, shards, root=sources.root, fresh=is_new)
+        if is_new:
+            stack.callback(folder.remove_if_empty)
+        listed, tally, stopped = fill_shards(
+            folder,
+            items,
+            # Windows that are no longer asked for are not gone.
+            coverage(sources) if run.windows is None else None,
+            describer,
+            run.options,
+            shards,
+            retry_failed=run.retry_failed,
+            device=device if cluster is None else f"{cluster.workers} workers",
+            observer=run.observer,
+            stop=run.stop,
+            cluster=cluster,
+        )
+    if cluster is not None:
+        engine = cluster.engine or engine
+    if not listed.images and shards.part is None and not stopped:
+        raise UsageError(f"{_show_sources(run.sources)}: expected images, found none")
+    return Extraction(
+        store=str(path),
+        images=listed.images - listed.repeated,
+        described=tally.described,
+        reused=listed.reused,
+        failed=tally.failed + listed.failed_before,
+        changed=tally.changed,
+        gone=listed.gone,
+        pending=listed.todo - tally.described - tally.failed,
+        repeated=listed.repeated,
+        dim=describer.dim,
+        device=device,
+        engine=engine,
+        seconds=0.0,
+        stages=tally.stages,
+        without_windows=None if with_windows is None else with_windows.without,
+        stopped=stopped,
+    )
+
+
+def _list(run: _Run) -> tuple[ImageList, int | None]:
     """The items, and the number of images without windows if windows are described."""
-    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    found, without_windows = find_images(several, root=root), None
-    if windows is not None:
-        found, without_windows = with_windows(found, windows)
-    if root is None and resumed is not None and resumed.exists() and resumed.stat().st_size:
-        before = open_store(resumed).source_root
+    found, without_windows = find_images(run.sources, root=run.root, columns=run.columns), None
+    if not found.items:
+        raise UsageError(f"{_show_sources(run.sources)}: expected images, found none")
+    if run.windows is not None:
+        found, without_windows = with_windows(found, run.windows)
+    if run.root is None and run.resume and run.path.exists() and run.path.stat().st_size:
+        before = open_store(run.path).source_root
         if _is_below(found.root, before):
             return found.below(before), without_windows
     return found, without_windows
@@ -258,6 +338,5 @@ def _is_below(folder: str, root: str) -> bool:
     return folder.startswith(root.rstrip("/") + "/")
 
 
-def _show_sources(sources: Source | Sequence[Source]) -> str:
-    several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
-    return ", ".join(os.fspath(source) for source in several)
+def _show_sources(sources: Sequence[Source]) -> str:
+    return ", ".join(os.fspath(source) for source in sources)

@@ -2,7 +2,7 @@
 
 A worker runs `main` with the number of a file descriptor as its argument. It reads its task from one line of JSON on
 standard input, and answers with lines of JSON on that descriptor, since libraries may print on standard output:
-`[place, error]` for each row that is about to be written, and finally an object with its times, or with the error that
+`[place, error]` for each row that is given to the writer, and finally an object with its times, or with the error that
 ended it. The line `stop` makes it finish the rows in flight; the end of its input, when its parent is gone, ends it at
 once.
 """
@@ -17,26 +17,75 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from sppfeat import errors
 from sppfeat.errors import BackboneError, SppFeatError, one_line
 from sppfeat.extraction.pipeline import Describer
-from sppfeat.extraction.plan import Todo
+from sppfeat.extraction.plan import Job, Todo
 from sppfeat.extraction.stages import Stages
-from sppfeat.images import Item
+from sppfeat.images import Item, from_builtins, to_builtins
 from sppfeat.machine import available_cores
+from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import Store, StoreWriter, open_store, row_names
 
-# A killed run loses at most this much work; a flush waits for the disk.
-FLUSH_SECONDS: Final = 0.25
-
 Outcome = tuple[str, str | None]  # a row's name, and why it failed
+
+
+@dataclass
+class Tally:
+    """What has been done, in rows of this run; changed: those described again because their file changed."""
+
+    described: int = 0
+    failed: int = 0
+    changed: int = 0
+    stages: Stages = field(default_factory=Stages)
+
+
+def fill_file(
+    store: Store,
+    job: Job,
+    describer: Describer,
+    options: RunOptions,
+    tally: Tally,
+    observer: Observer,
+    stop: Callable[[], bool],
+) -> None:
+    """Describe the rows of a job in the file that holds them, on one device or several. Hold the store's lock."""
+    readable = [todo for todo in job.todo if todo.item.problem is None]
+    redo = set(job.redo).intersection(row for todo in readable for row in todo.rows)
+    with StoreWriter(store) as writer:
+        writer.reset(sorted(set(job.redo) - redo))
+        for item, rows in job.todo:
+            if item.problem is not None:
+                for row, name in zip(rows, row_names(item), strict=True):
+                    writer.fail(row, item.problem)
+                    observer.row(name, item.problem)
+                    tally.failed += 1
+        for row in job.lost:
+            writer.fail(row, "the file no longer exists")
+        if len(devices := options.devices()) > 1:
+            writer.flush()
+            filled = fill_rows_with(devices, options, store, readable, sorted(redo), stop, tally.stages)
+        else:
+            filled = fill_rows(writer, describer, readable, sorted(redo), stop, tally.stages)
+        changed = {
+            name
+            for item, rows in readable
+            for row, name in zip(rows, row_names(item), strict=True)
+            if row in job.changed
+        }
+        with contextlib.closing(filled):  # also if the observer raises: processes must not outlive the lock
+            for name, error in filled:
+                tally.described += error is None
+                tally.failed += error is not None
+                tally.changed += error is None and name in changed
+                observer.row(name, error)
 
 
 def fill_rows(
@@ -47,13 +96,13 @@ def fill_rows(
     stop: Callable[[], bool],
     work: Stages,
 ) -> Generator[Outcome, None, None]:
-    """Describe items, and write each of their rows in place; adds the time taken to `work`.
+    """Describe items, and give each of their rows to the writer; adds the time taken to `work`.
 
-    All windows of an image come together. redo: rows that were done or failed; they become pending when the first
-    image is described, and not if no network can be run.
+    A row that is yielded is described, or has failed; it is on disk when the writer has flushed, soon, and when this
+    ends. All windows of an image come together. redo: rows that were done or failed;
+    they become pending when the first image is described, and not if no network can be run.
     """
-    before = describer.times.copy()
-    last_flush = time.perf_counter()
+    before, written = describer.times.copy(), writer.seconds
     try:
         for done in describer.describe((item for item, _ in todo), stop=stop):
             item, rows = todo[done.position]
@@ -61,20 +110,13 @@ def fill_rows(
                 writer.reset(redo)
                 redo = ()
             for at, (row, name) in enumerate(zip(rows, row_names(item), strict=True)):
-                start = time.perf_counter()
                 descriptor, error = done.row(at)
                 if descriptor is None:
                     writer.fail(row, error or "", done.fingerprint)
                 else:
                     writer.write(row, descriptor, done.image_size, done.fingerprint)
-                if start - last_flush > FLUSH_SECONDS:
-                    writer.flush()
-                    last_flush = time.perf_counter()
-                work.write += time.perf_counter() - start
                 yield name, error
-        start = time.perf_counter()
         writer.flush()
-        work.write += time.perf_counter() - start
     finally:
         now = describer.times
         work.add(
@@ -82,6 +124,7 @@ def fill_rows(
                 decode=now.decode - before.decode,
                 forward=now.forward - before.forward,
                 pool=now.pool - before.pool,
+                write=writer.seconds - written,
                 workers=describer.workers,
                 streams=describer.streams,
             )
@@ -148,13 +191,14 @@ def fill_rows_with(
 def _told(todo: Todo) -> list[Any]:
     """An item and its rows for JSON; a root may contain bytes that are not UTF-8."""
     item, rows = todo
-    return [os.fsencode(item.root).hex(), item.name, None if item.windows is None else item.windows.tolist(), rows]
+    windows = None if item.windows is None else item.windows.tolist()
+    return [os.fsencode(item.root).hex(), item.name, windows, to_builtins(item.content), rows]
 
 
 def _heard(told: list[Any]) -> Todo:
-    root, name, windows, rows = told
+    root, name, windows, content, rows = told
     boxes = None if windows is None else np.array(windows, np.float64).reshape(-1, 4)
-    return Todo(Item(os.fsdecode(bytes.fromhex(root)), name, boxes), rows)
+    return Todo(Item(os.fsdecode(bytes.fromhex(root)), name, boxes, content=from_builtins(content)), rows)
 
 
 class _Child:

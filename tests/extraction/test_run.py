@@ -271,7 +271,7 @@ def test_invalid_outputs(make_images: MakeImages, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="is not a store; it is left as it is"):
             extract_folder(folder, photo, TINY, overwrite=overwrite)
     assert photo.read_bytes() == before
-    with pytest.raises(StoreError, match="found a folder"):
+    with pytest.raises(StoreError, match="found .0000.png. in it; it is left as it is"):
         extract_folder(folder, folder, TINY)
     with pytest.raises(StoreError, match="its folder .* does not exist"):
         extract_folder(folder, tmp_path / "none" / "f.h5", TINY)
@@ -590,6 +590,7 @@ def test_the_bottleneck_is_the_stage_that_the_others_wait_for(make_images: MakeI
     assert slowest("cpu", 3, 9) == "forward"
     assert slowest("cpu", 12, 9) == "decode"
     assert slowest("cpu", 3, 9, 9.5) == "write"
+    assert slowest("cpu", 3, 5, 8) == "forward"  # the writing thread still rests
     # Beside a GPU, eight threads decode while one feeds it.
     assert slowest("cuda:0", 12, 9) == "forward"
     assert slowest("cuda:0", 79, 9) == "decode"
