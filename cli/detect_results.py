@@ -60,7 +60,7 @@ class Results(DetectionObserver):
                 typer.echo(f"{printable(name)}\t{printable(entry['label'])}\t{entry['score']:.3f}\t{box}")
         if self._drawings is not None:
             try:
-                self._drawings.draw(item.path, name, found, self._model.classes)
+                self._drawings.draw(item, name, found, self._model.classes)
             except ImageError as error:
                 self.not_drawn[name] = str(error)
                 self._progress.note(f"not drawn: {name}: {error}")
@@ -68,4 +68,4 @@ class Results(DetectionObserver):
                 self.unwritten.append(error)
                 self._drawings = None
         if self._page is not None:
-            self._page.add(item.path, name, found)
+            self._page.add(item, name, found)

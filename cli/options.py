@@ -57,7 +57,10 @@ class _Default:
 
 # Sources, output, and what is printed.
 
-_SOURCES = "Folders, images, text lists (.txt, one path per line), or - for a list on standard input"
+_SOURCES = (
+    "Folders, images, archives (tar, zip, parquet; train-{00..99}.tar names many), URLs (s3, gs, hf, http), text lists "
+    "(.txt, one path or URL per line), or - for a list on standard input"
+)
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help=f"{_SOURCES}.", show_default=False)]
 SourcesOrStores = Annotated[
     list[str], typer.Argument(metavar="SOURCE...", help=f"{_SOURCES}, or stores.", show_default=False)
@@ -73,6 +76,14 @@ Root = Annotated[
     typer.Option(
         metavar="DIR", help="Folder that names are relative to.", show_default="the deepest that holds all sources"
     ),
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of images in parquet files.", show_default="`image`, or the only one"),
+]
+NameColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of names in parquet files.", show_default="path of the image"),
 ]
 Html = Annotated[str | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
 Report = Annotated[str | None, typer.Option(metavar="FILE", help="Also write an HTML report.", show_default=False)]
@@ -257,9 +268,9 @@ def projection_options(
 
 
 def check_sources(sources: Iterable[str]) -> None:
-    """Raise UsageError for a source that does not exist, in the library's words but before it is imported."""
+    """Raise UsageError for a file that does not exist, in the library's words but before it is imported."""
     for source in sources:
-        if source != "-" and not os.path.lexists(source):
+        if source != "-" and "://" not in source and "{" not in source and not os.path.lexists(source):
             raise UsageError(f"{source}: no such file or folder")
 
 

@@ -25,7 +25,7 @@ from sppfeat.detection.detector import Detector
 from sppfeat.detection.evaluation import ClassResult, DetectionEvaluation
 from sppfeat.errors import ImageError, ReportError, one_line
 from sppfeat.files import check_can_write, os_reason
-from sppfeat.images import ImageList, name_to_path, read_image
+from sppfeat.images import ImageList, Item, name_to_path, read_image
 from sppfeat.report import image_address, write_page
 
 # Long side of images on a page: twice the width they are shown at on a wide screen.
@@ -229,13 +229,13 @@ class DrawingFolder:
         if mixed:
             raise ReportError(f"{self._root}: would mix drawings with the images in {mixed[0]}; choose another folder")
 
-    def draw(self, path: str, name: str, found: Detections, classes: Sequence[str]) -> None:
+    def draw(self, source: Item | str, name: str, found: Detections, classes: Sequence[str]) -> None:
         """Draw the detections on an image, at its full size.
 
         Raises ImageError for an image that cannot be drawn, ReportError if nothing more can be written.
         """
         target = self._root / self._files[name]
-        drawn = draw_detections(read_image(path).pixels, found, classes)
+        drawn = draw_detections(read_image(source).pixels, found, classes)
         content = io.BytesIO()
         try:
             drawn.save(content, "JPEG", quality=92, comment=_MARK)
@@ -316,16 +316,16 @@ class DetectionPage:
     """Images with their detections, gathered for one page. Only the `MAX_IMAGES` with the best scores stay."""
 
     detector: Detector
-    _entries: list[tuple[float, str, str, Detections]] = field(default_factory=list)
+    _entries: list[tuple[float, str, Item | str, Detections]] = field(default_factory=list)
     _searched: int = 0
     _found: int = 0
 
-    def add(self, path: str, name: str, found: Detections) -> None:
+    def add(self, source: Item | str, name: str, found: Detections) -> None:
         """Add a searched image."""
         self._searched += 1
         self._found += len(found.scores)
         if len(found.scores):
-            self._entries.append((float(found.scores[0]), name, path, found))
+            self._entries.append((float(found.scores[0]), name, source, found))
             if len(self._entries) > 2 * MAX_IMAGES:
                 self._prune()
 
@@ -333,10 +333,10 @@ class DetectionPage:
         """Write the page. Raises ReportError."""
         self._prune()
         images = []
-        for _, name, path, found in self._entries:
+        for _, name, source, found in self._entries:
             address = None
             with contextlib.suppress(ImageError):  # the file may be gone by now, but its detections are not
-                pixels = read_image(path).pixels
+                pixels = read_image(source).pixels
                 pixels.thumbnail((PAGE_SIDE, PAGE_SIDE))
                 address = image_address(draw_detections(pixels, found, self.detector.classes), "JPEG")
             counts: dict[str, int] = {}

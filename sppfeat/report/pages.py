@@ -19,8 +19,8 @@ from PIL import Image
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
 from sppfeat.files import appearing, check_new_file, os_reason, unsafe_name
-from sppfeat.images import decode, open_image, upright_size
-from sppfeat.store import image_of
+from sppfeat.images import Item, decode, open_image, upright_size
+from sppfeat.store import item_of
 
 _BEGINNING: Final = b"<!doctype html>"
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for high-density screens
@@ -68,17 +68,27 @@ def thumbnail(
 ) -> str | None:
     """An image as a small JPEG in a `data:` address, for the `src` of an image; None if it is not available.
 
-    root, name: of a row, as a store or a gallery has them; no file outside the root is opened, whatever the name says.
-    Links below the root are the user's own, and followed. side: of the square that it fits into. box: x1, y1, x2, y2
+    root, name: of a row, as a store or a gallery has them; no file outside the root is opened, whatever the name says,
+    and a connection is made only if the root itself is a URL. Links below the root are the user's own, and followed.
+    side: of the square that it fits into. box: x1, y1, x2, y2
     in pixels of the upright original, inclusive; the window of the row unless given. The part of it inside the image is
     shown, or the whole image where there is none.
     """
     if unsafe_name(name) is not None:
         return None
     try:
-        path, window = image_of(root, name)
-        box = box or window
-        image, _ = open_image(path)
+        item, window = item_of(root, name)
+    except ValueError:  # a path that is invalid on this system
+        return None
+    return item_thumbnail(item, side=side, box=box or window)
+
+
+def item_thumbnail(
+    item: Item, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
+) -> str | None:
+    """The same of an item that comes from a source, not from a file's names."""
+    try:
+        image, _ = open_image(item)
         with image:
             size, turn = upright_size(image, orientation="exif")
             part = None if box is None else _part(box, size)

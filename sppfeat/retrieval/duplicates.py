@@ -6,7 +6,6 @@ In a group the image with the most pixels comes first: the one to keep.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.report import thumbnail, write_page
-from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, unit_rows
+from sppfeat.store import Box, Store, UnitRows, block_rows, item_of, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95
 # Cosines of equal rows differ from 1 by the rounding of float32.
@@ -156,9 +155,9 @@ def _members(rows: UnitRows, which: np.ndarray) -> list[Member]:
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
     members = []
     for at, place, score in zip(which, places, scores, strict=True):
-        path, box = image_of(store.source_root, rows.names[at])
+        item, box = item_of(store.source_root, rows.names[at])
         width, height = store.image_size[place].tolist()
-        there = path if os.path.lexists(path) else None
+        there = item.path if item.is_there() else None
         members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there, box))
     return members
 

@@ -151,12 +151,13 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
         rows = unit_rows(store, old.projection)
         _check_names(store, rows.names)
         place = {name: row for row, name in enumerate(old.rows.names)}
+        checksums = store.checksum[rows.rows]
         new = []
         for at, name in enumerate(rows.names):
             row = place.get(name)
             if row is None:
                 new.append(at)
-            elif old.rows.checksum[row] != store.checksum[rows.rows[at]]:
+            elif old.rows.checksum[row] != checksums[at]:
                 raise GalleryError(
                     f"{path}: already holds {name!r} with another descriptor (from {old.rows.image(row)[0]}); "
                     f"remove it first: sppfeat index --remove names.txt --from {path}"
@@ -364,7 +365,7 @@ def verify_gallery(gallery: Gallery) -> list[str]:
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
     place = {name: row for row, name in enumerate(gallery.rows.names)}
     for source in gallery.about.sources:
-        if not os.path.isfile(source.store):
+        if not os.path.exists(source.store):
             continue
         try:
             rows = unit_rows(open_store(source.store), gallery.projection)
@@ -372,10 +373,11 @@ def verify_gallery(gallery: Gallery) -> list[str]:
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:
             continue
+        checksums = rows.store.checksum[rows.rows]
         same = [
             at
             for at, name in enumerate(rows.names)
-            if name in place and gallery.rows.checksum[place[name]] == rows.store.checksum[rows.rows[at]]
+            if name in place and gallery.rows.checksum[place[name]] == checksums[at]
         ]
         for start in range(0, len(same) if gallery.exact else 0, 1024):
             part = np.array(same[start : start + 1024])

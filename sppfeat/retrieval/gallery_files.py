@@ -49,6 +49,7 @@ from sppfeat.store import Box, image_of, lock_store
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"
 _OURS: Final = re.compile(r"\.?(index|rows|projection)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial")
+_LOCK: Final = ".lock"  # of `lock_store`
 _SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz"}
 _LIBRARIES: Final = ("faiss-cpu", "faiss-gpu", "numpy", "h5py")
 
@@ -378,7 +379,7 @@ def check_new_gallery(path: Path, *, overwrite: bool) -> None:
     if format_of(path) == GALLERY:
         if not overwrite:
             raise GalleryError(f"{path}: already exists; choose another output, --overwrite or --add-to")
-    elif foreign := [name for name in os.listdir(path) if not _OURS.fullmatch(name)]:
+    elif foreign := [name for name in os.listdir(path) if not _OURS.fullmatch(name) and name != _LOCK]:
         raise GalleryError(
             f"{path}: expected a gallery or an empty folder, found {min(foreign)!r} in it; it is left as it is"
         )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images import Item, find_images, path_to_name
+from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
-from sppfeat.report import thumbnail, write_page
+from sppfeat.report import item_thumbnail, thumbnail, write_page
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows, window_text
@@ -77,7 +77,8 @@ class Neighbor:
 class Answer:
     """A query and its neighbors, or why it could not be described. path: of its image. box: the part searched with.
 
-    root: the folder that `query` is relative to, if it is the name of a store's row; "" for an image given by path.
+    root: the folder that `query` is relative to, if it is the name of a store's row; "" for an image given by path, or
+    as a part of a source: then `item` is the image.
     """
 
     query: str
@@ -86,6 +87,7 @@ class Answer:
     error: str | None = None
     box: Box | None = None
     root: str = ""
+    item: Item | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def search_images(
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
     }
-    ordered = [replace(answers[at], box=box) for at in range(len(paths))]
+    ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
     return replace(result, answers=ordered, describing=describing)
 
 
@@ -312,8 +314,7 @@ def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
             return None
         if answer.root:
             return small(answer.root, answer.query)
-        folder, file = os.path.split(answer.path)
-        return small(folder, path_to_name(file), box=answer.box)
+        return None if answer.item is None else item_thumbnail(answer.item, box=answer.box)
 
     shown = [
         {
@@ -356,7 +357,7 @@ def _answer(
     notes = []
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
-    there = [os.path.isdir(root) for root in gallery.rows.roots]
+    there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
     answers = [
         Answer(
             query,
@@ -426,7 +427,7 @@ def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str],
             seen.add(path)
             if item.problem is not None:
                 errors[len(queries)] = item.problem
-            queries.append(source if path == os.path.abspath(source) else item.name)
+            queries.append(source if path in (source, os.path.abspath(source)) else item.name)
             items.append(item)
     if refused is not None and len(errors) == len(queries):
         raise refused

@@ -162,7 +162,7 @@ def _by_gram(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -
     store_rows = rows.rows[which]
 
     def columns(start: int) -> np.ndarray:
-        part = rows.store.descriptors[store_rows, start : start + size].astype(np.float32)
+        part: np.ndarray = rows.store.descriptors[store_rows, start : start + size].astype(np.float32)
         part /= lengths[:, None]
         part -= centre[start : start + size]
         return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from typing import Final, NamedTuple
@@ -16,7 +16,16 @@ from sppfeat.extraction import Described, Describer
 from sppfeat.files import STORE, format_of, unsafe_name
 from sppfeat.images import ImageList, Item, find_images
 from sppfeat.recipe import RunOptions
-from sppfeat.store import Box, DescriptorView, Status, Store, image_of, open_store, require_complete, split_row_name
+from sppfeat.store import (
+    Box,
+    DescriptorView,
+    Status,
+    Store,
+    item_of,
+    open_store,
+    reason_text,
+    require_complete,
+)
 from sppfeat.transfer.classifier import Classifier
 
 _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of them
@@ -101,15 +110,17 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
     """The images or windows that a store's rows are named after; windows in the order of the rows."""
     items: list[Item] = []
     names: list[list[str]] = []
-    for _, group in groupby((_row_item(store, name) for name in store.names), key=lambda row: (row.path, row.kind)):
+    for _, group in groupby(
+        (_row_item(store, name) for name in store.names), key=lambda row: (row.item.path, row.kind)
+    ):
         rows = list(group)
         first = rows[0]
         if first.kind == "window":
             windows = np.array([row.window for row in rows], np.float64)
-            items.append(Item(store.source_root, first.image, windows))
+            items.append(replace(first.item, windows=windows))
             names.append([row.name for row in rows])
         else:  # a duplicate name is described as often as it occurs
-            items += [Item(store.source_root, row.image, problem=row.refused) for row in rows]
+            items += [row.item for row in rows]
             names += [[row.name] for row in rows]
     if describer.recipe.crop != "none" and any(item.windows is not None for item in items):
         raise UsageError(
@@ -126,24 +137,23 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
 
 
 class _RowItem(NamedTuple):
-    """The image that a row is named after, its window if it has one, and why the name is not followed, if it is not."""
+    """The image that a row is named after, and its window if it has one; refused: its name is not followed."""
 
     name: str
-    image: str
-    path: str
+    item: Item
     window: Box | None = None
-    refused: str | None = None
+    refused: bool = False
 
     @property
     def kind(self) -> str:
-        return "refused" if self.refused is not None else "image" if self.window is None else "window"
+        return "refused" if self.refused else "image" if self.window is None else "window"
 
 
 def _row_item(store: Store, name: str) -> _RowItem:
     if (reason := unsafe_name(name)) is not None:
-        return _RowItem(name, name, "", refused=f"the name {reason}, and is not followed")
-    path, window = image_of(store.source_root, name)
-    return _RowItem(name, name if window is None else split_row_name(name)[0], path, window)
+        problem = f"the name {reason}, and is not followed"
+        return _RowItem(name, Item("", name, problem=problem), refused=True)
+    return _RowItem(name, *item_of(store.source_root, name))
 
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
@@ -161,11 +171,13 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
 
 def _predict_rows(classifier: Classifier, store: Store, view: DescriptorView) -> Iterator[Prediction]:
     require_complete(store)
-    errors = store.errors()
     for first in range(0, len(store), _BLOCK_ROWS):
         rows = np.arange(first, min(first + _BLOCK_ROWS, len(store)))
-        done = store.status[rows] == Status.DONE
+        part = slice(first, first + len(rows))
+        done = store.states[part] == Status.DONE
         scores = iter(classifier.svm.scores(view, rows[done], names=store.names) if done.any() else ())
-        for row, is_done in zip(rows, done, strict=True):
-            name = store.names[row]
-            yield Prediction(name, next(scores), None) if is_done else Prediction(name, None, errors[name])
+        for name, is_done, reason in zip(store.names[part], done, store.error[part], strict=True):
+            if is_done:
+                yield Prediction(name, next(scores), None)
+            else:
+                yield Prediction(name, None, reason_text(reason))

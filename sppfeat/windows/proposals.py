@@ -30,7 +30,7 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, require_extra
 from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, decode_document, open_hdf5, os_reason, read_document
-from sppfeat.images import Fingerprint, find_images
+from sppfeat.images import Fingerprint, find_images, fingerprints
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
@@ -176,7 +176,7 @@ def propose_folder(
             before = open_windows(path) if path.exists() and path.stat().st_size else None
             _check_same(path, before, options, images.root)
             journal = _Journal(path, options, images.root, fresh=not resume)
-        files = {item.name: item.fingerprint() for item in images.items}
+        files = dict(zip(images.names, fingerprints(images.items), strict=True))
         done = {n for n in before or () if n not in files or (before is not None and before.fingerprint(n) == files[n])}
         done |= {n for n in journal.places if n not in files or journal.fingerprints[n] == files[n]}
         todo = [item for item in images.items if item.name not in done]

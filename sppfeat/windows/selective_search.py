@@ -65,16 +65,16 @@ class Proposed(NamedTuple):
     error: str | None
 
 
-def propose(path: str, options: ProposalOptions | None = None) -> Proposed:
+def propose(source: Item | str, options: ProposalOptions | None = None) -> Proposed:
     """Propose windows for one image, in this process; an image that cannot be read comes with its reason.
 
     Threads of one process must not search at once: OpenCV ranks by the C library's random numbers.
     Raises MissingExtraError without OpenCV's contrib modules.
     """
     options = options or ProposalOptions()
-    fingerprint = fingerprint_of(path)
+    fingerprint = fingerprint_of(source) if isinstance(source, str) else source.fingerprint()
     try:
-        pixels, size = read_image(path)
+        pixels, size = read_image(source)
         small = pixels
         if max(size) > SEARCH_SIDE:
             ratio = SEARCH_SIDE / max(size)
@@ -173,7 +173,7 @@ class Proposer:
 def _propose_item(item: Item, options: ProposalOptions) -> Proposed:
     if item.problem is not None:
         return Proposed(np.zeros((0, 4), np.int32), (0, 0), item.fingerprint(), item.problem)
-    return propose(item.path, options)
+    return propose(item, options)
 
 
 def _begin_worker() -> None:

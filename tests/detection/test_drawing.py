@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packing import write_tar
 from PIL import Image, ImageDraw
 
 from sppfeat import ImageError, ReportError
@@ -77,9 +78,16 @@ def draw_all(source: Path, folder: Path, *, overwrite: bool = False) -> list[str
     listed = find_images([source])
     drawings = DrawingFolder(str(folder), [str(source)], overwrite=overwrite)
     drawings.plan(listed)
-    for name in listed.names:
-        drawings.draw(os.path.join(listed.root, name), name, FOUND, ["cat"])
+    for item in listed.items:
+        drawings.draw(item, item.name, FOUND, ["cat"])
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_images_of_an_archive_are_drawn_on(images: Callable[..., Path], tmp_path: Path) -> None:
+    content = (images("a.png") / "a.png").read_bytes()
+    write_tar(tmp_path / "x.tar", [("b/c.png", content), ("../up.png", content), ("b/c.png", content)])
+    drawn = draw_all(tmp_path / "x.tar", tmp_path / "out")
+    assert drawn == [r"x.tar/\x2e./up.png.jpg", "x.tar/b/c.png.jpg", "x.tar/b/c.png~2.jpg"]
 
 
 def cover(a: np.ndarray, b: np.ndarray) -> bool:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_server import ImageServer
+from packing import write_tar, write_zip
 from PIL import Image
 
 from sppfeat import GalleryError, ModelError, ReportError, Store
 from sppfeat.files.formats import SVM
 from sppfeat.files.names import unsafe_name
 from sppfeat.files.output import check_new_file
+from sppfeat.images import Item, find_images
 from sppfeat.report.pages import check_page, thumbnail
 from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
 from sppfeat.retrieval.gallery import create_gallery, open_gallery
@@ -90,6 +93,47 @@ def test_nothing_from_outside_the_root_is_shown(folder: Path) -> None:
     # Links below the root are the user's own.
     (folder / "link.jpg").symlink_to(secret)
     assert shown(thumbnail(str(folder), "link.jpg")).size == (30, 30)
+
+
+def test_thumbnails_from_archives(folder: Path, tmp_path: Path) -> None:
+    image = (folder / "a.jpg").read_bytes()
+    write_tar(folder / "in/x.tar", [("y/a.jpg", image), ("../../secret.jpg", image), ("y/a.jpg", image[:700])])
+    write_zip(tmp_path / "beside.zip", [("a.jpg", image)])
+    (folder / "link.zip").symlink_to(tmp_path / "beside.zip")
+    (folder / "no.tar").write_bytes(b"no archive")
+    root = str(folder)
+    assert shown(thumbnail(root, "in/x.tar/y/a.jpg", side=50)).size == (50, 30)
+    assert shown(thumbnail(root, "in/x.tar/y/a.jpg#60,10,99,39")).size == (40, 30)
+    assert shown(thumbnail(root, r"in/x.tar/\x2e./\x2e./secret.jpg")).size == (100, 60)  # the member of that name
+    assert shown(thumbnail(root, "link.zip/a.jpg")).size == (100, 60)
+    for name in (
+        "in/x.tar/y/b.jpg",
+        "in/x.tar/y/a.jpg~2",
+        "in/x.tar/../../secret.jpg",
+        "../beside.zip/a.jpg",
+        "no.tar/a.jpg",
+        "no.tar/(rest)",
+        "in/x.tar",
+        "in/x.tar/",
+        "in/y.parquet/a.jpg",
+    ):
+        assert thumbnail(root, name) is None, name
+
+
+def test_a_page_connects_only_to_a_root_that_is_a_url(folder: Path) -> None:
+    with ImageServer().running() as server:
+        server.files = {"/in/a.jpg": (folder / "a.jpg").read_bytes(), "/secret.jpg": (folder / "a.jpg").read_bytes()}
+        for root, name in (
+            (str(folder), f"{server.url}/in/a.jpg"),
+            ("", f"{server.url}/in/a.jpg"),
+            (f"{server.url}/in", "../secret.jpg"),
+            (f"{server.url}/in", "%2e%2e/secret.jpg"),
+        ):
+            assert thumbnail(root, name) is None
+        assert server.requests == []
+        assert shown(thumbnail(f"{server.url}/in", "a.jpg")).size == (100, 60)
+        assert shown(thumbnail(f"{server.url}/in", "a.jpg#60,10,99,39")).size == (40, 30)
+        assert {path for _, path in server.requests} == {"/in/a.jpg"}
 
 
 def test_a_thumbnail_never_raises(folder: Path) -> None:
@@ -172,13 +216,31 @@ def test_a_file_that_is_read_only_is_left(tmp_path: Path, monkeypatch: pytest.Mo
         check_page(page, overwrite=True)
 
 
+def test_hits_of_an_archive_are_shown(folder: Path, make_store: Callable[..., Store], tmp_path: Path) -> None:
+    image = (folder / "a.jpg").read_bytes()
+    write_tar(folder / "x.tar", [("a.jpg", image), ("b.jpg", image)])
+    store = make_store(np.eye(2, 8), names=["x.tar/a.jpg", "x.tar/b.jpg"], root=str(folder))
+    create_gallery(store, tmp_path / "g")
+    (item,) = (item for item in find_images([folder / "x.tar"]).items if item.name == "x.tar/b.jpg")
+    found = search_store(open_gallery(tmp_path / "g"), store, SearchOptions(k=2))
+    own = Answer("b.jpg", item.path, [], item=item)
+    page = SearchResult([*found.answers, own], [], 0.0, 0.0)
+    write_hits_page(tmp_path / "p.html", open_gallery(tmp_path / "g"), page)
+    assert len(re.findall(r'src="(data:[^"]+)"', (tmp_path / "p.html").read_text())) == 2 + 4 + 1
+    assert [one.path for one in found.answers[0].neighbors][0] == f"{folder}/x.tar/a.jpg"
+    groups = find_duplicates(
+        make_store(np.ones((3, 8)), names=["x.tar/a.jpg", "x.tar/b.jpg", "x.tar/c.jpg"], root=str(folder))
+    )
+    assert [one.path for one in groups.groups[0]] == [f"{folder}/x.tar/a.jpg", f"{folder}/x.tar/b.jpg", None]
+
+
 def test_a_query_given_by_its_path_is_shown(folder: Path, make_store: Callable[..., Store], tmp_path: Path) -> None:
     """Wherever it is: the user named it. Its name says nothing about windows."""
     odd = tmp_path / r"back\slash#1,1,9,9.jpg"
     (tmp_path / "secret.jpg").rename(odd)
     store = make_store(np.ones((2, 8)), names=["a.jpg", "b.jpg"], root=str(folder))
     create_gallery(store, tmp_path / "g")
-    answer = Answer("query", str(odd), [], box=(5, 5, 14, 9))
+    answer = Answer("query", str(odd), [], box=(5, 5, 14, 9), item=Item.at(odd))
     write_hits_page(tmp_path / "p.html", open_gallery(tmp_path / "g"), SearchResult([answer], [], 0.0, 0.0))
     (address,) = re.findall(r'src="(data:[^"]+)"', (tmp_path / "p.html").read_text())
     assert shown(address).size == (10, 5)

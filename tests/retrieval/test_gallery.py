@@ -477,7 +477,7 @@ def test_a_folder_is_taken_and_cleared_before_the_work(
     monkeypatch.setattr(gallery_module, "build_index", build)
     with pytest.raises(GalleryError, match="stopped"):
         create_gallery(store, path, overwrite=True)
-    assert seen == ["gallery.json", "index-1.faiss", "rows-1.h5"]
+    assert seen == [".lock", "gallery.json", "index-1.faiss", "rows-1.h5"]
     assert_every_row_finds_itself(path, store)
     monkeypatch.setattr(gallery_module, "build_index", lambda *given: pytest.fail("began to work"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Pat
         assert scores == pytest.approx(found["f.h5"][name], abs=2e-3)
         assert scores == pytest.approx(found["other.h5"][name], abs=1e-5)
         assert classifier.classes[int(scores.argmax())] == name.split("/")[0]
+
+
+def test_archives_are_predicted_as_folders_are(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+    """From the archive, and from a store of another recipe, whose images are found in it again."""
+    extract_folder(colours, tmp_path / "f.h5", tiny)
+    classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        tar.add(colours, ".")
+    extract_folder(tmp_path / "c.tar", tmp_path / "c.h5", replace(tiny, pooling="avg"))
+    expected = {one.name: one.scores for one in predict(classifier, [colours])}
+    for source in ("c.tar", "c.h5"):
+        found = {one.name.removeprefix("c.tar/"): one.scores for one in predict(classifier, [tmp_path / source])}
+        assert found.keys() == expected.keys()
+        assert all(found[name] == pytest.approx(expected[name], abs=1e-5) for name in expected)
 
 
 def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_a_file_goes_on(make_images: Callable[..., Path], tmp_path: Path) -> Non
     with pytest.raises(WindowsError, match="already exists"):
         propose_folder(folder, path, resume=False)
     assert propose_folder(folder, path, ProposalOptions(seed=3), overwrite=True, workers=1).proposed == 3
+
+
+def test_an_archive_has_the_windows_of_its_folder(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_images(3)
+    for kind in ("tar", "tgz"):
+        with tarfile.open(tmp_path / f"x.{kind}", "w:gz" if kind == "tgz" else "w") as tar:
+            tar.add(folder, ".")
+        propose_folder(tmp_path / f"x.{kind}", tmp_path / f"{kind}.h5", workers=2)
+        assert propose_folder(tmp_path / f"x.{kind}", tmp_path / f"{kind}.h5", workers=1).reused == 3
+    propose_folder(folder, tmp_path / "w.h5", workers=1)
+    expected = open_windows(tmp_path / "w.h5")
+    for kind in ("tar", "tgz"):
+        found = open_windows(tmp_path / f"{kind}.h5")
+        assert sorted(found) == [f"x.{kind}/{name}" for name in expected]
+        for name, boxes in expected.items():
+            np.testing.assert_array_equal(found[f"x.{kind}/{name}"], boxes)
 
 
 def test_stopped_and_killed_runs_go_on(
