@@ -48,7 +48,20 @@ if TYPE_CHECKING:
         search_images,
         search_store,
     )
-    from sppfeat.store import Status, Store, open_store, split_row_name, verify_store
+    from sppfeat.store import (
+        Block,
+        Exported,
+        Status,
+        Store,
+        export_store,
+        iter_blocks,
+        merge_stores,
+        open_store,
+        split_row_name,
+        to_numpy,
+        verify_store,
+    )
+    from sppfeat.store.dataset import StoreDataset
     from sppfeat.svm import LinearSvm
     from sppfeat.svm.solver import train_linear_svm
     from sppfeat.transfer import TransferOptions
@@ -106,12 +119,19 @@ _HOMES = {
         "search_store",
     ),
     "store": (
+        "Block",
+        "Exported",
         "Status",
         "Store",
+        "export_store",
+        "iter_blocks",
+        "merge_stores",
         "open_store",
         "split_row_name",
+        "to_numpy",
         "verify_store",
     ),
+    "store.dataset": ("StoreDataset",),
     "svm": ("LinearSvm",),
     "svm.solver": ("train_linear_svm",),
     "transfer": ("TransferOptions",),
@@ -125,10 +145,12 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackboneError",
+    "Block",
     "Described",
     "Describer",
     "DeviceError",
     "Duplicates",
+    "Exported",
     "Extraction",
     "Gallery",
     "GalleryError",
@@ -151,6 +173,7 @@ __all__ = [
     "Status",
     "Store",
     "StoreBusyError",
+    "StoreDataset",
     "StoreError",
     "Transfer",
     "TransferOptions",
@@ -161,8 +184,11 @@ __all__ = [
     "create_gallery",
     "evaluate_retrieval",
     "evaluate_transfer",
+    "export_store",
     "extract_folder",
     "find_duplicates",
+    "iter_blocks",
+    "merge_stores",
     "open_gallery",
     "open_store",
     "pool_pyramid",
@@ -173,6 +199,7 @@ __all__ = [
     "search_images",
     "search_store",
     "split_row_name",
+    "to_numpy",
     "train_linear_svm",
     "verify_store",
 ]

@@ -83,7 +83,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
     [
         (["extract", "missing/", "-o", "f.h5"], 2, "missing/: no such file or folder"),
         (["extract", ".", "-o", "f.h5"], 2, ".: expected images, found none"),
-        (["extract", "x.zip", "-o", "f.h5"], 2, "x.zip: expected a folder, an image (.*) or a text list"),
+        (["extract", "x.rar", "-o", "f.h5"], 2, "x.rar: expected a folder, an image (.*) or a text list"),
         (["extract", ".", "-o", "f.h5", "--levels", "6,0"], 2, "levels must be different whole numbers from 1 to 64"),
         (["extract", ".", "-o", "f.h5", "--levels", "six"], 2, "--levels: expected whole numbers .*, found 'six'"),
         (["extract", ".", "-o", "f.h5", "--scales", "224,tall"], 2, "scales must be .* or 'native', .*224,tall"),
@@ -107,15 +107,15 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
         ),
         (["extract", "one.png", "-o", "f.h5", "--backbone", "torchvision:resnet5"], 2, "did you mean .*resnet50"),
         (["extract", "one.png", "-o", "f.h5", "--weights", "none.pth"], 1, "none.pth: expected a weights file"),
-        (["extract", "one.png", "-o", "f.h5", "--weights", "x.zip"], 1, "x.zip: expected a weights file"),
+        (["extract", "one.png", "-o", "f.h5", "--weights", "x.rar"], 1, "x.rar: expected a weights file"),
         (["extract", "one.png", "-o", "none/f.h5"], 1, "none/f.h5: its folder none does not exist"),
         (
-            ["extract", "one.png", "-o", "x.zip"],
+            ["extract", "one.png", "-o", "x.rar"],
             1,
-            "x.zip: expected a store or a new file, found a file that is not a store",
+            "x.rar: expected a store or a new file, found a file that is not a store",
         ),
         (["extract", "one.png", "-o", "f.h5", "--root", "none"], 2, "one.png: expected a path below the root .*none"),
-        (["inspect", "x.zip"], 1, "x.zip: expected a store, found a file that cannot be opened"),
+        (["inspect", "x.rar"], 1, "x.rar: expected a store, found a file that cannot be opened"),
         (["inspect", "none.h5"], 1, "none.h5: expected a store, found no such file"),
         (["evaluate", "transfer", "f.h5", "--trials", str(10**11)], 2, "trials must be at most 1000, found 1000000"),
         (["evaluate", "transfer", "f.h5", "--trials", "0"], 2, "trials must be at least 1, found 0"),
@@ -144,7 +144,7 @@ def test_one_line_for_each_mistake(
     make_images: Callable[..., Path],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("x.zip").write_bytes(b"PK\x03\x04 no image, no store, no weights")
+    Path("x.rar").write_bytes(b"PK\x03\x04 no image, no store, no weights")
     if "one.png" in arguments:
         make_images(1, ".")
         Path("0000.png").rename("one.png")

@@ -69,6 +69,8 @@ def test_commands_that_need_no_torch(sandbox: Sandbox) -> None:
         assert done["described"] == 6 and loaded == []
     sandbox.run("index", "f.h5", "-o", "gallery")
     sandbox.run("train", "svm", "f.h5", "-o", "svm.h5", "--c", "1")
+    done, loaded = sandbox.run("export", "f.h5", "-o", "f.npy")
+    assert done["exported"] == 6 and loaded == []
     image = str(next((sandbox.folder / "images" / "a").iterdir()))
     found, loaded = sandbox.run("search", "gallery", image)
     assert loaded == [] and found["results"][0]["neighbors"][0]["score"] > 0.99  # type: ignore[index]
