@@ -23,6 +23,9 @@ from sppfeat.store.merging import Merged, merge_stores
 from sppfeat.store.shards import create_folder, open_folder
 from sppfeat.store.writing import create_store, extend_store, lock_store
 
+# Children import what tests share.
+CHILD = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
 
 def parts_in(folder: Path, count: int = 3, shards: tuple[int, ...] = (4, 3)) -> list[Path]:
     found = [folder / f"part-{number}" for number in range(1, count + 1)]
@@ -228,7 +231,7 @@ def test_kill_at_random_moments(tmp_path: Path, exists: bool, copied: bool) -> N
     old, stopped = 12 if exists else 0, 0
     for _ in range(8):
         command = [sys.executable, __file__, str(int(copied)), str(output), *map(str, parts)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=CHILD)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(chance.random() * 0.25)
