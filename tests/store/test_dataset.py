@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +43,24 @@ def test_it_is_a_map_of_described_rows(store: Store) -> None:
     assert [name for _, name in dataset] == names  # ends by itself
 
 
-@pytest.mark.parametrize("context", [None, "spawn"])
-def test_batches_from_a_loader(store: Store, context: str | None) -> None:
-    dataset = StoreDataset(store.path, levels=(1,), dtype="float32")
-    loader = DataLoader(dataset, batch_size=2, num_workers=0 if context is None else 2, multiprocessing_context=context)
-    names, values = to_numpy(store, levels=(1,), dtype="float32")
+def test_batches_from_a_loader(store: Store) -> None:
+    check_loader(str(store.path), 0)
+
+
+def test_batches_from_the_processes_of_a_loader(store: Store) -> None:
+    """In a process of its own: torch's shared memory has ended processes in which OpenVINO had run before."""
+    code = "import sys; from test_dataset import check_loader; check_loader(sys.argv[1], 2)"
+    folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    command = [sys.executable, "-c", code, str(store.path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": folders})
+
+
+def check_loader(path: str, workers: int) -> None:
+    """Hold a loader's batches against the whole matrix."""
+    dataset = StoreDataset(path, levels=(1,), dtype="float32")
+    context = "spawn" if workers else None
+    loader = DataLoader(dataset, batch_size=2, num_workers=workers, multiprocessing_context=context)
+    names, values = to_numpy(open_store(path), levels=(1,), dtype="float32")
     batches = list(loader)
     assert [len(batch) for _, batch in batches] == [2, 2, 1]
     assert [name for _, batch in batches for name in batch] == names
