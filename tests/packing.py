@@ -15,15 +15,15 @@ from PIL import Image
 Files = list[tuple[str, bytes]]
 
 
-def picture(number: int, *, side: int = 48) -> bytes:
+def image_bytes(number: int, *, side: int = 48) -> bytes:
     """A PNG that differs from those of other numbers."""
     content = io.BytesIO()
     Image.new("RGB", (side + number % 7, side), (number * 37 % 256, number * 11 % 256, 99)).save(content, "PNG")
     return content.getvalue()
 
 
-def pictures(count: int) -> Files:
-    return [(f"{number % 3}/{number:03}.png", picture(number)) for number in range(count)]
+def numbered_images(count: int) -> Files:
+    return [(f"{number % 3}/{number:03}.png", image_bytes(number)) for number in range(count)]
 
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes]], mode: str = "w", mtime: float = 1.5e9) -> Path:

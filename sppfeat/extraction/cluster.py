@@ -124,8 +124,8 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
                 if time.monotonic() > deadline or stop.is_set():
                     raise StoreError(f"{path}: another worker is writing to it") from None
                 time.sleep(_POLL_SECONDS)
-            except OSError:
-                break  # a file system without locks: Ray has ended the other worker long before
+            except OSError as error:
+                raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
         yield
     finally:
         os.close(descriptor)
@@ -146,17 +146,17 @@ def _left(job: Job, store: Store) -> Job:
     return job._replace(todo=todo, redo=sorted(row for row in left if store.status[row] != Status.PENDING), lost=lost)
 
 
-def _why(error: Any) -> str:
-    """What Ray says of a worker that was lost, in one line."""
-    return one_line(getattr(error, "cause", None) or error)
-
-
 def _is_done(store: Store, row: int, file: Fingerprint | None) -> bool:
     """Whether a row is as a job wants it; file: what a row that was done or failed before is to be described from."""
     if store.status[row] == Status.PENDING:
         return False
     found = (store.file_size[row], store.file_mtime_ns[row])
     return file is None or (store.status[row] == Status.DONE and file == found)
+
+
+def _why(error: Any) -> str:
+    """What Ray says of a worker that was lost, in one line."""
+    return one_line(getattr(error, "cause", None) or error)
 
 
 @dataclass
@@ -184,6 +184,8 @@ class RayCluster:
     device: str = ""
     engine: str = ""
     _ray: Any = None
+    _actor: Any = None
+    _cores: int = DEFAULT_CORES
     _losses: dict[str, int] = field(default_factory=dict)
     _started: bool = False
 
@@ -197,10 +199,9 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = ray = require_extra("ray", "cluster", "--cluster")
         if not ray.is_initialized():
-            where = {} if self.address == "local" else {"address": self.address}
+            where = {"include_dashboard": False} if self.address == "local" else {"address": self.address}
             try:
-                started = {} if where else {"include_dashboard": False}
-                ray.init(**where, **started, log_to_driver=False, logging_level="error")
+                ray.init(**where, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError, OSError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UsageError(f"--cluster {self.address}: expected a Ray cluster, found: {reason}") from None
@@ -225,6 +226,7 @@ class RayCluster:
             self._ray.shutdown()
 
     def run(self, jobs: Iterable[Job], writing: Writing) -> None:
+        """Do the jobs, until the writing has to stop. Raises what a worker raised, if no other could do its job."""
         ray = self._ray
         source = iter(jobs)
         again: deque[tuple[_Task, Store]] = deque()

@@ -56,8 +56,8 @@ def locate(wanted: np.ndarray, shards: Sequence[KnownRows], order: Iterable[int]
     return Found(shard_of, row_of)
 
 
-class Filter:
-    """Tells most digests that were never added from those that may have been."""
+class BloomFilter:
+    """Tells most digests that were never added from those that may have been, by one bit each."""
 
     def __init__(self) -> None:
         self._bits = np.zeros(1 << (_FILTER_BITS - 3), np.uint8)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from sppfeat.backbones import Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
-from sppfeat.errors import BackboneError, ImageError, UsageError, one_line, unknown_name
+from sppfeat.errors import BackboneError, ImageError, StoreError, UsageError, one_line, unknown_name
 from sppfeat.extraction.stages import Stages
 from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead
 from sppfeat.machine import available_cores
@@ -153,6 +154,17 @@ class Describer:
         self._batch_size = 1
         # Batch sizes by shape, where memory is short.
         self._fitting: dict[tuple[int, ...], int] = {}
+
+    def check_made(self, path: Path, recipe: Recipe, weights_sha256: str) -> None:
+        """Raise StoreError, with the fields that differ, unless an output was made with this network and recipe."""
+        differences = recipe.differences(self.recipe)
+        if weights_sha256 != self.weights_sha256:
+            differences.append(f"weights: {weights_sha256[:12]} here, {self.weights_sha256[:12]} there")
+        if differences:
+            raise StoreError(
+                f"{path}: was made with another recipe ({'; '.join(differences)}); "
+                "choose another output, or use --overwrite"
+            )
 
     def load(self) -> Engine:
         """The engine, loaded on first use. Raises BackboneError, DeviceError."""

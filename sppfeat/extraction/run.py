@@ -303,14 +303,7 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
         )
         return open_store(path)
     store = open_store(path)
-    differences = store.recipe.differences(describer.recipe)
-    if store.weights_sha256 != describer.weights_sha256:
-        differences.append(f"weights: {store.weights_sha256[:12]} here, {describer.weights_sha256[:12]} there")
-    if differences:
-        raise StoreError(
-            f"{path}: was made with another recipe ({'; '.join(differences)}); "
-            "choose another output, or use --overwrite"
-        )
+    describer.check_made(path, store.recipe, store.weights_sha256)
     names = store.names
     moved = store.source_root != images.root
     if moved and _is_below(store.source_root, images.root):

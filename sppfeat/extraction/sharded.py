@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,20 +35,12 @@ from sppfeat.store import (
     window_text,
 )
 
+if TYPE_CHECKING:
+    from sppfeat.extraction.cluster import RayCluster
+
 # Shards whose columns are mapped at a time: what is searched next is mostly what was searched last.
 _OPEN_SHARDS: Final = 4
 _T = TypeVar("_T")
-
-
-class Cluster(Protocol):
-    """Workers on several machines; see `sppfeat.extraction.cluster`."""
-
-    @property
-    def workers(self) -> int:
-        """How many jobs are done at a time."""
-
-    def run(self, jobs: Iterable[Job], writing: Writing) -> None:
-        """Do the jobs, until the writing has to stop. Raises what a worker raises, if no other could do its job."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +77,7 @@ def prepare_folder(path: Path, describer: Describer, options: ShardOptions, *, r
         )
     folder = open_folder(path, writable=True)
     manifest = folder.manifest
-    differences = folder.recipe.differences(describer.recipe)
-    if manifest.weights_sha256 != describer.weights_sha256:
-        differences.append(f"weights: {manifest.weights_sha256[:12]} here, {describer.weights_sha256[:12]} there")
-    if differences:
-        raise StoreError(
-            f"{path}: was made with another recipe ({'; '.join(differences)}); "
-            "choose another output, or use --overwrite"
-        )
+    describer.check_made(path, folder.recipe, manifest.weights_sha256)
     if manifest.part != options.part:
         raise StoreError(
             f"{path}: expected {_show_part(manifest.part)}, which this store describes, "
@@ -130,7 +115,7 @@ def fill_shards(
     device: str,
     observer: Observer,
     stop: Callable[[], bool],
-    cluster: Cluster | None = None,
+    cluster: RayCluster | None = None,
 ) -> Filled:
     """Describe the items that a folder lacks, or whose files changed. Hold its lock.
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from sppfeat.extraction.matching import Filter, KnownRows, RowSet, locate, repeats
+from sppfeat.extraction.matching import BloomFilter, KnownRows, RowSet, locate, repeats
 from sppfeat.extraction.plan import Job, Todo
 from sppfeat.images import NO_FINGERPRINT, Item, fingerprints
 from sppfeat.store import Status, name_digests, row_names
@@ -107,7 +107,7 @@ class StreamingPlan:
         self._items = items
         self._shards = shards
         self._known: list[KnownRows] = [*shards]  # and those of this run
-        self._filter = Filter()
+        self._filter = BloomFilter()
         self._seen = [RowSet(len(shard)) for shard in shards]
         for shard in shards:
             self._filter.add(shard.digests())

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Final, NamedTuple
@@ -198,15 +199,15 @@ def is_there(root: str, name: str) -> bool:
     return not is_url(root) and item_at(root, name).is_there()
 
 
-class _Source:
+class _Source(ABC):
     """One source: what it names, each time it is iterated."""
 
-    def __iter__(self) -> Iterator[_Found]:
-        raise NotImplementedError
+    @abstractmethod
+    def __iter__(self) -> Iterator[_Found]: ...
 
+    @abstractmethod
     def folders(self) -> Iterator[tuple[str, str]]:
         """The folders that hold what it names, and an example of each; found without listing them."""
-        raise NotImplementedError
 
     def whole(self) -> str | None:
         """The folder, prefix or archive of which it names every image."""

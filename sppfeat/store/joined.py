@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -155,13 +156,13 @@ def joined(shards: Shards, name: str, dtype: Any, width: tuple[int, ...]) -> Joi
 class _LazyNames(Sequence[str]):
     """Names that are read on demand; a slice is a list."""
 
+    @abstractmethod
     def _read(self, start: int, stop: int) -> list[str]:
         """The names of consecutive rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _one(self, row: int) -> str:
         """The name of a row, not below 0."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> str: ...

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppfeat.extraction import streaming
-from sppfeat.extraction.matching import Filter, RowSet, locate, repeats
+from sppfeat.extraction.matching import BloomFilter, RowSet, locate, repeats
 from sppfeat.extraction.streaming import StreamingPlan
 from sppfeat.images import NO_FINGERPRINT, Fingerprint, Item
 from sppfeat.store import Status, name_digests, row_names
@@ -183,7 +183,7 @@ def test_digests_and_their_sets() -> None:
     for shard, row, digest in zip(found.shard, found.row, digests, strict=True):
         assert shard < 0 or (shards[shard].rows[row] == digest).all()
     assert (found.shard < 0).nonzero()[0].tolist() == sorted(order[1500:])
-    known = Filter()
+    known = BloomFilter()
     known.add(digests[:1000])
     assert known.may_hold(digests[:1000]).all() and not known.may_hold(digests[1000:]).all()
     rows = RowSet(21)

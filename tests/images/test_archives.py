@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packing import KINDS, pack, picture, pictures, write_parquet, write_tar, write_zip
+from packing import KINDS, image_bytes, numbered_images, pack, write_parquet, write_tar, write_zip
 
 from sppfeat.errors import ImageError
 from sppfeat.files import unsafe_name
@@ -40,7 +40,7 @@ def content_of(item: Item) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_are_items_with_the_bytes_that_were_packed(tmp_path: Path, kind: str) -> None:
-    files = pictures(23)
+    files = numbered_images(23)
     path = pack(tmp_path, kind, files)
     found = find_images([path])
     assert found.root == str(tmp_path) and found.problems == {} and found.repeated == 0
@@ -55,7 +55,7 @@ def test_members_are_items_with_the_bytes_that_were_packed(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_that_read_in_any_order_get_the_same(tmp_path: Path, kind: str) -> None:
-    files = pictures(40)
+    files = numbered_images(40)
     items = find_images([pack(tmp_path, kind, files)]).items
     order = [(at * 17) % 40 for at in range(40)]
     with ThreadPoolExecutor(8) as threads:
@@ -65,7 +65,7 @@ def test_threads_that_read_in_any_order_get_the_same(tmp_path: Path, kind: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_item_is_small_and_goes_to_other_processes(tmp_path: Path, kind: str) -> None:
-    item = find_images([pack(tmp_path, kind, pictures(3))]).items[1]
+    item = find_images([pack(tmp_path, kind, numbered_images(3))]).items[1]
     assert len(pickle.dumps(item)) < 1000
     assert pickle.loads(pickle.dumps(item)) == item
     assert from_builtins(json.loads(json.dumps(to_builtins(item.content)))) == item.content
@@ -74,7 +74,7 @@ def test_an_item_is_small_and_goes_to_other_processes(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_name_leads_back_to_its_image(tmp_path: Path, kind: str) -> None:
-    files = pictures(5)
+    files = numbered_images(5)
     found = find_images([pack(tmp_path, kind, files)])
     for item, (_, content) in zip(found.items, files, strict=True):
         assert content_of(item_at(found.root, item.name)) == content
@@ -101,7 +101,7 @@ def test_an_empty_archive_has_no_images(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_archive_that_changes_after_it_was_listed_is_not_read(tmp_path: Path, kind: str) -> None:
-    path = pack(tmp_path, kind, pictures(4))
+    path = pack(tmp_path, kind, numbered_images(4))
     item = find_images([path]).items[0]
     content = path.read_bytes()
     path.unlink()
@@ -115,7 +115,12 @@ def test_an_archive_that_changes_after_it_was_listed_is_not_read(tmp_path: Path,
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
 def test_two_members_of_one_name_are_both_described(tmp_path: Path, kind: str) -> None:
-    files = [("a.png", picture(1)), ("b.png", picture(2)), ("a.png", picture(3)), ("./a.png", picture(4))]
+    files = [
+        ("a.png", image_bytes(1)),
+        ("b.png", image_bytes(2)),
+        ("a.png", image_bytes(3)),
+        ("./a.png", image_bytes(4)),
+    ]
     with pytest.warns(UserWarning, match="Duplicate name") if kind == "zip" else open(os.devnull):
         path = pack(tmp_path, kind, files)
     found = find_images([path])
@@ -138,8 +143,8 @@ HOSTILE = [
 @pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
 def test_members_that_lead_elsewhere_are_names_not_paths(tmp_path: Path, kind: str) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "b.png").write_bytes(picture(99))  # what `a/../../b.png` would lead to
-    files = [(name, picture(at)) for at, name in enumerate(HOSTILE)]
+    (tmp_path / "b.png").write_bytes(image_bytes(99))  # what `a/../../b.png` would lead to
+    files = [(name, image_bytes(at)) for at, name in enumerate(HOSTILE)]
     found = find_images([pack(tmp_path / "in", kind, files)])
     assert len(set(found.names)) == len(files)
     for item, (_, content) in zip(found.items, files, strict=True):
@@ -185,9 +190,9 @@ def test_many_names_are_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_members_of_a_mixture_stream_and_archives_in_folders_stay_closed(tmp_path: Path) -> None:
-    write_tar(tmp_path / "s-00.tar", pictures(2))
-    write_zip(tmp_path / "s-01.zip", pictures(2))
-    (tmp_path / "x.png").write_bytes(picture(1))
+    write_tar(tmp_path / "s-00.tar", numbered_images(2))
+    write_zip(tmp_path / "s-01.zip", numbered_images(2))
+    (tmp_path / "x.png").write_bytes(image_bytes(1))
     assert find_images([tmp_path]).names == ["x.png"]
     (tmp_path / "list.txt").write_text(f"{tmp_path}/x.png\n{tmp_path}/s-0{{0..0}}.tar\n{tmp_path}/s-01.zip\n")
     sources = open_sources([tmp_path / "list.txt"])
@@ -203,10 +208,10 @@ def test_a_list_may_name_archives_that_are_not_there(tmp_path: Path) -> None:
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
     for at in range(40):
-        write_tar(tmp_path / f"{at:02}.tar", pictures(2))
-        write_tar(tmp_path / f"{at:02}.tgz", pictures(2), "w:gz")
-        write_zip(tmp_path / f"{at:02}.zip", pictures(2))
-        write_parquet(tmp_path / f"{at:02}.parquet", pictures(2))
+        write_tar(tmp_path / f"{at:02}.tar", numbered_images(2))
+        write_tar(tmp_path / f"{at:02}.tgz", numbered_images(2), "w:gz")
+        write_zip(tmp_path / f"{at:02}.zip", numbered_images(2))
+        write_parquet(tmp_path / f"{at:02}.parquet", numbered_images(2))
     before = len(os.listdir("/proc/self/fd"))
     sources = [tmp_path / ("{00..39}." + kind) for kind in ("tar", "tgz", "zip", "parquet")]
     items = find_images(sources).items
@@ -222,7 +227,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 def test_limits_hold_in_archives(tmp_path: Path) -> None:
     # A pipe-like name, an empty member, and a PNG whose header claims far too much.
-    huge = bytearray(picture(1))
+    huge = bytearray(image_bytes(1))
     huge[16:24] = (200_000).to_bytes(4, "big") * 2
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     for kind in ("tar", "tar.gz", "zip", "parquet"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from packing import picture, write_parquet
+from packing import image_bytes, write_parquet
 
 from sppfeat.errors import ImageError, UsageError
 from sppfeat.images import Columns, find_images, item_at
@@ -56,14 +56,14 @@ def test_named_columns(tmp_path: Path) -> None:
 
 def test_a_row_without_bytes_is_a_failed_row(tmp_path: Path) -> None:
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": None, "path": "a.png"}, None, {"bytes": picture(1), "path": "b.png"}]
+    rows = [{"bytes": None, "path": "a.png"}, None, {"bytes": image_bytes(1), "path": "b.png"}]
     pq.write_table(pa.table({"image": pa.array(rows, struct)}), path := tmp_path / "x.parquet")
     items = find_images([path]).items
     assert [item.name for item in items] == ["x.parquet/a.png", "x.parquet/row-1", "x.parquet/b.png"]
     for item in items[:2]:
         with pytest.raises(ImageError, match="has no bytes: its row is empty, or only names a file"):
             item.open()
-    assert items[2].open()[0].read() == picture(1)
+    assert items[2].open()[0].read() == image_bytes(1)
 
 
 def test_in_order_a_file_is_read_once_and_back_from_the_row_group(tmp_path: Path) -> None:

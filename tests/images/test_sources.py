@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packing import pictures, write_tar
+from packing import numbered_images, write_tar
 
 from sppfeat.errors import UsageError
 from sppfeat.images import Item, find_images, item_at, open_sources
@@ -72,7 +72,7 @@ def test_a_stream_holds_no_list(tmp_path: Path) -> None:
 def test_the_root_is_known_before_anything_is_listed(tmp_path: Path) -> None:
     for name in ("a/x", "a/y", "b"):
         (tmp_path / name).mkdir(parents=True)
-    write_tar(tmp_path / "a/y/t.tar", pictures(1))
+    write_tar(tmp_path / "a/y/t.tar", numbered_images(1))
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a/x/1.jpg\n{tmp_path}/a/x/2.jpg\n{tmp_path}/a/3.jpg\n")
     roots = {
         ("a/x",): "a/x",
@@ -119,7 +119,7 @@ def test_ranges_in_braces(tmp_path: Path, pattern: str, names: list[str]) -> Non
 
 
 def test_a_range_with_a_gap_names_the_file(tmp_path: Path) -> None:
-    write_tar(tmp_path / "s-00.tar", pictures(1))
+    write_tar(tmp_path / "s-00.tar", numbered_images(1))
     with pytest.raises(UsageError, match=r"s-01\.tar: no such file or folder"):
         find_images([tmp_path / "s-{00..99}.tar"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packing import picture, pictures, write_tar
+from packing import image_bytes, numbered_images, write_tar
 
 from sppfeat.errors import ImageError
 from sppfeat.images import find_images, open_sources
@@ -65,7 +65,7 @@ def test_every_format_is_read_as_tarfile_reads_it(
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_truncated_tar_keeps_all_members_before_the_break(tmp_path: Path, mode: str) -> None:
-    files = pictures(6)
+    files = numbered_images(6)
     path = write_tar(tmp_path / ("x.tar" if mode == "w" else "x.tar.gz"), files, mode)
     whole = path.read_bytes()
     ends = []
@@ -88,7 +88,7 @@ def test_a_truncated_tar_keeps_all_members_before_the_break(tmp_path: Path, mode
 
 
 def test_a_damaged_header_ends_the_archive_with_its_place(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", pictures(4))
+    path = write_tar(tmp_path / "x.tar", numbered_images(4))
     content = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
         place = tar.getmembers()[2].offset
@@ -128,8 +128,8 @@ def test_links_devices_and_folders(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         info = tarfile.TarInfo("good.png")
-        info.size = len(picture(1))
-        tar.addfile(info, io.BytesIO(picture(1)))
+        info.size = len(image_bytes(1))
+        tar.addfile(info, io.BytesIO(image_bytes(1)))
     assert find_images([tmp_path / "x.tar"]).problems == {
         "x.tar/link.png": "is a symbolic link, not an image",
         "x.tar/hard.png": "is a hard link to another member, not an image",
@@ -196,7 +196,7 @@ def test_damage_is_a_reason_and_never_another_error(
 ) -> None:
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     with tarfile.open(path, "w", format=form) as tar:
-        for name, content in [("n" * 120 + ".png", picture(1)), *pictures(3)]:
+        for name, content in [("n" * 120 + ".png", image_bytes(1)), *numbered_images(3)]:
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(content), 1.25
             tar.addfile(info, io.BytesIO(content))

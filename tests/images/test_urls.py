@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from image_server import ImageServer
-from packing import KINDS, pack, picture, pictures
+from packing import KINDS, image_bytes, numbered_images, pack
 
 from sppfeat.errors import ImageError, MissingExtraError, UsageError
 from sppfeat.images import NO_FINGERPRINT, Item, find_images, fingerprints, item_at, open_image, read_ahead, urls
@@ -31,7 +31,7 @@ def content_of(item: Item) -> bytes:
 
 
 def test_a_list_of_urls(server: ImageServer, tmp_path: Path) -> None:
-    server.files = {f"/a/{name}": content for name, content in pictures(6)} | {"/b/x.png?size=3": picture(9)}
+    server.files = {f"/a/{name}": content for name, content in numbered_images(6)} | {"/b/x.png?size=3": image_bytes(9)}
     lines = [f"{server.url}{path}" for path in server.files]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     found = find_images([tmp_path / "list.txt"])
@@ -42,7 +42,7 @@ def test_a_list_of_urls(server: ImageServer, tmp_path: Path) -> None:
 
 
 def test_one_request_brings_an_image(server: ImageServer) -> None:
-    server.files = {"/x.png": picture(1)}
+    server.files = {"/x.png": image_bytes(1)}
     (item,) = find_images([f"{server.url}/x.png"]).items
     item.open()[0].close()
     assert server.requests == [("GET", "/x.png")]
@@ -64,16 +64,16 @@ def test_several_hosts_and_protocols(tmp_path: Path) -> None:
 
 
 def test_temporary_errors_are_tried_again_and_lasting_ones_said(server: ImageServer) -> None:
-    server.files = {"/x.png": picture(1)}
+    server.files = {"/x.png": image_bytes(1)}
     (item,) = find_images([f"{server.url}/x.png"]).items
     server.failures = {"/x.png": [503, 429]}
-    assert item.open()[0].read() == picture(1)
+    assert item.open()[0].read() == image_bytes(1)
     assert len(server.requests) == 3
     server.failures = {"/x.png": [500] * 9}
     with pytest.raises(ImageError, match=r"^the server answers 500 .*\(4 tries\)$"):
         item.open()
     server.failures = {"/x.png": [500, 500]}  # HEAD, and GET in its place
-    assert item.fingerprint().file_size == len(picture(1))
+    assert item.fingerprint().file_size == len(image_bytes(1))
     for status, reason in ((403, "access refused"), (404, "no such object"), (410, "the server answers 410")):
         server.requests.clear()
         server.failures = {"/x.png": [status] * 9}
@@ -105,7 +105,7 @@ def test_what_never_ends_is_a_failed_row_in_bounded_memory(
 
 
 def test_latency_does_not_add_up(server: ImageServer) -> None:
-    server.files, server.latency = {f"/{at}.png": picture(at) for at in range(64)}, 0.1
+    server.files, server.latency = {f"/{at}.png": image_bytes(at) for at in range(64)}, 0.1
     items = [item for at in range(64) for item in find_images([f"{server.url}/{at}.png"]).items]
     start = time.perf_counter()
     for item in items:
@@ -124,8 +124,8 @@ def test_latency_does_not_add_up(server: ImageServer) -> None:
 
 
 def test_fingerprints_are_asked_for_many_at_a_time(server: ImageServer, tmp_path: Path) -> None:
-    server.files, server.latency = {f"/{at}.png": picture(at) for at in range(70)}, 0.1
-    (tmp_path / "x.png").write_bytes(picture(1))
+    server.files, server.latency = {f"/{at}.png": image_bytes(at) for at in range(70)}, 0.1
+    (tmp_path / "x.png").write_bytes(image_bytes(1))
     items = [Item.at(tmp_path / "x.png")] * 2
     for at in range(70):
         items += find_images([f"{server.url}/{at}.png"]).items
@@ -140,17 +140,17 @@ def test_fingerprints_are_asked_for_many_at_a_time(server: ImageServer, tmp_path
 def test_a_server_that_sends_no_parts(server: ImageServer, tmp_path: Path) -> None:
     server.ranges = False
     for kind in ("tar", "zip"):
-        server.files[f"/pack.{kind}"] = pack(tmp_path, kind, pictures(3)).read_bytes()
+        server.files[f"/pack.{kind}"] = pack(tmp_path, kind, numbered_images(3)).read_bytes()
         with pytest.raises(ImageError, match=r"whole objects only, expected support of parts \(Range\)"):
             find_images([f"{server.url}/pack.{kind}"]).items[1].open()
-    server.files["/pack.tgz"] = pack(tmp_path, "tgz", pictures(3)).read_bytes()
+    server.files["/pack.tgz"] = pack(tmp_path, "tgz", numbered_images(3)).read_bytes()
     found = find_images([f"{server.url}/pack.tgz"]).items
-    assert [content_of(item) for item in found] == [content for _, content in pictures(3)]
+    assert [content_of(item) for item in found] == [content for _, content in numbered_images(3)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_archives_behind_urls(server: ImageServer, tmp_path: Path, kind: str) -> None:
-    files = pictures(7)
+    files = numbered_images(7)
     server.files = {f"/d/pack.{kind}": pack(tmp_path, kind, files).read_bytes()}
     found = find_images([f"{server.url}/d/pack.{kind}"])
     assert found.root == f"{server.url}/d" and found.problems == {}
@@ -171,7 +171,7 @@ def test_archives_that_are_not_there(server: ImageServer) -> None:
 def test_no_name_reaches_above_its_root_and_no_local_root_makes_a_connection(
     server: ImageServer, tmp_path: Path
 ) -> None:
-    server.files = {"/secret.png": picture(1)}
+    server.files = {"/secret.png": image_bytes(1)}
     for name in ("../secret.png", "%2e%2e/secret.png", "a/%2E%2E/../secret.png"):
         with pytest.raises(ImageError, match="leads out of its URL"):
             item_at(f"{server.url}/below", name).open()
@@ -225,7 +225,7 @@ def put(bucket: str, files: dict[str, bytes]) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_prefixes_of_a_bucket_are_walked_as_folders_are(bucket: str, tmp_path: Path) -> None:
     files = {
-        f"pre/{name}": picture(at) for at, name in enumerate(["b/x.png", "a.png", "b.png", "b/a/y.png", "c/1.jpg"])
+        f"pre/{name}": image_bytes(at) for at, name in enumerate(["b/x.png", "a.png", "b.png", "b/a/y.png", "c/1.jpg"])
     }
     put(bucket, files | {"pre/notes.txt": b"x", "pre/t.tar": b"x", "pre2/z.png": b"x"})
     for name, content in files.items():
@@ -236,7 +236,7 @@ def test_prefixes_of_a_bucket_are_walked_as_folders_are(bucket: str, tmp_path: P
     assert [content_of(item) for item in found.items] == [content_of(item) for item in local.items]
     before = {item.name: item.fingerprint() for item in found.items}
     assert {item.name: item.fingerprint() for item in find_images([f"{bucket}/pre"]).items} == before
-    put(bucket, {"pre/a.png": picture(77)})
+    put(bucket, {"pre/a.png": image_bytes(77)})
     after = {item.name: item.fingerprint() for item in find_images([f"{bucket}/pre"]).items}
     assert {name for name in after if after[name] != before[name]} == {"a.png"}
     put(bucket, {"list.txt": f"{bucket}/pre/a.png\n{bucket}/pre2/z.png\n".encode()})
@@ -246,7 +246,7 @@ def test_prefixes_of_a_bucket_are_walked_as_folders_are(bucket: str, tmp_path: P
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_archives_in_a_bucket(bucket: str, tmp_path: Path, kind: str) -> None:
-    files = pictures(7)
+    files = numbered_images(7)
     put(bucket, {f"pack.{kind}": pack(tmp_path, kind, files).read_bytes()})
     found = find_images([f"{bucket}/pack.{kind}"])
     assert [content_of(item) for item in found.items] == [content for _, content in files]

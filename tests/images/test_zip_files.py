@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packing import picture, pictures, write_zip
+from packing import image_bytes, numbered_images, write_zip
 
 from sppfeat.errors import ImageError
 from sppfeat.images import find_images, read_image
@@ -82,7 +82,7 @@ def test_every_zip_is_read_as_zipfile_reads_it(
 
 
 def test_a_truncated_zip_keeps_all_members_before_the_break(tmp_path: Path) -> None:
-    files = pictures(6)
+    files = numbered_images(6)
     path = write_zip(tmp_path / "x.zip", files)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as file:
@@ -99,7 +99,7 @@ def test_a_truncated_zip_keeps_all_members_before_the_break(tmp_path: Path) -> N
 
 
 def test_a_truncated_zip_whose_sizes_follow_the_bytes(tmp_path: Path) -> None:
-    files = pictures(5)
+    files = numbered_images(5)
     target = NoSeek()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:  # type: ignore[arg-type]
         for name, content in files:
@@ -132,16 +132,16 @@ def test_a_bomb_is_a_failed_row_in_bounded_memory_and_time(tmp_path: Path) -> No
 def test_members_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("lzma.png", picture(1), zipfile.ZIP_LZMA)
-        file.writestr("secret.png", picture(2))
-        file.writestr("damaged.png", picture(3))
+        file.writestr("lzma.png", image_bytes(1), zipfile.ZIP_LZMA)
+        file.writestr("secret.png", image_bytes(2))
+        file.writestr("damaged.png", image_bytes(3))
         link = zipfile.ZipInfo("link.png")
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         file.writestr(link, "/etc/passwd")
         file.mkdir("folder.png")
-        file.writestr("good.png", picture(4))
+        file.writestr("good.png", image_bytes(4))
     content = bytearray(path.read_bytes())
-    content[content.index(picture(3)) + 60] ^= 1
+    content[content.index(image_bytes(3)) + 60] ^= 1
     entry = content.index(b"secret.png", content.index(b"PK\1\2"))
     content[entry - 46 + 8] |= 1
     path.write_bytes(content)
@@ -163,8 +163,8 @@ def test_members_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
-    one = find_images([write_zip(tmp_path / "x.zip", pictures(3))]).items
-    other = find_images([write_zip(tmp_path / "y.zip", pictures(3), zipfile.ZIP_STORED)]).items
+    one = find_images([write_zip(tmp_path / "x.zip", numbered_images(3))]).items
+    other = find_images([write_zip(tmp_path / "y.zip", numbered_images(3), zipfile.ZIP_STORED)]).items
     assert [item.fingerprint() for item in one] == [item.fingerprint() for item in other]
     assert len({item.fingerprint() for item in one}) == 3
 
@@ -173,7 +173,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
 def test_damage_is_a_reason_and_never_another_error(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, seed: int
 ) -> None:
-    path = write_zip(tmp_path_factory.mktemp("zip") / "x.zip", pictures(4))
+    path = write_zip(tmp_path_factory.mktemp("zip") / "x.zip", numbered_images(4))
     content = bytearray(path.read_bytes())
     place = random.Random(seed).randrange(len(content))
     content[place : place + len(noise)] = noise
