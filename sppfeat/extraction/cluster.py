@@ -1,7 +1,8 @@
 """Extraction on many machines, by Ray: a driver plans, and workers fill whole shards of a folder that all can reach.
 
-A worker holds a network of its own, for one GPU or some cores. When it dies, another one goes on with the shard where
-it stopped. Ray ends the workers of a driver that dies; whoever resumes the run waits for their shards' locks.
+Each worker has a network of its own, on one GPU or some cores. When it dies, another one takes over its shard and
+describes the rows that are missing. Ray ends the workers of a driver that dies; whoever resumes the run waits for the
+locks of their shards.
 """
 
 from __future__ import annotations

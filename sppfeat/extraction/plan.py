@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.images import NO_FINGERPRINT, ImageList, Item, fingerprints
-from sppfeat.store import Status, Store, row_name, row_names, split_row_name, window_text
+from sppfeat.store import Status, Store, row_names, split_row_name, window_text
 
 
 class Todo(NamedTuple):
@@ -65,33 +65,55 @@ class Plan:
         return sum(len(todo.rows) for todo in self.todo)
 
 
-def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[ImageList, int]:
-    """The images that have windows, with them, in the order of the windows; and the number of images without.
+class WithWindows:
+    """The items that have windows, with them, in the order of the items; then those of images that were not listed.
 
-    Windows are rounded to a thousandth of a pixel, as in row names. Windows of an unlisted image make an item with a
-    problem. Raises UsageError if the windows belong to none of the images.
+    windows: [K, 4] by name, rounded to a thousandth of a pixel, as in row names. without: the number of images without
+    any, known at the end. Iterating raises UsageError at its end if the windows belong to none of the images.
     """
-    known = {item.name: item for item in images.items}
-    if not known.keys() & windows.keys():
-        raise UsageError(
-            f"the windows belong to none of the {len(known)} images below {images.root}: "
-            f"expected names such as {next(iter(known), '')!r}, found {next(iter(windows), '')!r}"
-        )
-    items, count = [], 0
-    for name, boxes in windows.items():
-        item = known.get(name) or Item(images.root, name, problem=f"its image is not in the sources ({name})")
-        first: dict[str, int] = {}
-        for at, box in enumerate(boxes):
-            first.setdefault(row_name(name, box), at)
-        distinct = list(first.values())
-        count += len(boxes)
-        if distinct:
-            # As the names say them, so that they are rounded once.
-            rounded = [[float(edge) for edge in window_text(boxes[at]).split(",")] for at in distinct]
-            items.append(replace(item, windows=np.array(rounded)))
-    without = sum(name not in windows or not len(windows[name]) for name in known)
-    repeated = count - sum(len(row_names(item)) for item in items)
-    return ImageList(images.root, items, repeated), without
+
+    def __init__(self, items: Iterable[Item], windows: Mapping[str, np.ndarray], root: str) -> None:
+        self._items = items
+        self._windows = windows
+        self._root = root
+        self.without = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        used: set[str] = set()
+        example, count, some = "", 0, False
+        self.without = 0
+        for item in self._items:
+            example, count = example or item.name, count + 1
+            boxes = self._windows.get(item.name)
+            some = some or boxes is not None
+            if boxes is None or not len(boxes):
+                self.without += item.name not in used
+                continue
+            used.add(item.name)
+            yield replace(item, windows=_rounded(boxes))
+        if not some:
+            raise UsageError(
+                f"the windows belong to none of the {count} images below {self._root}: "
+                f"expected names such as {example!r}, found {next(iter(self._windows), '')!r}"
+            )
+        for name, boxes in self._windows.items():
+            if name not in used and len(boxes):
+                problem = f"its image is not in the sources ({name})"
+                yield Item(self._root, name, _rounded(boxes), problem)
+
+
+def _rounded(boxes: np.ndarray) -> np.ndarray:
+    """Windows [K, 4] as their names say them, each once, so that they are rounded by one rule."""
+    distinct = dict.fromkeys(window_text(box) for box in boxes)
+    return np.array([[float(edge) for edge in text.split(",")] for text in distinct])
+
+
+def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[ImageList, int]:
+    """The images that have windows, with them, and the number of images without; see `WithWindows`."""
+    found = WithWindows(images.items, windows, images.root)
+    items = list(found)
+    repeated = sum(len(boxes) for boxes in windows.values()) - sum(len(row_names(item)) for item in items)
+    return ImageList(images.root, items, repeated), found.without
 
 
 def make_plan(store: Store, rows: Mapping[str, int], images: ImageList, *, retry_failed: bool) -> Plan:

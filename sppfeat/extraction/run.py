@@ -14,8 +14,8 @@ import numpy as np
 from sppfeat.engines import resolve_device
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer, check_windows
-from sppfeat.extraction.plan import Job, make_plan, with_windows
-from sppfeat.extraction.sharded import ShardOptions, WithWindows, coverage, fill_shards, prepare_folder
+from sppfeat.extraction.plan import Job, WithWindows, make_plan, with_windows
+from sppfeat.extraction.sharded import ShardOptions, coverage, fill_shards, prepare_folder
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import Tally, fill_file
 from sppfeat.images import DEFAULT_COLUMNS, Columns, ImageList, Item, find_images, open_sources, path_to_name

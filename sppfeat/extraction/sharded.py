@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
@@ -32,7 +32,6 @@ from sppfeat.store import (
     open_folder,
     row_names,
     split_row_name,
-    window_text,
 )
 
 if TYPE_CHECKING:
@@ -292,47 +291,6 @@ def _ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
     finally:
         ending.set()
         thread.join()
-
-
-class WithWindows:
-    """The items that have windows, with them, in the order of the items; then those of images that were not listed.
-
-    windows: [K, 4] by name, rounded to a thousandth of a pixel, as in row names. without: the number of images without
-    any, known at the end. Iterating raises UsageError at its end if the windows belong to none of the images.
-    """
-
-    def __init__(self, items: Iterable[Item], windows: Mapping[str, np.ndarray], root: str) -> None:
-        self._items = items
-        self._windows = windows
-        self._root = root
-        self.without = 0
-
-    def __iter__(self) -> Iterator[Item]:
-        used: set[str] = set()
-        example = ""
-        for item in self._items:
-            example = example or item.name
-            boxes = self._windows.get(item.name)
-            if boxes is None or not len(boxes):
-                self.without += item.name not in used
-                continue
-            used.add(item.name)
-            yield replace(item, windows=_rounded(boxes))
-        if not used:
-            raise UsageError(
-                f"the windows belong to none of the images below {self._root}: "
-                f"expected names such as {example!r}, found {next(iter(self._windows), '')!r}"
-            )
-        for name, boxes in self._windows.items():
-            if name not in used and len(boxes):
-                problem = f"its image is not in the sources ({name})"
-                yield Item(self._root, name, _rounded(boxes), problem)
-
-
-def _rounded(boxes: np.ndarray) -> np.ndarray:
-    """Windows [K, 4] as their names say them, each once, so that they are rounded by one rule."""
-    distinct = dict.fromkeys(window_text(box) for box in boxes)
-    return np.array([[float(edge) for edge in text.split(",")] for text in distinct])
 
 
 def coverage(sources: Sources) -> Callable[[str], bool] | None:

@@ -128,7 +128,7 @@ def test_windows(photos: Path, tmp_path: Path) -> None:
     more = windows | {"0004.png": boxes[:1]}
     done = extract_folder(photos, tmp_path / "f", TINY, CPU, windows=more)
     assert (done.described, done.reused, done.gone) == (1, 15, 0)
-    with pytest.raises(UsageError, match="the windows belong to none of the images"):
+    with pytest.raises(UsageError, match="the windows belong to none of the 23 images"):
         extract_folder(photos, tmp_path / "g", TINY, CPU, windows={"none.png": boxes}, shards=ShardOptions())
     assert not (tmp_path / "g").exists()
 
