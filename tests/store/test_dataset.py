@@ -48,7 +48,7 @@ def test_batches_from_a_loader(store: Store) -> None:
 
 
 def test_batches_from_the_processes_of_a_loader(store: Store) -> None:
-    """In a process of its own: torch's shared memory has ended processes in which OpenVINO had run before."""
+    """In a process of its own: from that of all tests, after those of the engines, spawning ended in a crash."""
     code = "import sys; from test_dataset import check_loader; check_loader(sys.argv[1], 2)"
     folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
     command = [sys.executable, "-c", code, str(store.path)]
