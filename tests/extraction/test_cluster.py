@@ -102,7 +102,8 @@ def test_a_driver_that_is_killed_leaves_a_store_that_resumes(photos: Path, tmp_p
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    subprocess.run(["ray", "stop", "--force"], capture_output=True)  # what a cluster does with a lost driver's workers
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run([ray, "stop", "--force"], capture_output=True)  # what a cluster does with a lost driver's workers
     extract_folder(photos, tmp_path / "f", TINY, CPU)
     assert same(tmp_path / "f", tmp_path / "one.h5")
     assert np.asarray(open_store(tmp_path / "f").status).tolist().count(2) == 1
