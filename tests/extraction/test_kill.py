@@ -26,11 +26,17 @@ def rows_by_name(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(store.names, np.array(store.descriptors), strict=True))
 
 
+def done_rows(output: Path) -> int:
+    return open_store(output).counts()["done"] if output.exists() else 0
+
+
 @pytest.mark.timeout(280)
 def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Path) -> None:
     """Twenty kills: while the file is created, rewritten for new names, and filled."""
     folder, output = make_images(100), tmp_path / "f.h5"
-    command = sppfeat_command("extract", folder, "-o", output, "--quiet", "-b", "1", "-j", "1", *TINY_FLAGS)
+    # Images take long enough here for rows to be flushed before a run ends, on a fast machine as well.
+    flags = [*TINY_FLAGS, "--scales", "256"]
+    command = sppfeat_command("extract", folder, "-o", output, "--quiet", "-b", "1", "-j", "1", *flags)
     moments = random.Random(0)
     # Learn how long a whole run takes here, so that the kills fall all over it.
     started = time.monotonic()
@@ -39,15 +45,18 @@ def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Pa
     killed = seen_partial = 0
     images = 100
     while killed < KILLS:
+        store_before, rows_before = output.stat().st_ino if output.exists() else None, done_rows(output)
         child = subprocess.Popen(command)
-        # Half of the kills come at any moment; the other half soon after the store appeared, or was rewritten.
-        if killed % 2:
-            before = output.stat().st_ino if output.exists() else None
-            while (not output.exists() or output.stat().st_ino == before) and child.poll() is None:
+        # One kill of three comes at any moment, one soon after the store appeared or was rewritten, one once rows are.
+        if killed % 3 == 0:
+            time.sleep(moments.uniform(0.4, 1.0) * whole_run)
+        elif killed % 3 == 1:
+            while (not output.exists() or output.stat().st_ino == store_before) and child.poll() is None:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.25))
         else:
-            time.sleep(moments.uniform(0.4, 1.0) * whole_run)
+            while done_rows(output) <= rows_before and child.poll() is None:
+                time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
         child.wait()
         killed += 1
@@ -56,25 +65,21 @@ def test_kill_9_at_random_moments(make_images: Callable[..., Path], tmp_path: Pa
             assert verify_store(store) == []
             seen_partial += 0 < store.counts()["done"] < len(store)
             # New images mean that the next run rewrites the file before it fills it.
-            images += 40
+            images += 60
             make_images(images)
-    assert seen_partial >= 3
+    assert seen_partial >= 4
     subprocess.run(command, check=True)
     store = open_store(output)
     assert verify_store(store) == [] and store.counts() == {"pending": 0, "done": images, "failed": 0}
 
     reference = tmp_path / "whole.h5"
-    subprocess.run(sppfeat_command("extract", folder, "-o", reference, "--quiet", *TINY_FLAGS), check=True)
+    subprocess.run(sppfeat_command("extract", folder, "-o", reference, "--quiet", *flags), check=True)
     expected, found = rows_by_name(reference), rows_by_name(output)
     assert expected.keys() == found.keys()
     for name, row in expected.items():
         unit = np.spacing(np.maximum(np.abs(row), np.abs(found[name])))
         assert (np.abs(row.astype(np.float64) - found[name]) <= unit).all(), name
     assert sorted(p.name for p in tmp_path.glob(".*")) == []  # no half-made file or lock is left
-
-
-def done_rows(output: Path) -> int:
-    return open_store(output).counts()["done"] if output.exists() else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
