@@ -1,5 +1,6 @@
 """Progress on standard error: a bar on a terminal, and a bounded number of failures and notes."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -72,7 +73,9 @@ class Progress(Observer):
             return
         self.stop.set()
         self._signalled = time.monotonic()
-        print("sppfeat: finishing images in flight; interrupt again to stop at once", file=sys.stderr)
+        # Not `print`: the signal may have come within another one, and no stream can be written to twice at a time.
+        with contextlib.suppress(OSError):
+            os.write(2, b"sppfeat: finishing images in flight; interrupt again to stop at once\n")
 
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
         """The work is known. gone: what was described before and no longer exists."""

@@ -222,3 +222,30 @@ def test_a_signal_at_any_moment_is_one_line(make_images: Callable[..., Path], tm
         pass
     if output.exists():
         assert (open_store(output).status != Status.FAILED).all()
+
+
+# Interrupts the run within the first line that it prints to standard error.
+INTERRUPTED_LINE = """
+import io, os, signal, sys
+
+class Raw(io.RawIOBase):
+    lines = 0
+    def writable(self): return True
+    def write(self, data):
+        Raw.lines += 1
+        if Raw.lines == 1:
+            signal.raise_signal(signal.SIGINT)
+        return os.write(2, data)
+
+from sppfeat_cli import main
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw()), line_buffering=True)
+main()
+"""
+
+
+def test_an_interrupt_within_a_line(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    words = ["extract", str(make_images(300)), "-o", str(tmp_path / "f.h5"), *TINY, "-b", "1"]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_LINE, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "finishing images in flight; interrupt again" in done.stderr and "300 images to describe" in done.stderr
+    assert verify_store(open_store(tmp_path / "f.h5")) == []
