@@ -45,7 +45,7 @@ def extract(
             "-o",
             "--output",
             metavar="FILE|DIR",
-            help="Output file, or with a trailing slash a folder of shards.",
+            help="Output file, or with a trailing slash a folder of shards; s3://BUCKET/FOLDER/ for one in a bucket.",
             show_default=False,
         ),
     ],

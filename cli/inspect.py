@@ -96,6 +96,7 @@ def _folder_document(store: "Store") -> dict[str, Any]:
     return {
         "shards": len(store.manifest.shards),
         "building": {"shards": building.shards, "images": building.new, "pending": building.pending},
+        "unfinished": store.unfinished,
         "part": store.manifest.part,
     }
 
@@ -294,4 +295,6 @@ def _folder_lines(about: dict[str, Any]) -> list[str]:
             f"  under work: {counted(building['shards'], 'shard')}, {counted(building['images'], 'new image')}, "
             f"{building['pending']} pending"
         )
+    if about.get("unfinished"):
+        lines.append("  a run writes to it, or was interrupted")
     return lines

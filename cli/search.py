@@ -65,16 +65,15 @@ def search(
     if os.path.lexists(gallery) and not any(query == "-" or os.path.lexists(query) for query in queries):
         options.check_sources(queries[:1])
 
-    from sppfeat.files import STORE, format_of
     from sppfeat.report import check_page
     from sppfeat.retrieval import SearchOptions, open_gallery, search_images, search_store, write_hits_page
-    from sppfeat.store import open_store
+    from sppfeat.store import is_store, open_store
 
     chosen = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
     part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None
     opened = open_gallery(gallery, device=device if device.startswith("cuda") else "cpu")
-    if any(format_of(query) == STORE for query in queries):
+    if any(is_store(query) for query in queries):
         if len(queries) > 1:
             raise UsageError(f"expected one store or images as queries, found {len(queries)} paths with a store")
         if part is not None:

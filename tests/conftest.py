@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from sppfeat import Recipe, Store, open_store
+from sppfeat.images import urls
 from sppfeat.images.sources import Fingerprint
 from sppfeat.store.writing import StoreWriter, create_store
 
@@ -75,6 +76,29 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return target
 
     return make
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket on a local S3."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        }.items():
+            patch.setenv(name, value)
+        urls.file_system.cache_clear()
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    urls.file_system.cache_clear()
+    server.stop()
 
 
 class MakeStore(Protocol):

@@ -80,6 +80,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
                     writer.write(row, values, (10, 10), Fingerprint(1, 1))
                 writer.fail(4, "broken")
             shards.publish(shard)
+        shards.finish()
     manifest = folder / "shards" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text())))  # in one line
     with h5py.File(folder / "svm.h5", "w") as file:

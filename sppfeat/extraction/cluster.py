@@ -29,7 +29,7 @@ from sppfeat.images import Fingerprint, is_url
 from sppfeat.machine import limit_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store import Status, Store, is_folder_store, open_file
+from sppfeat.store import BucketFolder, RemoteShard, Status, Store, is_folder_store, open_file
 
 # Cores of a worker without a GPU, unless `num_workers` says another number.
 DEFAULT_CORES: Final = 4
@@ -42,12 +42,13 @@ _LOCK_SECONDS: Final = 60
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker gets: a shard, by its path, and its job."""
+    """What a worker gets: a shard, by its path, and its job. remote: a shard that it publishes in a bucket itself."""
 
     folder: str
     source_root: str
     path: str
     job: Job
+    remote: RemoteShard | None
 
 
 class _Log(Observer):
@@ -84,11 +85,12 @@ class Worker:
             self._check_reach(task)
             if self._describer is None:
                 self._describer = Describer(self._recipe, self._options)
-            path = Path(task.path)
-            with _locked(path, self._stop):
+            with _locked(Path(task.path), self._stop) if task.remote is None else task.remote.here() as path:
                 store, tally = open_file(path), Tally()
                 job = _left(task.job, store)
                 fill_file(store, job, self._describer, self._options, tally, self._log, self._stop.is_set)
+                if task.remote is not None and not (store.status == Status.PENDING).any():
+                    task.remote.put(path)
                 return tally.stages.told(), self._describer.engine
         except SppFeatError as error:
             return error
@@ -103,7 +105,7 @@ class Worker:
 
     def _check_reach(self, task: _Task) -> None:
         where = f"on {socket.gethostname()}"
-        if not is_folder_store(Path(task.folder)):
+        if task.remote is None and not is_folder_store(Path(task.folder)):
             raise StoreError(f"{task.folder}: expected a folder that all machines share, found no store {where}")
         root = task.source_root
         # Otherwise each of its images would fail as missing.
@@ -112,7 +114,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
+def _locked(path: Path, stop: threading.Event) -> Iterator[Path]:
     """Hold a shard under work, against workers of a driver that was killed and that Ray has yet to end."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -127,7 +129,7 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
                 time.sleep(_POLL_SECONDS)
             except OSError as error:
                 raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
-        yield
+        yield path
     finally:
         os.close(descriptor)
 
@@ -240,6 +242,11 @@ class RayCluster:
 
         def lose(one: _Running, error: SppFeatError | None, reason: str) -> None:
             nonlocal failure
+            if self._received(one, writing):
+                self._count(one, writing)
+                writing.end(one.store)
+                joining.update([self._new_worker()])
+                return
             failure = failure or self._lost(one.task, reason, error)
             again.append((one.task, one.store))
             joining.update([self._new_worker()])
@@ -260,7 +267,8 @@ class RayCluster:
                     store = writing.begin(job)
                     folder = writing.folder
                     root = folder.manifest.source_root
-                    task = _Task(str(folder.path.absolute()), root, str(store.path.absolute()), job)
+                    remote = folder.remote(store) if isinstance(folder, BucketFolder) else None
+                    task = _Task(str(folder.path.absolute()), root, str(store.path.absolute()), job, remote)
                 actor = idle.pop()
                 running[actor.fill.remote(task)] = _Running(task, store, actor)
             if not running and not joining:
@@ -290,6 +298,7 @@ class RayCluster:
                     continue
                 stages, self.engine = outcome
                 writing.tally.stages.add(Stages(**stages))
+                self._received(one, writing)
                 self._count(one, writing)
                 writing.end(one.store)
                 idle.append(one.actor)
@@ -332,6 +341,15 @@ class RayCluster:
             self._hear(one, writing)
         one.taking = one.actor.take.remote()
         self._hear(one, writing)
+
+    @staticmethod
+    def _received(one: _Running, writing: Writing) -> bool:
+        """Whether a worker has put its shard into a bucket, which is then the one under work here."""
+        if one.task.remote is None or not isinstance(writing.folder, BucketFolder):
+            return False
+        shard = writing.folder.receive(one.task.remote)
+        one.store = shard or one.store
+        return shard is not None
 
     @staticmethod
     def _count(one: _Running, writing: Writing) -> None:

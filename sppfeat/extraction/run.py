@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,14 @@ from sppfeat.extraction.plan import Job, WithWindows, make_plan, with_windows
 from sppfeat.extraction.sharded import ShardOptions, coverage, fill_shards, prepare_folder
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import Tally, fill_file
-from sppfeat.images import DEFAULT_COLUMNS, Columns, ImageList, Item, find_images, open_sources, path_to_name
+from sppfeat.images import DEFAULT_COLUMNS, Columns, ImageList, Item, find_images, is_url, open_sources, path_to_name
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import (
+    BucketFolder,
+    Folder,
+    Manifest,
+    Mirror,
     Store,
     check_output,
     create_store,
@@ -135,17 +140,24 @@ def extract_folder(
     if windows is not None:
         check_windows(recipe)
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
-    path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
-    in_folder = shards is not None or cluster is not None or path.is_dir() or os.fspath(output).endswith(os.sep)
-    check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
     stays = resume and not overwrite
-    run = _Run(several, path, recipe, options, windows, root, columns, stays, retry_failed, observer, stop)
     with contextlib.ExitStack() as stack:
+        kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder
+        if isinstance(output, str) and is_url(output):
+            mirror = stack.enter_context(Mirror(output, overwrite=overwrite))
+            kind = partial(BucketFolder, mirror=mirror)
+            path, in_folder = mirror.path, True
+        else:
+            # The file itself, not a link to it: that is what is locked, and replaced by a longer one.
+            path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
+            in_folder = shards is not None or cluster is not None or path.is_dir() or os.fspath(output).endswith(os.sep)
+            check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
+        run = _Run(several, path, kind, recipe, options, windows, root, columns, stays, retry_failed, observer, stop)
         found = None
         if not in_folder:  # listed before anything is created
             found = _list(run)
-        stack.enter_context(lock_store(path, folder=in_folder))
+        if kind is Folder:
+            stack.enter_context(lock_store(path, folder=in_folder))
         check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
         describer = run.describer()
         if overwrite and path.exists() and len(options.devices()) == 1:
@@ -155,15 +167,17 @@ def extract_folder(
             if found is None
             else _into_file(run, describer, *found)
         )
-    return replace(done, seconds=time.perf_counter() - began)
+    store = str(path) if kind is Folder else os.fspath(output)
+    return replace(done, store=store, seconds=time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What `extract_folder` is asked for; resume: whether what is in the output stays."""
+    """What `extract_folder` is asked for; resume: whether what is in the output stays. kind: of a folder of shards."""
 
     sources: list[Source]
     path: Path
+    kind: Callable[[Path, Manifest, dict[int, Path]], Folder]
     recipe: Recipe
     options: RunOptions
     windows: Mapping[str, np.ndarray] | None
@@ -235,9 +249,11 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
 
             cluster = stack.enter_context(RayCluster(address, describer.recipe, run.options))
             device = cluster.device
-        folder = prepare_folder(path, describer, shards, root=sources.root, fresh=is_new)
+        folder = prepare_folder(path, describer, shards, root=sources.root, fresh=is_new, kind=run.kind)
         if is_new:
             stack.callback(folder.remove_if_empty)
+        if cluster is not None and isinstance(folder, BucketFolder):
+            folder.leave_to_others()
         listed, tally, stopped = fill_shards(
             folder,
             items,

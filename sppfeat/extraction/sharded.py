@@ -24,6 +24,7 @@ from sppfeat.recipe import RunOptions
 from sppfeat.store import (
     SHARD_ROWS,
     Folder,
+    Manifest,
     Status,
     Store,
     create_folder,
@@ -60,10 +61,18 @@ class ShardOptions:
             raise UsageError(f"part must be i/n with i from 1 to n, found {self.part[0]}/{self.part[1]}")
 
 
-def prepare_folder(path: Path, describer: Describer, options: ShardOptions, *, root: str, fresh: bool) -> Folder:
+def prepare_folder(
+    path: Path,
+    describer: Describer,
+    options: ShardOptions,
+    *,
+    root: str,
+    fresh: bool,
+    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
+) -> Folder:
     """The folder to write to, new or as it is. Raises StoreError if it was made with another recipe or of other images.
 
-    Hold its lock.
+    kind: what it is opened as. Hold its lock.
     """
     if fresh:
         return create_folder(
@@ -73,8 +82,9 @@ def prepare_folder(path: Path, describer: Describer, options: ShardOptions, *, r
             dim=describer.dim,
             source_root=root,
             part=options.part,
+            kind=kind,
         )
-    folder = open_folder(path, writable=True)
+    folder = open_folder(path, writable=True, kind=kind)
     manifest = folder.manifest
     describer.check_made(path, folder.recipe, manifest.weights_sha256)
     if manifest.part != options.part:
@@ -139,7 +149,7 @@ def fill_shards(
             cluster.run(jobs, writing)
     if plan.listed.images:
         writing.tell()
-    folder.finish()
+    folder.finish(complete=not writing.stopped)
     return Filled(plan.listed, writing.tally, writing.stopped)
 
 

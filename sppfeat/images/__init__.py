@@ -11,6 +11,7 @@ from sppfeat.images.items import (
     Fingerprint,
     Item,
     fingerprint_of,
+    is_image_name,
     member_to_name,
     name_to_path,
     path_to_name,
@@ -21,7 +22,7 @@ from sppfeat.images.reading import decode, open_image, read_image, upright_size
 from sppfeat.images.remote import fingerprints
 from sppfeat.images.resizing import PreparedImage, prepare_image
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
-from sppfeat.images.urls import is_url
+from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
 
 __all__ = [
     "Columns",
@@ -35,14 +36,18 @@ __all__ = [
     "PreparedImage",
     "ShapeBatcher",
     "Sources",
+    "absolute",
     "decode",
+    "file_system",
     "find_images",
     "fingerprint_of",
     "fingerprints",
     "from_builtins",
+    "is_image_name",
     "is_there",
     "is_url",
     "item_at",
+    "leads_out",
     "member_to_name",
     "name_to_path",
     "open_image",
@@ -52,5 +57,6 @@ __all__ = [
     "read_ahead",
     "read_image",
     "to_builtins",
+    "tried",
     "upright_size",
 ]

@@ -7,6 +7,7 @@ import datetime
 import functools
 import hashlib
 import io
+import os
 import re
 import time
 import urllib.parse
@@ -42,6 +43,12 @@ def is_url(place: str) -> bool:
     return _URL.match(place) is not None
 
 
+def absolute(place: str | os.PathLike[str]) -> str:
+    """An absolute path; a URL as it is."""
+    text = os.fspath(place)
+    return text if is_url(text) else os.path.abspath(text)
+
+
 def unknown_protocol(place: str) -> str | None:
     """The protocol of something that looks like a URL of another protocol."""
     found = _OTHER_URL.match(place)
@@ -63,7 +70,7 @@ def protocol_of(url: str) -> str:
 
 
 @functools.cache
-def _filesystem(protocol: str) -> Any:
+def file_system(protocol: str) -> Any:
     """fsspec's file system of a protocol, with the user's own settings (environment, ~/.config/fsspec)."""
     fsspec = require_extra("fsspec", EXTRA, f"{protocol}://")
     require_extra(PROTOCOLS[protocol], EXTRA, f"{protocol}://")
@@ -75,7 +82,7 @@ def _filesystem(protocol: str) -> Any:
 
 def check_protocol(url: str) -> None:
     """Raise MissingExtraError if what a URL needs is not installed."""
-    _filesystem(protocol_of(url))
+    file_system(protocol_of(url))
 
 
 def _origin(error: Exception) -> Exception:
@@ -138,7 +145,7 @@ def _reason(error: BaseException) -> str:
     return f"cannot be read: {type(error).__name__}: {one_line(error)}"
 
 
-def _tried(request: Callable[[], Result]) -> Result:
+def tried(request: Callable[[], Result]) -> Result:
     """The result of a request, tried again after temporary errors. Raises ImageError."""
     for number, wait in enumerate((*WAITS, None), start=1):
         try:
@@ -181,7 +188,7 @@ def fingerprint_from(info: dict[str, Any]) -> Fingerprint:
 
 def info_of(url: str) -> Fingerprint:
     """The fingerprint of an object as it is now. Raises ImageError."""
-    return fingerprint_from(_tried(lambda: _filesystem(protocol_of(url)).info(url)))
+    return fingerprint_from(tried(lambda: file_system(protocol_of(url)).info(url)))
 
 
 def read_part(url: str, start: int, size: int) -> bytes:
@@ -190,12 +197,12 @@ def read_part(url: str, start: int, size: int) -> bytes:
         return b""
 
     def request() -> bytes:
-        found = bytes(_filesystem(protocol_of(url)).cat_file(url, start=start, end=start + size))
+        found = bytes(file_system(protocol_of(url)).cat_file(url, start=start, end=start + size))
         if len(found) > size:
             raise ImageError("the server sends whole objects only, expected support of parts (Range)")
         return found
 
-    return _tried(request)
+    return tried(request)
 
 
 def read_object(url: str, *, most: int) -> tuple[bytes | None, Fingerprint]:
@@ -204,7 +211,7 @@ def read_object(url: str, *, most: int) -> tuple[bytes | None, Fingerprint]:
     No bytes are returned of an object that is larger than `most`. Raises ImageError.
     """
     if protocol_of(url) in ("http", "https"):
-        return _tried(lambda: _read_web(url, most))
+        return tried(lambda: _read_web(url, most))
     found = info_of(url)
     if found.file_size > most:
         return None, found
@@ -213,7 +220,7 @@ def read_object(url: str, *, most: int) -> tuple[bytes | None, Fingerprint]:
 
 def _read_web(url: str, most: int) -> tuple[bytes | None, Fingerprint]:
     # A size makes fsspec skip its own HEAD; no block size gives one plain GET.
-    with _filesystem(protocol_of(url)).open(url, block_size=0, size=1, headers={"Accept-Encoding": "identity"}) as file:
+    with file_system(protocol_of(url)).open(url, block_size=0, size=1, headers={"Accept-Encoding": "identity"}) as file:
         headers = file.r.headers
         file.r.raise_for_status()
         declared = headers.get("Content-Length", "")
@@ -232,8 +239,8 @@ def _read_web(url: str, most: int) -> tuple[bytes | None, Fingerprint]:
 
 def open_url(url: str, *, size: int, block: int) -> BinaryIO:
     """An object as a seekable file, fetched in blocks of `block` bytes. Opening and reading raise ImageError."""
-    file: BinaryIO = _tried(
-        lambda: _filesystem(protocol_of(url)).open(url, "rb", block_size=block, size=size, cache_type="readahead")
+    file: BinaryIO = tried(
+        lambda: file_system(protocol_of(url)).open(url, "rb", block_size=block, size=size, cache_type="readahead")
     )
     return io.BufferedReader(_PatientFile(file), 1 << 16)
 
@@ -251,7 +258,7 @@ class _PatientFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        found = _tried(lambda: self._file.read(len(buffer)))
+        found = tried(lambda: self._file.read(len(buffer)))
         buffer[: len(found)] = found
         return len(found)
 
@@ -267,7 +274,7 @@ class _PatientFile(io.RawIOBase):
 def list_prefix(url: str) -> list[tuple[str, bool, Fingerprint]]:
     """The entries of a prefix in name order: URL, whether it is a prefix itself, and fingerprint. Raises ImageError."""
     protocol = protocol_of(url)
-    entries = _tried(lambda: _filesystem(protocol).ls(url, detail=True))
+    entries = tried(lambda: file_system(protocol).ls(url, detail=True))
     own = url.partition("://")[2].rstrip("/")
     found: list[tuple[str, bool, Fingerprint]] = []
     for entry in entries:

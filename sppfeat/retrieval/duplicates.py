@@ -101,7 +101,7 @@ def find_duplicates(
             progress(min(1.0, done / total))
     groups = [_members(rows, members) for members in links.groups()]
     groups.sort(key=lambda group: (-len(group), group[0].name))
-    return Duplicates(str(store.path), store.source_root, threshold, len(rows), pairs, groups)
+    return Duplicates(store.place, store.source_root, threshold, len(rows), pairs, groups)
 
 
 class _Links:

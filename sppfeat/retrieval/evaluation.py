@@ -215,9 +215,9 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
             name = row_name(images.find(query.image, f"query {query.image!r}"), window)
             if name not in in_queries.places:
                 if name in asked.store.errors():
-                    raise StoreError(f"{asked.store.path}: query {name!r} could not be described")
+                    raise StoreError(f"{asked.store.place}: query {name!r} could not be described")
                 raise UsageError(
-                    f"{asked.store.path}: query {query.image!r}: expected a row for its box, {name!r}, found none; "
+                    f"{asked.store.place}: query {query.image!r}: expected a row for its box, {name!r}, found none; "
                     "--write-windows FILE writes the boxes, `sppfeat extract IMAGES --windows FILE` describes them, "
                     "and --whole-queries searches with whole images"
                 )
@@ -231,7 +231,7 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
     places = [in_queries.places[one.name] for one in found]
     if len(set(places)) < len(places):
         twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
-        raise UsageError(f"{asked.store.path}: expected unique queries, found duplicate {twice!r}")
+        raise UsageError(f"{asked.store.place}: expected unique queries, found duplicate {twice!r}")
     return found, asked.only(np.array(places))
 
 
@@ -255,8 +255,8 @@ class _Names:
             return found
         store = self._rows.store
         if name in store.errors():
-            raise StoreError(f"{store.path}: {about}: image {name!r} could not be described")
-        raise UsageError(f"{store.path}: {about}: {unknown_name('image', name, self.places)}")
+            raise StoreError(f"{store.place}: {about}: image {name!r} could not be described")
+        raise UsageError(f"{store.place}: {about}: {unknown_name('image', name, self.places)}")
 
 
 def _stem(name: str) -> str:

@@ -147,7 +147,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
     require_gallery(path)
     with changing(path):
         old = open_gallery(path)
-        check_recipe(old, store.recipe, store.weights_sha256, store.dim, str(store.path))
+        check_recipe(old, store.recipe, store.weights_sha256, store.dim, store.place)
         rows = unit_rows(store, old.projection)
         _check_names(store, rows.names)
         place = {name: row for row, name in enumerate(old.rows.names)}
@@ -311,8 +311,8 @@ def _comparable(store: Store, other: Store) -> UnitRows:
 
 def _check_names(store: Store, names: list[str]) -> None:
     if len(set(names)) != len(names):
-        raise GalleryError(f"{store.path}: expected unique names, found {len(names) - len(set(names))} duplicates")
-    check_names(store.path, names)
+        raise GalleryError(f"{store.place}: expected unique names, found {len(names) - len(set(names))} duplicates")
+    check_names(store.place, names)
 
 
 def _describe(store: Store, built: BuiltIndex, projection: Projection | None) -> About:
@@ -348,7 +348,7 @@ def _describe(store: Store, built: BuiltIndex, projection: Projection | None) ->
 def _source(store: Store, rows: int) -> SourceEntry:
     """What identifies the store that rows came from."""
     return SourceEntry(
-        store=path_text(store.path),
+        store=path_text(store.place),
         source_root=path_text(store.source_root),
         rows=rows,
         fingerprint=zlib.crc32(np.ascontiguousarray(store.checksum).data),
@@ -384,6 +384,6 @@ def verify_gallery(gallery: Gallery) -> list[str]:
             held = reconstruct(gallery.index, np.array([place[rows.names[at]] for at in part]))
             for at in part[np.abs(held - rows.take(part)).max(1) > 1e-4]:
                 problems.append(
-                    f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.path}"
+                    f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.place}"
                 )
     return problems

@@ -42,6 +42,7 @@ from sppfeat.files import (
     sync_folder,
     unsafe_name,
 )
+from sppfeat.images import absolute
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.whitening import Projection, write_projection
 from sppfeat.store import Box, image_of, lock_store
@@ -238,7 +239,7 @@ def read_rows(file: Path, count: int) -> GalleryRows:
     return rows
 
 
-def check_names(file: Path, names: Sequence[str]) -> None:
+def check_names(file: Path | str, names: Sequence[str]) -> None:
     """Raise GalleryError for a name that leads out of the folder that it is relative to."""
     for row, name in enumerate(names):
         if (reason := unsafe_name(name)) is not None:
@@ -310,8 +311,8 @@ def write_generation(
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
-    r"""The absolute path as JSON can hold it: a byte that is not UTF-8 as `\xNN`."""
-    return os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace")
+    r"""The absolute path, or the URL, as JSON can hold it: a byte that is not UTF-8 as `\xNN`."""
+    return os.fsencode(absolute(path)).decode("utf-8", "backslashreplace")
 
 
 def _remove_others(path: Path, kept: set[str]) -> None:

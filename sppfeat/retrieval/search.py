@@ -276,7 +276,7 @@ def check_box(box: Box) -> None:
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
     """Search with the described rows of a store of the gallery's recipe, block by block."""
     options = options or SearchOptions()
-    check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, str(store.path))
+    check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place)
     rows = unit_rows(store, gallery.projection)
     files = [image_of(store.source_root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None

@@ -19,7 +19,6 @@ Three routes to the same components, chosen by the shape of the N rows of D valu
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line
 from sppfeat.files import appearing
+from sppfeat.images import absolute
 from sppfeat.store import BLOCK_BYTES, UnitRows, normalize_rows
 
 DEFAULT_DIMS: Final = 512
@@ -107,7 +107,7 @@ def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -
     if rows.projection is not None:
         raise UsageError("expected rows that are not projected yet")
     if len(rows) < 2:
-        raise UsageError(f"{rows.store.path}: expected at least 2 described images to project, found {len(rows)}")
+        raise UsageError(f"{rows.store.place}: expected at least 2 described images to project, found {len(rows)}")
     which = rows.sample(LEARNING_ROWS, options.seed)
     mean, total = _moments(rows, which)
     side = min(len(which), rows.dim)
@@ -123,7 +123,7 @@ def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -
         values, vectors = _by_covariance(rows, which, mean, wanted)
     solid = values > RANK_TOLERANCE * max(float(values[0]), 1e-12)
     if not solid.any() or total < 1e-10:
-        raise UsageError(f"{rows.store.path}: its {len(which)} descriptors are all equal: there is nothing to project")
+        raise UsageError(f"{rows.store.place}: its {len(which)} descriptors are all equal: there is nothing to project")
     values, vectors = values[solid], vectors[:, solid]
     # An eigenvector's sign is arbitrary; this fixes it, so that the same rows give the same projection.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
@@ -136,7 +136,7 @@ def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -
         kept=min(1.0, float(values.sum() / total)),
         power=power,
         shrinkage=options.shrinkage if options.whiten else 0.0,
-        learned_from=os.path.abspath(rows.store.path),
+        learned_from=absolute(rows.store.place),
         rows=len(which),
         route=route,
     )

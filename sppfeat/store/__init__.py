@@ -6,13 +6,15 @@ from sppfeat.store.blocks import Block, DescribedRows, iter_blocks, to_numpy
 from sppfeat.store.checking import verify_store
 from sppfeat.store.digests import name_digests
 from sppfeat.store.export import FORMATS, Exported, export_store
-from sppfeat.store.manifest import SHARD_ROWS
+from sppfeat.store.manifest import SHARD_ROWS, Manifest
 from sppfeat.store.merging import Merged, merge_stores
+from sppfeat.store.mirrors import BucketFolder, Mirror, RemoteShard
 from sppfeat.store.reading import (
     Building,
     Status,
     Store,
     building_progress,
+    is_store,
     open_file,
     open_store,
     reason_text,
@@ -39,14 +41,18 @@ __all__ = [
     "BLOCK_BYTES",
     "Block",
     "Box",
+    "BucketFolder",
     "Building",
     "DescribedRows",
     "DescriptorView",
     "Exported",
     "FORMATS",
     "Folder",
+    "Manifest",
     "Matrix",
     "Merged",
+    "Mirror",
+    "RemoteShard",
     "SHARD_ROWS",
     "ShardRows",
     "Status",
@@ -63,6 +69,7 @@ __all__ = [
     "extend_store",
     "image_of",
     "is_folder_store",
+    "is_store",
     "item_of",
     "iter_blocks",
     "lock_store",

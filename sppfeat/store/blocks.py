@@ -48,7 +48,7 @@ class DescribedRows:
         self.count, self.failed = counts["done"], counts["failed"]
         self.block_rows = min(MOST_ROWS, block_rows(max(self.dim, store.dim)))
         if not self.count:
-            raise StoreError(f"{store.path}: expected described images, found {len(store)}, all of them failed")
+            raise StoreError(f"{store.place}: expected described images, found {len(store)}, all of them failed")
 
     def values(self, index: slice | np.ndarray) -> np.ndarray:
         """[n, D] the values of rows of the store. Raises StoreError if one is too large for the type."""
@@ -59,7 +59,7 @@ class DescribedRows:
             values = found.astype(self.dtype)
         if values.itemsize < found.itemsize and not np.isfinite(values).all():
             raise StoreError(
-                f"{self.store.path}: expected values that are finite as {self.dtype}, found "
+                f"{self.store.place}: expected values that are finite as {self.dtype}, found "
                 f"{float(np.abs(found[~np.isfinite(values)]).max()):.3g}; choose float32"
             )
         return values

@@ -11,7 +11,7 @@ import numpy as np
 from sppfeat.errors import StoreError
 from sppfeat.files import unsafe_name
 from sppfeat.store.digests import name_digests, repeated_digests
-from sppfeat.store.reading import Status, Store, open_shard
+from sppfeat.store.reading import Status, Store
 
 _BLOCK_ROWS: Final = 1 << 12
 
@@ -21,15 +21,15 @@ def verify_store(store: Store) -> list[str]:
 
     Each shard of a folder is checked by itself; neither all names nor all values are held in memory.
     """
-    if store.manifest is None:
+    if store.manifest is None or store.shards is None:
         problems = _repeated_names([0], lambda at: store)
         problems += [f"row {row} ({name!r}): {problem}" for row, name, problem in _faults(store)]
         return problems
-    manifest, sound, problems = store.manifest, list[int](), list[str]()
+    shards, sound, problems = store.shards, list[int](), list[str]()
     first = 0
-    for at, entry in enumerate(manifest.shards):
+    for at, entry in enumerate(store.manifest.shards):
         try:
-            shard = open_shard(store.path, manifest, at)
+            shard = shards.open(at)
             found = [
                 f"row {first + row} ({name!r}, in {entry.file}): {problem}" for row, name, problem in _faults(shard)
             ]
@@ -38,7 +38,7 @@ def verify_store(store: Store) -> list[str]:
         except StoreError as error:
             problems.append(str(error))
         first += entry.rows
-    return problems + _repeated_names(sound, lambda at: open_shard(store.path, manifest, at))
+    return problems + _repeated_names(sound, shards.open)
 
 
 def _faults(store: Store) -> Iterator[tuple[int, str, str]]:

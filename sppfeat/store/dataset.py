@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sppfeat.errors import StoreError
+from sppfeat.images import absolute
 from sppfeat.store.blocks import DescribedRows
 from sppfeat.store.reading import Status, open_store
 
@@ -26,7 +27,7 @@ class StoreDataset(Dataset[tuple[torch.Tensor, str]]):
     def __init__(
         self, path: str | os.PathLike[str], *, levels: Sequence[int] | None = None, dtype: str | None = None
     ) -> None:
-        self._about = (os.path.abspath(path), levels, dtype)
+        self._about = (absolute(path), levels, dtype)
         self._rows = DescribedRows(open_store(path), levels, dtype)
         self._made_with = (self._rows.store.recipe_hash, len(self._rows.store), self._rows.count)
         done = np.asarray(self._rows.store.status[:]) == Status.DONE

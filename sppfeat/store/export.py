@@ -79,7 +79,7 @@ def export_store(
     path = check(Path(os.path.realpath(output)) if os.path.islink(output) else Path(output), overwrite)
     write(path, _Export(rows, progress))
     return Exported(
-        store=str(store.path),
+        store=store.place,
         output=str(path),
         names=str(names_path(path)) if kind == "npy" else None,
         format=kind,

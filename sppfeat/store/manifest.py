@@ -4,6 +4,7 @@ manifest.json        what the store is made with, and its shards; replaced atomi
 shard-00000.h5       a published shard: a store file of at most SHARD_ROWS rows, none of them pending
 .building-00007.h5   a shard under work: of new rows, or a copy of a published one in which some rows change
 all.h5               an HDF5 virtual dataset over the shards, for other programs
+.unfinished          a run writes to the store, or ended before all its images were described
 .lock                held by the one writer
 """
 
@@ -25,6 +26,7 @@ from sppfeat.recipe import Recipe
 MANIFEST: Final = "manifest.json"
 VIEW: Final = "all.h5"
 LOCK: Final = ".lock"
+UNFINISHED: Final = ".unfinished"
 # A shard of 65,536 rows is some 100 MB to 2 GB: few enough files for 10^8 rows, and little work to lose.
 SHARD_ROWS: Final = 1 << 16
 MANIFEST_VERSION: Final = 1
@@ -120,6 +122,11 @@ def is_shard(path: Path) -> bool:
     """Whether a path is that of a shard in a folder store."""
     named = _SHARD.fullmatch(path.name) or _BUILDING.fullmatch(path.name)
     return named is not None and (path.parent / MANIFEST).exists()
+
+
+def is_shard_file(name: str) -> bool:
+    """Whether a file name is that of a published shard."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def shard_index(file: str) -> int:
@@ -223,9 +230,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def foreign_files(folder: Path) -> list[str]:
     """What is in a folder and not a part of a store, in order."""
-    ours = (MANIFEST, VIEW, LOCK)
-    return sorted(
-        name
-        for name in os.listdir(folder)
-        if name not in ours and not any(known.fullmatch(name) for known in (_SHARD, _BUILDING, _PUBLISHING, _LEFT))
-    )
+    return sorted(name for name in os.listdir(folder) if not is_part_of_store(name))
+
+
+def is_part_of_store(name: str) -> bool:
+    """Whether a file or object of this name in a folder store is one of the store's own."""
+    kinds = (_SHARD, _BUILDING, _PUBLISHING, _LEFT)
+    return name in (MANIFEST, VIEW, LOCK, UNFINISHED) or any(kind.fullmatch(name) for kind in kinds)

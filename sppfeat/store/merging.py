@@ -19,6 +19,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import appearing, os_reason, sync_folder
+from sppfeat.images import is_url
 from sppfeat.store.digests import repeated_digests
 from sppfeat.store.manifest import (
     MANIFEST,
@@ -82,6 +83,9 @@ def merge_stores(output: str | os.PathLike[str], parts: Sequence[str | os.PathLi
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     if not parts:
         raise UsageError("expected parts to merge, found none")
+    for place in (output, *parts):
+        if isinstance(place, str) and is_url(place):
+            raise UsageError(f"{place}: expected folders that this machine has, found a URL; only those are merged")
     stores = [_open_part(Path(part)) for part in parts]
     _check_apart(path, stores)
     with lock_store(path, folder=True):

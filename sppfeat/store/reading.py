@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +27,14 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, one_line
-from sppfeat.files import DAMAGE, STORE, check_hdf5, hdf5_reason, os_reason, read_document
+from sppfeat.files import DAMAGE, STORE, check_hdf5, format_of, hdf5_reason, os_reason, read_document
+from sppfeat.images import is_url
 from sppfeat.recipe import Recipe
 from sppfeat.store.digests import DIGEST_BYTES, name_digests
 from sppfeat.store.joined import FileNames, JoinedNames, Shards, Values, joined
 from sppfeat.store.manifest import (
     MANIFEST,
+    UNFINISHED,
     VIEW,
     Manifest,
     ShardEntry,
@@ -92,8 +94,10 @@ class Store:
     descriptors: [N, D] float16 or float32; rows that are not done are zeros.
     image_size: [N, 2] int32, width and height of the upright original. checksum: [N] uint32, CRC-32 of each row.
     error: [N] bytes. file_size, file_mtime_ns: [N] int64, of the files as they were described.
-    columns: where the values are in the file; none for a folder. manifest, building: of a folder, with the shards
-    under work by number; None for a file.
+    path: the file or folder. url: of a store in a bucket, whose path is a folder in the cache.
+    columns: where the values are in the file; none for a folder. manifest, shards, building: of a folder, with the
+    shards under work by number; None for a file. unfinished: of a folder, whether a run writes to it, or ended before
+    all images were described. size: in bytes, of a store in a bucket; else its files tell.
     """
 
     path: Path
@@ -113,10 +117,19 @@ class Store:
     checksum: Values
     stored_digests: Values | None = None
     manifest: Manifest | None = None
+    shards: Shards | None = None
     building: Mapping[int, Path] | None = None
+    url: str | None = None
+    unfinished: bool = False
+    size: int | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def place(self) -> str:
+        """Where the store is, as its user names it: a path or a URL."""
+        return self.url or str(self.path)
 
     @property
     def dim(self) -> int:
@@ -157,12 +170,25 @@ def reason_text(stored: bytes) -> str:
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
-    """Open a store, a file or a folder of shards, for reading, even while it is being written.
+    """Open a store, a file or a folder of shards, here or in a bucket, for reading, even while it is being written.
 
     Raises StoreError if it is not an intact store; for a damaged shard of a folder, when that shard is first read.
     """
+    if isinstance(path, str) and is_url(path):
+        from sppfeat.store.mirrors import open_bucket  # which reads stores in turn
+
+        return open_bucket(path)
     path = Path(path)
     return _open_folder(path) if path.is_dir() else open_file(path)
+
+
+def is_store(place: str | os.PathLike[str]) -> bool:
+    """Whether there is a store, sound or damaged: a file, a folder, or a folder of a bucket, which is asked for it."""
+    if isinstance(place, str) and is_url(place):
+        from sppfeat.store.mirrors import is_bucket_store
+
+        return is_bucket_store(place)
+    return format_of(place) == STORE
 
 
 def open_file(path: Path, *, names: bool = True) -> Store:
@@ -245,8 +271,17 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
 def _open_folder(path: Path) -> Store:
     manifest, building, publishing = read_folder(path)
     require_shards(path, manifest)
+    unfinished = (path / UNFINISHED).exists()
+    building = publishing | building
+    return join_shards(
+        path, manifest, lambda at: open_shard(path, manifest, at), building=building, unfinished=unfinished
+    )
+
+
+def join_shards(path: Path, manifest: Manifest, open_at: Callable[[int], Store], **about: Any) -> Store:
+    """A folder store as its readers see it. open_at: a shard by its place in the manifest. about: more of `Store`."""
     recipe = manifest.read_recipe()
-    shards = Shards([entry.rows for entry in manifest.shards], lambda at: open_shard(path, manifest, at))
+    shards = Shards([entry.rows for entry in manifest.shards], open_at)
     widths = {"descriptors": (recipe.dtype, (manifest.dim,)), **_COLUMNS}
     columns = {name: joined(shards, _FIELDS.get(name, name), *kind) for name, kind in widths.items()}
     return Store(
@@ -261,7 +296,8 @@ def _open_folder(path: Path) -> Store:
         **_fields(columns),
         stored_digests=joined(shards, "name_digests", "<u8", (2,)),
         manifest=manifest,
-        building=publishing | building,
+        shards=shards,
+        **about,
     )
 
 
@@ -299,16 +335,30 @@ def open_shard(folder: Path, manifest: Manifest, at: int) -> Store:
     """
     entry = manifest.shards[at]
     shard = open_file(folder / entry.file, names=False)
+    check_shard(shard, folder, manifest, entry)
+    if (found := shard_entry(shard)) != entry and found not in read_manifest(folder).shards:
+        raise StoreError(_other_counts(shard, entry))
+    return shard
+
+
+def check_shard(
+    shard: Store, folder: Path | str, manifest: Manifest, entry: ShardEntry, *, counts: bool = False
+) -> None:
+    """Raise StoreError unless a file is the shard of an entry; counts: with as many rows done and failed, too."""
     if (fault := shard_fault(shard, manifest)) is not None:
         raise StoreError(f"{shard.path}: expected a shard of {folder}, found {fault}")
     if len(shard) != entry.rows:
         raise StoreError(f"{shard.path}: expected {entry.rows} rows, as in {MANIFEST}, found {len(shard)}")
-    if (found := shard_entry(shard)) != entry and found not in read_manifest(folder).shards:
-        raise StoreError(
-            f"{shard.path}: expected {entry.done} rows done and {entry.failed} failed, as in {MANIFEST}, found "
-            f"{found.done} and {found.failed}; if an extraction was interrupted, run it again"
-        )
-    return shard
+    if counts and shard_entry(shard, Path(entry.file)) != entry:
+        raise StoreError(_other_counts(shard, entry))
+
+
+def _other_counts(shard: Store, entry: ShardEntry) -> str:
+    found = shard.counts()
+    return (
+        f"{shard.path}: expected {entry.done} rows done and {entry.failed} failed, as in {MANIFEST}, found "
+        f"{found['done']} and {found['failed']}; if an extraction was interrupted, run it again"
+    )
 
 
 def shard_entry(shard: Store, path: Path | None = None) -> ShardEntry:
@@ -336,9 +386,9 @@ def require_complete(store: Store) -> None:
         progress = building_progress(store)
         count, pending = count + progress.new, progress.missing
     if pending:
-        raise StoreError(f"{store.path}: {pending} of {count} images are still to be described; run extract again")
-    if store.building:
-        raise StoreError(f"{store.path}: a run was interrupted before its shards were complete; run extract again")
+        raise StoreError(f"{store.place}: {pending} of {count} images are still to be described; run extract again")
+    if store.building or store.unfinished:
+        raise StoreError(f"{store.place}: a run was interrupted before its shards were complete; run extract again")
 
 
 @dataclass(frozen=True)
@@ -372,6 +422,8 @@ def building_progress(store: Store) -> Building:
 
 def store_bytes(store: Store) -> int:
     """The size of a store's files, shards under work included."""
+    if store.size is not None:
+        return store.size
     files = [store.path]
     if store.manifest is not None:
         files = [*(store.path / entry.file for entry in store.manifest.shards), *(store.building or {}).values()]

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from sppfeat.store.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
     SHARD_ROWS,
+    UNFINISHED,
     VIEW,
     Manifest,
     building_file,
@@ -83,6 +84,8 @@ class Folder:
         self.path = path
         self.manifest = manifest
         self.building = building
+        # Whether this run has marked the store, and changed nothing yet.
+        self._only_marked = False
 
     @property
     def shards(self) -> dict[int, Path]:
@@ -116,6 +119,7 @@ class Folder:
         """Create the next shard under work, with every row pending: at most SHARD_ROWS names that no shard has."""
         if not 1 <= len(names) <= SHARD_ROWS:
             raise StoreError(f"{self.path}: expected 1 to {SHARD_ROWS} rows in a shard, found {len(names)}")
+        self.begin()
         index = 1 + max((*self.shards, *self.building), default=-1)
         path = self.path / building_file(index)
         create_store(
@@ -135,22 +139,69 @@ class Folder:
         Where the file system can, the copy shares the unchanged blocks of the file.
         """
         path = self.path / building_file(index)
+        self.begin()
         if index not in self.building:
             with appearing(path, StoreError) as partial:
-                copy_file(self.shards[index], partial)
+                self.copy_shard(index, partial)
             self.building[index] = path
         return open_file(path)
+
+    def copy_shard(self, index: int, target: Path) -> None:
+        """Copy a published shard to a file. Raises OSError."""
+        copy_file(self.shards[index], target)
+
+    def clear(self) -> None:
+        """Remove what is there of an older store. Raises StoreError for a folder with other files in it."""
+        path = self.path
+        if foreign := foreign_files(path):
+            raise StoreError(f"{path}: expected a store or an empty folder, found {foreign[0]!r} in it")
+        try:
+            # The manifest first: without it the rest is no store, and no mix of an old and a new one.
+            (path / MANIFEST).unlink(missing_ok=True)
+            remove_leftovers(path)
+            remove_marks(path)
+            (path / VIEW).unlink(missing_ok=True)
+            for index in unlisted_shards(path, None):
+                (path / shard_file(index)).unlink()
+            for file in building_files(path).values():
+                file.unlink()
+            sync_folder(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be overwritten: {os_reason(error)}") from None
+
+    def write(self, manifest: Manifest) -> None:
+        """Replace the manifest."""
+        self.begin()
+        self._only_marked = False
+        self.manifest = manifest
+        write_manifest(self.path, manifest)
 
     def remove_if_empty(self) -> None:
         """Remove the manifest of a store without any shard: it is none."""
         if not self.shards and not self.building:
             (self.path / MANIFEST).unlink(missing_ok=True)
+            self.end()
+
+    def begin(self) -> None:
+        """Mark the store as unfinished, for its readers. Raises StoreError."""
+        mark = self.path / UNFINISHED
+        try:
+            self._only_marked = self._only_marked or not mark.exists()
+            mark.touch()
+        except OSError as error:
+            raise StoreError(f"{mark}: cannot be written: {os_reason(error)}") from None
+
+    def end(self) -> None:
+        """Remove the mark: all images are described."""
+        (self.path / UNFINISHED).unlink(missing_ok=True)
 
     def discard(self, store: Store) -> None:
         """Remove a shard under work of which nothing is described. Close its writer before."""
         index = next(index for index, path in self.building.items() if path == store.path)
         store.path.unlink()
         del self.building[index]
+        if not self.building and self._only_marked:
+            self.end()
 
     def publish(self, store: Store) -> None:
         """Make a shard under work, whose rows are all described, a published one. Close its writer before."""
@@ -165,21 +216,31 @@ class Folder:
             before = open_file(final, names=False)
             if not np.array_equal(before.name_digests, shard.name_digests):
                 raise StoreError(f"{store.path}: cannot replace {final.name}, whose images are others")
+        self.begin()
         try:
             with open(store.path, "rb") as file:
                 os.fsync(file.fileno())
             (self.path / publishing_file(index)).touch()
-            os.rename(store.path, final)
+            self.place(shard, final)
             sync_folder(self.path)
         except OSError as error:
             raise StoreError(f"{final}: cannot be published: {os_reason(error)}") from None
         del self.building[index]
-        self.manifest = self.manifest.with_shard(shard_entry(shard, final))
-        write_manifest(self.path, self.manifest)
+        self.write(self.manifest.with_shard(shard_entry(shard, final)))
         remove_marks(self.path)
 
-    def finish(self) -> None:
-        """Write `all.h5` unless it is newer than the manifest."""
+    def place(self, shard: Store, final: Path) -> None:
+        """Put a complete shard where its readers find it. Raises OSError."""
+        os.rename(shard.path, final)
+
+    def finish(self, *, complete: bool = True) -> None:
+        """Write `all.h5`, unless it is newer than the manifest. complete: whether all images are listed."""
+        self.write_view()
+        if complete and not self.building:
+            self.end()
+
+    def write_view(self) -> None:
+        """Write `all.h5`, unless it is newer than the manifest."""
         view = self.path / VIEW
         with contextlib.suppress(FileNotFoundError):
             if view.stat().st_mtime_ns > (self.path / MANIFEST).stat().st_mtime_ns:
@@ -196,8 +257,7 @@ class Folder:
         """
         recovered = recovered_manifest(self.path, self.manifest)
         if recovered != self.manifest:
-            self.manifest = recovered
-            write_manifest(self.path, recovered)
+            self.write(recovered)
         remove_marks(self.path)
         # A kill may come after the last row of a shard.
         for path in list(self.building.values()):
@@ -219,30 +279,18 @@ def create_folder(
     dim: int,
     source_root: str,
     part: tuple[int, int] | None = None,
+    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
 ) -> Folder:
     """A folder store without shards; a store that was there is removed, see `check_output`. Hold `lock_store`.
 
-    Raises StoreError for a folder with other files in it.
+    kind: what the folder is made as. Raises StoreError for a folder with other files in it.
     """
     path.mkdir(exist_ok=True)
-    if foreign := foreign_files(path):
-        raise StoreError(f"{path}: expected a store or an empty folder, found {foreign[0]!r} in it")
     manifest = new_manifest(recipe=recipe, weights_sha256=weights_sha256, dim=dim, source_root=source_root, part=part)
-    try:
-        # The manifest first: without it the rest is no store, and no mix of an old and a new one.
-        (path / MANIFEST).unlink(missing_ok=True)
-        remove_leftovers(path)
-        remove_marks(path)
-        (path / VIEW).unlink(missing_ok=True)
-        for index in unlisted_shards(path, None):
-            (path / shard_file(index)).unlink()
-        for file in building_files(path).values():
-            file.unlink()
-        sync_folder(path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be overwritten: {os_reason(error)}") from None
-    write_manifest(path, manifest)
-    return Folder(path, manifest, {})
+    folder = kind(path, manifest, {})
+    folder.clear()
+    folder.write(manifest)
+    return folder
 
 
 def new_manifest(
@@ -263,16 +311,21 @@ def new_manifest(
     )
 
 
-def open_folder(path: str | os.PathLike[str], *, writable: bool = False) -> Folder:
+def open_folder(
+    path: str | os.PathLike[str],
+    *,
+    writable: bool = False,
+    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
+) -> Folder:
     """Open a folder store for planning; writable: hold `lock_store`, and recover what a killed writer left.
 
-    Raises StoreError if it is not a folder store, or damaged.
+    kind: what the folder is opened as. Raises StoreError if it is not a folder store, or damaged.
     """
     path = Path(path)
     if not path.is_dir():
         raise StoreError(f"{path}: expected a folder of shards, found {'a file' if path.exists() else 'nothing'}")
     manifest, building, _ = read_folder(path)
-    folder = Folder(path, manifest, building)
+    folder = kind(path, manifest, building)
     if writable:
         folder.recover()
     return folder

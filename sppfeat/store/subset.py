@@ -62,11 +62,11 @@ def _sliced_recipe(store: Store, levels: Sequence[int]) -> Recipe:
     held = store.recipe.levels
     if lacking := [level for level in levels if level not in held]:
         raise UsageError(
-            f"{store.path}: expected levels among its {','.join(map(str, held))}, found {','.join(map(str, lacking))}"
+            f"{store.place}: expected levels among its {','.join(map(str, held))}, found {','.join(map(str, lacking))}"
         )
     if len(store.recipe.scales) > 1 and store.recipe.fuse != "concat" and store.recipe.normalize != "none":
         raise UsageError(
-            f"{store.path}: its {len(store.recipe.scales)} scales were fused by {store.recipe.fuse} over all levels, "
+            f"{store.place}: its {len(store.recipe.scales)} scales were fused by {store.recipe.fuse} over all levels, "
             "which cannot be separated; extract again with these levels"
         )
     return dataclasses.replace(store.recipe, levels=tuple(levels))

@@ -69,7 +69,7 @@ class UnitRows:
         try:
             units = to_units(values)
         except UsageError as error:
-            raise StoreError(f"{self.store.path}: {error}; `sppfeat inspect --verify` names the rows") from None
+            raise StoreError(f"{self.store.place}: {error}; `sppfeat inspect --verify` names the rows") from None
         return units if self.projection is None else self.projection.apply(units)
 
     def blocks(self, which: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -113,7 +113,7 @@ def unit_rows(store: Store, projection: Projection | None = None) -> UnitRows:
     """
     require_complete(store)
     if not store.counts()["done"]:
-        raise StoreError(f"{store.path}: expected described images, found {len(store)}, all of them failed")
+        raise StoreError(f"{store.place}: expected described images, found {len(store)}, all of them failed")
     rows = np.flatnonzero(store.status == Status.DONE)
     names = list(store.names) if len(rows) == len(store) else [store.names[row] for row in rows.tolist()]
     return UnitRows(store, rows, names, projection)
@@ -173,7 +173,7 @@ def check_same_recipe(first: Store, second: Store) -> None:
     if first.recipe_hash == second.recipe_hash and first.dim == second.dim:
         return
     raise StoreError(
-        f"{second.path}: was made with another recipe than {first.path} ({recipe_differences(first, second)})"
+        f"{second.place}: was made with another recipe than {first.place} ({recipe_differences(first, second)})"
     )
 
 

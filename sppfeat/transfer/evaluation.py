@@ -123,8 +123,8 @@ def evaluate_transfer(
     for store in stores[1:]:
         if other := set(store.names) ^ set(first.names):
             raise StoreError(
-                f"{store.path}: expected the images of {first.path}, found {len(other)} that are in only one of them, "
-                f"such as {min(other)!r}"
+                f"{store.place}: expected the images of {first.place}, found {len(other)} that are in only one of "
+                f"them, such as {min(other)!r}"
             )
     failed = set().union(*(store.errors() for store in stores))
     task: _Task
@@ -146,19 +146,19 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
     """
     if not any(name in labels.classes for name in store.names):
         raise UsageError(
-            f"{store.path}: none of its {len(store)} names has a label; use one folder per class, or a labels file"
+            f"{store.place}: none of its {len(store)} names has a label; use one folder per class, or a labels file"
         )
     if unknown := labels.classes.keys() - set(store.names):
-        raise UsageError(f"{len(unknown)} labels match no row of {store.path}, such as {min(unknown)!r}")
+        raise UsageError(f"{len(unknown)} labels match no row of {store.place}, such as {min(unknown)!r}")
     names = [name for name in store.names if name in labels.classes and name not in failed]
     if not names:
         labelled = sum(name in labels.classes for name in store.names)
-        raise UsageError(f"{store.path}: expected described images with a label, found none: all {labelled} failed")
+        raise UsageError(f"{store.place}: expected described images with a label, found none: all {labelled} failed")
     known = set(labels.classes.values())
     if lost := known - {labels.classes[name] for name in names}:
         shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)
         warnings.warn(
-            f"{store.path}: {len(lost)} of {len(known)} classes skipped, because all their images failed: {shown}",
+            f"{store.place}: {len(lost)} of {len(known)} classes skipped, because all their images failed: {shown}",
             SppFeatWarning,
             stacklevel=3,
         )
@@ -190,11 +190,11 @@ def _voc_task(store: Store, failed: set[str], labels: VocLabels) -> _Task:
         number = name.rpartition("/")[2].rpartition(".")[0]
         if number in labels.targets:
             if number in names:
-                raise UsageError(f"{store.path}: expected one image {number!r}, found {names[number]!r} and {name!r}")
+                raise UsageError(f"{store.place}: expected one image {number!r}, found {names[number]!r} and {name!r}")
             names[number] = name
     if lacking := labels.targets.keys() - names.keys():
         raise UsageError(
-            f"{len(lacking)} of {len(labels.targets)} images of the VOC lists match no row of {store.path}, such as "
+            f"{len(lacking)} of {len(labels.targets)} images of the VOC lists match no row of {store.place}, such as "
             f"{min(lacking)!r}"
         )
     numbers = [number for number, name in names.items() if name not in failed]
@@ -305,9 +305,9 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
         classes, np.stack([trial.gaps for trial in trials]), max(trial.choice_gap for trial in trials)
     )
     for text in convergence.warnings():
-        warnings.warn(f"{store.path}: {text}", SppFeatWarning, stacklevel=3)
+        warnings.warn(f"{store.place}: {text}", SppFeatWarning, stacklevel=3)
     return Transfer(
-        store=str(store.path),
+        store=store.place,
         source_root=store.source_root,
         recipe=view.recipe,
         weights_sha256=store.weights_sha256,

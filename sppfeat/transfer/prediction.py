@@ -13,7 +13,7 @@ import numpy as np
 
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Described, Describer
-from sppfeat.files import STORE, format_of, unsafe_name
+from sppfeat.files import unsafe_name
 from sppfeat.images import ImageList, Item, find_images
 from sppfeat.recipe import RunOptions
 from sppfeat.store import (
@@ -21,6 +21,7 @@ from sppfeat.store import (
     DescriptorView,
     Status,
     Store,
+    is_store,
     item_of,
     open_store,
     reason_text,
@@ -54,7 +55,7 @@ def predict(
     Raises UsageError for sources without images, ModelError if the network's weights are not those of the classifier.
     """
     options = options or RunOptions()
-    stores = [source for source in sources if os.fspath(source) != "-" and format_of(source) == STORE]
+    stores = [source for source in sources if os.fspath(source) != "-" and is_store(source)]
     others = [source for source in sources if source not in stores]
     jobs: list[Callable[[Describer], Iterator[_Row]]] = []
     for path in stores:
@@ -124,7 +125,7 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
             names += [[row.name] for row in rows]
     if describer.recipe.crop != "none" and any(item.windows is not None for item in items):
         raise UsageError(
-            f"{store.path}: expected images, found windows: the classifier's recipe crops "
+            f"{store.place}: expected images, found windows: the classifier's recipe crops "
             f"({describer.recipe.crop}), and windows cannot be cropped"
         )
     ready: dict[int, Described] = {}

@@ -46,5 +46,5 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
         choice_gap=choice.gap,
     )
     for text in classifier.convergence.warnings():
-        warnings.warn(f"{store.path}: {text}", SppFeatWarning, stacklevel=2)
+        warnings.warn(f"{store.place}: {text}", SppFeatWarning, stacklevel=2)
     return classifier

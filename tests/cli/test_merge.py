@@ -77,8 +77,9 @@ def test_inspect_shows_shards(run_sppfeat: Run, tmp_path: Path, parts: list[Path
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "found no such file" in done.stderr
 
 
-def test_every_command_reads_a_folder_as_it_reads_a_file(
-    run_sppfeat: Run, tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_command_reads_a_folder_here_or_in_a_bucket_as_it_reads_a_file(
+    run_sppfeat: Run, tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, bucket: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
@@ -94,6 +95,7 @@ def test_every_command_reads_a_folder_as_it_reads_a_file(
             for row in failed:
                 writer.fail(row, "broken")
     assert run_sppfeat("merge", "of-shards", "0.h5", "1.h5", "2.h5").returncode == 0
+    pytest.importorskip("s3fs").S3FileSystem().put("of-shards", f"{bucket}/read", recursive=True)
 
     commands = [
         ["evaluate", "transfer", "STORE", "--json", "--protocol", "split", "--labels", "labels.csv"],
@@ -112,7 +114,7 @@ def test_every_command_reads_a_folder_as_it_reads_a_file(
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["name,label,split", *lines]))
     found: dict[str, list[Any]] = {}
-    for store_name in ("file.h5", "of-shards"):
+    for store_name in ("file.h5", "of-shards", f"{bucket}/read/"):
         for command in commands:
             done = run_sppfeat(*[store_name if word == "STORE" else word for word in command])
             assert done.returncode in (0, 3), (command, done.stderr)
@@ -121,9 +123,9 @@ def test_every_command_reads_a_folder_as_it_reads_a_file(
                 output = without_times(json.loads(output))
             found.setdefault(store_name, []).append((command, done.returncode, output))
         for made in ("gallery", "svm.h5"):
-            shutil.move(made, f"{made}-{store_name}")
-    for of_file, of_folder in zip(*found.values(), strict=True):
-        assert of_file == of_folder
+            shutil.move(made, f"{made}-{len(found)}")
+    for of_file, of_folder, of_bucket in zip(*found.values(), strict=True):
+        assert of_file == of_folder == of_bucket
 
 
 def without_times(document: Any) -> Any:

@@ -13,7 +13,7 @@ from packing import KINDS, image_bytes, numbered_images, pack
 
 from sppfeat.errors import ImageError, MissingExtraError, UsageError
 from sppfeat.images import NO_FINGERPRINT, Item, find_images, fingerprints, item_at, open_image, read_ahead, urls
-from sppfeat.images.urls import is_url
+from sppfeat.images.urls import absolute, is_url
 
 
 @pytest.fixture
@@ -181,38 +181,16 @@ def test_no_name_reaches_above_its_root_and_no_local_root_makes_a_connection(
 
 
 def test_urls_are_told_from_paths() -> None:
+    assert absolute("s3://bucket/x") == "s3://bucket/x" and absolute("x") == f"{Path.cwd()}/x"
     assert is_url("s3://bucket/x") and is_url("https://h/x") and is_url("HF://datasets/x")
     assert not any(map(is_url, ["/s3://x", "s3:/x", "s3:///x", "c://x", "file:///etc/passwd", "x.tar", "-"]))
 
 
 def test_a_protocol_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(urls.PROTOCOLS, "gs", "no_such_module")
-    urls._filesystem.cache_clear()
+    urls.file_system.cache_clear()
     with pytest.raises(MissingExtraError, match=r"^gs:// needs no_such_module, .* pip install 'sppfeat\[cloud\]'$"):
         find_images(["gs://bucket/prefix"])
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of an empty bucket on a local S3."""
-    moto = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():
-            patch.setenv(name, value)
-        urls._filesystem.cache_clear()
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    urls._filesystem.cache_clear()
-    server.stop()
 
 
 def put(bucket: str, files: dict[str, bytes]) -> None:
@@ -260,6 +238,6 @@ def test_a_bucket_that_refuses_is_one_line(bucket: str, monkeypatch: pytest.Monk
     def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(urls._filesystem("s3"), "ls", refuse)
+    monkeypatch.setattr(urls.file_system("s3"), "ls", refuse)
     with pytest.raises(UsageError, match=r"found: access refused \(Access Denied\)$"):
         find_images([f"{bucket}/x"])

@@ -172,7 +172,7 @@ class TestRefused:
         (part,) = parts_in(tmp_path, 1)
         usual = {"recipe": Recipe(), "weights_sha256": SHA, "dim": DIM, "source_root": ROOT}
         with lock_store(tmp_path / "other", folder=True):
-            create_folder(tmp_path / "other", **(usual | about))
+            create_folder(tmp_path / "other", **(usual | about)).finish()
         parts = [part, tmp_path / "other"]
         if there:
             merge_stores(tmp_path / "feats", [part])
