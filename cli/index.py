@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 _WHICH = "expected index STORE -o GALLERY, index STORE --add-to GALLERY, or index --remove NAMES.txt --from GALLERY"
 # Options that are fixed once a gallery is built.
-_BUILDING = "factory memory recall measure_recall project whiten whiten_power shrinkage whitening_from seed overwrite"
+_BUILDING = (
+    "factory memory recall measure_recall project whiten whiten_power shrinkage whitening_from keep_bins seed overwrite"
+)
 
 _INDEX = options.Defaults("sppfeat.retrieval:IndexOptions")
 _PROJECTION = options.Defaults("sppfeat.retrieval:ProjectionOptions")
@@ -61,6 +63,12 @@ def index(
     whiten_power: options.WhitenPower = _PROJECTION.power,
     shrinkage: options.Shrinkage = _PROJECTION.shrinkage,
     whitening_from: options.WhiteningFrom = None,
+    keep_bins: Annotated[
+        bool,
+        typer.Option(
+            "--keep-bins", help="Keep the bins of each image, one byte a value, for search --parts and --rerank."
+        ),
+    ] = False,
     device: options.IndexDevice = _INDEX.device,
     seed: options.Seed = _INDEX.seed,
     overwrite: options.Overwrite = False,
@@ -95,6 +103,7 @@ def index(
             },
             options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from, seed),
             whitening_from,
+            keep_bins,
             overwrite,
         )
         if output is not None
@@ -115,6 +124,7 @@ def _build(
     given: dict[str, Any],
     projection: "ProjectionOptions | None",
     whitening_from: str | None,
+    keep_bins: bool,
     overwrite: bool,
 ) -> "Change":
     from sppfeat.retrieval import IndexOptions, create_gallery
@@ -127,6 +137,7 @@ def _build(
         chosen,
         projection,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
+        keep_bins=keep_bins,
         overwrite=overwrite,
     )
 

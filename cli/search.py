@@ -41,6 +41,16 @@ def search(
             metavar="X1,Y1,X2,Y2", help="Part of the query image to search by, in pixels.", show_default="whole image"
         ),
     ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="The query may be a part of a gallery image: find it, and where it is.")
+    ] = _SEARCH.parts,
+    rerank: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Order the nearest images again: none, or bins (by alignment)."),
+    ] = _SEARCH.rerank,
+    candidates: Annotated[
+        int, typer.Option(metavar="N", help="Images of the index that --rerank and --parts look at.")
+    ] = _SEARCH.candidates,
     expand: options.Expand = _SEARCH.expand,
     alpha: options.Alpha = _SEARCH.alpha,
     weights: Annotated[
@@ -69,7 +79,15 @@ def search(
     from sppfeat.retrieval import SearchOptions, open_gallery, search_images, search_store, write_hits_page
     from sppfeat.store import is_store, open_store
 
-    chosen = SearchOptions(k=k, exclude_self=exclude_self, expand=expand, alpha=alpha)
+    chosen = SearchOptions(
+        k=k,
+        exclude_self=exclude_self,
+        expand=expand,
+        alpha=alpha,
+        rerank=rerank,
+        parts=parts,
+        candidates=candidates,
+    )
     part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None
     opened = open_gallery(gallery, device=device if device.startswith("cuda") else "cpu")

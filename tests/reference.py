@@ -213,3 +213,26 @@ def precision_at(ranking: Sequence[str], positive: set[str], junk: set[str], k: 
     kept = [name for name in ranking if name not in junk]
     end = min(k, 1 + max(place for place, name in enumerate(kept) if name in positive))
     return len([name for name in kept[:end] if name in positive]) / end
+
+
+def best_rectangle(query: np.ndarray, bins: np.ndarray, cells: int = 3) -> tuple[float, list[list[float]], list[float]]:
+    """The best score of a query, cells [cells * cells, C], over all rectangles of bins [n, n, C], one by one.
+
+    Also the boxes of all rectangles, x1, y1, x2, y2 in bins with exclusive ends, and their scores.
+    """
+    n = len(bins)
+    boxes, scores = [], []
+    for top in range(n):
+        for bottom in range(top + 1, n + 1):
+            for left in range(n):
+                for right in range(left + 1, n + 1):
+                    part = bins[top:bottom, left:right]
+                    score = 0.0
+                    for i, (y1, y2) in enumerate(bin_edges(bottom - top, cells)):
+                        for j, (x1, x2) in enumerate(bin_edges(right - left, cells)):
+                            cell = [max(part[y1:y2, x1:x2, c].ravel().tolist()) for c in range(bins.shape[2])]
+                            length = math.sqrt(sum(value * value for value in cell)) or 1.0
+                            score += float(np.dot(query[i * cells + j], cell)) / length
+                    boxes.append([float(left), float(top), float(right), float(bottom)])
+                    scores.append(score / cells**2)
+    return max(scores), boxes, scores

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
@@ -64,7 +64,12 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
 
 
 def thumbnail(
-    root: str, name: str, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
+    root: str,
+    name: str,
+    *,
+    side: int = THUMBNAIL_SIDE,
+    box: tuple[float, float, float, float] | None = None,
+    mark: tuple[float, float, float, float] | None = None,
 ) -> str | None:
     """An image as a small JPEG in a `data:` address, for the `src` of an image; None if it is not available.
 
@@ -72,7 +77,7 @@ def thumbnail(
     and a connection is made only if the root itself is a URL. Links below the root are the user's own, and followed.
     side: of the square that it fits into. box: x1, y1, x2, y2
     in pixels of the upright original, inclusive; the window of the row unless given. The part of it inside the image is
-    shown, or the whole image where there is none.
+    shown, or the whole image where there is none. mark: a part to outline in the whole image instead.
     """
     if unsafe_name(name) is not None:
         return None
@@ -80,11 +85,15 @@ def thumbnail(
         item, window = item_of(root, name)
     except ValueError:  # a path that is invalid on this system
         return None
-    return item_thumbnail(item, side=side, box=box or window)
+    return item_thumbnail(item, side=side, box=None if mark else box or window, mark=mark)
 
 
 def item_thumbnail(
-    item: Item, *, side: int = THUMBNAIL_SIDE, box: tuple[float, float, float, float] | None = None
+    item: Item,
+    *,
+    side: int = THUMBNAIL_SIDE,
+    box: tuple[float, float, float, float] | None = None,
+    mark: tuple[float, float, float, float] | None = None,
 ) -> str | None:
     """The same of an item that comes from a source, not from a file's names."""
     try:
@@ -101,7 +110,19 @@ def item_thumbnail(
     if part is not None:
         shown = shown.crop(part)
     shown.thumbnail((side, side), Image.Resampling.BICUBIC)
+    if mark is not None and (outlined := _part(mark, size)) is not None:
+        _outline(shown, [place * shown.width / size[0] for place in outlined])
     return image_address(shown, "JPEG")
+
+
+def _outline(image: Image.Image, corners: list[float]) -> None:
+    """Draw a box in two colors, so that it is seen on any image."""
+    left, top, right, bottom = map(round, corners)
+    draw = ImageDraw.Draw(image)
+    for grow, color in ((2, "white"), (1, "#d6006c"), (0, "#d6006c"), (-1, "white")):
+        box = left - grow, top - grow, max(left, right - 1) + grow, max(top, bottom - 1) + grow
+        if box[0] <= box[2] and box[1] <= box[3]:
+            draw.rectangle(box, outline=color)
 
 
 def _part(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int] | None:

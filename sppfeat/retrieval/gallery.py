@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.recipe import Recipe
+from sppfeat.retrieval.bins import Bins, bin_layout, read_bins, write_bins
 from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import (
     BuiltIndex,
@@ -62,7 +64,8 @@ class Gallery:
     """An open gallery, in memory.
 
     index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
-    about: the contents of the folder's JSON. dim: length of a descriptor before projection.
+    about: the contents of the folder's JSON. dim: length of a descriptor before projection. bins: what parts are found
+    in, if they were kept.
     """
 
     path: Path
@@ -75,6 +78,7 @@ class Gallery:
     rows: GalleryRows
     projection: Projection | None
     about: About
+    bins: Bins | None = None
 
     def __len__(self) -> int:
         return len(self.rows.names)
@@ -107,14 +111,17 @@ def create_gallery(
     projection: ProjectionOptions | None = None,
     *,
     whitening_from: Store | None = None,
+    keep_bins: bool = False,
     overwrite: bool = False,
 ) -> Change:
     """Build a gallery of a finished store's described rows.
 
+    keep_bins: also keep the bins of their finest level, one byte a value, for parts and re-ranking.
     projection: None: descriptors as they are. whitening_from: learn the projection from this store of the same recipe
     instead. Raises GalleryError, StoreError, UsageError; an old gallery at `output` stays until the end.
     """
     load_faiss()
+    layout = bin_layout(store.recipe, store.dim) if keep_bins else None
     path = _folder(output)
     check_new_gallery(path, overwrite=overwrite)
     # The folder is created, locked and checked for writing before the work, which may take hours.
@@ -134,7 +141,9 @@ def create_gallery(
         table = GalleryRows(
             rows.names, [store.source_root], np.zeros(len(rows), np.int64), np.asarray(store.checksum[rows.rows])
         )
-        about = write_generation(path, _describe(store, built, learned), built.index, table, learned, previous=None)
+        bins = None if layout is None else partial(write_bins, layout=layout, kept=None, new=rows)
+        described = _describe(store, built, learned)
+        about = write_generation(path, described, built.index, table, learned, bins, previous=None)
     return Change(str(path), len(rows), len(rows), 0, 0, built, notes + built.notes, about)
 
 
@@ -180,7 +189,11 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
         )
         about = msgspec.structs.replace(old.about, sources=[*old.about.sources, _source(store, len(rows))])
         index = from_device(place_on, device)
-        about = write_generation(path, about, index, table, old.projection, previous=old.about)
+        bins = None
+        if old.bins is not None:
+            layout = bin_layout(old.recipe, old.dim)
+            bins = partial(write_bins, layout=layout, kept=old.bins.only(np.arange(len(old))), new=rows)
+        about = write_generation(path, about, index, table, old.projection, bins, previous=old.about)
         return Change(str(path), len(table.names), len(rows), skipped, 0, None, [], about)
 
 
@@ -207,7 +220,10 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
         table = GalleryRows(
             [old.rows.names[row] for row in keep], old.rows.roots, old.rows.root[keep], old.rows.checksum[keep]
         )
-        about = write_generation(path, old.about, index, table, old.projection, previous=old.about)
+        bins = None
+        if old.bins is not None:
+            bins = partial(write_bins, layout=bin_layout(old.recipe, old.dim), kept=old.bins.only(keep), new=None)
+        about = write_generation(path, old.about, index, table, old.projection, bins, previous=old.about)
         return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
 
 
@@ -261,7 +277,7 @@ def _recipe(path: Path, about: About) -> Recipe:
 
 def _open(path: Path, about: About, device: str) -> Gallery:
     recipe = _recipe(path, about)
-    files = {kind: checked_file(path, kind, entry) for kind, entry in about.entries.items()}
+    files = {kind: checked_file(path, kind, entry, content=kind != "bins") for kind, entry in about.entries.items()}
     projection = None
     if (told := about.projection) is not None:
         arrays = read_arrays(files["projection"], about.dim, told.dim)
@@ -279,6 +295,12 @@ def _open(path: Path, about: About, device: str) -> Gallery:
     # First, because its length bounds the number of rows.
     index = read_index_file(files["index"], about.rows, about.dim if told is None else told.dim)
     rows = read_rows(files["rows"], about.rows)
+    bins = None
+    if "bins" in files:
+        try:
+            bins = read_bins(files["bins"], about.rows, bin_layout(recipe, about.dim))
+        except UsageError as error:
+            raise GalleryError(f"{path}: expected a gallery without bins: {error}") from None
     return Gallery(
         path,
         recipe,
@@ -290,6 +312,7 @@ def _open(path: Path, about: About, device: str) -> Gallery:
         rows,
         projection,
         about,
+        bins,
     )
 
 
@@ -361,6 +384,11 @@ def verify_gallery(gallery: Gallery) -> list[str]:
     Rows that the index holds exactly must equal those of the store, by name; for coded rows only the names must.
     """
     problems = []
+    if (kept := gallery.about.files.bins) is not None:
+        try:
+            checked_file(gallery.path, "bins", kept)
+        except GalleryError as error:
+            problems.append(str(error))
     if len(set(gallery.rows.names)) != len(gallery):
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
     place = {name: row for row, name in enumerate(gallery.rows.names)}

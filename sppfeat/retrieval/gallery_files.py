@@ -4,6 +4,7 @@
     index-N.faiss         the FAISS index; its row i is ...
     rows-N.h5             ... /names[i], from the folder /roots[/root[i]], with /checksum[i] of its row in the store
     projection-N.npz      mean, matrix, eigenvalues; none without a projection
+    bins-N.h5             what parts are found in, see `bins`; only if it was asked for
 
 A change writes files of the next number N beside the current ones, then replaces `gallery.json`, then removes the files
 it no longer names. An interrupted change leaves the old gallery or the new one, complete; a reader never sees a mix.
@@ -49,9 +50,9 @@ from sppfeat.store import Box, image_of, lock_store
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "gallery.json"
-_OURS: Final = re.compile(r"\.?(index|rows|projection)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial")
+_OURS: Final = re.compile(r"\.?(index|rows|projection|bins)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial")
 _LOCK: Final = ".lock"  # of `lock_store`
-_SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz"}
+_SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz", "bins": "h5"}
 _LIBRARIES: Final = ("faiss-cpu", "faiss-gpu", "numpy", "h5py")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
@@ -76,6 +77,7 @@ class FileEntries(_Document, frozen=True, omit_defaults=True):
     index: FileEntry
     rows: FileEntry
     projection: FileEntry | None = None
+    bins: FileEntry | None = None
 
 
 class IndexEntry(_Document, frozen=True):
@@ -127,8 +129,9 @@ class About(_Document, frozen=True):
 
     @property
     def entries(self) -> dict[str, FileEntry]:
-        """The files by kind: `index`, `rows`, and `projection` if there is one."""
-        files = {"index": self.files.index, "rows": self.files.rows, "projection": self.files.projection}
+        """The files by kind: `index`, `rows`, and `projection` and `bins` where there are any."""
+        kept = self.files
+        files = {"index": kept.index, "rows": kept.rows, "projection": kept.projection, "bins": kept.bins}
         return {kind: entry for kind, entry in files.items() if entry is not None}
 
 
@@ -189,10 +192,11 @@ def require_gallery(path: Path) -> None:
     raise GalleryError(f"{path}: expected a gallery, found {found}")
 
 
-def checked_file(path: Path, kind: str, entry: FileEntry) -> Path:
+def checked_file(path: Path, kind: str, entry: FileEntry, *, content: bool = True) -> Path:
     """A file of the gallery, checked for the bytes that were written. Raises GalleryError.
 
-    It is read whole: at 1.7 to 2.5 GB/s that takes less time than FAISS needs to read an index.
+    It is read whole: at 1.7 to 2.5 GB/s that takes less time than FAISS needs to read an index. content: False: only
+    its length is checked, of a file in which any bytes are values.
     """
     file = path / entry.file
     if not re.fullmatch(rf"{kind}-\d+\.{_SUFFIXES[kind]}", entry.file, re.ASCII):
@@ -203,7 +207,7 @@ def checked_file(path: Path, kind: str, entry: FileEntry) -> Path:
             raise GalleryError(f"{file}: expected a file, found something else")
         if info.st_size != entry.bytes:
             raise GalleryError(f"{file}: expected {entry.bytes} bytes, found {info.st_size}")
-        if crc32_of(file) != entry.crc32:
+        if content and crc32_of(file) != entry.crc32:
             raise GalleryError(f"{file}: is damaged: its bytes do not match their checksum")
     except OSError as error:
         raise GalleryError(f"{file}: belongs to the gallery, but could not be read: {os_reason(error)}") from None
@@ -275,6 +279,7 @@ def write_generation(
     index: Any,
     rows: GalleryRows,
     projection: Projection | None,
+    write_bins: Callable[[Path], None] | None,
     *,
     previous: About | None,
 ) -> About:
@@ -297,11 +302,12 @@ def write_generation(
     kept = None if previous is None else previous.files.projection
     if kept is None and projection is not None:
         kept = put("projection", lambda file: write_projection(file, projection))
+    bins = None if write_bins is None else put("bins", write_bins)
     about = msgspec.structs.replace(
         about,
         generation=generation,
         rows=len(rows.names),
-        files=FileEntries(index=index_entry, rows=rows_entry, projection=kept),
+        files=FileEntries(index=index_entry, rows=rows_entry, projection=kept, bins=bins),
         versions=_versions(),
     )
     with appearing(path / DESCRIPTION, GalleryError) as partial:

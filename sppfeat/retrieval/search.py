@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError
+from sppfeat.errors import GalleryError, UsageError, unknown_name
 from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.report import item_thumbnail, thumbnail, write_page
+from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.bins import bin_layout, part_scales
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows, window_text
@@ -31,6 +33,16 @@ MAX_ALPHA: Final = 100
 MAX_EXPAND: Final = 1000
 # With more thumbnails, a phone could not open the page.
 PAGE_QUERIES: Final = 200
+RERANKINGS: Final = ("none", "bins")
+DEFAULT_CANDIDATES: Final = 400
+MAX_CANDIDATES: Final = 100_000
+# Parts are looked for in every image of a gallery up to this size, about a second on two cores; in the candidates of
+# the index beyond it.
+ALL_ROWS: Final = 20_000
+# Sides of a query that may be a part of an image, and of a part of the query, in those at which the gallery was
+# described: things are smaller in the whole than in a part of it that was enlarged.
+PART_FACTORS: Final = (0.35, 0.5)
+BOX_FACTORS: Final = (0.7, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,10 @@ class SearchOptions:
     k: neighbors per query, the nearest first. exclude_self: exclude the query's own file, and all its windows.
     expand: search again with the sum of the query and this many of its neighbors (alpha query expansion), each
     weighted by its score to the power `alpha`; 0: search once.
+    rerank: `bins` orders the nearest `candidates` by the best alignment of the query with a rectangle of their bins.
+    parts: the query may be a part of an image of the gallery: neighbors are those in which it is found best, in all
+    images of a gallery of at most ALL_ROWS, else in the nearest `candidates`. Either needs a gallery with bins, scores
+    the mean cosine similarity of the aligned cells, and gives each neighbor the box where the query was found.
     Raises UsageError, naming the field, for an invalid value.
     """
 
@@ -47,6 +63,9 @@ class SearchOptions:
     exclude_self: bool = False
     expand: int = 0
     alpha: float = DEFAULT_ALPHA
+    rerank: str = "none"
+    parts: bool = False
+    candidates: int = DEFAULT_CANDIDATES
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -55,14 +74,26 @@ class SearchOptions:
             raise UsageError(f"expand must be from 0 to {MAX_EXPAND} neighbors, found {self.expand}")
         if not 0 <= self.alpha <= MAX_ALPHA:
             raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
+        if self.rerank not in RERANKINGS:
+            raise UsageError(unknown_name("rerank", self.rerank, RERANKINGS))
+        if self.parts and self.rerank != "none":
+            raise UsageError(f"parts orders by bins already: expected rerank none, found {self.rerank!r}")
+        if not 1 <= self.candidates <= MAX_CANDIDATES:
+            raise UsageError(f"candidates must be from 1 to {MAX_CANDIDATES} images, found {self.candidates}")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether neighbors are ordered by their bins."""
+        return self.parts or self.rerank == "bins"
 
 
 @dataclass(frozen=True)
 class Neighbor:
     """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
 
-    path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: the window in
-    it, if the row describes one.
+    path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: where the query
+    was found in it, x1, y1, x2, y2 in pixels of the upright image, if its bins were searched; else the window in it, if
+    the row describes one.
     """
 
     name: str
@@ -92,12 +123,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Answers in the order of the queries. notes: for the user. describing, searching: seconds."""
+    """Answers in the order of the queries. notes: for the user. describing, searching: seconds.
+
+    located: whether the boxes of neighbors are where the query was found.
+    """
 
     answers: list[Answer]
     notes: list[str]
     describing: float
     searching: float
+    located: bool = False
 
     @property
     def failed(self) -> int:
@@ -229,6 +264,8 @@ def search_images(
 ) -> SearchResult:
     """Search with the images of folders, files or lists, as `find_images` takes them.
 
+    With `parts`, they are described smaller than the gallery's images: see PART_FACTORS.
+
     They are described with the gallery's recipe; an image that cannot be described gives an answer with the reason.
     weights: where the gallery's weights are now, if they moved. describer: one made by `describer_for`.
     box: search with this part of every image, pooled from its feature map; an image that does not contain it fails.
@@ -237,9 +274,11 @@ def search_images(
     options = options or SearchOptions()
     if box is not None:
         check_box(box)
+    _check_bins(gallery, options)
     queries, items, errors = _list_queries(sources)
     paths = [item.path for item in items]
-    describer = describer or describer_for(gallery, run_options, weights=weights)
+    factors = None if not options.parts else PART_FACTORS if box is None else BOX_FACTORS
+    describer = describer or describer_for(gallery, run_options, weights=weights, factors=factors)
     started = time.perf_counter()
     readable = [at for at in range(len(items)) if at not in errors]
     windows = None if box is None else np.array([box], np.float64)
@@ -253,15 +292,25 @@ def search_images(
             descriptors[at] = descriptor
     describing = time.perf_counter() - started
     good = sorted(descriptors)
-    units = _units(gallery, np.stack([descriptors[at] for at in good]) if good else np.zeros((0, gallery.dim)))
+    # [Q, F, D]: one descriptor for each scale of a part.
+    rows = np.stack([descriptors[at] for at in good]) if good else np.zeros((0, gallery.dim), np.float32)
+    rows = rows.reshape(len(rows), -1, gallery.dim)
     files = [paths[at] for at in good]
     own = _own_rows(gallery, files) if options.exclude_self else None
-    result = _answer(gallery, units, [queries[at] for at in good], files, options, own)
+    result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
     }
     ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
     return replace(result, answers=ordered, describing=describing)
+
+
+def _check_bins(gallery: Gallery, options: SearchOptions) -> None:
+    if options.aligned and gallery.bins is None:
+        raise GalleryError(
+            f"{gallery.path}: keeps no bins, which parts and re-ranking need; build it again with "
+            f"`sppfeat index STORE -o {gallery.path} --keep-bins --overwrite`"
+        )
 
 
 def check_box(box: Box) -> None:
@@ -276,8 +325,11 @@ def check_box(box: Box) -> None:
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
     """Search with the described rows of a store of the gallery's recipe, block by block."""
     options = options or SearchOptions()
+    if options.parts:
+        raise UsageError("parts: expected images as queries, which are described smaller, found a store")
+    _check_bins(gallery, options)
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place)
-    rows = unit_rows(store, gallery.projection)
+    rows = unit_rows(store)
     files = [image_of(store.source_root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None
     answers: list[Answer] = []
@@ -287,21 +339,41 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         done = _answer(
-            gallery, rows.take(part), rows.names[part], files[part], options, own if own is None else own[part]
+            gallery,
+            rows.take(part)[:, None],
+            rows.names[part],
+            files[part],
+            options,
+            own if own is None else own[part],
         )
         answers += [replace(answer, root=store.source_root) for answer in done.answers]
         notes = done.notes
         seconds += done.searching
-    return SearchResult(answers, notes, 0.0, seconds)
+    return SearchResult(answers, notes, 0.0, seconds, options.aligned)
 
 
-def describer_for(gallery: Gallery, run_options: RunOptions | None = None, *, weights: str | None = None) -> Describer:
-    """The network that the gallery was described with. Raises GalleryError if the local one differs."""
+def describer_for(
+    gallery: Gallery,
+    run_options: RunOptions | None = None,
+    *,
+    weights: str | None = None,
+    factors: tuple[float, ...] | None = None,
+) -> Describer:
+    """The network that the gallery was described with. Raises GalleryError if the local one differs.
+
+    factors: describe at these parts of the gallery's scale instead, one descriptor after the other.
+    """
     from sppfeat.extraction import Describer
 
     recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
+    if factors is not None:
+        recipe = replace(recipe, scales=part_scales(recipe, factors), fuse="concat")
     describer = Describer(recipe, run_options)
-    check_recipe(gallery, describer.recipe, describer.weights_sha256, describer.dim, "the network here")
+    made_with = describer.recipe
+    if factors is not None:
+        made_with = replace(made_with, scales=gallery.recipe.scales, fuse=gallery.recipe.fuse)
+    dim = describer.dim // len(recipe.scales) if factors is not None else describer.dim
+    check_recipe(gallery, made_with, describer.weights_sha256, dim, "the network here")
     return describer
 
 
@@ -323,7 +395,12 @@ def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
             "note": "" if answer.box is None else f"part {window_text(answer.box)}",
             "thumbnail": of_query(answer),
             "neighbors": [
-                {"name": one.name, "rank": one.rank, "score": one.score, "thumbnail": small(one.root, one.name)}
+                {
+                    "name": one.name,
+                    "rank": one.rank,
+                    "score": one.score,
+                    "thumbnail": small(one.root, one.name, mark=one.box if result.located else None),
+                }
                 for one in answer.neighbors
             ],
         }
@@ -346,14 +423,25 @@ def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
 
 def _answer(
     gallery: Gallery,
-    units: np.ndarray,
+    descriptors: np.ndarray,
     queries: list[str],
     files: list[str],
     options: SearchOptions,
     own: np.ndarray | None,
 ) -> SearchResult:
+    """Answers to descriptors [Q, F, D] at F scales each."""
     started = time.perf_counter()
-    rows, scores = search_units(gallery, units, options, own_rows=own)
+    boxes: list[np.ndarray | None]
+    if not options.aligned:
+        rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
+        found, values, boxes = list(rows), list(scores), [None] * len(rows)
+    else:
+        found, values, boxes = [], [], []
+        for at in range(len(descriptors)):
+            one = _aligned(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
+            found.append(one[0])
+            values.append(one[1])
+            boxes.append(one[2])
     notes = []
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
@@ -363,20 +451,54 @@ def _answer(
             query,
             path,
             [
-                _neighbor(gallery, row, score, rank, there)
+                _neighbor(gallery, int(row), float(score), rank, there, None if place is None else place[rank - 1])
                 for rank, (row, score) in enumerate(zip(one, of_one, strict=True), 1)
                 if row >= 0
             ],
         )
-        for query, path, one, of_one in zip(queries, files, rows.tolist(), scores.tolist(), strict=True)
+        for query, path, one, of_one, place in zip(queries, files, found, values, boxes, strict=True)
     ]
-    return SearchResult(answers, notes, 0.0, time.perf_counter() - started)
+    return SearchResult(answers, notes, 0.0, time.perf_counter() - started, options.aligned)
 
 
-def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
+def _aligned(
+    gallery: Gallery, descriptors: np.ndarray, options: SearchOptions, own: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows [k], scores [k] and boxes [k, 4] of a query, from its descriptors [F, D] at F scales."""
+    assert gallery.bins is not None  # checked before anything is described
+    if options.parts and len(gallery) <= ALL_ROWS:
+        rows = np.arange(len(gallery)) if own is None else np.setdiff1d(np.arange(len(gallery)), own)
+    else:
+        # k neighbors may be asked for, and some of these may be missing.
+        wide = replace(options, k=max(options.k, options.candidates))
+        owns = None if own is None else np.repeat(own, len(descriptors), 0)
+        near, _ = search_units(gallery, _units(gallery, descriptors), wide, own_rows=owns)
+        rows = np.unique(near[near >= 0])
+    layout = bin_layout(gallery.recipe, gallery.dim)
+    query = cells_of(layout.take(descriptors)).mean(0)
+    found = align(query, gallery.bins.values[rows])
+    order = np.lexsort((rows, -found.scores))[: options.k]
+    return rows[order], found.scores[order], found.boxes[order]
+
+
+def _neighbor(
+    gallery: Gallery, row: int, score: float, rank: int, there: list[bool], found: np.ndarray | None
+) -> Neighbor:
     path, box = gallery.rows.image(row)
     root = int(gallery.rows.root[row])
+    if found is not None and gallery.bins is not None:
+        width, height = gallery.bins.image_size[row].tolist()
+        box = in_pixels(found, box or (0, 0, width - 1, height - 1))
     return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
+
+
+def in_pixels(part: np.ndarray, whole: Box) -> Box:
+    """A part x1, y1, x2, y2 from 0 to 1 of a window, in pixels of its image, inclusive ends; at least one pixel."""
+    left, top, right, bottom = whole
+    width, height = right - left + 1, bottom - top + 1
+    x1, y1 = left + math.floor(part[0] * width), top + math.floor(part[1] * height)
+    x2, y2 = left + math.ceil(part[2] * width) - 1, top + math.ceil(part[3] * height) - 1
+    return min(x1, right), min(y1, bottom), max(x1, min(x2, right)), max(y1, min(y2, bottom))
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:

@@ -1,0 +1,140 @@
+"""The bins of a gallery's images: what parts are found in. One byte a value, read on demand.
+
+    bins-N.h5   /values [N, n, n, C] int8, the finest level of each descriptor, scaled by a factor of its own;
+                /image_size [N, 2] int32, width and height of the upright image
+
+Row i is row i of the index. The maximum over bins is exact up to the rounding to a byte, and the length of a cell's
+values does not count: see `alignment`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sppfeat.errors import GalleryError, StoreError, UsageError
+from sppfeat.files import appearing_hdf5, open_hdf5
+from sppfeat.recipe import NATIVE, Recipe
+from sppfeat.retrieval.alignment import CELLS
+from sppfeat.store import UnitRows, block_rows
+
+_VERSION: Final = 1
+_LARGEST: Final = 127
+
+
+@dataclass(frozen=True)
+class BinLayout:
+    """Where the bins of the finest level are in a descriptor: `side` x `side` of them, `channels` values each."""
+
+    side: int
+    channels: int
+    start: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[side, side, channels] of one image."""
+        return self.side, self.side, self.channels
+
+    def take(self, descriptors: np.ndarray) -> np.ndarray:
+        """[N, side, side, channels] of descriptors [N, D]."""
+        end = self.start + self.side * self.side * self.channels
+        return descriptors[:, self.start : end].reshape(len(descriptors), *self.shape)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """The bins of a gallery, in its file. values: [N, side, side, channels] int8. image_size: [N, 2] int32."""
+
+    values: np.ndarray
+    image_size: np.ndarray
+
+    def only(self, rows: np.ndarray) -> KeptBins:
+        """Some of the rows, in this order."""
+        return KeptBins(self, rows)
+
+
+@dataclass(frozen=True)
+class KeptBins:
+    """Rows of a gallery's bins that stay."""
+
+    bins: Bins
+    rows: np.ndarray
+
+
+def bin_layout(recipe: Recipe, dim: int) -> BinLayout:
+    """The finest level of a recipe's descriptors of `dim` values.
+
+    Raises UsageError, naming the field, for a recipe whose bins do not say where things are.
+    """
+    if recipe.pooling != "max":
+        raise UsageError(
+            f"parts need max pooling, whose maxima over rectangles of bins are exact, found pooling {recipe.pooling!r}"
+        )
+    if len(recipe.scales) > 1 and recipe.fuse != "max":
+        raise UsageError(
+            f"parts need one scale, or scales fused by max, found {len(recipe.scales)} scales fused by {recipe.fuse!r}"
+        )
+    if recipe.crop != "none":
+        raise UsageError(f"parts need whole images, found crop {recipe.crop!r}")
+    side = max(recipe.levels)
+    if side < CELLS:
+        raise UsageError(f"parts need a level of {CELLS} or more, found levels {','.join(map(str, recipe.levels))}")
+    channels = dim // recipe.bins
+    before = sum(level * level for level in recipe.levels[: recipe.levels.index(side)])
+    return BinLayout(side, channels, before * channels)
+
+
+def write_bins(file: Path, *, layout: BinLayout, kept: KeptBins | None, new: UnitRows | None) -> None:
+    """Write the bins of a gallery: those that an older one has, then those of a store's rows. Raises GalleryError."""
+    counts = [0 if part is None else len(part.rows) for part in (kept, new)]
+    size = block_rows(layout.side * layout.side * layout.channels)
+    with appearing_hdf5(file, GalleryError) as content:
+        values = content.create_dataset("values", (sum(counts), *layout.shape), np.int8)
+        sizes = content.create_dataset("image_size", (sum(counts), 2), "<i4")
+        for part, first, count in zip((kept, new), (0, counts[0]), counts, strict=True):
+            for start in range(0, count, size):
+                assert part is not None
+                rows = part.rows[start : start + size]
+                place = slice(first + start, first + start + len(rows))
+                if isinstance(part, KeptBins):
+                    values[place], sizes[place] = part.bins.values[rows], part.bins.image_size[rows]
+                else:
+                    values[place] = to_bytes(layout.take(part.store.descriptors[rows]))
+                    sizes[place] = part.store.image_size[rows]
+
+
+def to_bytes(bins: np.ndarray) -> np.ndarray:
+    """[N, n, n, C] int8 of bins, each image scaled to use the whole range. Raises StoreError for values not finite."""
+    found = bins.astype(np.float32)
+    largest = np.abs(found).max((1, 2, 3), keepdims=True)
+    if not np.isfinite(largest).all():
+        raise StoreError("expected finite descriptors; `sppfeat inspect --verify` names the rows")
+    largest[largest == 0] = 1
+    whole: np.ndarray = np.rint(found * (_LARGEST / largest)).astype(np.int8)
+    return whole
+
+
+def read_bins(file: Path, count: int, layout: BinLayout) -> Bins:
+    """The bins of `count` images, mapped from the file. Raises GalleryError for any other file."""
+    with open_hdf5(file, None, _VERSION, GalleryError) as content:
+        values, sizes = content["values"], content["image_size"]
+        if values.shape != (count, *layout.shape) or values.dtype != np.int8 or sizes.shape != (count, 2):
+            raise GalleryError(
+                f"{file}: expected bins {[count, *layout.shape]} of int8, found {list(values.shape)} of {values.dtype}"
+            )
+        offset, length = values.id.get_offset(), values.id.get_storage_size()
+        image_size = sizes[:].astype(np.int32, casting="same_kind")
+    if offset is None or length != count * int(np.prod(layout.shape)) or offset + length > file.stat().st_size:
+        raise GalleryError(f"{file}: expected its values in one piece, found fewer")
+    return Bins(np.memmap(file, np.int8, "r", offset, (count, *layout.shape)), image_size)
+
+
+def part_scales(recipe: Recipe, factors: tuple[float, ...]) -> tuple[int, ...]:
+    """Short sides at which a query is described, as parts of the gallery's scale. Raises UsageError for `native`."""
+    if NATIVE in recipe.scales:
+        raise UsageError("parts need scales in pixels, found 'native'")
+    largest = max(scale for scale in recipe.scales if isinstance(scale, int))
+    return tuple(dict.fromkeys(max(32, round(factor * largest)) for factor in factors))

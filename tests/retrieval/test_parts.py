@@ -1,0 +1,274 @@
+"""Parts: the best rectangle equals the one found by trying all, boxes are in pixels, and files are not trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from conftest import TINY, MakeStore
+from PIL import Image
+from reference import best_rectangle, box_overlap
+
+from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
+from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
+from sppfeat.retrieval.alignment import CELLS, SHARPNESS, align, cells_of, rectangles
+from sppfeat.retrieval.bins import bin_layout, part_scales, to_bytes
+from sppfeat.retrieval.search import in_pixels, search_images, search_store, write_hits_page
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PARTS = replace(TINY, scales=(128,), levels=(4, 1))
+
+
+@pytest.mark.parametrize("side", [3, 4, 5, 6, 7])
+def test_the_best_rectangle_is_that_of_a_naive_loop(side: int) -> None:
+    generator = np.random.default_rng(side)
+    bins = generator.normal(size=(5, side, side, 6)).astype(np.float32)
+    bins[1] = 0  # an image without any response
+    query = cells_of(generator.normal(size=(3, side, side, 6)).astype(np.float32)).mean(0)
+    found = align(query, bins)
+    for at in range(len(bins)):
+        best, boxes, scores = best_rectangle(query, bins[at])
+        assert found.scores[at] == pytest.approx(best, abs=1e-5)
+        assert scores[found.rectangles[at]] == pytest.approx(best, abs=1e-5)
+        weights = [math.exp(SHARPNESS * (score - best)) for score in scores]
+        box = np.dot(weights, boxes) / sum(weights) / side
+        assert found.boxes[at] == pytest.approx(box, abs=1e-4)
+    assert found.rectangles[1] == 0  # of equal scores the first
+
+
+def test_the_cells_of_a_whole_image_are_its_coarser_level() -> None:
+    bins = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
+    coarser = bins.reshape(2, 3, 2, 3, 2, 4).max((2, 4)).reshape(2, 9, 4)
+    expected = coarser / np.linalg.norm(coarser, axis=2, keepdims=True)
+    assert cells_of(bins) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_image_is_found_in_itself_and_a_part_where_it_is() -> None:
+    generator = np.random.default_rng(1)
+    bins = generator.normal(size=(20, 6, 6, 64)).astype(np.float32)
+    for at in (0, 7, 19):
+        found = align(cells_of(bins[at : at + 1])[0], bins)
+        assert found.scores.argmax() == at and found.scores[at] == pytest.approx(1, abs=1e-5)
+        assert found.boxes[at] == pytest.approx([0, 0, 1, 1], abs=0.02)
+    # Bins 2 to 4 across and 1 to 3 down: three by three cells, each of one bin.
+    part = bins[7, 1:4, 2:5].reshape(9, -1)
+    found = align(part / np.linalg.norm(part, axis=1, keepdims=True), bins)
+    assert found.scores.argmax() == 7 and found.scores[7] == pytest.approx(1, abs=1e-5)
+    assert found.boxes[7] == pytest.approx(np.array([2, 1, 5, 4]) / 6, abs=0.01)
+
+
+def test_a_factor_of_each_image_changes_nothing() -> None:
+    """So bytes, each image with a range of its own, are compared as the values are."""
+    generator = np.random.default_rng(2)
+    bins = generator.normal(size=(30, 6, 6, 32)).astype(np.float32)
+    query = cells_of(bins[3:4])[0]
+    plain, scaled = align(query, bins), align(query, bins * generator.uniform(0.1, 9, (30, 1, 1, 1)))
+    assert scaled.scores == pytest.approx(plain.scores, abs=1e-5)
+    rounded = align(query, to_bytes(bins))
+    assert rounded.scores == pytest.approx(plain.scores, abs=0.02)
+    assert rounded.scores.argmax() == plain.scores.argmax()
+
+
+def test_every_rectangle_is_there_once() -> None:
+    shapes = rectangles(6)
+    assert len(shapes.boxes) == len({tuple(box) for box in shapes.boxes.tolist()}) == 441
+    assert shapes.boxes[shapes.whole].tolist() == [0, 0, 1, 1] and shapes.cells.shape == (441, CELLS * CELLS)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "expected"),
+    [
+        ((0, 0, 1, 1), (0, 0, 99, 49), (0, 0, 99, 49)),
+        ((0.25, 0.5, 0.5, 1), (0, 0, 99, 49), (25, 25, 49, 49)),
+        ((0.5, 0.5, 0.5, 0.5), (0, 0, 9, 9), (5, 5, 5, 5)),
+        ((0.999, 0.999, 1, 1), (0, 0, 0, 0), (0, 0, 0, 0)),
+        ((0, 0, 0.5, 0.5), (10, 20, 29, 39), (10, 20, 19, 29)),
+    ],
+)
+def test_boxes_are_in_pixels(part: tuple[float, ...], whole: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert in_pixels(np.array(part), whole) == expected  # type: ignore[arg-type]
+
+
+class TestLayout:
+    def test_the_finest_level(self) -> None:
+        layout = bin_layout(Recipe(levels=(3, 6, 1)), 46 * 5)
+        assert (layout.side, layout.channels, layout.start) == (6, 5, 9 * 5)
+        rows = np.arange(2 * 46 * 5).reshape(2, -1)
+        assert layout.take(rows)[1, 2, 3].tolist() == rows[1, (9 + 2 * 6 + 3) * 5 :][:5].tolist()
+
+    @pytest.mark.parametrize(
+        ("recipe", "fault"),
+        [
+            (Recipe(pooling="avg"), "parts need max pooling.*found pooling 'avg'"),
+            (Recipe(scales=(224, 320)), "parts need one scale.*found 2 scales fused by 'mean'"),
+            (Recipe(crop="center"), "parts need whole images, found crop 'center'"),
+            (Recipe(levels=(2, 1)), "parts need a level of 3 or more, found levels 2,1"),
+        ],
+    )
+    def test_recipes_that_cannot_be_localised(
+        self, recipe: Recipe, fault: str, make_store: MakeStore, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=fault):
+            bin_layout(recipe, recipe.bins * 4)
+        store = make_store(np.ones((3, recipe.bins * 4)), recipe=recipe)
+        with pytest.raises(UsageError, match=fault):
+            create_gallery(store, tmp_path / "g", keep_bins=True)
+        assert not (tmp_path / "g").exists()
+
+    def test_scales_of_parts(self) -> None:
+        assert part_scales(Recipe(scales=(448,)), (0.35, 0.5)) == (157, 224)
+        assert part_scales(Recipe(scales=(64,)), (0.35, 0.5)) == (32,)
+        with pytest.raises(UsageError, match="parts need scales in pixels, found 'native'"):
+            part_scales(Recipe(scales=("native",)), (0.5,))
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Twelve images, each of 4 x 3 patches of its own colors and textures."""
+    generator = np.random.default_rng(0)
+    (folder := tmp_path / "scenes").mkdir()
+    for number in range(12):
+        patches = generator.integers(0, 256, (3, 4, 12, 12, 3), dtype=np.uint8)
+        image = patches.transpose(0, 2, 1, 3, 4).reshape(36, 48, 3)
+        Image.fromarray(image).resize((320, 240), Image.Resampling.NEAREST).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def gallery(scenes: Path, tmp_path: Path) -> Path:
+    extract_folder(scenes, tmp_path / "s.h5", PARTS, RunOptions(device="cpu"))
+    create_gallery(open_store(tmp_path / "s.h5"), tmp_path / "g", keep_bins=True)
+    return tmp_path / "g"
+
+
+def test_a_part_is_found_and_located(photos: Path, tmp_path: Path) -> None:
+    extract_folder(photos, tmp_path / "p.h5", Recipe(scales=(448,)), RunOptions(device="cpu"))
+    create_gallery(open_store(tmp_path / "p.h5"), tmp_path / "p", keep_bins=True)
+    opened, overlaps = open_gallery(tmp_path / "p"), []
+    for name in list(opened.rows.names)[:6]:
+        image = Image.open(photos / name).convert("RGB")
+        width, height = image.size
+        box = (width // 3, height // 4, width // 3 + width // 2, height // 4 + height // 2)
+        image.crop(box).resize((300, 300 * (height // 2) // (width // 2))).save(tmp_path / "part.jpg", quality=70)
+        done = search_images(opened, [tmp_path / "part.jpg"], SearchOptions(k=3, parts=True))
+        first = done.answers[0].neighbors[0]
+        assert first.name == name and done.located and first.box is not None
+        assert [one.rank for one in done.answers[0].neighbors] == [1, 2, 3]
+        overlaps.append(box_overlap([*first.box], [box[0], box[1], box[2] - 1, box[3] - 1]))
+    assert np.mean(overlaps) > 0.6, overlaps
+    write_hits_page(tmp_path / "hits.html", opened, done)
+    assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
+
+
+def test_reranking_by_bins(gallery: Path, scenes: Path, tmp_path: Path) -> None:
+    opened = open_gallery(gallery)
+    done = search_images(opened, [scenes], SearchOptions(k=12, rerank="bins"))
+    for answer in done.answers:
+        first, second = answer.neighbors[:2]
+        assert first.name == answer.query and first.score == pytest.approx(1, abs=0.01) and first.box is not None
+        assert second.score < first.score and len(answer.neighbors) == 12
+    stored = search_store(opened, open_store(tmp_path / "s.h5"), SearchOptions(k=12, rerank="bins"))
+    for of_image, of_row in zip(done.answers, stored.answers, strict=True):
+        assert [one.name for one in of_image.neighbors] == [one.name for one in of_row.neighbors]
+    few = search_images(opened, [scenes / "03.png"], SearchOptions(k=12, rerank="bins", candidates=4))
+    assert len(few.answers[0].neighbors) == 12  # as many as are asked for
+    own = search_images(opened, [scenes / "03.png"], SearchOptions(k=12, rerank="bins", exclude_self=True))
+    assert len(own.answers[0].neighbors) == 11 and "03.png" not in [one.name for one in own.answers[0].neighbors]
+    parts = search_images(opened, [scenes / "03.png"], SearchOptions(k=12, parts=True, exclude_self=True))
+    assert len(parts.answers[0].neighbors) == 11
+
+
+def test_a_large_gallery_is_searched_in_candidates(
+    gallery: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_gallery(gallery)
+    every = search_images(opened, [scenes / "03.png"], SearchOptions(k=5, parts=True))
+    monkeypatch.setattr("sppfeat.retrieval.search.ALL_ROWS", 3)
+    some = search_images(opened, [scenes / "03.png"], SearchOptions(k=5, parts=True, candidates=12))
+    assert [one.name for one in some.answers[0].neighbors] == [one.name for one in every.answers[0].neighbors]
+
+
+def test_a_box_of_the_query_and_windows_of_the_gallery(gallery: Path, scenes: Path, tmp_path: Path) -> None:
+    opened = open_gallery(gallery)
+    done = search_images(opened, [scenes / "05.png"], SearchOptions(k=1, parts=True), box=(80, 80, 239, 199))
+    assert done.answers[0].neighbors[0].name == "05.png"
+    tiny = search_images(opened, [scenes / "05.png"], SearchOptions(k=1, parts=True), box=(7, 7, 7, 7))
+    assert tiny.answers[0].error is None and tiny.answers[0].neighbors[0].box is not None
+    windows = {"05.png": np.array([[80, 80, 239, 199]]), "06.png": np.array([[0, 0, 99, 99]])}
+    extract_folder(scenes, tmp_path / "w.h5", PARTS, RunOptions(device="cpu"), windows=windows)
+    create_gallery(open_store(tmp_path / "w.h5"), tmp_path / "w", keep_bins=True)
+    found = search_images(open_gallery(tmp_path / "w"), [scenes / "05.png"], SearchOptions(k=2, rerank="bins"))
+    for one in found.answers[0].neighbors:
+        assert one.box is not None
+        left, top, right, bottom = windows[one.name.partition("#")[0]][0]
+        assert left <= one.box[0] <= one.box[2] <= right and top <= one.box[1] <= one.box[3] <= bottom
+
+
+def test_bins_follow_the_rows(gallery: Path, scenes: Path, tmp_path: Path) -> None:
+    before = open_gallery(gallery)
+    (more := tmp_path / "more").mkdir()
+    Image.new("RGB", (200, 100), "red").save(more / "red.png")
+    extract_folder(more, tmp_path / "m.h5", PARTS, RunOptions(device="cpu"))
+    remove_from_gallery(gallery, ["03.png", "07.png"])
+    add_to_gallery(open_store(tmp_path / "m.h5"), gallery)
+    after = open_gallery(gallery)
+    assert before.bins is not None and after.bins is not None
+    keep = [row for row in range(12) if row not in (3, 7)]
+    np.testing.assert_array_equal(after.bins.values[:10], before.bins.values[keep])
+    assert after.bins.image_size[10].tolist() == [200, 100] and len(after.bins.values) == len(after) == 11
+    assert len(list(gallery.glob("bins-*.h5"))) == 1
+
+
+def test_a_gallery_without_bins(gallery: Path, scenes: Path, tmp_path: Path, run_sppfeat: Run) -> None:
+    create_gallery(open_store(tmp_path / "s.h5"), tmp_path / "plain")
+    for flags in (["--parts"], ["--rerank", "bins"]):
+        done = run_sppfeat("search", tmp_path / "plain", scenes / "03.png", *flags)
+        assert done.returncode == 1 and done.stderr.startswith(f"sppfeat: {tmp_path}/plain: keeps no bins, which parts")
+        assert "--keep-bins" in done.stderr and done.stderr.count("\n") == 1
+    done = run_sppfeat("search", gallery, scenes / "03.png", "--rerank", "bins", "--json", "-k", "2")
+    neighbor = json.loads(done.stdout)["results"][0]["neighbors"][0]
+    assert neighbor["name"] == "03.png" and len(neighbor["box"]) == 4
+    done = run_sppfeat("search", gallery, tmp_path / "s.h5", "--parts")
+    assert done.returncode == 2 and "parts: expected images as queries" in done.stderr
+    assert run_sppfeat("index", tmp_path / "s.h5", "-o", gallery, "--keep-bins", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"rerank": "bin"}, "unknown rerank 'bin'"),
+        ({"parts": True, "rerank": "bins"}, "parts orders by bins already"),
+        ({"candidates": 0}, "candidates must be from 1"),
+    ],
+)
+def test_options(given: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        SearchOptions(**given)
+
+
+def test_damaged_bins(gallery: Path, run_sppfeat: Run) -> None:
+    (file,) = gallery.glob("bins-*.h5")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(GalleryError, match=rf"{file.name}: expected {len(whole)} bytes, found"):
+        open_gallery(gallery)
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1
+    file.write_bytes(changed)
+    open_gallery(gallery)
+    done = run_sppfeat("inspect", gallery, "--verify")
+    assert done.returncode == 1 and f"{file.name}: is damaged" in done.stderr
+    with h5py.File(file, "r+") as content:
+        del content["values"]
+        content["values"] = np.zeros((1, 4, 4, 3), np.int8)
+    file.write_bytes(file.read_bytes().ljust(len(whole), b"\0")[: len(whole)])
+    with pytest.raises(GalleryError, match=rf"{file.name}: "):
+        open_gallery(gallery)
