@@ -286,3 +286,17 @@ def test_command_line(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "g").exists()
     assert open_store(tmp_path / "f").counts()["done"] == 22
     assert Status.FAILED in open_store(tmp_path / "f").status
+
+
+def test_other_images_in_the_folder_of_an_earlier_run(make_images: MakeImages, tmp_path: Path) -> None:
+    """What one run has kept of a folder's shards says nothing to the next one of the process."""
+
+    def describe(folder: Path, **options: bool) -> int:
+        done = extract_folder(folder, tmp_path / "out", TINY, CPU, shards=ShardOptions(), **options)  # type: ignore[arg-type]
+        return done.described
+
+    first, second = make_images(4, "in/first"), make_images(4, "in/second", seed=1)
+    for path in list(second.iterdir()):
+        path.rename(path.with_name(f"other-{path.name}"))
+    assert describe(first) == 4 and describe(first) == 0
+    assert describe(second, overwrite=True) == 4 and describe(second) == 0
