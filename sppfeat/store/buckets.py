@@ -1,7 +1,7 @@
 """The objects of a store in a bucket, read as a whole or in part, and written by conditional puts.
 
 Nobody can lock a bucket. An object is put only if it is as its writer knows it: absent, or unchanged by its ETag. So of
-two writers the slower one ends with an error, and nothing is lost or doubled.
+two writers one ends with an error, and nothing is lost or doubled.
 """
 
 from __future__ import annotations
