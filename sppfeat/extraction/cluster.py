@@ -298,14 +298,15 @@ class RayCluster:
                     continue
                 stages, self.engine = outcome
                 writing.tally.stages.add(Stages(**stages))
-                self._received(one, writing)
-                self._count(one, writing)
-                writing.end(one.store)
+                if one.task.remote is None or self._received(one, writing):
+                    self._count(one, writing)
+                    writing.end(one.store)
                 idle.append(one.actor)
         for actor in (*idle, *joining.values()):
             ray.kill(actor)
         for task, store in again:
-            self._count(_Running(task, store, None), writing)
+            if task.remote is None:  # else nothing of it was kept
+                self._count(_Running(task, store, None), writing)
         if failure is not None:
             raise failure
 

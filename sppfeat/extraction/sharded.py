@@ -131,6 +131,7 @@ def fill_shards(
     covers: see `StreamingPlan`.
     """
     root = folder.manifest.source_root
+    _open_shard.cache_clear()  # of an earlier run in this process; the files may be others now
     numbers = sorted(folder.shards.keys() | folder.building.keys())
     plan = StreamingPlan(
         [OnDisk(folder, number) for number in numbers],

@@ -1,17 +1,18 @@
 """The objects of a store in a bucket, read as a whole or in part, and written by conditional puts.
 
 Nobody can lock a bucket. An object is put only if it is as its writer knows it: absent, or unchanged by its ETag. So of
-two writers the slower one ends with an error, and nothing is lost or doubled.
+two writers one ends with an error, and nothing is lost or doubled.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -28,7 +29,15 @@ _RANGE: Final = re.compile(r"(\d{1,15})\+(\d{1,15})", re.ASCII)
 _PART: Final = 1 << 26
 _ABSENT: Final = ("NoSuchKey", "404", "NotFound")
 _REFUSED: Final = ("PreconditionFailed", "412")
-_AGAIN: Final = ("ConditionalRequestConflict", "409", "SlowDown", "InternalError", "ServiceUnavailable", "503")
+_AGAIN: Final = (
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "409",
+    "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
+    "503",
+)
 Result = TypeVar("Result")
 
 
@@ -73,7 +82,7 @@ class Bucket:
             page = self._call("", "list_objects_v2", Prefix=f"{self._prefix}/", Delimiter="/", **more)
             for entry in page.get("Contents", []):
                 if name := str(entry["Key"])[len(self._prefix) + 1 :]:
-                    found[name] = Object(str(entry["ETag"]), int(entry["Size"]))
+                    found[name] = Object(_quoted(entry["ETag"]), int(entry["Size"]))
             for entry in page.get("CommonPrefixes", []):
                 found[str(entry["Prefix"])[len(self._prefix) + 1 :]] = Object("", 0)
             if not page.get("IsTruncated"):
@@ -100,24 +109,30 @@ class Bucket:
             )
         condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
         metadata = {} if values is None else {"Metadata": {_VALUES: f"{values.offset}+{values.size}"}}
+        # The server refuses anything else: s3fs, which tries again itself, would send a file from where it is then.
+        md5 = base64.b64encode(_md5(content)).decode()
 
         def request() -> Any:
             with contextlib.ExitStack() as stack:
                 body = content if isinstance(content, bytes) else stack.enter_context(open(content, "rb"))
                 place = {"Bucket": self._bucket, "Key": self._key(name)}
-                return self._s3.call_s3("put_object", **place, Body=body, **condition, **metadata)
+                return self._s3.call_s3("put_object", **place, Body=body, ContentMD5=md5, **condition, **metadata)
 
         try:
-            return str(self._asked(name, request)["ETag"])
+            return _quoted(self._asked(name, request)["ETag"])
         except (_Refused, _Absent):
             # The first try may have arrived although its answer did not.
             there = self.list().get(name)
             if there is not None and there.etag == etag_of(content):
                 return there.etag
-            raise StoreBusyError(
-                f"{self.url}{name}: another run has written to this store meanwhile; let one at a time write to it, "
-                "and run this one again to resume"
-            ) from None
+            raise self.busy(name) from None
+
+    def busy(self, name: str) -> StoreBusyError:
+        """The error of a run that finds an object of another run."""
+        return StoreBusyError(
+            f"{self.url}{name}: another run has written to this store meanwhile; let one at a time write to it, "
+            "and run this one again to resume"
+        )
 
     def fetch(self, name: str, target: Path, etag: str, *, hollow: bool = False) -> Values | None:
         """Write an object, which is still the one of this ETag, to a file.
@@ -139,12 +154,14 @@ class Bucket:
                         for at in range(start, end, _PART):
                             file.write(self._range(name, at, min(end, at + _PART), etag))
                     file.truncate(size)
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.replace(partial, target)
             except BaseException:
                 Path(partial).unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise StoreError(f"{self.url}{name}: cannot be kept at {target}: {os_reason(error)}") from None
+            raise StoreError(f"{self.url}{name}: cannot be kept in the cache: {os_reason(error)}") from None
         return values
 
     def remove(self, name: str) -> None:
@@ -155,7 +172,8 @@ class Bucket:
         return f"{self._prefix}/{name}"
 
     def _range(self, name: str, start: int, end: int, etag: str) -> bytes:
-        found, _ = self._get(name, Range=f"bytes={start}-{end - 1}", IfMatch=etag)
+        with self._unchanged(name):
+            found, _ = self._get(name, Range=f"bytes={start}-{end - 1}", IfMatch=etag)
         if len(found) != end - start:
             raise StoreError(f"{self.url}{name}: expected {end - start} bytes at {start}, found {len(found)}")
         return found
@@ -164,20 +182,24 @@ class Bucket:
         async def get() -> tuple[bytes, str]:
             found = await self._s3._call_s3("get_object", Bucket=self._bucket, Key=self._key(name), **arguments)
             async with found["Body"] as body:
-                return bytes(await body.read()), str(found["ETag"])
+                return bytes(await body.read()), _quoted(found["ETag"])
 
         sync = import_module("fsspec.asyn").sync
-        found: tuple[bytes, str] = self._unchanged(name, lambda: sync(self._s3.loop, get))
+        found: tuple[bytes, str] = self._asked(name, lambda: sync(self._s3.loop, get))
         return found
 
     def _call(self, name: str, method: str, **arguments: Any) -> Any:
-        return self._unchanged(name, lambda: self._s3.call_s3(method, Bucket=self._bucket, **arguments))
+        with self._unchanged(name):
+            return self._asked(name, lambda: self._s3.call_s3(method, Bucket=self._bucket, **arguments))
 
-    def _unchanged(self, name: str, request: Callable[[], Result]) -> Result:
+    @contextlib.contextmanager
+    def _unchanged(self, name: str) -> Iterator[None]:
         try:
-            return self._asked(name, request)
+            yield
         except _Refused:
             raise StoreError(f"{self.url}{name}: changed while it was read; run the command again") from None
+        except _Absent:
+            raise StoreError(f"{self.url}{name}: no such object") from None
 
     def _asked(self, name: str, request: Callable[[], Result]) -> Result:
         try:
@@ -210,11 +232,18 @@ def _values_of(text: str, size: int) -> Values | None:
     return values if values is not None and sum(values) <= size else None
 
 
+def _quoted(etag: str) -> str:
+    """An ETag as a condition wants it: some servers list them without quotes."""
+    return '"' + etag.strip('"') + '"'
+
+
 def etag_of(content: Path | bytes) -> str:
     """The ETag of an object that is put at once: its MD5 in quotes, except in a bucket with keys of its own (KMS)."""
+    return f'"{_md5(content).hex()}"'
+
+
+def _md5(content: Path | bytes) -> bytes:
     if isinstance(content, bytes):
-        found = hashlib.md5(content, usedforsecurity=False)
-    else:
-        with open(content, "rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    return f'"{found.hexdigest()}"'
+        return hashlib.md5(content, usedforsecurity=False).digest()
+    with open(content, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()

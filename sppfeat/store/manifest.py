@@ -141,11 +141,15 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises StoreError unless it is one of a store, consistent, and no newer than this."""
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise StoreError(f"{folder}: expected a store, found a folder without {MANIFEST}") from None
     except OSError as error:
         raise StoreError(f"{path}: could not be read: {os_reason(error)}") from None
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest in a file or object, which errors name by its path; raises them as `read_manifest` does."""
     what = f"{path}: damaged: expected the manifest of a store"
     about = decode_document(content, _Version, what=what, error=StoreError, lenient=True)
     if about.format != STORE:

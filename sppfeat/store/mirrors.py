@@ -13,6 +13,8 @@ import hashlib
 import os
 import re
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Final, Self
 import msgspec
 import numpy as np
 
-from sppfeat.errors import SppFeatError, StoreBusyError, StoreError, UsageError
+from sppfeat.errors import SppFeatError, StoreError, UsageError
 from sppfeat.files import appearing, cache_folder, decode_document, os_reason
 from sppfeat.images import is_image_name
 from sppfeat.recipe import Recipe
@@ -35,8 +37,8 @@ from sppfeat.store.manifest import (
     building_files,
     is_part_of_store,
     is_shard_file,
+    parse_manifest,
     publishing_file,
-    read_manifest,
     shard_file,
     shard_index,
     unlisted_shards,
@@ -47,6 +49,9 @@ from sppfeat.store.writing import create_store, lock_store
 
 _READING: Final = re.compile(r"[0-9a-f]{16}-shard-\d{5,9}\.h5", re.ASCII)
 _BLOCK: Final = 1 << 24
+# A file that is being fetched is written to more often: each request has a minute, and some tries.
+_DEAD_SECONDS: Final = 3600
+_LOOKS: Final = 10
 
 
 def open_bucket(url: str) -> Store:
@@ -56,12 +61,10 @@ def open_bucket(url: str) -> Store:
     """
     bucket = Bucket(url)
     folder = _mirror(bucket, "reading")
-    there = bucket.list()
-    found = bucket.read(MANIFEST)
-    if found is None:
+    there, content = _look(bucket)
+    if content is None:
         raise StoreError(f"{bucket.url}: expected a store, found no {MANIFEST} there")
-    with _named(folder, bucket):
-        manifest = _keep_manifest(folder, found[0])
+    manifest = parse_manifest(content, bucket.url + MANIFEST)
     for entry in manifest.shards:
         if entry.file not in there:
             raise StoreError(
@@ -70,6 +73,10 @@ def open_bucket(url: str) -> Store:
     kept = {entry.file: folder / _reading_file(entry.file, there[entry.file].etag) for entry in manifest.shards}
     for path in {path for path in folder.iterdir() if _READING.fullmatch(path.name)} - set(kept.values()):
         path.unlink(missing_ok=True)  # replaced since
+    for path in folder.glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _DEAD_SECONDS:
+                path.unlink()  # of a reader that was killed
 
     def open_at(at: int) -> Store:
         entry = manifest.shards[at]
@@ -110,11 +117,14 @@ def _reading_file(shard: str, etag: str) -> str:
     return f"{hashlib.sha256(etag.encode()).hexdigest()[:16]}-{shard}"
 
 
-def _keep_manifest(folder: Path, content: bytes) -> Manifest:
-    """A manifest as it is in the bucket, put into a mirror and checked."""
-    with appearing(folder / MANIFEST, StoreError) as partial:
-        partial.write_bytes(content)
-    return read_manifest(folder)
+def _look(bucket: Bucket) -> tuple[dict[str, Object], bytes | None]:
+    """The objects and the content of the manifest, if there is one, as they were at one moment."""
+    for _ in range(_LOOKS):
+        there, found = bucket.list(), bucket.read(MANIFEST)
+        # Otherwise a run went on in between.
+        if (None if found is None else found[1]) == (there[MANIFEST].etag if MANIFEST in there else None):
+            return there, None if found is None else found[0]
+    raise StoreError(f"{bucket.url}{MANIFEST}: changed while it was read; run the command again")
 
 
 def _mirror(bucket: Bucket, use: str) -> Path:
@@ -153,8 +163,12 @@ class Mirror:
         self.bucket = Bucket(url)
         self.path = _mirror(self.bucket, "writing")
         self._known = self.path.with_name("writing.json")
+        # There while other machines fill shards: then those under work here are without descriptors.
+        self._lent = self.path.with_name("lent")
         self._overwrite = overwrite
         self._stack = contextlib.ExitStack()
+        # The ETag of this run's own mark.
+        self._mark: str | None = None
         self.objects: dict[str, Object] = {}
         self.etags: dict[str, str] = {}
 
@@ -162,7 +176,10 @@ class Mirror:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_named(self.path, self.bucket))
             stack.enter_context(lock_store(self.path, folder=True))
-            self._take_over()
+            try:
+                self._take_over()
+            except OSError as error:
+                raise StoreError(f"{self.path}: cannot be kept in the cache: {os_reason(error)}") from None
             self._stack = stack.pop_all()
         return self
 
@@ -171,16 +188,21 @@ class Mirror:
     ) -> bool | None:
         return self._stack.__exit__(kind, error, trace)
 
-    def put(self, name: str, content: Path | bytes, values: Values | None = None) -> None:
+    def put(self, name: str, content: Path | bytes) -> None:
         """Put an object that nobody else has written since this run began, or wrote it."""
-        self.etags[name] = self.bucket.put(name, content, replaces=self.etags.get(name), values=values)
+        self.keep(name, self.bucket.put(name, content, replaces=self.etags.get(name)))
+
+    def keep(self, name: str, etag: str) -> None:
+        """Remember that this is the object as it is here."""
+        self.etags[name] = etag
         self._keep_known()
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
-        if self.etags.pop(name, None) is not None:
+        """Remove an object, if it is there and nobody else has written it since."""
+        etag = self.etags.pop(name, None)
+        if etag is not None and self._has(name, etag):
             self.bucket.remove(name)
-            self._keep_known()
+        self._keep_known()
 
     @property
     def begun(self) -> bool:
@@ -188,15 +210,33 @@ class Mirror:
         return UNFINISHED in self.etags
 
     def begin(self) -> None:
-        """Say in the bucket that a run writes to the store."""
-        if not self.begun:
-            self.put(UNFINISHED, b"A run writes to this store, or was interrupted.\n")
+        """Say in the bucket that this run writes to the store. Raises StoreBusyError if another has begun since."""
+        if self._mark is None:
+            run = uuid.uuid4().hex  # so that no two marks have one ETag
+            self.put(UNFINISHED, f"A run writes to this store, or was interrupted: {run}\n".encode())
+            self._mark = self.etags[UNFINISHED]
+        elif (found := self.bucket.read(UNFINISHED)) is None or found[1] != self._mark:
+            raise self.bucket.busy(UNFINISHED)
+
+    def end(self) -> None:
+        """Say that the store is finished, unless another run has begun, or has gone on, since."""
+        if self.begun and self._has(MANIFEST, self.etags.get(MANIFEST)):
+            self.remove(UNFINISHED)
+        self._mark = None
+
+    def lend(self) -> None:
+        """Other machines fill the shards from now on."""
+        with appearing(self._lent, StoreError) as partial:
+            partial.touch()
+
+    def _has(self, name: str, etag: str | None) -> bool:
+        there = self.bucket.list().get(name)
+        return etag == (None if there is None else there.etag)
 
     def _take_over(self) -> None:
         """Make the folder what the bucket has."""
-        self.objects = self.bucket.list()
+        self.objects, manifest = _look(self.bucket)
         shards = {name: found.etag for name, found in self.objects.items() if is_shard_file(name)}
-        manifest = self.bucket.read(MANIFEST)
         if manifest is None and shards and not self._overwrite:
             raise StoreError(
                 f"{self.path}: damaged: expected {MANIFEST} beside its {len(shards)} shards, found none; restore it, "
@@ -208,24 +248,30 @@ class Mirror:
             shards = {}
             (self.path / MANIFEST).unlink(missing_ok=True)
         else:
-            _keep_manifest(self.path, manifest[0])
+            parse_manifest(manifest, self.bucket.url + MANIFEST)
+            with appearing(self.path / MANIFEST, StoreError) as partial:
+                partial.write_bytes(manifest)
         known = self._read_known()
         for index in unlisted_shards(self.path, None):
             if shard_file(index) not in shards:
                 (self.path / shard_file(index)).unlink()
         here = {name: known.get(name) for name in shards if (self.path / name).exists()}
-        if here != shards:
+        if here != shards or self._lent.exists():
             # Another machine went on: the images of shards under work here may be in shards of its own.
             for path in building_files(self.path).values():
                 path.unlink()
+            self._lent.unlink(missing_ok=True)
         for name, etag in shards.items():
             if here.get(name) != etag:
                 self.fetch_hollow(name, self.path / name, etag)
                 # Its rows may be others than the manifest says, if the other run was killed before it said so.
                 (self.path / publishing_file(shard_index(name))).touch()
-        self.etags = shards | {name: self.objects[name].etag for name in (VIEW, UNFINISHED) if name in self.objects}
-        if manifest is not None:
-            self.etags[MANIFEST] = manifest[1]
+        others = (MANIFEST, VIEW, UNFINISHED)
+        self.etags = shards | {name: self.objects[name].etag for name in others if name in self.objects}
+        if self.begun:
+            (self.path / UNFINISHED).touch()
+        else:
+            (self.path / UNFINISHED).unlink(missing_ok=True)
         self._keep_known()
 
     def fetch_hollow(self, name: str, path: Path, etag: str) -> None:
@@ -257,38 +303,66 @@ class BucketFolder(Folder):
         super().__init__(path, manifest, building)
         self._mirror = mirror
         self._elsewhere = False
-        # Shards under work that other machines have put into the bucket already.
-        self._received: set[Path] = set()
+        # Shards under work that other machines have put into the bucket already, and their ETags.
+        self._received: dict[Path, str] = {}
 
     def clear(self) -> None:
         mirror = self._mirror
         if foreign := sorted(name for name in mirror.objects if not is_part_of_store(name)):
             raise StoreError(f"{self.path}: expected a store or nothing, found {foreign[0]!r} there")
+        mirror.begin()
         # The manifest first, as in a folder.
-        for name in sorted(mirror.objects, key=lambda name: name != MANIFEST):
+        for name in sorted(mirror.objects.keys() - {UNFINISHED}, key=lambda name: name != MANIFEST):
             mirror.bucket.remove(name)
-        mirror.etags.clear()
+            mirror.etags.pop(name, None)
         super().clear()
+
+    def recover(self) -> None:
+        for index in unlisted_shards(self.path, self.manifest):
+            if self._is_repeated(index):
+                # Of a run that was overtaken: no manifest of it can follow. Its images are described or will be.
+                self.begin()
+                self._mirror.remove(shard_file(index))
+                (self.path / shard_file(index)).unlink()
+                (self.path / publishing_file(index)).unlink(missing_ok=True)
+        super().recover()
+
+    def _is_repeated(self, index: int) -> bool:
+        """Whether an image of an unlisted shard is in a shard of the manifest, or in an unlisted one before it."""
+        listed = [entry.index for entry in self.manifest.shards]
+        before = [number for number in unlisted_shards(self.path, self.manifest) if number < index]
+        own = self._words(index)
+        return any(bool(np.isin(own, self._words(number)).any()) for number in (*listed, *before))
+
+    def _words(self, index: int) -> np.ndarray:
+        """[n] uint64, half of each digest: a shard that is dropped for two names with one is described again."""
+        return np.asarray(open_file(self.path / shard_file(index), names=False).name_digests)[:, 0]
 
     def write(self, manifest: Manifest) -> None:
         super().write(manifest)
         self._mirror.put(MANIFEST, (self.path / MANIFEST).read_bytes())
 
     def place(self, shard: Store, final: Path) -> None:
-        if shard.path in self._received:
-            self._received.remove(shard.path)
+        etag = self._received.pop(shard.path, None)
+        if etag is not None:
             super().place(shard, final)
-            return
-        values = values_of(shard)
-        self._mirror.put(final.name, shard.path, values)
-        super().place(shard, final)
-        make_hollow(final, values)
+        elif self._elsewhere:
+            raise StoreError(f"{shard.path}: expected a shard that a worker has put into the bucket, found none")
+        else:
+            values = values_of(shard)
+            before = self._mirror.etags.get(final.name)
+            etag = self._mirror.bucket.put(final.name, shard.path, replaces=before, values=values)
+            super().place(shard, final)
+            make_hollow(final, values)
+        # Only now: after a kill before, the file here is another than the object.
+        self._mirror.keep(final.name, etag)
 
     def leave_to_others(self) -> None:
         """From now on other machines fill the shards; those under work here, which they cannot see, are dropped."""
         for path in self.building.values():
             path.unlink()
         self.building.clear()
+        self._mirror.lend()
         self._elsewhere = True
 
     def begin_shard(self, names: Sequence[str]) -> Store:
@@ -330,9 +404,8 @@ class BucketFolder(Folder):
         self._mirror.fetch_hollow(remote.file, path, there.etag)
         shard = open_file(path, names=False)
         if not np.array_equal(shard.name_digests, digests):
-            raise StoreBusyError(f"{self.path / remote.file}: another run has written to this store meanwhile")
-        self._mirror.etags[remote.file] = there.etag
-        self._received.add(path)
+            raise self._mirror.bucket.busy(remote.file)
+        self._received[path] = there.etag
         return shard
 
     def remove_if_empty(self) -> None:
@@ -346,7 +419,7 @@ class BucketFolder(Folder):
 
     def end(self) -> None:
         super().end()
-        self._mirror.remove(UNFINISHED)
+        self._mirror.end()
 
     def write_view(self) -> None:
         if not self._mirror.begun:

@@ -269,9 +269,11 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
 
 
 def _open_folder(path: Path) -> Store:
+    mark = path / UNFINISHED
+    begun = mark.exists()
     manifest, building, publishing = read_folder(path)
     require_shards(path, manifest)
-    unfinished = (path / UNFINISHED).exists()
+    unfinished = begun or mark.exists()  # the manifest may be of a run that ended, or began, in between
     building = publishing | building
     return join_shards(
         path, manifest, lambda at: open_shard(path, manifest, at), building=building, unfinished=unfinished

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
+import hashlib
 import json
 import os
 import random
@@ -9,7 +12,9 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,9 +33,20 @@ from sppfeat import (
     open_store,
     verify_store,
 )
-from sppfeat.extraction import ShardOptions
+from sppfeat.extraction import ShardOptions, cluster
+from sppfeat.extraction.stages import Stages
 from sppfeat.progress import Observer
-from sppfeat.store import Mirror, buckets, is_store, iter_blocks, require_complete
+from sppfeat.store import (
+    BucketFolder,
+    Folder,
+    Mirror,
+    buckets,
+    create_folder,
+    is_store,
+    iter_blocks,
+    open_folder,
+    require_complete,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # botocore's own
 MakeImages = Callable[..., Path]
@@ -194,7 +210,7 @@ def test_kill_9_at_random_moments(
     assert same_values(tmp_path / "copy", local)
 
 
-def test_of_two_writers_the_slower_one_ends(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
+def test_of_two_writers_one_ends(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
     folder = make_images(30)
 
     class Overtaken(Seen):
@@ -206,7 +222,9 @@ def test_of_two_writers_the_slower_one_ends(make_images: MakeImages, url: str, m
                 machine("second")
                 describe(folder, url)
 
-    with pytest.raises(StoreBusyError, match=f"^{url}(shard-00000.h5|manifest.json): another run has written"):
+    with pytest.raises(
+        StoreBusyError, match=f"^{url}(shard-00000.h5|manifest.json|.unfinished): another run has written"
+    ):
         describe(folder, url, observer=Overtaken())
     store = open_store(url)
     assert len(set(store.names)) == len(store) == 30 and verify_store(store) == []
@@ -392,6 +410,218 @@ def test_inspect(make_images: MakeImages, url: str, machine: Callable[[str], Non
     about = json.loads(run_sppfeat("inspect", url, "--json", "--verify").stdout)
     assert about["unfinished"] is True and about["verified"] is True
     assert about["bytes"] == sum(len(content) for name, content in objects(url).items() if name.startswith("shard"))
+
+
+class Killed(BaseException):
+    """As if the process ended here."""
+
+
+def opened(mirror: Mirror) -> Any:
+    return open_folder(mirror.path, writable=True, kind=partial(BucketFolder, mirror=mirror))
+
+
+def test_a_kill_between_a_put_and_its_rename(
+    make_images: MakeImages, url: str, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept here of a shard is then older than the bucket's, whatever changes there meanwhile."""
+    folder = make_images(20)
+    whole = (folder / "0003.png").read_bytes()
+    (folder / "0003.png").write_bytes(b"broken")
+    assert describe(folder, url).failed == 1
+    (folder / "0003.png").write_bytes(whole)
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Folder, "place", kill)
+        describe(folder, url)
+    machine("second")
+    os.utime(folder / "0015.png", ns=(1, 1))
+    assert describe(folder, url).described == 1
+    machine("first")
+    os.utime(folder / "0016.png", ns=(1, 1))
+    assert describe(folder, url).described == 1
+    store = open_store(url)
+    assert verify_store(store) == [] and store.counts() == {"pending": 0, "done": 20, "failed": 0}
+
+
+def test_shards_that_workers_did_not_put_are_dropped(
+    make_images: MakeImages, url: str, machine: Callable[[str], None]
+) -> None:
+    """They have no descriptors here."""
+    folder = make_images(20)
+    describe(folder, url)
+    before = objects(url)
+    with Mirror(url) as mirror:
+        there = opened(mirror)
+        there.leave_to_others()
+        there.rework_shard(0)
+    assert describe(folder, url).described == 0
+    after = objects(url)
+    assert all(after[name] == before[name] for name in before if name.startswith("shard"))
+    with Mirror(url) as mirror:
+        there = opened(mirror)
+        there.leave_to_others()
+        with pytest.raises(StoreError, match="expected a shard that a worker has put into the bucket, found none$"):
+            there.publish(there.rework_shard(0))
+
+
+def test_a_worker_that_is_stopped_puts_nothing(
+    make_images: MakeImages, url: str, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(20)
+    describe(folder, url)
+    before = objects(url)
+    os.utime(folder / "0003.png", ns=(1, 1))
+
+    def answer(value: Any) -> Any:
+        return SimpleNamespace(remote=lambda *_: lambda: value)
+
+    worker = SimpleNamespace(fill=answer((Stages().told(), "torch")), take=answer([]), stop=answer(None))
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+        wait=lambda references, **_: (references[:1], references[1:]),
+        get=lambda reference: reference(),
+        kill=lambda _: None,
+    )
+
+    def enter(self: cluster.RayCluster) -> cluster.RayCluster:
+        self._ray, self._actor, self.workers = ray, SimpleNamespace(remote=lambda *_: worker), 1
+        return self
+
+    monkeypatch.setattr(cluster.RayCluster, "__enter__", enter)
+    done = describe(folder, url, cluster="local")
+    assert (done.described, done.pending) == (0, 1)
+    after = objects(url)
+    assert all(after[name] == before[name] for name in before if name.startswith("shard"))
+
+
+def test_a_shard_that_was_removed(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
+    describe(make_images(3), url)
+    store = open_store(url)
+    s3().rm_file(f"{url.removeprefix('s3://')}shard-00000.h5")
+    with pytest.raises(StoreError, match=f"^{url}shard-00000.h5: no such object$"):
+        store.descriptors[0]
+
+
+def test_a_store_that_grows_while_it_is_opened(
+    make_images: MakeImages, url: str, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(make_images(20), url)
+    look, grown = buckets.Bucket.list, False
+
+    def grow(self: buckets.Bucket) -> Any:
+        nonlocal grown
+        found = look(self)
+        if not grown:
+            grown = True
+            describe(make_images(40), url)
+        return found
+
+    monkeypatch.setattr(buckets.Bucket, "list", grow)
+    store = open_store(url)
+    assert len(store) == 40 and verify_store(store) == []
+
+
+def test_several_readers_of_one_machine(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
+    describe(make_images(20), url)
+    left = next(Path(os.environ["XDG_CACHE_HOME"]).glob("sppfeat/stores/*")) / "reading" / ".x.partial"
+    left.parent.mkdir()
+    for age in (60, 10_000):
+        left.touch()
+        os.utime(left, (time.time() - age,) * 2)
+        open_store(url)
+        assert left.exists() is (age == 60)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(lambda _: len(open_store(url)), range(64))) == {20}
+
+
+def test_a_mark_stays_while_a_run_goes_on(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
+    seen = Seen()
+    describe(make_images(40), url, observer=seen, stop=lambda: seen.rows > 16)
+    machine("second")
+    with Mirror(url) as mirror:  # as if no network could be loaded
+        there = opened(mirror)
+        there.discard(there.begin_shard(["new.png"]))
+    assert ".unfinished" in objects(url)
+    describe(make_images(40), url)
+    assert ".unfinished" not in objects(url)
+    with Mirror(url) as mirror:
+        there = opened(mirror)
+        there.begin()
+        machine("third")
+        with Mirror(url) as other:
+            opened(other).begin()
+            with pytest.raises(StoreBusyError, match=f"^{url}.unfinished: another run has written"):
+                there.begin()
+            there.finish()
+            assert ".unfinished" in objects(url)
+
+
+def test_a_new_store_that_another_run_has_continued(
+    make_images: MakeImages, url: str, machine: Callable[[str], None]
+) -> None:
+    describe(make_images(5), f"{url[:-1]}-like/")
+    like = open_store(f"{url[:-1]}-like/")
+    about = {"recipe": like.recipe, "weights_sha256": like.weights_sha256, "source_root": like.source_root}
+    with Mirror(url) as mirror:
+        there = create_folder(mirror.path, dim=like.dim, **about, kind=partial(BucketFolder, mirror=mirror))
+        machine("second")
+        describe(make_images(5), url)
+        there.remove_if_empty()
+    assert len(open_store(url)) == 5
+
+
+def test_a_put_that_is_sent_again(
+    make_images: MakeImages, url: str, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs sends a file from where it is: at its end. S3 compares what arrives with its MD5; this one does not."""
+    from botocore.exceptions import ClientError
+
+    describe(make_images(3), url)
+    client, lost = buckets.file_system("s3")._s3, 0
+    put = client.put_object
+
+    async def put_object(**about: Any) -> Any:
+        nonlocal lost
+        if not isinstance(about["Body"], bytes):
+            about["Body"] = about["Body"].read()
+            if not lost:
+                lost += 1
+                raise TimeoutError
+            md5 = base64.b64encode(hashlib.md5(about["Body"]).digest()).decode()
+            if about.get("ContentMD5", md5) != md5:
+                raise ClientError({"Error": {"Code": "BadDigest"}}, "PutObject")
+        return await put(**about)
+
+    monkeypatch.setattr(client, "put_object", put_object)
+    assert describe(make_images(6), url).described == 3
+    assert lost and verify_store(open_store(url)) == []
+
+
+def test_a_shard_of_a_run_that_was_overtaken(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
+    """A worker may put its shard after its run was killed, and another has described the same images."""
+    describe(make_images(20), url)
+    place = url.removeprefix("s3://")
+    s3().pipe_file(f"{place}shard-00002.h5", objects(url)["shard-00001.h5"])
+    machine("second")
+    assert describe(make_images(24), url).described == 4
+    store = open_store(url)
+    assert len(set(store.names)) == len(store) == 24 and verify_store(store) == []
+
+
+def test_another_machine_changes_a_store_between_two_runs_of_a_process(
+    make_images: MakeImages, url: str, machine: Callable[[str], None]
+) -> None:
+    folder = make_images(20)
+    describe(folder, url)
+    assert describe(folder, url).described == 0
+    machine("second")
+    os.utime(folder / "0003.png", ns=(1, 1))
+    assert describe(folder, url).described == 1
+    machine("first")
+    assert describe(folder, url).described == 0
 
 
 def test_a_cluster_puts_its_shards_itself(

@@ -32,7 +32,7 @@ from sppfeat import (
 )
 from sppfeat.engines.torch_engine import TorchEngine
 from sppfeat.extraction import ShardOptions
-from sppfeat.store import Store
+from sppfeat.store import Manifest, Store, reading
 
 MakeImages = Callable[..., Path]
 CPU = RunOptions(device="cpu")
@@ -286,3 +286,33 @@ def test_command_line(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "g").exists()
     assert open_store(tmp_path / "f").counts()["done"] == 22
     assert Status.FAILED in open_store(tmp_path / "f").status
+
+
+def test_other_images_in_the_folder_of_an_earlier_run(make_images: MakeImages, tmp_path: Path) -> None:
+    """What one run has kept of a folder's shards says nothing to the next one of the process."""
+
+    def describe(folder: Path, **options: bool) -> int:
+        done = extract_folder(folder, tmp_path / "out", TINY, CPU, shards=ShardOptions(), **options)  # type: ignore[arg-type]
+        return done.described
+
+    first, second = make_images(4, "in/first"), make_images(4, "in/second", seed=1)
+    for path in list(second.iterdir()):
+        path.rename(path.with_name(f"other-{path.name}"))
+    assert describe(first) == 4 and describe(first) == 0
+    assert describe(second, overwrite=True) == 4 and describe(second) == 0
+
+
+def test_a_run_that_ends_while_its_store_is_opened(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of the manifest may be from before its last shard."""
+    extract_folder(make_images(4), tmp_path / "out", TINY, CPU, shards=ShardOptions())
+    mark, read = tmp_path / "out" / ".unfinished", reading.read_manifest
+    mark.touch()
+
+    def end(folder: Path) -> Manifest:
+        mark.unlink()
+        return read(folder)
+
+    monkeypatch.setattr(reading, "read_manifest", end)
+    assert open_store(tmp_path / "out").unfinished
