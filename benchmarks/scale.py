@@ -385,11 +385,14 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
         compared = len(stores) * len(open_store(whole))
         differ = sum(differing(store, whole) for store in stores)
         left = sum(len(list(store.glob(".*"))) for store in stores)
-        span = f"{min(again)}-{max(again)}"
+        span = f"{min(again, default=0)}-{max(again, default=0)}"
         print(f"| {kind} | {times} | {len(stores)} | {compared:,} | {differ} | {span} | {left} |", flush=True)
 
-    def strike_each(kind: str, times: int, strike: Callable[[Run, int], bool]) -> None:
-        """Runs that go on by themselves after a loss; one that was over before is not counted."""
+    def strike_each(kind: str, times: int, strike: Callable[[Run, int], bool], least: int = 0) -> None:
+        """Runs that go on by themselves after a loss.
+
+        One that was over before, or in which less than `least` processes described rows, is not counted.
+        """
         stores: list[Path] = []
         again = []
         while len(stores) < times:
@@ -398,7 +401,7 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
             moment = lasted[cluster.address] * moments.uniform(len(stores), len(stores) + 1) / times
             struck = run.wait_until(moment) and strike(run, len(stores))
             run.end()
-            if struck:
+            if struck and len({pid for _, pid, _ in told(run.log)}) >= least:
                 stores.append(store)
                 again.append(len(names_of(run.log)) - len(set(names_of(run.log))))
         report(kind, times, stores, again)
@@ -417,9 +420,9 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
         while not told(run.log):
             time.sleep(0.01)
         worker = told(run.log)[-1][1]
-        resource.prlimit(worker, resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
-        run.process.wait()
-        return len({pid for _, pid, _ in told(run.log)}) > 2  # else it had nothing more to write
+        with contextlib.suppress(ProcessLookupError):  # there was nothing more to do
+            resource.prlimit(worker, resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
+        return True
 
     print("| lost | times | stores | rows compared | rows that differ | rows described again | files left over |")
     print("|---|---|---|---|---|---|---|")
@@ -431,7 +434,7 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
             lasted[address] = time.time() - run.began
         report("nothing, on the cluster", 1, [store], [len(names_of(run.log)) - len(set(names_of(run.log)))])
         strike_each("a node", nodes, lose_node)
-        strike_each("the disk of a worker", disks, fill_disk)
+        strike_each("the disk of a worker", disks, fill_disk, least=3)
 
         stores = []
         again: dict[str | None, list[int]] = defaultdict(list)
@@ -453,7 +456,7 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
                 again[address].append(len(later.intersection(names_of(log))))
         report("the driver", kills, stores, again[None] + again[cluster.address])
     for address, where in ((None, "in one process"), (cluster.address, "on the cluster")):
-        counts = f"{min(again[address])}-{max(again[address])}"
+        counts = f"{min(again[address], default=0)}-{max(again[address], default=0)}"
         print(f"\nUninterrupted {where}: {lasted[address]:.0f} s; a driver killed there: {counts} rows again.")
 
 
