@@ -609,7 +609,7 @@ def main() -> None:
         one.add_argument("--rounds", type=int, default=3)
     for one, scale, rows in (
         (described, 224, 1 << 16),
-        (losing, 128, 64),
+        (losing, 224, 64),
         (comparing, 224, 1 << 16),
         (sharing, 224, 1 << 16),
     ):
