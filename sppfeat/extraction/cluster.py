@@ -33,7 +33,7 @@ from sppfeat.store import Status, Store, is_folder_store, open_file
 
 # Cores of a worker without a GPU, unless `num_workers` says another number.
 DEFAULT_CORES: Final = 4
-# Workers that may be lost on one shard before the run ends.
+# Workers that may be lost on one shard, and for each worker while it starts, before the run ends.
 MAX_LOSSES: Final = 3
 _POLL_SECONDS: Final = 0.25
 # Ray ends the workers of a dead driver within some seconds.
@@ -236,6 +236,7 @@ class RayCluster:
         idle: list[Any] = []
         running: dict[Any, _Running] = {}
         exhausted = stopping = False
+        unstarted = 0  # workers that died while they started, since one did start
         failure: SppFeatError | None = None
 
         def lose(one: _Running, error: SppFeatError | None, reason: str) -> None:
@@ -273,7 +274,14 @@ class RayCluster:
                     try:
                         ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        raise StoreError(f"a worker could not be started: {_why(error)}") from None
+                        unstarted += 1
+                        # One that raised would do so again; one that died may have been on a node that was lost.
+                        died = isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
+                        if not died or unstarted >= MAX_LOSSES * self.workers:
+                            raise StoreError(f"a worker could not be started: {_why(error)}") from None
+                        joining.update([self._new_worker()])
+                        continue
+                    unstarted = 0
                     idle.append(actor)
                     continue
                 one = running.pop(reference)

@@ -24,6 +24,23 @@ from sppfeat import extract_folder, open_store
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
+# A worker that is lost while it starts, the first time.
+DIES_AT_START = """
+import os, signal
+from sppfeat.extraction import cluster as clusters
+
+class Worker(clusters.Worker):
+    def __init__(self, *given):
+        try:
+            os.close(os.open(dies, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            super().__init__(*given)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+dies = {path!r}
+clusters.Worker = Worker
+"""
 # Starts a head without room for workers and two nodes of one core; runs an extraction that takes some seconds.
 DRIVER = """
 import json, os, sys, threading, time
@@ -61,10 +78,13 @@ def photos(make_images: Callable[..., Path]) -> Path:
     return folder
 
 
-def start(folder: Path, output: Path, remove: float = 0.0) -> subprocess.Popen[str]:
-    """A driver with a cluster of its own; remove: seconds after which a node is lost and another one joins."""
+def start(folder: Path, output: Path, remove: float = 0.0, before: str = "") -> subprocess.Popen[str]:
+    """A driver with a cluster of its own; remove: seconds after which a node is lost and another one joins.
+
+    before: code that it runs first.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder), str(output), TINY.to_json(), str(remove)],
+        [sys.executable, "-c", before + DRIVER, str(folder), str(output), TINY.to_json(), str(remove)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,6 +112,14 @@ def test_a_lost_node_costs_no_row(photos: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, err[-3000:]
     assert json.loads(out.splitlines()[-1]) == {"images": 61, "described": 60, "failed": 1, "left": 0}
     assert same(tmp_path / "f", tmp_path / "one.h5")
+
+
+def test_a_worker_lost_while_it_starts_is_replaced(photos: Path, tmp_path: Path) -> None:
+    process = start(photos, tmp_path / "f", before=DIES_AT_START.format(path=str(tmp_path / "died")))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    assert json.loads(out.splitlines()[-1]) == {"images": 61, "described": 60, "failed": 1, "left": 0}
+    assert (tmp_path / "died").exists()
 
 
 def test_a_driver_that_is_killed_leaves_a_store_that_resumes(photos: Path, tmp_path: Path) -> None:
