@@ -401,6 +401,8 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
             moment = lasted[cluster.address] * moments.uniform(len(stores), len(stores) + 1) / times
             struck = run.wait_until(moment) and strike(run, len(stores))
             run.end()
+            while len(cluster.worker_nodes) < 2:
+                cluster.add_node(num_cpus=1)
             if struck and len({pid for _, pid, _ in told(run.log)}) >= least:
                 stores.append(store)
                 again.append(len(names_of(run.log)) - len(set(names_of(run.log))))
@@ -408,8 +410,6 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
 
     def lose_node(run: Run, number: int) -> bool:
         """In turn another node joins at once, or the one that is left goes on alone."""
-        while len(cluster.worker_nodes) < 2:
-            cluster.add_node(num_cpus=1)
         cluster.remove_node(moments.choice(sorted(cluster.worker_nodes, key=id)), allow_graceful=False)
         if number % 2 == 0:
             cluster.add_node(num_cpus=1)
