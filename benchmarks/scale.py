@@ -427,8 +427,9 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
     print("| lost | times | stores | rows compared | rows that differ | rows described again | files left over |")
     print("|---|---|---|---|---|---|---|")
     with ray_cluster() as cluster:
+        joined = cluster.address  # None once it is shut down
         lasted = {}
-        for address, store in ((None, whole), (cluster.address, runs.folder / "cluster")):
+        for address, store in ((None, whole), (joined, runs.folder / "cluster")):
             run = runs.start(store, address)
             run.end()
             lasted[address] = time.time() - run.began
@@ -443,7 +444,7 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
             stores.append(runs.folder / f"store-{runs.count}")
             logs: list[tuple[str | None, Path]] = []
             while True:
-                address = cluster.address if killed % 2 else None
+                address = joined if killed % 2 else None
                 run = runs.start(stores[-1], address)
                 logs.append((address, run.log))
                 if killed == kills or not run.wait_until(lasted[address] * moments.random()):
@@ -454,8 +455,8 @@ def losses(runs: Runs, nodes: int, disks: int, kills: int) -> None:
             for at, (address, log) in enumerate(logs[:-1]):
                 later = {name for _, log in logs[at + 1 :] for name in names_of(log)}
                 again[address].append(len(later.intersection(names_of(log))))
-        report("the driver", kills, stores, again[None] + again[cluster.address])
-    for address, where in ((None, "in one process"), (cluster.address, "on the cluster")):
+        report("the driver", kills, stores, again[None] + again[joined])
+    for address, where in ((None, "in one process"), (joined, "on the cluster")):
         counts = f"{min(again[address], default=0)}-{max(again[address], default=0)}"
         print(f"\nUninterrupted {where}: {lasted[address]:.0f} s; a driver killed there: {counts} rows again.")
 
