@@ -8,13 +8,11 @@ locks of their shards.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,15 +27,13 @@ from sppfeat.images import Fingerprint, is_url
 from sppfeat.machine import limit_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.store import BucketFolder, RemoteShard, Status, Store, is_folder_store, open_file
+from sppfeat.store import BucketFolder, RemoteShard, Status, Store, is_folder_store, lock_shard, open_file
 
 # Cores of a worker without a GPU, unless `num_workers` says another number.
 DEFAULT_CORES: Final = 4
-# Workers that may be lost on one shard before the run ends.
+# Workers that may be lost on one shard, and for each worker while it starts, before the run ends.
 MAX_LOSSES: Final = 3
 _POLL_SECONDS: Final = 0.25
-# Ray ends the workers of a dead driver within some seconds.
-_LOCK_SECONDS: Final = 60
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Worker:
             self._check_reach(task)
             if self._describer is None:
                 self._describer = Describer(self._recipe, self._options)
-            with _locked(Path(task.path), self._stop) if task.remote is None else task.remote.here() as path:
+            with lock_shard(Path(task.path), self._stop.is_set) if task.remote is None else task.remote.here() as path:
                 store, tally = open_file(path), Tally()
                 job = _left(task.job, store)
                 fill_file(store, job, self._describer, self._options, tally, self._log, self._stop.is_set)
@@ -111,27 +107,6 @@ class Worker:
         # Otherwise each of its images would fail as missing.
         if not is_url(root) and not os.path.isdir(root):
             raise StoreError(f"{root}: expected a folder of images that all machines share, found none {where}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, stop: threading.Event) -> Iterator[Path]:
-    """Hold a shard under work, against workers of a driver that was killed and that Ray has yet to end."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline or stop.is_set():
-                    raise StoreError(f"{path}: another worker is writing to it") from None
-                time.sleep(_POLL_SECONDS)
-            except OSError as error:
-                raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
-        yield path
-    finally:
-        os.close(descriptor)
 
 
 def _left(job: Job, store: Store) -> Job:
@@ -238,6 +213,7 @@ class RayCluster:
         idle: list[Any] = []
         running: dict[Any, _Running] = {}
         exhausted = stopping = False
+        unstarted = 0  # workers that died while they started, since one did start
         failure: SppFeatError | None = None
 
         def lose(one: _Running, error: SppFeatError | None, reason: str) -> None:
@@ -281,7 +257,14 @@ class RayCluster:
                     try:
                         ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        raise StoreError(f"a worker could not be started: {_why(error)}") from None
+                        unstarted += 1
+                        # One that raised would do so again; one that died may have been on a node that was lost.
+                        died = isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
+                        if not died or unstarted >= MAX_LOSSES * self.workers:
+                            raise StoreError(f"a worker could not be started: {_why(error)}") from None
+                        joining.update([self._new_worker()])
+                        continue
+                    unstarted = 0
                     idle.append(actor)
                     continue
                 one = running.pop(reference)

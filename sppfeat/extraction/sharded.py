@@ -28,6 +28,7 @@ from sppfeat.store import (
     Status,
     Store,
     create_folder,
+    lock_shard,
     name_digests,
     open_file,
     open_folder,
@@ -177,7 +178,8 @@ class Writing:
             before = set(self.folder.building)
             store = self.begin(job)
             try:
-                fill_file(store, job, describer, options, self.tally, self.observer, self.stop)
+                with lock_shard(store.path, self.stop):
+                    fill_file(store, job, describer, options, self.tally, self.observer, self.stop)
             except (BackboneError, DeviceError, MissingExtraError):
                 # No network was loaded: what was begun for this job alone is as it was.
                 if not describer.streams and len(self.folder.building) > len(before):

@@ -35,7 +35,7 @@ from sppfeat.store.unit_vectors import (
     to_units,
     unit_rows,
 )
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_store
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_shard, lock_store
 
 __all__ = [
     "BLOCK_BYTES",
@@ -72,6 +72,7 @@ __all__ = [
     "is_store",
     "item_of",
     "iter_blocks",
+    "lock_shard",
     "lock_store",
     "merge_stores",
     "name_digests",

@@ -51,7 +51,7 @@ from sppfeat.store.reading import (
     shard_entry,
     shard_fault,
 )
-from sppfeat.store.writing import create_store, library_versions
+from sppfeat.store.writing import create_store, library_versions, lock_shard
 
 VIEW_FORMAT: Final = "sppfeat-store-view"
 _COPY_BYTES: Final = 1 << 30
@@ -261,9 +261,10 @@ class Folder:
         remove_marks(self.path)
         # A kill may come after the last row of a shard.
         for path in list(self.building.values()):
-            shard = open_file(path, names=False)
-            if not shard.counts()["pending"]:
-                self.publish(shard)
+            with lock_shard(path):
+                shard = open_file(path, names=False)
+                if not shard.counts()["pending"]:
+                    self.publish(shard)
 
 
 def is_folder_store(path: Path) -> bool:

@@ -15,7 +15,7 @@ import platform
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +55,9 @@ FLUSH_SECONDS: Final = 0.25
 BLOCK_BYTES: Final = 1 << 24
 BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
+# Ray ends the workers of a dead driver within some seconds.
+_SHARD_SECONDS: Final = 60
+_SHARD_POLL_SECONDS: Final = 0.25
 _MARK_BYTES: Final = 1 << 20
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
@@ -195,6 +198,35 @@ def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
         if new:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def lock_shard(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Hold a shard under work, against workers of a cluster that have outlived their driver, and with it `lock_store`.
+
+    Waits until such a worker has ended. Raises StoreError if that takes too long, or `stop()` is true.
+    """
+    try:
+        descriptor = _above_standard(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {os_reason(error)}") from None
+    _locks.add(descriptor)
+    try:
+        deadline = time.monotonic() + _SHARD_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline or stop():
+                    raise StoreBusyError(f"{path}: another worker is writing to it") from None
+                time.sleep(_SHARD_POLL_SECONDS)
+            except OSError as error:
+                raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
+        yield path
+    finally:
+        _locks.discard(descriptor)
+        os.close(descriptor)
 
 
 def create_store(

@@ -5,6 +5,7 @@ Each test is a process of its own, which Ray fills with threads and sockets; sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,23 @@ from sppfeat import extract_folder, open_store
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
+# A worker that is lost while it starts, the first time.
+DIES_AT_START = """
+import os, signal
+from sppfeat.extraction import cluster as clusters
+
+class Worker(clusters.Worker):
+    def __init__(self, *given):
+        try:
+            os.close(os.open(dies, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            super().__init__(*given)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+dies = {path!r}
+clusters.Worker = Worker
+"""
 # Starts a head without room for workers and two nodes of one core; runs an extraction that takes some seconds.
 DRIVER = """
 import json, os, sys, threading, time
@@ -52,6 +70,20 @@ print(json.dumps({"images": done.images, "described": done.described, "failed": 
 """
 
 
+# In the environment of a driver, and of all that Ray starts for it in sessions of their own.
+MARK = "SPPFEAT_TEST_OUTPUT"
+
+
+def kill_all(process: subprocess.Popen[str], output: Path) -> None:
+    """Kill a driver and its cluster, and no other Ray on this machine."""
+    os.killpg(process.pid, signal.SIGKILL)
+    mark = f"{MARK}={output}".encode()
+    for other in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (other / "environ").read_bytes().split(b"\0"):
+                os.kill(int(other.name), signal.SIGKILL)
+
+
 @pytest.fixture
 def photos(make_images: Callable[..., Path]) -> Path:
     """61 images, one of them damaged."""
@@ -61,14 +93,18 @@ def photos(make_images: Callable[..., Path]) -> Path:
     return folder
 
 
-def start(folder: Path, output: Path, remove: float = 0.0) -> subprocess.Popen[str]:
-    """A driver with a cluster of its own; remove: seconds after which a node is lost and another one joins."""
+def start(folder: Path, output: Path, remove: float = 0.0, before: str = "") -> subprocess.Popen[str]:
+    """A driver with a cluster of its own; remove: seconds after which a node is lost and another one joins.
+
+    before: code that it runs first.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder), str(output), TINY.to_json(), str(remove)],
+        [sys.executable, "-c", before + DRIVER, str(folder), str(output), TINY.to_json(), str(remove)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, MARK: str(output)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -94,16 +130,22 @@ def test_a_lost_node_costs_no_row(photos: Path, tmp_path: Path) -> None:
     assert same(tmp_path / "f", tmp_path / "one.h5")
 
 
+def test_a_worker_lost_while_it_starts_is_replaced(photos: Path, tmp_path: Path) -> None:
+    process = start(photos, tmp_path / "f", before=DIES_AT_START.format(path=str(tmp_path / "died")))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    assert json.loads(out.splitlines()[-1]) == {"images": 61, "described": 60, "failed": 1, "left": 0}
+    assert (tmp_path / "died").exists()
+
+
 def test_a_driver_that_is_killed_leaves_a_store_that_resumes(photos: Path, tmp_path: Path) -> None:
     extract_folder(photos, tmp_path / "one.h5", TINY, CPU)
     process = start(photos, tmp_path / "f")
     deadline = time.monotonic() + 60
     while not list((tmp_path / "f").glob("shard-*.h5")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process, tmp_path / "f")  # as a cluster does with a lost driver's workers
     process.communicate()
-    ray = Path(sys.executable).with_name("ray")
-    subprocess.run([ray, "stop", "--force"], capture_output=True)  # what a cluster does with a lost driver's workers
     extract_folder(photos, tmp_path / "f", TINY, CPU)
     assert same(tmp_path / "f", tmp_path / "one.h5")
     assert np.asarray(open_store(tmp_path / "f").status).tolist().count(2) == 1

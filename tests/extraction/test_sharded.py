@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,8 @@ from sppfeat import (
 )
 from sppfeat.engines.torch_engine import TorchEngine
 from sppfeat.extraction import ShardOptions
-from sppfeat.store import Manifest, Store, reading
+from sppfeat.progress import Observer
+from sppfeat.store import Manifest, Store, lock_store, open_folder, reading
 
 MakeImages = Callable[..., Path]
 CPU = RunOptions(device="cpu")
@@ -146,11 +149,44 @@ def test_interrupted_runs_resume(photos: Path, tmp_path: Path) -> None:
             break
         if turn in (1, 3):
             os.utime(photos / "0000.png", ns=(turn, turn))
-    assert not done.interrupted and turn > 3
+    assert not done.interrupted and turn > 1
     os.utime(photos / "0000.png", ns=(7, 7))
     extract_folder(photos, tmp_path / "one.h5", TINY, CPU)
     extract_folder(photos, output, TINY, CPU)
     assert same(output, tmp_path / "one.h5")
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_shard_that_another_process_still_fills_is_waited_for(photos: Path, tmp_path: Path, complete: bool) -> None:
+    """A worker of a cluster may outlive its driver by some seconds."""
+    output, options, polls = tmp_path / "f", ShardOptions(rows=23), itertools.count()
+    extract_folder(photos, tmp_path / "one.h5", TINY, CPU)
+    if complete:
+        extract_folder(photos, output, TINY, CPU, shards=options)
+        with lock_store(output, folder=True):
+            open_folder(output, writable=True).rework_shard(0)
+    else:
+        extract_folder(photos, output, TINY, CPU, shards=options, stop=lambda: next(polls) > 4)
+    (shard,) = output.glob(".building-*.h5")
+    before = shard.read_bytes()
+    refused = []
+
+    class Locked(Observer):
+        def row(self, name: str, error: str | None) -> None:
+            with open(shard) as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refused.append(name)
+
+    with ThreadPoolExecutor() as pool, open(shard) as worker:
+        fcntl.flock(worker, fcntl.LOCK_EX)
+        run = pool.submit(extract_folder, photos, output, TINY, CPU, observer=Locked())
+        time.sleep(3)
+        assert not run.done() and shard.read_bytes() == before
+        fcntl.flock(worker, fcntl.LOCK_UN)
+        done = run.result()
+    assert len(refused) == done.described + done.failed - complete  # of a complete one, the failed row is not tried
+    assert same(output, tmp_path / "one.h5")
+    assert not list(output.glob(".*"))
 
 
 def test_kill_9_at_random_moments(photos: Path, tmp_path: Path) -> None:
