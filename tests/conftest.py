@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -95,6 +96,8 @@ def bucket() -> Iterator[str]:
         }.items():
             patch.setenv(name, value)
         urls.file_system.cache_clear()
+        # Servers of one process share what they hold.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
         yield "s3://bucket"
     urls.file_system.cache_clear()

@@ -293,8 +293,9 @@ def search_images(
     describing = time.perf_counter() - started
     good = sorted(descriptors)
     # [Q, F, D]: one descriptor for each scale of a part.
-    rows = np.stack([descriptors[at] for at in good]) if good else np.zeros((0, gallery.dim), np.float32)
-    rows = rows.reshape(len(rows), -1, gallery.dim)
+    rows = np.zeros((0, 1, gallery.dim), np.float32)
+    if good:
+        rows = np.stack([descriptors[at].reshape(-1, gallery.dim) for at in good])
     files = [paths[at] for at in good]
     own = _own_rows(gallery, files) if options.exclude_self else None
     result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)

@@ -227,6 +227,13 @@ def test_bins_follow_the_rows(gallery: Path, scenes: Path, tmp_path: Path) -> No
     assert len(list(gallery.glob("bins-*.h5"))) == 1
 
 
+def test_a_query_that_cannot_be_described(gallery: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for options in (SearchOptions(parts=True), SearchOptions(rerank="bins")):
+        done = search_images(open_gallery(gallery), [tmp_path / "broken.png"], options)
+        assert done.failed == 1 and done.answers[0].neighbors == []
+
+
 def test_a_gallery_without_bins(gallery: Path, scenes: Path, tmp_path: Path, run_sppfeat: Run) -> None:
     create_gallery(open_store(tmp_path / "s.h5"), tmp_path / "plain")
     for flags in (["--parts"], ["--rerank", "bins"]):
