@@ -177,7 +177,10 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = ray = require_extra("ray", "cluster", "--cluster")
         if not ray.is_initialized():
-            where = {"include_dashboard": False} if self.address == "local" else {"address": self.address}
+            # Told to be local, Ray does not look for a cluster that runs on this machine, or was killed on it.
+            where: dict[str, Any] = {"address": self.address}
+            if self.address == "local":
+                where["include_dashboard"] = False
             try:
                 ray.init(**where, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError, OSError) as error:

@@ -95,7 +95,8 @@ def test_every_command_reads_a_folder_here_or_in_a_bucket_as_it_reads_a_file(
             for row in failed:
                 writer.fail(row, "broken")
     assert run_sppfeat("merge", "of-shards", "0.h5", "1.h5", "2.h5").returncode == 0
-    pytest.importorskip("s3fs").S3FileSystem().put("of-shards", f"{bucket}/read", recursive=True)
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem(skip_instance_cache=True).put("of-shards", f"{bucket}/read", recursive=True)
 
     commands = [
         ["evaluate", "transfer", "STORE", "--json", "--protocol", "split", "--labels", "labels.csv"],

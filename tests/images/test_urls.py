@@ -197,7 +197,7 @@ def put(bucket: str, files: dict[str, bytes]) -> None:
     import s3fs
 
     for name, content in files.items():
-        s3fs.S3FileSystem().pipe(f"{bucket}/{name}", content)
+        s3fs.S3FileSystem(skip_instance_cache=True).pipe(f"{bucket}/{name}", content)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
