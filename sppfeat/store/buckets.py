@@ -115,6 +115,7 @@ class Bucket:
         def request() -> Any:
             with contextlib.ExitStack() as stack:
                 body = content if isinstance(content, bytes) else stack.enter_context(open(content, "rb"))
+                self._check_known(condition)
                 place = {"Bucket": self._bucket, "Key": self._key(name)}
                 return self._s3.call_s3("put_object", **place, Body=body, ContentMD5=md5, **condition, **metadata)
 
@@ -167,6 +168,17 @@ class Bucket:
     def remove(self, name: str) -> None:
         """Remove an object; there may be none."""
         self._call(name, "delete_object", Key=self._key(name))
+
+    def _check_known(self, condition: dict[str, str]) -> None:
+        """Raise StoreError if botocore is too old for a condition: s3fs would leave it out and put anyway."""
+        known = self._s3.s3.meta.service_model.operation_model("PutObject").input_shape.members
+        for name in condition:
+            if name not in known:
+                found = import_module("botocore").__version__
+                raise StoreError(
+                    f"{self.url}: expected a botocore that can put conditionally ({name}), found {found}: "
+                    "pip install --upgrade 'sppfeat[cloud]'"
+                )
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"

@@ -233,6 +233,31 @@ def test_of_two_writers_one_ends(make_images: MakeImages, url: str, machine: Cal
     assert ".unfinished" not in objects(url)
 
 
+@pytest.mark.parametrize("replaces", [None, '"0"'], ids=["absent", "unchanged"])
+def test_an_object_of_another_writer_stays(url: str, replaces: str | None) -> None:
+    bucket = buckets.Bucket(url)
+    bucket.put("x", b"theirs", replaces=None)
+    with pytest.raises(StoreBusyError, match=f"^{url}x: another run has written"):
+        bucket.put("x", b"ours", replaces=replaces)
+    found = bucket.read("x")
+    assert found is not None and found[0] == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("replaces", "condition"), [(None, "IfNoneMatch"), ('"0"', "IfMatch")], ids=["absent", "unchanged"]
+)
+def test_a_botocore_without_conditions(
+    url: str, replaces: str | None, condition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs leaves out what botocore does not know, so that the put would replace whatever is there."""
+    bucket = buckets.Bucket(url)
+    known = buckets.file_system("s3").s3.meta.service_model.operation_model("PutObject").input_shape.members
+    monkeypatch.delitem(known, condition)
+    with pytest.raises(StoreError, match=rf"^{url}: expected a botocore .* \({condition}\), found \d"):
+        bucket.put("x", b"ours", replaces=replaces)
+    assert bucket.read("x") is None
+
+
 def test_two_runs_of_one_machine(make_images: MakeImages, url: str, machine: Callable[[str], None]) -> None:
     with (
         Mirror(url),
