@@ -11,9 +11,10 @@ import numpy as np
 from sppfeat import Recipe, Store
 from sppfeat.images.sources import Fingerprint
 from sppfeat.store.digests import name_digests
+from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import SHARD_ROWS
 from sppfeat.store.shards import Folder, create_folder
-from sppfeat.store.writing import StoreWriter, lock_store
+from sppfeat.store.writing import StoreWriter
 
 DIM = 3
 SHA = "0" * 64

@@ -41,9 +41,10 @@ from sppfeat.images.sources import Fingerprint, find_images
 from sppfeat.retrieval.gallery import read_names
 from sppfeat.retrieval.gallery_files import read_rows
 from sppfeat.retrieval.ground_truth import read_ground_truth
+from sppfeat.store.locking import lock_store
 from sppfeat.store.reading import open_file
 from sppfeat.store.shards import create_folder, open_folder
-from sppfeat.store.writing import StoreWriter, create_store, lock_store
+from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.transfer.classifier import open_classifier
 from sppfeat.transfer.labels import read_labels, read_voc_labels
 from sppfeat.windows.proposals import _Journal, _write, open_windows

@@ -25,7 +25,7 @@ from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import (
     BucketFolder,
     Folder,
-    Manifest,
+    FolderKind,
     Mirror,
     Store,
     check_output,
@@ -142,7 +142,7 @@ def extract_folder(
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     stays = resume and not overwrite
     with contextlib.ExitStack() as stack:
-        kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder
+        kind: FolderKind = Folder
         if isinstance(output, str) and is_url(output):
             mirror = stack.enter_context(Mirror(output, overwrite=overwrite))
             kind = partial(BucketFolder, mirror=mirror)
@@ -177,7 +177,7 @@ class _Run:
 
     sources: list[Source]
     path: Path
-    kind: Callable[[Path, Manifest, dict[int, Path]], Folder]
+    kind: FolderKind
     recipe: Recipe
     options: RunOptions
     windows: Mapping[str, np.ndarray] | None

@@ -24,7 +24,7 @@ from sppfeat.recipe import RunOptions
 from sppfeat.store import (
     SHARD_ROWS,
     Folder,
-    Manifest,
+    FolderKind,
     Status,
     Store,
     create_folder,
@@ -69,7 +69,7 @@ def prepare_folder(
     *,
     root: str,
     fresh: bool,
-    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
+    kind: FolderKind = Folder,
 ) -> Folder:
     """The folder to write to, new or as it is. Raises StoreError if it was made with another recipe or of other images.
 

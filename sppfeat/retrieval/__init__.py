@@ -17,13 +17,13 @@ from sppfeat.retrieval.gallery import (
     verify_gallery,
 )
 from sppfeat.retrieval.ground_truth import read_ground_truth, write_query_windows
+from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.search import (
     SearchOptions,
     SearchResult,
     search_descriptors,
     search_images,
     search_store,
-    write_hits_page,
 )
 from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
 

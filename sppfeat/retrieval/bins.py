@@ -89,16 +89,17 @@ def bin_layout(recipe: Recipe, dim: int) -> BinLayout:
 
 def write_bins(file: Path, *, layout: BinLayout, kept: KeptBins | None, new: UnitRows | None) -> None:
     """Write the bins of a gallery: those that an older one has, then those of a store's rows. Raises GalleryError."""
-    counts = [0 if part is None else len(part.rows) for part in (kept, new)]
+    parts = [part for part in (kept, new) if part is not None]
     size = block_rows(layout.side * layout.side * layout.channels)
+    count = sum(len(part.rows) for part in parts)
     with appearing_hdf5(file, GalleryError) as content:
-        values = content.create_dataset("values", (sum(counts), *layout.shape), np.int8)
-        sizes = content.create_dataset("image_size", (sum(counts), 2), "<i4")
-        for part, first, count in zip((kept, new), (0, counts[0]), counts, strict=True):
-            for start in range(0, count, size):
-                assert part is not None
+        values = content.create_dataset("values", (count, *layout.shape), np.int8)
+        sizes = content.create_dataset("image_size", (count, 2), "<i4")
+        end = 0
+        for part in parts:
+            for start in range(0, len(part.rows), size):
                 rows = part.rows[start : start + size]
-                place = slice(first + start, first + start + len(rows))
+                place, end = slice(end, end + len(rows)), end + len(rows)
                 if isinstance(part, KeptBins):
                     values[place], sizes[place] = part.bins.values[rows], part.bins.image_size[rows]
                 else:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,12 +14,11 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, unknown_name
 from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
-from sppfeat.report import item_thumbnail, thumbnail, write_page
-from sppfeat.retrieval.alignment import align, cells_of
-from sppfeat.retrieval.bins import bin_layout, part_scales
+from sppfeat.retrieval.bins import part_scales
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows, window_text
+from sppfeat.retrieval.rerank import in_pixels, order_by_bins, require_bins
+from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
@@ -31,8 +28,6 @@ DEFAULT_ALPHA: Final = 3.0
 MAX_ALPHA: Final = 100
 # The descriptors of this many neighbors per query are in memory at once; papers use 10 to 50.
 MAX_EXPAND: Final = 1000
-# With more thumbnails, a phone could not open the page.
-PAGE_QUERIES: Final = 200
 RERANKINGS: Final = ("none", "bins")
 DEFAULT_CANDIDATES: Final = 400
 MAX_CANDIDATES: Final = 100_000
@@ -274,7 +269,8 @@ def search_images(
     options = options or SearchOptions()
     if box is not None:
         check_box(box)
-    _check_bins(gallery, options)
+    if options.aligned:
+        require_bins(gallery)
     queries, items, errors = _list_queries(sources)
     paths = [item.path for item in items]
     factors = None if not options.parts else PART_FACTORS if box is None else BOX_FACTORS
@@ -306,14 +302,6 @@ def search_images(
     return replace(result, answers=ordered, describing=describing)
 
 
-def _check_bins(gallery: Gallery, options: SearchOptions) -> None:
-    if options.aligned and gallery.bins is None:
-        raise GalleryError(
-            f"{gallery.path}: keeps no bins, which parts and re-ranking need; build it again with "
-            f"`sppfeat index STORE -o {gallery.path} --keep-bins --overwrite`"
-        )
-
-
 def check_box(box: Box) -> None:
     """Raise UsageError unless x1, y1, x2, y2 can be a part of an image."""
     x1, y1, x2, y2 = box
@@ -328,7 +316,8 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
     options = options or SearchOptions()
     if options.parts:
         raise UsageError("parts: expected images as queries, which are described smaller, found a store")
-    _check_bins(gallery, options)
+    if options.aligned:
+        require_bins(gallery)
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place)
     rows = unit_rows(store)
     files = [image_of(store.source_root, name)[0] for name in rows.names]
@@ -378,50 +367,6 @@ def describer_for(
     return describer
 
 
-def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
-    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
-    small = functools.cache(thumbnail)  # an image is often found by several queries
-
-    def of_query(answer: Answer) -> str | None:
-        if answer.error:
-            return None
-        if answer.root:
-            return small(answer.root, answer.query)
-        return None if answer.item is None else item_thumbnail(answer.item, box=answer.box)
-
-    shown = [
-        {
-            "query": answer.query,
-            "error": answer.error,
-            "note": "" if answer.box is None else f"part {window_text(answer.box)}",
-            "thumbnail": of_query(answer),
-            "neighbors": [
-                {
-                    "name": one.name,
-                    "rank": one.rank,
-                    "score": one.score,
-                    "thumbnail": small(one.root, one.name, mark=one.box if result.located else None),
-                }
-                for one in answer.neighbors
-            ],
-        }
-        for answer in result.answers[:PAGE_QUERIES]
-    ]
-    write_page(
-        path,
-        "hits.html",
-        {
-            "gallery": str(gallery.path),
-            "count": len(gallery),
-            "factory": gallery.factory,
-            "exact": gallery.exact,
-            "notes": result.notes,
-            "answers": shown,
-            "more": len(result.answers) - len(shown),
-        },
-    )
-
-
 def _answer(
     gallery: Gallery,
     descriptors: np.ndarray,
@@ -439,11 +384,17 @@ def _answer(
     else:
         found, values, boxes = [], [], []
         for at in range(len(descriptors)):
-            one = _aligned(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
-            found.append(one[0])
-            values.append(one[1])
-            boxes.append(one[2])
+            candidates = _candidates(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
+            of_one, near, places = order_by_bins(gallery, descriptors[at], candidates)
+            found.append(of_one[: options.k])
+            values.append(near[: options.k])
+            boxes.append(places)
     notes = []
+    if options.parts and len(gallery) > ALL_ROWS:
+        notes.append(
+            f"parts were looked for in the nearest {max(options.k, options.candidates)} of {len(gallery)} images "
+            "alone; more candidates find more"
+        )
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
     there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
@@ -462,24 +413,17 @@ def _answer(
     return SearchResult(answers, notes, 0.0, time.perf_counter() - started, options.aligned)
 
 
-def _aligned(
+def _candidates(
     gallery: Gallery, descriptors: np.ndarray, options: SearchOptions, own: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows [k], scores [k] and boxes [k, 4] of a query, from its descriptors [F, D] at F scales."""
-    assert gallery.bins is not None  # checked before anything is described
+) -> np.ndarray:
+    """Ascending rows that a query with descriptors [F, D] is to be aligned with."""
     if options.parts and len(gallery) <= ALL_ROWS:
-        rows = np.arange(len(gallery)) if own is None else np.setdiff1d(np.arange(len(gallery)), own)
-    else:
-        # k neighbors may be asked for, and some of these may be missing.
-        wide = replace(options, k=max(options.k, options.candidates))
-        owns = None if own is None else np.repeat(own, len(descriptors), 0)
-        near, _ = search_units(gallery, _units(gallery, descriptors), wide, own_rows=owns)
-        rows = np.unique(near[near >= 0])
-    layout = bin_layout(gallery.recipe, gallery.dim)
-    query = cells_of(layout.take(descriptors)).mean(0)
-    found = align(query, gallery.bins.values[rows])
-    order = np.lexsort((rows, -found.scores))[: options.k]
-    return rows[order], found.scores[order], found.boxes[order]
+        every = np.arange(len(gallery))
+        return every if own is None else np.setdiff1d(every, own)
+    wide = replace(options, k=max(options.k, options.candidates))
+    owns = None if own is None else np.repeat(own, len(descriptors), 0)
+    near, _ = search_units(gallery, _units(gallery, descriptors), wide, own_rows=owns)
+    return np.unique(near[near >= 0])
 
 
 def _neighbor(
@@ -491,15 +435,6 @@ def _neighbor(
         width, height = gallery.bins.image_size[row].tolist()
         box = in_pixels(found, box or (0, 0, width - 1, height - 1))
     return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
-
-
-def in_pixels(part: np.ndarray, whole: Box) -> Box:
-    """A part x1, y1, x2, y2 from 0 to 1 of a window, in pixels of its image, inclusive ends; at least one pixel."""
-    left, top, right, bottom = whole
-    width, height = right - left + 1, bottom - top + 1
-    x1, y1 = left + math.floor(part[0] * width), top + math.floor(part[1] * height)
-    x2, y2 = left + math.ceil(part[2] * width) - 1, top + math.ceil(part[3] * height) - 1
-    return min(x1, right), min(y1, bottom), max(x1, min(x2, right)), max(y1, min(y2, bottom))
 
 
 def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:

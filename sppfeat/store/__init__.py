@@ -6,6 +6,7 @@ from sppfeat.store.blocks import Block, DescribedRows, iter_blocks, to_numpy
 from sppfeat.store.checking import verify_store
 from sppfeat.store.digests import name_digests
 from sppfeat.store.export import FORMATS, Exported, export_store
+from sppfeat.store.locking import lock_shard, lock_store
 from sppfeat.store.manifest import SHARD_ROWS, Manifest
 from sppfeat.store.merging import Merged, merge_stores
 from sppfeat.store.mirrors import BucketFolder, Mirror, RemoteShard
@@ -22,7 +23,7 @@ from sppfeat.store.reading import (
     store_bytes,
 )
 from sppfeat.store.row_names import Box, row_name, row_names, split_row_name, window_text
-from sppfeat.store.shards import Folder, ShardRows, create_folder, is_folder_store, open_folder
+from sppfeat.store.shards import Folder, FolderKind, ShardRows, create_folder, is_folder_store, open_folder
 from sppfeat.store.subset import DescriptorView, Matrix
 from sppfeat.store.unit_vectors import (
     BLOCK_BYTES,
@@ -35,7 +36,7 @@ from sppfeat.store.unit_vectors import (
     to_units,
     unit_rows,
 )
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_shard, lock_store
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store
 
 __all__ = [
     "BLOCK_BYTES",
@@ -48,6 +49,7 @@ __all__ = [
     "Exported",
     "FORMATS",
     "Folder",
+    "FolderKind",
     "Manifest",
     "Matrix",
     "Merged",

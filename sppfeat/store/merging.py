@@ -21,6 +21,7 @@ from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import appearing, os_reason, sync_folder
 from sppfeat.images import is_url
 from sppfeat.store.digests import repeated_digests
+from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import (
     MANIFEST,
     SHARD_ROWS,
@@ -34,7 +35,7 @@ from sppfeat.store.manifest import (
 )
 from sppfeat.store.reading import Store, open_file, open_shard, open_store, require_complete, shard_entry
 from sppfeat.store.shards import Folder, copy_file, new_manifest, recovered_manifest
-from sppfeat.store.writing import check_output, lock_store
+from sppfeat.store.writing import check_output
 
 # What linking says where it cannot: another file system, one without links, another user's file, too many links.
 _NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

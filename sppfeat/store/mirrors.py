@@ -29,6 +29,7 @@ from sppfeat.files import appearing, cache_folder, decode_document, os_reason
 from sppfeat.images import is_image_name
 from sppfeat.recipe import Recipe
 from sppfeat.store.buckets import Bucket, Object, Values
+from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import (
     MANIFEST,
     UNFINISHED,
@@ -45,7 +46,7 @@ from sppfeat.store.manifest import (
 )
 from sppfeat.store.reading import Store, check_shard, join_shards, open_file
 from sppfeat.store.shards import Folder
-from sppfeat.store.writing import create_store, lock_store
+from sppfeat.store.writing import create_store
 
 _READING: Final = re.compile(r"[0-9a-f]{16}-shard-\d{5,9}\.h5", re.ASCII)
 _BLOCK: Final = 1 << 24
@@ -468,10 +469,10 @@ class RemoteShard:
                 )
             yield path
 
-    def put(self, path: Path) -> str:
-        """Publish the file, all of whose rows are described; returns its ETag."""
+    def put(self, path: Path) -> None:
+        """Publish the file, all of whose rows are described."""
         values = values_of(open_file(path, names=False))
-        return Bucket(self.url).put(self.file, path, replaces=self.etag, values=values)
+        Bucket(self.url).put(self.file, path, replaces=self.etag, values=values)
 
 
 def values_of(shard: Store) -> Values:

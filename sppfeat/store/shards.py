@@ -23,6 +23,7 @@ import numpy as np
 from sppfeat.errors import StoreError
 from sppfeat.files import STORE, appearing, appearing_hdf5, os_reason, sync_folder
 from sppfeat.recipe import Recipe
+from sppfeat.store.locking import lock_shard
 from sppfeat.store.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
@@ -51,7 +52,7 @@ from sppfeat.store.reading import (
     shard_entry,
     shard_fault,
 )
-from sppfeat.store.writing import create_store, library_versions, lock_shard
+from sppfeat.store.writing import create_store, library_versions
 
 VIEW_FORMAT: Final = "sppfeat-store-view"
 _COPY_BYTES: Final = 1 << 30
@@ -267,6 +268,10 @@ class Folder:
                     self.publish(shard)
 
 
+# What a folder store is opened as: a `Folder`, or one that also keeps its shards elsewhere.
+FolderKind = Callable[[Path, Manifest, dict[int, Path]], Folder]
+
+
 def is_folder_store(path: Path) -> bool:
     """Whether there is a folder store, sound or damaged."""
     return (path / MANIFEST).exists()
@@ -280,7 +285,7 @@ def create_folder(
     dim: int,
     source_root: str,
     part: tuple[int, int] | None = None,
-    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
+    kind: FolderKind = Folder,
 ) -> Folder:
     """A folder store without shards; a store that was there is removed, see `check_output`. Hold `lock_store`.
 
@@ -316,7 +321,7 @@ def open_folder(
     path: str | os.PathLike[str],
     *,
     writable: bool = False,
-    kind: Callable[[Path, Manifest, dict[int, Path]], Folder] = Folder,
+    kind: FolderKind = Folder,
 ) -> Folder:
     """Open a folder store for planning; writable: hold `lock_store`, and recover what a killed writer left.
 

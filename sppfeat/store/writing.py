@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,7 @@ import h5py
 import numpy as np
 
 from sppfeat._version import __version__
-from sppfeat.errors import StoreBusyError, StoreError
+from sppfeat.errors import StoreError
 from sppfeat.files import (
     DAMAGE,
     STORE,
@@ -37,17 +36,13 @@ from sppfeat.files import (
     format_of,
     new_hdf5,
     os_reason,
-    partial_path,
-    sync_folder,
 )
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 from sppfeat.store.digests import name_digests
-from sppfeat.store.manifest import LOCK, MANIFEST, foreign_files, is_shard, unlisted_shards
+from sppfeat.store.locking import above_standard
+from sppfeat.store.manifest import MANIFEST, foreign_files, is_shard, unlisted_shards
 from sppfeat.store.reading import _COLUMNS, DIGEST_TYPE, ERROR_BYTES, FORMAT_VERSION, Column, Status, Store
-
-# What flock says on network and FUSE file systems that have no locks.
-_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 # A killed run loses the work of this time, and what is on its way to the disk.
 FLUSH_SECONDS: Final = 0.25
@@ -55,9 +50,6 @@ FLUSH_SECONDS: Final = 0.25
 BLOCK_BYTES: Final = 1 << 24
 BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
-# Ray ends the workers of a dead driver within some seconds.
-_SHARD_SECONDS: Final = 60
-_SHARD_POLL_SECONDS: Final = 0.25
 _MARK_BYTES: Final = 1 << 20
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
@@ -121,112 +113,6 @@ def _other_kind(path: Path) -> str | None:
             marked = STORE.encode() in content.read(_MARK_BYTES)
         return None if marked else "an HDF5 file that does not seem to be a store"
     return None if kind == STORE else f"an HDF5 file of format {kind!r}"
-
-
-# Descriptors of the locks that this process holds.
-_locks: set[int] = set()
-
-
-def _leave_locks() -> None:
-    """In a forked child, which would hold its parent's locks after a kill: opening an HDF5 file forks one."""
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_leave_locks)
-
-
-@contextlib.contextmanager
-def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
-    """Hold the exclusive right to write to a store; the lock ends with the process. Raises StoreBusyError, StoreError.
-
-    folder: the store is a folder, which is created if needed; a new one is removed again if it stays empty.
-    The lock is a hidden file beside the store, because the store itself may be replaced, and its readers must not be
-    locked out; or inside its folder, whose own parent need not be writable.
-    """
-    inside = folder or path.is_dir()
-    beside = path / LOCK if inside else path.with_name(f".{path.name}.lock")
-    try:
-        if new := inside and not path.is_dir():
-            path.mkdir()
-            sync_folder(path.parent)
-    except FileExistsError:
-        new = False  # by another process
-        if not path.is_dir():
-            raise StoreError(
-                f"{path}: expected a folder of shards or nothing, found a file; it is left as it is"
-            ) from None
-    except FileNotFoundError:
-        raise StoreError(f"{path}: its folder {path.parent} does not exist") from None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be created: {os_reason(error)}") from None
-    while True:
-        try:
-            descriptor = _above_standard(os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        except OSError as error:
-            raise StoreError(f"{path}: cannot write in {beside.parent}: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in _NO_LOCKS:
-                raise StoreError(
-                    f"{path}: cannot be locked: its file system has no locks ({error.strerror}); write to a local "
-                    "disk, then copy the store"
-                ) from None
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
-            raise StoreBusyError(f"{path}: another process is writing to it; wait for it to end") from None
-        # The previous holder may have removed the file between our open and our lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(beside).st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)
-    _locks.add(descriptor)
-    try:
-        if not inside:
-            # Remove what a killed writer left behind: no other process may be writing now.
-            with contextlib.suppress(OSError):
-                os.unlink(partial_path(path))
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-        _locks.discard(descriptor)
-        os.close(descriptor)
-        if new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def lock_shard(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """Hold a shard under work, against workers of a cluster that have outlived their driver, and with it `lock_store`.
-
-    Waits until such a worker has ended. Raises StoreError if that takes too long, or `stop()` is true.
-    """
-    try:
-        descriptor = _above_standard(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {os_reason(error)}") from None
-    _locks.add(descriptor)
-    try:
-        deadline = time.monotonic() + _SHARD_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline or stop():
-                    raise StoreBusyError(f"{path}: another worker is writing to it") from None
-                time.sleep(_SHARD_POLL_SECONDS)
-            except OSError as error:
-                raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
-        yield path
-    finally:
-        _locks.discard(descriptor)
-        os.close(descriptor)
 
 
 def create_store(
@@ -324,7 +210,7 @@ class StoreWriter:
         self._columns = store.columns
         self._shape = store.columns["descriptors"].shape[1:]
         try:
-            self._descriptor = _above_standard(os.open(store.path, os.O_RDWR | os.O_CLOEXEC))
+            self._descriptor = above_standard(os.open(store.path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise StoreError(f"{store.path}: cannot be written: {os_reason(error)}") from None
         self.seconds = 0.0
@@ -504,16 +390,6 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return list(pairwise(edges))
-
-
-def _above_standard(descriptor: int) -> int:
-    """The same file, never with the number of a standard stream: a library that prints would write into it."""
-    if descriptor > 2:
-        return descriptor
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(descriptor)
 
 
 def library_versions() -> dict[str, str]:

@@ -202,16 +202,15 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_is_about_as_fast_as_typer() -> None:
     def seconds(code: str) -> float:
-        runs = []
-        for _ in range(5):
-            start = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-            end = resource.getrusage(resource.RUSAGE_CHILDREN)
-            runs.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
-        return min(runs)  # whatever else the machine does only ever adds to a run
+        """Of processor time: a machine with other work changes it little."""
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
     ours = "import sys; sys.argv = ['sppfeat', '--help']\nfrom sppfeat_cli import main\nmain()"
-    assert seconds(ours) < 2.5 * seconds("import typer")
+    runs = [(seconds(ours), seconds("import typer")) for _ in range(10)]  # in turn, so that both meet the same load
+    assert min(run[0] for run in runs) < 2 * min(run[1] for run in runs)
 
 
 def test_public_names() -> None:

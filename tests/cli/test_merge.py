@@ -14,8 +14,9 @@ import pytest
 from conftest import MakeStore
 from folders import make
 
+from sppfeat.store.locking import lock_store
 from sppfeat.store.shards import open_folder
-from sppfeat.store.writing import StoreWriter, lock_store
+from sppfeat.store.writing import StoreWriter
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from sppfeat import Status, open_store, verify_store
-from sppfeat.store.writing import lock_store
+from sppfeat.store.locking import lock_store
 
 TINY = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "2,1", "--device", "cpu"]
 RUN = "from sppfeat_cli import main; main()"

@@ -22,7 +22,7 @@ from sppfeat.extraction.plan import Todo
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import _heard, _told, fill_rows_with
 from sppfeat.images import Item
-from sppfeat.store.writing import lock_store
+from sppfeat.store.locking import lock_store
 
 MakeImages = Callable[..., Path]
 OPTIONS = RunOptions(device="cpu", engine="torch")

@@ -23,7 +23,8 @@ from sppfeat.images import Item, find_images
 from sppfeat.report.pages import check_page, thumbnail
 from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
 from sppfeat.retrieval.gallery import create_gallery, open_gallery
-from sppfeat.retrieval.search import Answer, SearchOptions, SearchResult, search_store, write_hits_page
+from sppfeat.retrieval.hits_page import write_hits_page
+from sppfeat.retrieval.search import Answer, SearchOptions, SearchResult, search_store
 from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report

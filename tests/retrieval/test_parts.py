@@ -21,7 +21,9 @@ from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
 from sppfeat.retrieval.alignment import CELLS, SHARPNESS, align, cells_of, rectangles
 from sppfeat.retrieval.bins import bin_layout, part_scales, to_bytes
-from sppfeat.retrieval.search import in_pixels, search_images, search_store, write_hits_page
+from sppfeat.retrieval.hits_page import write_hits_page
+from sppfeat.retrieval.rerank import in_pixels
+from sppfeat.retrieval.search import search_images, search_store
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PARTS = replace(TINY, scales=(128,), levels=(4, 1))
@@ -165,7 +167,8 @@ def test_a_part_is_found_and_located(photos: Path, tmp_path: Path) -> None:
         overlaps.append(box_overlap([*first.box], [box[0], box[1], box[2] - 1, box[3] - 1]))
     assert np.mean(overlaps) > 0.6, overlaps
     write_hits_page(tmp_path / "hits.html", opened, done)
-    assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
+    page = (tmp_path / "hits.html").read_text()
+    assert "data:image/jpeg" in page and "the outline is where the query was found" in page
 
 
 def test_reranking_by_bins(gallery: Path, scenes: Path, tmp_path: Path) -> None:
@@ -194,6 +197,7 @@ def test_a_large_gallery_is_searched_in_candidates(
     monkeypatch.setattr("sppfeat.retrieval.search.ALL_ROWS", 3)
     some = search_images(opened, [scenes / "03.png"], SearchOptions(k=5, parts=True, candidates=12))
     assert [one.name for one in some.answers[0].neighbors] == [one.name for one in every.answers[0].neighbors]
+    assert every.notes == [] and "in the nearest 12 of 12 images alone" in some.notes[0]
 
 
 def test_a_box_of_the_query_and_windows_of_the_gallery(gallery: Path, scenes: Path, tmp_path: Path) -> None:

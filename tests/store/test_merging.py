@@ -18,10 +18,11 @@ from folders import DIM, ROOT, SHA, fill, make, names_of
 
 from sppfeat import Recipe, StoreError, UsageError, open_store, verify_store
 from sppfeat.store import merging
+from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import read_manifest
 from sppfeat.store.merging import Merged, merge_stores
 from sppfeat.store.shards import create_folder, open_folder
-from sppfeat.store.writing import create_store, extend_store, lock_store
+from sppfeat.store.writing import create_store, extend_store
 
 # Children import what tests share.
 CHILD = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

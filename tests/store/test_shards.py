@@ -27,10 +27,11 @@ from sppfeat.files.formats import STORE, format_of
 from sppfeat.images.sources import Fingerprint
 from sppfeat.store import joined, shards
 from sppfeat.store.digests import name_digests, repeated_digests
+from sppfeat.store.locking import lock_store
 from sppfeat.store.reading import building_progress, require_complete
 from sppfeat.store.shards import Folder, open_folder
 from sppfeat.store.unit_vectors import unit_rows
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_store
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store
 
 # Children import what tests share.
 CHILD = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

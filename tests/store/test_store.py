@@ -16,8 +16,9 @@ import pytest
 
 from sppfeat import Recipe, Status, StoreBusyError, StoreError, open_store, verify_store
 from sppfeat.images.sources import Fingerprint
+from sppfeat.store.locking import lock_store
 from sppfeat.store.reading import ERROR_BYTES
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, lock_store
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store
 
 NAMES = ["a.jpg", "b/with space.png", "c/ünïcode\nnewline.gif", "d\\\\x.jpg"]
 DIM = 7
@@ -176,7 +177,7 @@ def test_two_writers(path: Path) -> None:
         with pytest.raises(StoreBusyError, match="another process is writing"), lock_store(path):
             pass
         code = (
-            f"from sppfeat.store.writing import *; from pathlib import Path\nwith lock_store(Path({str(path)!r})): pass"
+            f"from sppfeat.store.locking import *; from pathlib import Path\nwith lock_store(Path({str(path)!r})): pass"
         )
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "StoreBusyError" in other.stderr
