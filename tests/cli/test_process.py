@@ -86,7 +86,7 @@ def test_a_store_is_never_a_standard_descriptor(tmp_path: Path, make_store: Call
     path = make_store(np.zeros((2, 4), np.float32)).path  # type: ignore[attr-defined]
     script = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from sppfeat.store.reading import open_store\nfrom sppfeat.store.writing import *\n"
+        "from sppfeat.store import StoreWriter, lock_store, open_store\n"
         "os.close(0); os.close(2)\n"
         "with lock_store(Path(sys.argv[1])), StoreWriter(open_store(sys.argv[1])):\n"
         "    held = {os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2) if os.path.exists(f'/proc/self/fd/{n}')}\n"
