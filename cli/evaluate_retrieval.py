@@ -62,6 +62,21 @@ def retrieval(
             show_default=False,
         ),
     ] = None,
+    parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts",
+            help="Queries may be parts of images: look for them in every image. --queries is described smaller.",
+        ),
+    ] = _RETRIEVAL.parts,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CSV",
+            help="Which image holds a query and where, query,name,x1,y1,x2,y2: also measures localisation.",
+            show_default=False,
+        ),
+    ] = None,
     whole_queries: Annotated[
         bool, typer.Option("--whole-queries", help="Search by whole images, even if the ground truth has boxes.")
     ] = _RETRIEVAL.whole_queries,
@@ -79,14 +94,17 @@ def retrieval(
     whiten_power: options.WhitenPower = _PROJECTION.power,
     shrinkage: options.Shrinkage = _PROJECTION.shrinkage,
     whitening_from: options.WhiteningFrom = None,
-    expand: options.Expand = _RETRIEVAL.expand,
+    rerank: options.Rerank = _RETRIEVAL.rerank,
+    candidates: options.Candidates = _RETRIEVAL.candidates,
+    neighborhood: options.Neighborhood = _RETRIEVAL.neighborhood,
     alpha: options.Alpha = _RETRIEVAL.alpha,
     as_json: options.AsJson = False,
 ) -> None:
     """Rank a gallery exactly for every query, and report mAP and recall@1, 5 and 10.
 
     Recall@k is the fraction of queries with a relevant image among the first k. Revisited Oxford and Paris also give
-    mP@k, the mean precision of the first k. Queries with a box are searched by as rows of windows:
+    mP@k, the mean precision of the first k. With --boxes, IoU>0.5 is the fraction of boxes found that overlap the true
+    one by more than half. Queries with a box are searched by as rows of windows:
 
       sppfeat evaluate retrieval --ground-truth gnd.json --write-windows queries.csv
 
@@ -94,10 +112,20 @@ def retrieval(
 
       sppfeat evaluate retrieval --ground-truth gnd.json --gallery gallery.h5 --queries queries.h5
     """
-    from sppfeat.retrieval import RetrievalOptions, evaluate_retrieval, read_ground_truth, write_query_windows
+    from sppfeat.retrieval import (
+        RetrievalOptions,
+        evaluate_retrieval,
+        read_boxes,
+        read_ground_truth,
+        write_query_windows,
+    )
     from sppfeat.store import open_store
 
+    if boxes is not None and ground_truth is not None:
+        raise UsageError("expected --ground-truth or --boxes, found both")
     truth = read_ground_truth(ground_truth, difficulty=difficulty) if ground_truth is not None else None
+    if boxes is not None:
+        truth = read_boxes(boxes)
     if write_windows is not None:
         if truth is None or store is not None or gallery is not None or queries is not None:
             raise UsageError("--write-windows: expected --ground-truth PATH, and no store")
@@ -113,7 +141,10 @@ def retrieval(
         relevant=relevant,
         ap=ap,
         projection=options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from),
-        expand=expand,
+        rerank=rerank,
+        parts=parts,
+        candidates=candidates,
+        neighborhood=neighborhood,
         alpha=alpha,
         whole_queries=whole_queries,
     )
@@ -127,7 +158,7 @@ def retrieval(
     )
     if as_json:
         given = {"store": store, "gallery": gallery, "queries": queries, "whitening_from": whitening_from}
-        given |= {"ground_truth": ground_truth, "difficulty": difficulty}
+        given |= {"ground_truth": ground_truth, "difficulty": difficulty, "boxes": boxes}
         print_json(
             _document(done)
             | {
@@ -149,6 +180,7 @@ def _document(done: "Retrieval") -> dict[str, Any]:
         "queries": done.queries,
         "gallery": done.gallery,
         **percent(done),
+        **({} if done.overlap is None else {"mean_iou": done.overlap}),
         "method": done.ap,
         "dim": done.dim,
         "left_out": done.left_out,
@@ -173,6 +205,8 @@ def _text(done: "Retrieval") -> str:
     if done.projection is not None:
         about += f"; {100 * done.projection.kept:.1f} % of the variance kept ({done.projection.route})"
     lines.append(about)
+    if done.overlap is not None:
+        lines.append(f"mean IoU of the boxes found {done.overlap:.3f}")
     if done.projection is not None:
         kind = "whitening" if done.projection.power else "projection"
         here = ", which are also evaluated: results on other images may be lower" * done.learned_here

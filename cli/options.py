@@ -163,11 +163,25 @@ PositiveWeight = Annotated[float, typer.Option(metavar="X", help="Weight of posi
 # Retrieval.
 
 Neighbors = Annotated[int, typer.Option("-k", metavar="N", help="Number of neighbors per query.")]
-Expand = Annotated[
-    int, typer.Option(metavar="N", help="Search again with the query and its N nearest neighbors combined.")
+Rerank = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Order the nearest images again: none; bins (by how the query can be aligned with them); or by how near "
+        "they are to each other: expand, reciprocal or diffuse.",
+    ),
+]
+Candidates = Annotated[int, typer.Option(metavar="N", help="Number of nearest images that --rerank orders again.")]
+Neighborhood = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Neighbors of each image that expand, reciprocal and diffuse use.",
+        show_default="3 for expand, else 20",
+    ),
 ]
 Alpha = Annotated[
-    float, typer.Option(metavar="X", help="Exponent of the score that weights each neighbor in --expand.")
+    float, typer.Option(metavar="X", help="Exponent of the similarity that weights each neighbor in --rerank expand.")
 ]
 Project = Annotated[
     int | None,

@@ -44,14 +44,9 @@ def search(
     parts: Annotated[
         bool, typer.Option("--parts", help="The query may be a part of a gallery image: find it, and where it is.")
     ] = _SEARCH.parts,
-    rerank: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Order the nearest images again: none, or bins (by alignment)."),
-    ] = _SEARCH.rerank,
-    candidates: Annotated[
-        int, typer.Option(metavar="N", help="Images of the index that --rerank and --parts look at.")
-    ] = _SEARCH.candidates,
-    expand: options.Expand = _SEARCH.expand,
+    rerank: options.Rerank = _SEARCH.rerank,
+    candidates: options.Candidates = _SEARCH.candidates,
+    neighborhood: options.Neighborhood = _SEARCH.neighborhood,
     alpha: options.Alpha = _SEARCH.alpha,
     weights: Annotated[
         str | None,
@@ -82,11 +77,11 @@ def search(
     chosen = SearchOptions(
         k=k,
         exclude_self=exclude_self,
-        expand=expand,
-        alpha=alpha,
         rerank=rerank,
         parts=parts,
         candidates=candidates,
+        neighborhood=neighborhood,
+        alpha=alpha,
     )
     part = _box(box)
     page = check_page(html, overwrite=overwrite) if html is not None else None

@@ -79,7 +79,7 @@ def fuzz(folder: Path, kind: str, count: int) -> dict[str, int]:
     generator = random.Random(0)
     found = open_gallery(folder)
     asked = np.random.default_rng(0).normal(size=(4, found.dim))
-    options = SearchOptions(k=5, expand=2)
+    options = SearchOptions(k=5, rerank="expand")
     expected = search_descriptors(found, asked, options)
     about = json.loads((folder / "gallery.json").read_text())
     name = "gallery.json" if kind == "json" else about["files"][kind]["file"]

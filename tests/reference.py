@@ -236,3 +236,77 @@ def best_rectangle(query: np.ndarray, bins: np.ndarray, cells: int = 3) -> tuple
                     boxes.append([float(left), float(top), float(right), float(bottom)])
                     scores.append(score / cells**2)
     return max(scores), boxes, scores
+
+
+def expanded_scores(query: np.ndarray, rows: np.ndarray, neighborhood: int, alpha: float) -> list[float]:
+    """Cosines of sums: the query, and each row, plus its nearest rows, weighted by their cosine to the power alpha."""
+
+    def together(vector: np.ndarray, others: list[int]) -> np.ndarray:
+        near = sorted(others, key=lambda row: -round(float(vector @ rows[row]), 9))[:neighborhood]
+        total = vector.copy()
+        for row in near:
+            cosine = float(vector @ rows[row])
+            if cosine > 0:
+                total = total + cosine**alpha * rows[row]
+        return total / np.linalg.norm(total)
+
+    every = list(range(len(rows)))
+    asked = together(query, every)
+    return [float(asked @ together(rows[row], [one for one in every if one != row])) for row in every]
+
+
+def reciprocal_scores(similar: np.ndarray, k: int) -> list[float]:
+    """1 minus the distance of Zhong et al. 2017 (equations 2 to 12), with sets; the query is the first."""
+    count = len(similar)
+    distance = [[max(0.0, 2 - 2 * float(value)) for value in row] for row in similar]
+    distance = [[value / (max(row) or 1) for value in row] for row in distance]
+    order = [
+        sorted(range(count), key=lambda one: (one != at, distance[at][one]))  # noqa: B023
+        for at in range(count)
+    ]
+
+    def mutual(at: int, size: int) -> set[int]:
+        return {one for one in order[at][: size + 1] if at in order[one][: size + 1]}
+
+    codes = []
+    for at in range(count):
+        near = mutual(at, k)
+        joined = set(near)
+        for one in near:
+            close = mutual(one, max(1, round(k / 2)))
+            if len(near & close) >= 2 / 3 * len(close):
+                joined |= close
+        code = [math.exp(-distance[at][one]) if one in joined else 0.0 for one in range(count)]
+        codes.append([value / sum(code) for value in code])
+    size = max(1, round(0.3 * k))
+    codes = [[sum(codes[one][at] for one in order[row][:size]) / size for at in range(count)] for row in range(count)]
+    found = []
+    for at in range(1, count):
+        common = sum(min(pair) for pair in zip(codes[0], codes[at], strict=True))
+        either = sum(max(pair) for pair in zip(codes[0], codes[at], strict=True))
+        found.append(1 - 0.7 * (1 - common / either) - 0.3 * distance[0][at])
+    return found
+
+
+def diffused_scores(similar: np.ndarray, k: int) -> list[float]:
+    """The walk of Iscen et al. 2017 (equations 2 to 6) from the query, the first, step by step until it ends."""
+    count = len(similar)
+    middle = sorted(similar[1:, 1:].ravel().tolist())
+    median = (middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2
+    close = [[max(0.0, float(value) - median) / max(1 - median, 1e-6) for value in row] for row in similar]
+    near = [
+        sorted((one for one in range(count) if one != at), key=lambda one: -close[at][one])[:k]  # noqa: B023
+        for at in range(count)
+    ]
+    weight = [
+        [close[at][one] ** 4 if at in near[one] and one in near[at] else 0.0 for one in range(count)]
+        for at in range(count)
+    ]
+    degree = [sum(row) or 1 for row in weight]
+    step = [[weight[at][one] / math.sqrt(degree[at] * degree[one]) for one in range(count)] for at in range(count)]
+    start = np.eye(count)[0]
+    found = start.copy()
+    for _ in range(300):
+        found = 0.8 * np.array(step) @ found + start
+    found = found[1:]
+    return list(found / (found.max() or 1) + 1e-6 * similar[0, 1:])

@@ -16,7 +16,7 @@ from sppfeat.retrieval.gallery import (
     remove_from_gallery,
     verify_gallery,
 )
-from sppfeat.retrieval.ground_truth import read_ground_truth, write_query_windows
+from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.search import (
     SearchOptions,
@@ -45,6 +45,7 @@ __all__ = [
     "find_duplicates",
     "open_gallery",
     "percent",
+    "read_boxes",
     "read_ground_truth",
     "read_names",
     "remove_from_gallery",

@@ -9,7 +9,7 @@ values does not count: see `alignment`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -133,9 +133,11 @@ def read_bins(file: Path, count: int, layout: BinLayout) -> Bins:
     return Bins(np.memmap(file, np.int8, "r", offset, (count, *layout.shape)), image_size)
 
 
-def part_scales(recipe: Recipe, factors: tuple[float, ...]) -> tuple[int, ...]:
-    """Short sides at which a query is described, as parts of the gallery's scale. Raises UsageError for `native`."""
+def part_recipe(recipe: Recipe, factors: tuple[float, ...]) -> Recipe:
+    """How a query that may be a part is described: at several parts of the gallery's scale, one descriptor after the
+    other. Raises UsageError for `native`."""
     if NATIVE in recipe.scales:
         raise UsageError("parts need scales in pixels, found 'native'")
     largest = max(scale for scale in recipe.scales if isinstance(scale, int))
-    return tuple(dict.fromkeys(max(32, round(factor * largest)) for factor in factors))
+    scales = tuple(dict.fromkeys(max(32, round(factor * largest)) for factor in factors))
+    return replace(recipe, scales=scales, fuse="concat" if len(scales) > 1 else recipe.fuse)

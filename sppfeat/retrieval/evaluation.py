@@ -1,7 +1,7 @@
 """Retrieval evaluation: rank a gallery for every query by cosine similarity, exactly, and score the rankings.
 
 What is relevant to a query comes from the folders of the names, from a part of the names, or from a ground truth
-file. Junk rows are removed from a ranking, and so are all rows of the query's own image.
+file. Junk rows are removed from a ranking, and so are all rows of the query's own image. `rankings` makes the rankings.
 """
 
 from __future__ import annotations
@@ -9,52 +9,49 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
+from sppfeat.retrieval.bins import part_recipe
 from sppfeat.retrieval.ground_truth import GroundTruth
-from sppfeat.retrieval.search import DEFAULT_ALPHA, MAX_ALPHA, MAX_EXPAND
+from sppfeat.retrieval.parts import PART_FACTORS, in_pixels
+from sppfeat.retrieval.rankings import Ranking, rankings
+from sppfeat.retrieval.rerank import RerankOptions
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
-from sppfeat.store import Store, UnitRows, check_same_recipe, image_of, row_name, split_row_name, unit_rows
+from sppfeat.store import Box, Store, UnitRows, check_same_recipe, image_of, row_name, split_row_name, unit_rows
 from sppfeat.svm import AP_METHODS, precision_at, ranked_average_precision, recall_at
+from sppfeat.windows import overlaps
 
 RECALLS: Final = (1, 5, 10)
-# Scores of a block of queries against the whole gallery, in float32.
-_SCORE_BYTES: Final = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalOptions:
+class RetrievalOptions(RerankOptions):
     """How retrieval is evaluated.
 
     relevant: `folder`: the folder that holds the query's image; `regex:PATTERN`: the same text in the pattern's
     group. Not used with ground truth. ap: average precision, a method of `ranked_average_precision`; None: `trapezoid`
     with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
     whole_queries: search with whole images even if the ground truth has a box for the query.
-    expand, alpha: alpha query expansion as in `SearchOptions`.
+    The rest: see `RerankOptions`; what is not among the candidates keeps its order after them.
     Raises UsageError, naming the field, for an invalid value.
     """
 
     relevant: str = "folder"
     ap: str | None = None
     projection: ProjectionOptions | None = None
-    expand: int = 0
-    alpha: float = DEFAULT_ALPHA
     whole_queries: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ap is not None and self.ap not in AP_METHODS:
             raise UsageError(unknown_name("average precision", self.ap, AP_METHODS))
         if self.relevant != "folder":
             _pattern(self.relevant)
-        if not 0 <= self.expand <= MAX_EXPAND:
-            raise UsageError(f"expand must be from 0 to {MAX_EXPAND} neighbors, found {self.expand}")
-        if not 0 <= self.alpha <= MAX_ALPHA:
-            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class Retrieval:
 
     precision: mean precision at k, of revisited ground truth; else empty. average_precisions: by query, in percent.
     left_out: queries without any relevant row. projection: the one used. learned_here: from evaluated rows.
+    overlap: mean intersection over union of the boxes found in relevant images and the true ones, 0 to 1, and 0 where
+    the query was not looked for. located: how many of them are over 0.5, in percent. Both None without true boxes.
     """
 
     queries: int
@@ -76,6 +75,8 @@ class Retrieval:
     dim: int
     projection: Projection | None
     learned_here: bool
+    overlap: float | None = None
+    located: float | None = None
 
 
 def evaluate_retrieval(
@@ -89,36 +90,47 @@ def evaluate_retrieval(
     """Rank the gallery for every query. queries: None: the gallery's own rows; then a query's ranking excludes the rows
     of its own image, windows included.
 
-    A projection is learned from the gallery, or from `whitening_from`. Raises StoreError for stores that cannot be
-    compared, UsageError for names without relevance, and for ground truth names that are not found.
+    With `parts`, queries are described smaller, see `part_recipe`. A projection is learned from the gallery, or from
+    `whitening_from`. Raises StoreError for stores that cannot be compared, UsageError for names without relevance, and
+    for ground truth names that are not found.
     """
     options = options or RetrievalOptions()
-    for other in (queries, whitening_from):
-        if other is not None:
-            check_same_recipe(gallery, other)
+    if options.parts:
+        _check_parts(gallery, queries)
+    elif queries is not None:
+        check_same_recipe(gallery, queries)
+    if whitening_from is not None:
+        check_same_recipe(gallery, whitening_from)
     projection = None
     if options.projection is not None:
         projection = learn_projection(unit_rows(whitening_from or gallery), options.projection)
     rows = unit_rows(gallery, projection)
-    asked = rows if queries is None else unit_rows(queries, projection)
+    asked = rows if queries is None else unit_rows(queries, None if options.parts else projection)
+    boxes: list[dict[int, Box]] = []
     own: dict[str, np.ndarray] = {}
     if truth is not None:
         matched, asked = _matched(truth, rows, asked, whole=options.whole_queries)
         targets = _targets_from_truth(matched, len(rows))
         own = {one.name: np.array(one.own, np.int64) for one in matched if one.own}
+        boxes = [one.boxes for one in matched]
+        if truth.boxed and not options.aligned:
+            raise UsageError("boxes: expected parts or rerank bins, which find boxes, found neither")
     else:
         targets = _targets_from_keys(options.relevant, rows, asked)
         if queries is None:
             own = _own_rows(rows)
-    ap = options.ap or ("step" if truth is None else "trapezoid")
+    ap = options.ap or ("step" if truth is None or truth.boxed else "trapezoid")
     values: dict[str, float] = {}
     left_out: list[str] = []
     recalls = {k: 0.0 for k in RECALLS}
     precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
-    for (name, target), order in zip(targets, rankings(rows, asked, own, options), strict=True):
+    found: list[float] = []
+    for at, ((name, target), ranking) in enumerate(zip(targets, rankings(rows, asked, own, options), strict=True)):
         if name in own:
             target[own[name]] = 0
-        ranked = target[order]
+        if boxes:
+            found += _overlaps(rows, ranking, boxes[at])
+        ranked = target[ranking.order]
         if not (ranked > 0).any():
             left_out.append(name)
             continue
@@ -142,43 +154,40 @@ def evaluate_retrieval(
         projection=projection,
         learned_here=projection is not None
         and (whitening_from is None or any(_same_file(whitening_from, one) for one in (gallery, queries))),
+        overlap=float(np.mean(found)) if found else None,
+        located=100 * float(np.mean(np.array(found) > 0.5)) if found else None,
     )
 
 
-def rankings(
-    rows: UnitRows, queries: UnitRows, own: Mapping[str, np.ndarray], options: RetrievalOptions | None = None
-) -> Iterator[np.ndarray]:
-    """For each query, all rows [N] by falling cosine similarity, equal ones in their order.
-
-    own: by name, the rows of each query's own image, which query expansion must not use as neighbors.
-    """
-    options = options or RetrievalOptions()
-    rows = rows.in_memory()  # every block of queries reads all of them
-    size = max(1, _SCORE_BYTES // (4 * len(rows)))
-    for start in range(0, len(queries), size):
-        units = queries.take(slice(start, start + size))
-        scores = _scores(rows, units)
-        if options.expand:
-            for at, name in enumerate(queries.names[start : start + size]):
-                if name in own:
-                    scores[at, own[name]] = -np.inf
-            nearest = np.argsort(-scores, axis=1, kind="stable")[:, : options.expand]
-            near = np.take_along_axis(scores, nearest, 1)
-            # Own rows are at -inf, and never neighbors even if there are too few others; alpha may be 0.
-            weights = np.where(np.isinf(near), 0, np.maximum(near, 0) ** options.alpha).astype(np.float32)
-            for at, (which, weight) in enumerate(zip(nearest, weights, strict=True)):
-                order = np.argsort(which)
-                units[at] += weight[order] @ rows.take(which[order])
-            scores = _scores(rows, units)
-        for one in scores:
-            yield np.argsort(-one, kind="stable")
+def _check_parts(gallery: Store, queries: Store | None) -> None:
+    """Raise UsageError unless queries are described as parts of the gallery's images are looked for."""
+    wanted = part_recipe(gallery.recipe, PART_FACTORS)
+    if queries is None:
+        raise UsageError("parts: expected queries of their own, which are described smaller, found none")
+    differences = wanted.differences(queries.recipe)
+    if queries.weights_sha256 != gallery.weights_sha256:
+        differences.append(f"weights: {gallery.weights_sha256[:12]}, found {queries.weights_sha256[:12]}")
+    if differences:
+        scales = ",".join(map(str, wanted.scales))
+        raise UsageError(
+            f"{queries.place}: parts: expected queries described as the gallery, but with --scales {scales} --fuse "
+            f"concat, found another recipe ({'; '.join(differences)})"
+        )
 
 
-def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:
-    scores = np.empty((len(units), len(rows)), np.float32)
-    for start, block in rows.blocks():
-        scores[:, start : start + len(block)] = units @ block.T
-    return scores
+def _overlaps(rows: UnitRows, ranking: Ranking, boxes: dict[int, Box]) -> list[float]:
+    """Intersection over union of true boxes, by row, with those found there."""
+    values = []
+    for row, box in boxes.items():
+        place = np.flatnonzero(ranking.order == row)[0]
+        if ranking.boxes is None or place >= len(ranking.boxes):
+            values.append(0.0)
+            continue
+        width, height = rows.store.image_size[rows.rows[row]].tolist()
+        whole = split_row_name(rows.names[row])[1] or (0, 0, width - 1, height - 1)
+        found = in_pixels(ranking.boxes[place], whole)
+        values.append(float(overlaps(np.array([found], np.float64), np.array([box], np.float64))[0, 0]))
+    return values
 
 
 def _same_file(one: Store, other: Store | None) -> bool:
@@ -194,6 +203,7 @@ class _Asked:
     relevant: list[int]
     junk: list[int]
     own: list[int]
+    boxes: dict[int, Box]
 
 
 def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool) -> tuple[list[_Asked], UnitRows]:
@@ -227,7 +237,8 @@ def _matched(truth: GroundTruth, rows: UnitRows, asked: UnitRows, *, whole: bool
         # An image is not searched for with itself, or with a part of itself.
         own = None if truth.own_counts else in_gallery.known(query.image)
         kept_out = {*outside} - {*relevant} | {*(() if own is None else own_rows[own].tolist())}
-        found.append(_Asked(name, relevant, junk, sorted(kept_out)))
+        boxes = {in_gallery.places[in_gallery.find(one, about)]: box for one, box in query.boxes.items()}
+        found.append(_Asked(name, relevant, junk, sorted(kept_out), boxes))
     places = [in_queries.places[one.name] for one in found]
     if len(set(places)) < len(places):
         twice = next(one.name for at, one in enumerate(found) if places.index(places[at]) < at)
@@ -327,4 +338,5 @@ def percent(done: Retrieval) -> dict[str, float]:
         "mAP": done.mean_average_precision,
         **{f"mP@{k}": value for k, value in done.precision.items()},
         **{f"recall@{k}": value for k, value in done.recall.items()},
+        **({} if done.located is None else {"IoU>0.5": done.located}),
     }

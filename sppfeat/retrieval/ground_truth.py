@@ -1,6 +1,7 @@
 """Retrieval ground truth: which images of a gallery are relevant to which queries, and which are ignored.
 
-Read from JSON, including that of revisited Oxford and Paris, or from the text files of Oxford5k and Paris6k.
+Read from JSON, including that of revisited Oxford and Paris, from the text files of Oxford5k and Paris6k, or from
+boxes that say where queries are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -24,6 +25,7 @@ from sppfeat.store import Box, window_text
 from sppfeat.windows import COLUMNS
 
 DIFFICULTIES: Final = ("easy", "medium", "hard")
+BOX_COLUMNS: Final = ("query", "name", *COLUMNS[1:])
 T = TypeVar("T", str, int)
 # The prefix that Oxford5k gives only to the names of its query images.
 _OXFORD_PREFIX: Final = "oxc1_"
@@ -34,12 +36,14 @@ class JudgedQuery:
     """A query: its image, the gallery names that are relevant to it, and those that are ignored.
 
     window: the part of the image to search with, see `sppfeat.windows`; None: the whole image.
+    boxes: where the query is in relevant images, in their pixels, if that is known.
     """
 
     image: str
     relevant: frozenset[str]
     junk: frozenset[str]
     window: Box | None = None
+    boxes: Mapping[str, Box] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class GroundTruth:
     own_counts: bool = False
     outside: frozenset[str] = frozenset()
     revisited: bool = False
+
+    @property
+    def boxed(self) -> bool:
+        """Whether it says where queries are."""
+        return any(query.boxes for query in self.queries)
 
 
 class _Lists(msgspec.Struct, Generic[T], forbid_unknown_fields=True):
@@ -122,6 +131,49 @@ def read_ground_truth(path: str | os.PathLike[str], *, difficulty: str = "medium
         outside=outside,
         revisited=kinds == {"easy, hard"},
     )
+
+
+def read_boxes(path: str | os.PathLike[str]) -> GroundTruth:
+    """Read where queries are from CSV: query,name,x1,y1,x2,y2, in pixels of the gallery's image, inclusive ends.
+
+    The images named are those relevant to the query. Raises UsageError.
+    """
+    found: dict[str, dict[str, Box]] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if not set(BOX_COLUMNS) <= set(rows.fieldnames or ()):
+                columns = ",".join(rows.fieldnames or ()) or "nothing"
+                raise UsageError(f"{path}: expected the columns {','.join(BOX_COLUMNS)}, found {columns}")
+            for row in rows:
+                query, name, *edges = (row[column] for column in BOX_COLUMNS)
+                box = _edges(edges)
+                if box is None:
+                    raise UsageError(
+                        f"{path}, line {rows.line_num}: {query!r}: expected x1,y1,x2,y2 in pixels with x1 <= x2 and "
+                        f"y1 <= y2, found {','.join(map(str, edges))[:100]}"
+                    )
+                if name in found.setdefault(query, {}):
+                    raise UsageError(
+                        f"{path}, line {rows.line_num}: {query!r}: expected one box in {name!r}, found two"
+                    )
+                found[query][name] = box
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: expected boxes in CSV, found: {one_line(error)}") from None
+    if not found:
+        raise UsageError(f"{path}: expected boxes, found none")
+    return GroundTruth(
+        [JudgedQuery(query, frozenset(boxes), frozenset(), boxes=boxes) for query, boxes in found.items()]
+    )
+
+
+def _edges(texts: list[str | None]) -> Box | None:
+    try:
+        x1, y1, x2, y2 = (float(text or "") for text in texts)
+    except ValueError:
+        return None
+    good = all(map(math.isfinite, (x1, y1, x2, y2))) and 0 <= x1 <= x2 and 0 <= y1 <= y2
+    return (x1, y1, x2, y2) if good else None
 
 
 def write_query_windows(truth: GroundTruth, path: str | os.PathLike[str]) -> int:

@@ -1,54 +1,168 @@
-"""Images of a gallery in an order of their own, by how well a query can be aligned with their bins: see `alignment`."""
+"""The nearest images of a query in a new order, by how near they are to each other. Nothing is trained.
+
+    expand      the query and each image become sums of themselves and their neighbors: alpha query expansion
+                (Radenovic, Tolias, Chum 2018, arXiv:1711.02512, 5.3) with database-side augmentation (Arandjelovic,
+                Zisserman 2012, "Three things everyone should know to improve object retrieval")
+    reciprocal  images whose neighbors are those of the query: k-reciprocal encoding (Zhong, Zheng, Cao, Li 2017,
+                arXiv:1701.08398)
+    diffuse     images that a random walk over neighbors of neighbors reaches from the query: diffusion (Iscen, Tolias,
+                Avrithis, Furon, Chum 2017, arXiv:1611.05113), truncated to the images given
+
+All of them need only the cosine similarities of the query and M images, [1 + M, 1 + M] with the query first.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError
-from sppfeat.retrieval.alignment import align, cells_of
-from sppfeat.retrieval.bins import Bins, bin_layout
-from sppfeat.retrieval.gallery import Gallery
-from sppfeat.store import Box
+from sppfeat.errors import UsageError, unknown_name
 
-# Images whose bins are in memory at a time: 12 MB of the default recipe's.
-_BLOCK: Final = 1024
+RERANKINGS: Final = ("none", "bins", "expand", "reciprocal", "diffuse")
+# Few for sums, which a wrong neighbor spoils; the others only use neighbors that agree with each other.
+NEIGHBORHOODS: Final = {"expand": 3, "reciprocal": 20, "diffuse": 20}
+DEFAULT_CANDIDATES: Final = 400
+MAX_CANDIDATES: Final = 100_000
+# Similarities of all of them with each other: 200 MB in float64, and seconds to solve for.
+MAX_TOGETHER: Final = 5_000
+MAX_ALPHA: Final = 100
+# The weight of the original distance in Zhong et al., 4.1; theirs, too, is a local expansion by k2 = 6 for k1 = 20.
+_ORIGINAL: Final = 0.3
+_LOCAL: Final = 0.3
+# The weight of walking on and the exponent of similarities: 0.99 and 3 in Iscen et al., 5.1; these find more on
+# photographs of objects and of buildings.
+_WALK: Final = 0.8
+_SHARPEN: Final = 4.0
+_UNREACHED: Final = 1e-6
 
 
-def require_bins(gallery: Gallery) -> Bins:
-    """The bins of a gallery. Raises GalleryError, with the command that keeps them, for a gallery without."""
-    if gallery.bins is None:
-        raise GalleryError(
-            f"{gallery.path}: keeps no bins, which parts and re-ranking need; build it again with "
-            f"`sppfeat index STORE -o {gallery.path} --keep-bins --overwrite`"
-        )
-    return gallery.bins
+@dataclass(frozen=True, kw_only=True)
+class RerankOptions:
+    """How the nearest images of a query are ordered again.
 
-
-def order_by_bins(
-    gallery: Gallery, descriptors: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows [N] of a gallery by falling score of their best rectangle, equal ones in the order of the rows.
-
-    descriptors: [F, D] of a query at F scales, whose cells are averaged. Returns the rows, their scores [N] and where
-    the query is in each, [N, 4] x1, y1, x2, y2 from 0 to 1 of the image's width and height.
+    rerank: `none`; `bins`, by the best alignment of the query with a rectangle of an image's bins (see `alignment`); or
+    `expand`, `reciprocal` or `diffuse`, by how near the images are to each other (see the module). candidates: how many
+    images are ordered again. neighborhood: how many of an image's nearest those three use; None: `NEIGHBORHOODS`.
+    alpha: exponent of the similarity that weighs a neighbor in `expand`.
+    parts: the query may be a part of an image, and is looked for in all images of a gallery, or in its candidates.
+    Raises UsageError, naming the field, for an invalid value.
     """
-    values = require_bins(gallery).values
-    query = cells_of(bin_layout(gallery.recipe, gallery.dim).take(descriptors)).mean(0)
-    scores, boxes = np.empty(len(rows), np.float32), np.empty((len(rows), 4))
-    for start in range(0, len(rows), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        scores[part], boxes[part], _ = align(query, values[rows[part]])
-    order = np.lexsort((rows, -scores))
-    return rows[order], scores[order], boxes[order]
+
+    rerank: str = "none"
+    parts: bool = False
+    candidates: int = DEFAULT_CANDIDATES
+    neighborhood: int | None = None
+    alpha: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.rerank not in RERANKINGS:
+            raise UsageError(unknown_name("rerank", self.rerank, RERANKINGS))
+        if self.parts and self.rerank != "none":
+            raise UsageError(f"parts orders by bins already: expected rerank none, found {self.rerank!r}")
+        if not 1 <= self.candidates <= MAX_CANDIDATES:
+            raise UsageError(f"candidates must be from 1 to {MAX_CANDIDATES} images, found {self.candidates}")
+        if self.together and self.candidates > MAX_TOGETHER:
+            raise UsageError(
+                f"candidates must be at most {MAX_TOGETHER} images for rerank {self.rerank}, found {self.candidates}"
+            )
+        if self.neighborhood is not None and not 1 <= self.neighborhood <= MAX_TOGETHER:
+            raise UsageError(f"neighborhood must be from 1 to {MAX_TOGETHER} images, found {self.neighborhood}")
+        if not 0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether images are ordered by their bins."""
+        return self.parts or self.rerank == "bins"
+
+    @property
+    def together(self) -> bool:
+        """Whether images are ordered by how near they are to each other."""
+        return self.rerank in NEIGHBORHOODS
 
 
-def in_pixels(part: np.ndarray, whole: Box) -> Box:
-    """A part x1, y1, x2, y2 from 0 to 1 of a window, in pixels of its image, inclusive ends; at least one pixel."""
-    left, top, right, bottom = whole
-    width, height = right - left + 1, bottom - top + 1
-    x1, y1 = left + math.floor(part[0] * width), top + math.floor(part[1] * height)
-    x2, y2 = left + math.ceil(part[2] * width) - 1, top + math.ceil(part[3] * height) - 1
-    return min(x1, right), min(y1, bottom), max(x1, min(x2, right)), max(y1, min(y2, bottom))
+def reordered(similar: np.ndarray, options: RerankOptions) -> np.ndarray:
+    """[M] scores of M images, falling with distance, from cosine similarities [1 + M, 1 + M] of a query and them."""
+    neighborhood = options.neighborhood or NEIGHBORHOODS[options.rerank]
+    if options.rerank == "expand":
+        return expand(similar, neighborhood, options.alpha)
+    return {"reciprocal": reciprocal, "diffuse": diffuse}[options.rerank](similar, neighborhood)
+
+
+def expand(similar: np.ndarray, neighborhood: int, alpha: float) -> np.ndarray:
+    """[M] cosine similarities of sums: each vector plus its `neighborhood` nearest images, weighted by their
+    similarity to the power `alpha`. The query is a neighbor of none."""
+    weights = np.eye(len(similar))
+    near = similar.astype(np.float64)
+    near[:, 0] = -np.inf
+    np.fill_diagonal(near, -np.inf)
+    nearest = _first(near, neighborhood)
+    values = np.take_along_axis(near, nearest, 1)
+    # 0 to the power of 0 is 1: what points away counts nothing whatever alpha is.
+    values = np.where(values > 0, np.maximum(values, 0) ** alpha, 0)
+    np.put_along_axis(weights, nearest, values, 1)
+    np.fill_diagonal(weights, 1)
+    products = weights @ similar
+    lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", products, weights), 1e-30))
+    found: np.ndarray = (products[0] @ weights[1:].T) / (lengths[0] * lengths[1:])
+    return found
+
+
+def reciprocal(similar: np.ndarray, neighborhood: int) -> np.ndarray:
+    """[M] 1 minus the distance of Zhong et al.: mostly the Jaccard distance of reciprocal neighbors."""
+    distances = np.maximum(0, 2 - 2 * similar.astype(np.float64))
+    largest = distances.max(1, keepdims=True)
+    distances /= np.where(largest > 0, largest, 1)
+    first = distances.copy()
+    np.fill_diagonal(first, -1)  # before equal images
+    order = np.argsort(first, axis=1, kind="stable")
+    near, close = _mutual(order, neighborhood), _mutual(order, max(1, round(neighborhood / 2)))
+    # The closer neighbors of a neighbor join if two thirds of them are neighbors already.
+    shared = near.astype(np.float32) @ close.T.astype(np.float32)
+    joins = near & (shared >= 2 / 3 * close.sum(1))
+    near |= (joins.astype(np.float32) @ close.astype(np.float32)) > 0
+    codes = np.where(near, np.exp(-distances), 0)
+    codes /= codes.sum(1, keepdims=True)
+    local = order[:, : max(1, round(_LOCAL * neighborhood))]
+    codes = sum(codes[local[:, place]] for place in range(local.shape[1])) / local.shape[1]
+    common = np.minimum(codes[0], codes[1:]).sum(1)
+    found: np.ndarray = 1 - (1 - _ORIGINAL) * (1 - common / (2 - common)) - _ORIGINAL * distances[0, 1:]
+    return found
+
+
+def diffuse(similar: np.ndarray, neighborhood: int) -> np.ndarray:
+    """[M] how much of a walk that starts at the query is at each image, as parts of the largest.
+
+    Unlike Iscen et al., the query is one of the nodes, and similarities count from their median on: those of
+    descriptors without whitening are all high, and the walk would go everywhere.
+    """
+    middle = float(np.median(similar[1:, 1:])) if len(similar) > 1 else 0.0
+    weights = np.maximum(similar.astype(np.float64) - middle, 0) / max(1 - middle, 1e-6)
+    weights **= _SHARPEN
+    np.fill_diagonal(weights, 0)
+    near = np.zeros(weights.shape, bool)
+    np.put_along_axis(near, _first(weights, neighborhood), True, 1)
+    weights[~(near & near.T)] = 0
+    degree = weights.sum(1)
+    degree[degree == 0] = 1
+    weights /= np.sqrt(degree[:, None] * degree)
+    start = np.zeros(len(weights))
+    start[0] = 1
+    found: np.ndarray = np.linalg.solve(np.eye(len(weights)) - _WALK * weights, start)[1:]
+    largest = found.max(initial=0)
+    # What the walk does not reach comes last, in the order of the similarities.
+    return (found / largest if largest > 0 else found) + _UNREACHED * similar[0, 1:]
+
+
+def _first(values: np.ndarray, count: int) -> np.ndarray:
+    """[N, count] places of the largest values of each row; equal ones in their order."""
+    return np.argsort(-values, axis=1, kind="stable")[:, :count]
+
+
+def _mutual(order: np.ndarray, count: int) -> np.ndarray:
+    """[N, N] whether two are among each other's first `count`, themselves not counted."""
+    among = np.zeros(order.shape, bool)
+    np.put_along_axis(among, order[:, : count + 1], True, 1)
+    return among & among.T

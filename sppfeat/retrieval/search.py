@@ -11,80 +11,48 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError, unknown_name
+from sppfeat.errors import GalleryError, UsageError
 from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
-from sppfeat.retrieval.bins import part_scales
+from sppfeat.retrieval.bins import bin_layout, part_recipe
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.retrieval.rerank import in_pixels, order_by_bins, require_bins
+from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, require_bins
+from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
 
-# The exponent of Radenovic, Tolias, Chum 2018, "Fine-tuning CNN image retrieval with no human annotation", 5.3.
-DEFAULT_ALPHA: Final = 3.0
-MAX_ALPHA: Final = 100
-# The descriptors of this many neighbors per query are in memory at once; papers use 10 to 50.
-MAX_EXPAND: Final = 1000
-RERANKINGS: Final = ("none", "bins")
-DEFAULT_CANDIDATES: Final = 400
-MAX_CANDIDATES: Final = 100_000
 # Parts are looked for in every image of a gallery up to this size, about a second on two cores; in the candidates of
 # the index beyond it.
 ALL_ROWS: Final = 20_000
-# Sides of a query that may be a part of an image, and of a part of the query, in those at which the gallery was
-# described: things are smaller in the whole than in a part of it that was enlarged.
-PART_FACTORS: Final = (0.35, 0.5)
-BOX_FACTORS: Final = (0.7, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class SearchOptions(RerankOptions):
     """How a gallery is searched.
 
     k: neighbors per query, the nearest first. exclude_self: exclude the query's own file, and all its windows.
-    expand: search again with the sum of the query and this many of its neighbors (alpha query expansion), each
-    weighted by its score to the power `alpha`; 0: search once.
-    rerank: `bins` orders the nearest `candidates` by the best alignment of the query with a rectangle of their bins.
-    parts: the query may be a part of an image of the gallery: neighbors are those in which it is found best, in all
-    images of a gallery of at most ALL_ROWS, else in the nearest `candidates`. Either needs a gallery with bins, scores
-    the mean cosine similarity of the aligned cells, and gives each neighbor the box where the query was found.
+    The rest: see `RerankOptions`. As parts, queries are looked for in all images of a gallery of at most ALL_ROWS, else
+    in the nearest `candidates`. Parts and `bins` need a gallery with bins, and give each neighbor the box where
+    the query was found.
     Raises UsageError, naming the field, for an invalid value.
     """
 
     k: int = 10
     exclude_self: bool = False
-    expand: int = 0
-    alpha: float = DEFAULT_ALPHA
-    rerank: str = "none"
-    parts: bool = False
-    candidates: int = DEFAULT_CANDIDATES
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k < 1:
             raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
-        if not 0 <= self.expand <= MAX_EXPAND:
-            raise UsageError(f"expand must be from 0 to {MAX_EXPAND} neighbors, found {self.expand}")
-        if not 0 <= self.alpha <= MAX_ALPHA:
-            raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
-        if self.rerank not in RERANKINGS:
-            raise UsageError(unknown_name("rerank", self.rerank, RERANKINGS))
-        if self.parts and self.rerank != "none":
-            raise UsageError(f"parts orders by bins already: expected rerank none, found {self.rerank!r}")
-        if not 1 <= self.candidates <= MAX_CANDIDATES:
-            raise UsageError(f"candidates must be from 1 to {MAX_CANDIDATES} images, found {self.candidates}")
-
-    @property
-    def aligned(self) -> bool:
-        """Whether neighbors are ordered by their bins."""
-        return self.parts or self.rerank == "bins"
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A row of the gallery: score is its cosine similarity with the query, rank counts from 1.
+    """A row of the gallery: score is its cosine similarity with the query, or what re-ranking orders by; rank counts
+    from 1.
 
     path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: where the query
     was found in it, x1, y1, x2, y2 in pixels of the upright image, if its bins were searched; else the window in it, if
@@ -165,14 +133,24 @@ def search_units(
     gallery: Gallery, units: np.ndarray, options: SearchOptions, *, own_rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same, for projected vectors [Q, d] of length 1."""
-    leave_out = 0 if own_rows is None else int((own_rows >= 0).sum(1).max(initial=0))
-    if options.expand:
-        rows, scores = _nearest(gallery, units, min(options.expand + leave_out, len(gallery)))
-        if leave_out and own_rows is not None:
-            rows, scores = _without(rows, scores, own_rows)
-        rows, scores = rows[:, : options.expand], scores[:, : options.expand]
-        units = _expanded(gallery, units, rows, scores, options.alpha)
     k = min(options.k, len(gallery))
+    if not options.together:
+        return _nearest_others(gallery, units, k, own_rows)
+    count = min(max(k, options.candidates), len(gallery))
+    rows, scores = _nearest_others(gallery, units, count, own_rows)
+    for query, unit in enumerate(units):
+        near = rows[query, rows[query] >= 0]  # the missing ones are last
+        found = reordered(_similarities(gallery, unit, near), options)
+        order = np.lexsort((near, -found))
+        rows[query, : len(near)], scores[query, : len(near)] = near[order], found[order]
+    return rows[:, :k], scores[:, :k]
+
+
+def _nearest_others(
+    gallery: Gallery, units: np.ndarray, k: int, own_rows: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """k neighbors, without each query's own rows."""
+    leave_out = 0 if own_rows is None else int((own_rows >= 0).sum(1).max(initial=0))
     rows, scores = _nearest(gallery, units, min(k + leave_out, len(gallery)))
     if leave_out and own_rows is not None:
         rows, scores = _without(rows, scores, own_rows)
@@ -233,18 +211,15 @@ def _without(rows: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.
     return np.take_along_axis(rows, at_end, 1), np.take_along_axis(scores, at_end, 1)
 
 
-def _expanded(gallery: Gallery, units: np.ndarray, rows: np.ndarray, scores: np.ndarray, alpha: float) -> np.ndarray:
-    """Each query plus its neighbors, weighted by their scores to the power `alpha`, normalised to length 1."""
-    expanded = units.copy()
-    weights = np.where(rows >= 0, np.maximum(scores, 0), 0).astype(np.float32) ** alpha
-    weights[rows < 0] = 0
+def _similarities(gallery: Gallery, unit: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[1 + M, 1 + M] of a query and rows, as the index holds them."""
     try:
-        for query in range(len(units)):
-            there = rows[query][rows[query] >= 0]
-            expanded[query] += weights[query][rows[query] >= 0] @ reconstruct(gallery.index, there)
+        held = reconstruct(gallery.index, rows)
     except (RuntimeError, AttributeError) as error:
-        raise GalleryError(f"{gallery.path}: {gallery.factory} does not keep rows to expand queries with") from error
-    return normalize_rows(expanded)
+        raise GalleryError(f"{gallery.path}: {gallery.factory} does not keep rows to order again") from error
+    together = normalize_rows(np.vstack([unit[None], held]))
+    similar: np.ndarray = together @ together.T
+    return similar
 
 
 def search_images(
@@ -357,7 +332,7 @@ def describer_for(
 
     recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
     if factors is not None:
-        recipe = replace(recipe, scales=part_scales(recipe, factors), fuse="concat")
+        recipe = part_recipe(recipe, factors)
     describer = Describer(recipe, run_options)
     made_with = describer.recipe
     if factors is not None:
@@ -382,10 +357,12 @@ def _answer(
         rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
         found, values, boxes = list(rows), list(scores), [None] * len(rows)
     else:
+        kept = require_bins(gallery).values
+        layout, bins_of = bin_layout(gallery.recipe, gallery.dim), kept.__getitem__
         found, values, boxes = [], [], []
         for at in range(len(descriptors)):
             candidates = _candidates(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
-            of_one, near, places = order_by_bins(gallery, descriptors[at], candidates)
+            of_one, near, places = order_by_bins(layout, descriptors[at], candidates, bins_of)
             found.append(of_one[: options.k])
             values.append(near[: options.k])
             boxes.append(places)

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -20,9 +19,9 @@ from reference import best_rectangle, box_overlap
 from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
 from sppfeat.retrieval.alignment import CELLS, SHARPNESS, align, cells_of, rectangles
-from sppfeat.retrieval.bins import bin_layout, part_scales, to_bytes
+from sppfeat.retrieval.bins import bin_layout, part_recipe, to_bytes
 from sppfeat.retrieval.hits_page import write_hits_page
-from sppfeat.retrieval.rerank import in_pixels
+from sppfeat.retrieval.parts import in_pixels
 from sppfeat.retrieval.search import search_images, search_store
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,11 +124,12 @@ class TestLayout:
             create_gallery(store, tmp_path / "g", keep_bins=True)
         assert not (tmp_path / "g").exists()
 
-    def test_scales_of_parts(self) -> None:
-        assert part_scales(Recipe(scales=(448,)), (0.35, 0.5)) == (157, 224)
-        assert part_scales(Recipe(scales=(64,)), (0.35, 0.5)) == (32,)
+    def test_how_parts_are_described(self) -> None:
+        found = part_recipe(Recipe(scales=(448,)), (0.35, 0.5))
+        assert (found.scales, found.fuse) == ((157, 224), "concat")
+        assert part_recipe(Recipe(scales=(64,)), (0.35, 0.5)).scales == (32,)
         with pytest.raises(UsageError, match="parts need scales in pixels, found 'native'"):
-            part_scales(Recipe(scales=("native",)), (0.5,))
+            part_recipe(Recipe(scales=("native",)), (0.5,))
 
 
 @pytest.fixture
@@ -250,19 +250,6 @@ def test_a_gallery_without_bins(gallery: Path, scenes: Path, tmp_path: Path, run
     done = run_sppfeat("search", gallery, tmp_path / "s.h5", "--parts")
     assert done.returncode == 2 and "parts: expected images as queries" in done.stderr
     assert run_sppfeat("index", tmp_path / "s.h5", "-o", gallery, "--keep-bins", "--overwrite").returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "fault"),
-    [
-        ({"rerank": "bin"}, "unknown rerank 'bin'"),
-        ({"parts": True, "rerank": "bins"}, "parts orders by bins already"),
-        ({"candidates": 0}, "candidates must be from 1"),
-    ],
-)
-def test_options(given: dict[str, Any], fault: str) -> None:
-    with pytest.raises(UsageError, match=fault):
-        SearchOptions(**given)
 
 
 def test_damaged_bins(gallery: Path, run_sppfeat: Run) -> None:

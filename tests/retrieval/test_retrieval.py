@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import MakeStore
 from PIL import Image
-from reference import cosine_ranking, oxford_precision, precision_at, retrieval_precision
+from reference import cosine_ranking, expanded_scores, oxford_precision, precision_at, retrieval_precision
 
 from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
 from sppfeat.retrieval.evaluation import RetrievalOptions, evaluate_retrieval
@@ -173,9 +173,6 @@ def test_bad_relevance_and_stores(things: Store, make_store: MakeStore) -> None:
         evaluate_retrieval(things, make_store(clustered(4, 2), "flat.h5", weights="1" * 64))
     with pytest.raises(UsageError, match="unknown average precision 'steps'"):
         RetrievalOptions(ap="steps")
-    for alpha in (-3.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="alpha must be a number from 0 to 100"):
-            RetrievalOptions(expand=2, alpha=alpha)
 
 
 def test_queries_of_one_folder(things: Store, make_store: MakeStore) -> None:
@@ -189,19 +186,20 @@ def test_queries_of_one_folder(things: Store, make_store: MakeStore) -> None:
 
 
 def test_windows_of_an_image_are_no_neighbors_of_each_other(make_store: MakeStore) -> None:
-    """Nor do they expand each other; without that, every window would find its own image first."""
+    """Nor do they count in re-ranking; without that, every window would find its own image first."""
     names = [f"thing{n % 4 // 2}/{n // 4}{n % 2}.jpg#{part},0,9,9" for n in range(12) for part in (0, 1, 2)]
     rows = np.repeat(clustered(12, 4), 3, 0) + 0.1 * clustered(36, 36, seed=5)
     store = make_store(rows, names=names)
     images = [name.split("#")[0] for name in names]
     units = np.array(store.descriptors, np.float64)
     units /= np.linalg.norm(units, axis=1, keepdims=True)
-    for expand in (0, 2):
-        done = evaluate_retrieval(store, None, RetrievalOptions(expand=expand, alpha=1.0))
+    for rerank in ("none", "expand"):
+        done = evaluate_retrieval(store, None, RetrievalOptions(rerank=rerank, neighborhood=2, alpha=1.0))
         for query, name in enumerate(names):
             others = [row for row in np.argsort(-(units @ units[query])) if images[row] != images[query]]
-            together = units[query] + sum((units[row] @ units[query]) * units[row] for row in others[:expand])
-            others.sort(key=lambda row: -(units[row] @ together))  # noqa: B023
+            if rerank == "expand":
+                scores = expanded_scores(units[query], units[others], 2, 1.0)
+                others = [others[at] for at in np.argsort(-np.array(scores), kind="stable")]
             expected = retrieval_precision([names[row][:6] == name[:6] for row in others])
             assert done.average_precisions[name] == pytest.approx(100 * expected)
 
@@ -317,20 +315,11 @@ def test_windows_of_queries_are_what_their_authors_crop(tmp_path: Path, run_sppf
         write_query_windows(read_ground_truth(tmp_path / "gnd.json"), tmp_path / "q.csv")
 
 
-def test_projection_and_expansion(things: Store) -> None:
+def test_projection(things: Store) -> None:
     plain = evaluate_retrieval(things)
     rotated = evaluate_retrieval(things, None, RetrievalOptions(projection=ProjectionOptions(dims=11)))
     assert rotated.projection is not None and rotated.dim == 11 and 0.5 < rotated.projection.kept < 1
     assert rotated.mean_average_precision != plain.mean_average_precision
-    expanded = evaluate_retrieval(things, None, RetrievalOptions(expand=2, alpha=1.0))
-    units = np.array(things.descriptors, np.float64)
-    units /= np.linalg.norm(units, axis=1, keepdims=True)
-    for query, name in enumerate(things.names):
-        others = [row for row in np.argsort(-(units @ units[query])) if row != query]
-        together = units[query] + sum((units[row] @ units[query]) * units[row] for row in others[:2])
-        ranked = [row for row in np.argsort(-(units @ together)) if row != query]
-        expected = retrieval_precision([row % 8 == query % 8 for row in ranked])
-        assert expanded.average_precisions[name] == pytest.approx(100 * expected)
 
 
 def test_command_line(things: Store, tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
@@ -369,7 +358,7 @@ def test_real_buildings_equal_scikit_learn(shared: Path, tmp_path: Path) -> None
 
 
 def test_what_is_in_no_ranking_is_no_neighbor_either(make_store: MakeStore) -> None:
-    """Query expansion uses neither the query's own image nor images that are only queries; two stores, no boxes."""
+    """Re-ranking uses neither the query's own image nor images that are only queries; two stores, no boxes."""
     rows = np.eye(6)[[0, 1, 2, 3]] + 0.01
     rows[0] = [1, 0, 0.9, 0, 0, 0]  # the query's own image, near a wrong one
     rows[1] = [1, 0.2, 0, 0, 0, 0]  # what is relevant
@@ -379,8 +368,8 @@ def test_what_is_in_no_ranking_is_no_neighbor_either(make_store: MakeStore) -> N
     queries = make_store(np.array([[1, 0, 0.5, 0, 0, 0]]), "q.h5", names=["q.jpg"])
     truth = GroundTruth([JudgedQuery("q.jpg", frozenset({"right.jpg"}), frozenset())])
     alone = make_store(rows[1:], "alone.h5", names=names[1:])
-    for expand in (0, 1, 2):
-        options = RetrievalOptions(expand=expand)
+    for rerank in ("none", "expand", "reciprocal", "diffuse"):
+        options = RetrievalOptions(rerank=rerank, neighborhood=2)
         without = evaluate_retrieval(alone, queries, options, truth=truth)
         found = evaluate_retrieval(gallery, queries, options, truth=truth)
-        assert found.mean_average_precision == without.mean_average_precision, expand
+        assert found.mean_average_precision == without.mean_average_precision, rerank

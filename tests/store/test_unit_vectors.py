@@ -60,8 +60,8 @@ def test_evaluation_reads_the_gallery_once(
     make_store: MakeStore, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = of_things(make_store, 300)
-    monkeypatch.setattr("sppfeat.retrieval.evaluation._SCORE_BYTES", 4 * 300 * 20)  # 15 blocks of queries
-    options = RetrievalOptions(expand=2)
+    monkeypatch.setattr("sppfeat.retrieval.rankings._SCORE_BYTES", 4 * 300 * 20)  # 15 blocks of queries
+    options = RetrievalOptions(rerank="expand", candidates=20)
     kept = evaluate_retrieval(store, None, options)
     assert sum(read) == 2 * 300  # once as the gallery, once as queries
     read.clear()
