@@ -12,7 +12,7 @@ from sppfeat_cli import options
 from sppfeat_cli.output import numbers, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval import SearchResult
+    from sppfeat.retrieval import Explanation, SearchResult
 
 _SEARCH = options.Defaults("sppfeat.retrieval:SearchOptions")
 
@@ -44,6 +44,10 @@ def search(
     parts: Annotated[
         bool, typer.Option("--parts", help="The query may be a part of a gallery image: find it, and where it is.")
     ] = _SEARCH.parts,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Also show what adds up to the scores of --parts and --rerank bins."),
+    ] = _SEARCH.explain,
     rerank: options.Rerank = _SEARCH.rerank,
     candidates: options.Candidates = _SEARCH.candidates,
     neighborhood: options.Neighborhood = _SEARCH.neighborhood,
@@ -77,6 +81,7 @@ def search(
     chosen = SearchOptions(
         k=k,
         exclude_self=exclude_self,
+        explain=explain,
         rerank=rerank,
         parts=parts,
         candidates=candidates,
@@ -129,6 +134,7 @@ def _document(done: "SearchResult") -> dict[str, Any]:
                 "query": answer.query,
                 "neighbors": [
                     {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path, "box": one.box}
+                    | ({} if one.explanation is None else {"explanation": _explanation(one.explanation)})
                     for one in answer.neighbors
                 ],
             }
@@ -139,6 +145,14 @@ def _document(done: "SearchResult") -> dict[str, Any]:
             {"query": answer.query, "error": answer.error} for answer in done.answers if answer.error is not None
         ],
         "seconds": {"describe": round(done.describing, 4), "search": round(done.searching, 4)},
+    }
+
+
+def _explanation(why: "Explanation") -> dict[str, Any]:
+    return {
+        "query": why.query.tolist(),
+        "image": why.image.tolist(),
+        "links": [{"query": one.query, "image": one.image, "score": one.score} for one in why.links],
     }
 
 

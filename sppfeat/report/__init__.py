@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sppfeat.report.pages import check_page, image_address, item_thumbnail, plot_line, thumbnail, write_page
+from sppfeat.report.pages import Heat, check_page, image_address, item_thumbnail, plot_line, thumbnail, write_page
 
-__all__ = ["check_page", "image_address", "item_thumbnail", "plot_line", "thumbnail", "write_page"]
+__all__ = ["Heat", "check_page", "image_address", "item_thumbnail", "plot_line", "thumbnail", "write_page"]

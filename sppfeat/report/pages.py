@@ -10,11 +10,12 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from sppfeat._version import __version__
 from sppfeat.errors import ImageError, ReportError, require_extra
@@ -23,6 +24,7 @@ from sppfeat.images import Item, decode, open_image, upright_size
 from sppfeat.store import item_of
 
 _BEGINNING: Final = b"<!doctype html>"
+_HEAT_STRENGTH: Final = 190  # of 255: the image below stays visible
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for high-density screens
 
 
@@ -70,6 +72,7 @@ def thumbnail(
     side: int = THUMBNAIL_SIDE,
     box: tuple[float, float, float, float] | None = None,
     mark: tuple[float, float, float, float] | None = None,
+    heat: Heat | None = None,
 ) -> str | None:
     """An image as a small JPEG in a `data:` address, for the `src` of an image; None if it is not available.
 
@@ -77,7 +80,8 @@ def thumbnail(
     and a connection is made only if the root itself is a URL. Links below the root are the user's own, and followed.
     side: of the square that it fits into. box: x1, y1, x2, y2
     in pixels of the upright original, inclusive; the window of the row unless given. The part of it inside the image is
-    shown, or the whole image where there is none. mark: a part to outline in the whole image instead.
+    shown, or the whole image where there is none. mark: a part to outline in the whole image instead. heat: laid over
+    the part shown, or over the window of the row where the whole image is shown.
     """
     if unsafe_name(name) is not None:
         return None
@@ -85,7 +89,9 @@ def thumbnail(
         item, window = item_of(root, name)
     except ValueError:  # a path that is invalid on this system
         return None
-    return item_thumbnail(item, side=side, box=None if mark else box or window, mark=mark)
+    if mark and heat is not None and window is not None:
+        heat = replace(heat, box=window)
+    return item_thumbnail(item, side=side, box=None if mark else box or window, mark=mark, heat=heat)
 
 
 def item_thumbnail(
@@ -94,6 +100,7 @@ def item_thumbnail(
     side: int = THUMBNAIL_SIDE,
     box: tuple[float, float, float, float] | None = None,
     mark: tuple[float, float, float, float] | None = None,
+    heat: Heat | None = None,
 ) -> str | None:
     """The same of an item that comes from a source, not from a file's names."""
     try:
@@ -110,9 +117,42 @@ def item_thumbnail(
     if part is not None:
         shown = shown.crop(part)
     shown.thumbnail((side, side), Image.Resampling.BICUBIC)
+    if heat is not None:
+        inside = _part(heat.box, size) if heat.box is not None else None
+        factor = shown.width / size[0]
+        shown = _heated(shown, heat, [place * factor for place in inside or ()] or [0, 0, *shown.size])
     if mark is not None and (outlined := _part(mark, size)) is not None:
         _outline(shown, [place * shown.width / size[0] for place in outlined])
     return image_address(shown, "JPEG")
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A grid [n, n] to lay over an image, from nothing at 0 to full color at 1, and numbered points in it.
+
+    points: rows and columns of bins, in the order of their numbers from 1. box: the part of the image that the grid
+    covers, in pixels of the upright original, inclusive; None: what is shown.
+    """
+
+    grid: np.ndarray
+    points: Sequence[tuple[int, int]] = ()
+    box: tuple[float, float, float, float] | None = None
+
+
+def _heated(image: Image.Image, heat: Heat, corners: list[float]) -> Image.Image:
+    left, top, right, bottom = map(round, corners)
+    width, height = max(1, right - left), max(1, bottom - top)
+    levels = np.clip(heat.grid * _HEAT_STRENGTH, 0, 255).astype(np.uint8)
+    mask = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+    image = image.convert("RGB")
+    image.paste(Image.new("RGB", (width, height), "#ff5a00"), (left, top), mask)
+    draw = ImageDraw.Draw(image)
+    for number, (row, column) in enumerate(heat.points, 1):
+        x = left + (column + 0.5) * width / heat.grid.shape[1]
+        y = top + (row + 0.5) * height / heat.grid.shape[0]
+        draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill="#14213d", outline="white", width=2)
+        draw.text((x, y), str(number), fill="white", anchor="mm", font=ImageFont.load_default(12))
+    return image
 
 
 def _outline(image: Image.Image, corners: list[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sppfeat.retrieval.duplicates import Duplicates, find_duplicates, write_duplicates_page
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
+from sppfeat.retrieval.explanation import Explanation
 from sppfeat.retrieval.faiss_index import IndexOptions
 from sppfeat.retrieval.gallery import (
     Change,
@@ -31,6 +32,7 @@ __all__ = [
     "Change",
     "DEFAULT_DIMS",
     "Duplicates",
+    "Explanation",
     "Gallery",
     "IndexOptions",
     "ProjectionOptions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -32,22 +32,31 @@ def require_bins(gallery: Gallery) -> Bins:
     return gallery.bins
 
 
+class Located(NamedTuple):
+    """Rows [N] of a gallery, the best first, with what `Alignment` says of each."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    rectangles: np.ndarray
+
+
 def order_by_bins(
     layout: BinLayout, descriptors: np.ndarray, rows: np.ndarray, bins_of: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Located:
     """Rows [N] by falling score of their best rectangle, equal ones in the order of the rows.
 
     descriptors: [F, D] of a query at F scales, whose cells are averaged. bins_of: the bins [n, side, side, channels] of
-    n rows. Returns the rows, their scores [N] and where the query is in each, [N, 4] x1, y1, x2, y2 from 0 to 1 of the
-    image's width and height.
+    n rows.
     """
     query = cells_of(layout.take(descriptors)).mean(0)
     scores, boxes = np.empty(len(rows), np.float32), np.empty((len(rows), 4))
+    best = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), _BLOCK):
         part = slice(start, start + _BLOCK)
-        scores[part], boxes[part], _ = align(query, bins_of(rows[part]))
+        scores[part], boxes[part], best[part] = align(query, bins_of(rows[part]))
     order = np.lexsort((rows, -scores))
-    return rows[order], scores[order], boxes[order]
+    return Located(rows[order], scores[order], boxes[order], best[order])
 
 
 def in_pixels(part: np.ndarray, whole: Box) -> Box:

@@ -85,8 +85,8 @@ def _aligned(rows: UnitRows, layout: BinLayout, query: np.ndarray, near: np.ndar
     def bins_of(which: np.ndarray) -> np.ndarray:
         return to_bytes(layout.take(rows.store.descriptors[rows.rows[which]]))
 
-    order, _, boxes = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of)
-    return Ranking(np.concatenate([order, after]), boxes)
+    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of)
+    return Ranking(np.concatenate([found.rows, after]), found.boxes)
 
 
 def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from sppfeat.errors import GalleryError, UsageError
 from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.bins import bin_layout, part_recipe
+from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, require_bins
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # Parts are looked for in every image of a gallery up to this size, about a second on two cores; in the candidates of
 # the index beyond it.
 ALL_ROWS: Final = 20_000
+# Neighbors of a query that are explained: a page shows each beside the query.
+EXPLAINED: Final = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +39,20 @@ class SearchOptions(RerankOptions):
     k: neighbors per query, the nearest first. exclude_self: exclude the query's own file, and all its windows.
     The rest: see `RerankOptions`. As parts, queries are looked for in all images of a gallery of at most ALL_ROWS, else
     in the nearest `candidates`. Parts and `bins` need a gallery with bins, and give each neighbor the box where
-    the query was found.
+    the query was found. explain: also what adds up to the scores of the first EXPLAINED neighbors.
     Raises UsageError, naming the field, for an invalid value.
     """
 
     k: int = 10
     exclude_self: bool = False
+    explain: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k < 1:
             raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
+        if self.explain and not self.aligned:
+            raise UsageError(f"explain: expected parts or rerank bins, which align bins, found rerank {self.rerank!r}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Neighbor:
 
     path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: where the query
     was found in it, x1, y1, x2, y2 in pixels of the upright image, if its bins were searched; else the window in it, if
-    the row describes one.
+    the row describes one. explanation: of the score, if that was asked for.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Neighbor:
     path: str | None
     box: Box | None = None
     root: str = ""
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -352,20 +359,17 @@ def _answer(
 ) -> SearchResult:
     """Answers to descriptors [Q, F, D] at F scales each."""
     started = time.perf_counter()
-    boxes: list[np.ndarray | None]
-    if not options.aligned:
-        rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
-        found, values, boxes = list(rows), list(scores), [None] * len(rows)
-    else:
-        kept = require_bins(gallery).values
-        layout, bins_of = bin_layout(gallery.recipe, gallery.dim), kept.__getitem__
-        found, values, boxes = [], [], []
+    there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
+    neighbors: list[list[Neighbor]] = []
+    if options.aligned:
         for at in range(len(descriptors)):
             candidates = _candidates(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
-            of_one, near, places = order_by_bins(layout, descriptors[at], candidates, bins_of)
-            found.append(of_one[: options.k])
-            values.append(near[: options.k])
-            boxes.append(places)
+            neighbors.append(_located(gallery, descriptors[at], candidates, options, there))
+    else:
+        rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
+        for near, values in zip(rows, scores, strict=True):
+            ranked = enumerate(zip(near[near >= 0].tolist(), values.tolist(), strict=False), 1)
+            neighbors.append([_neighbor(gallery, row, score, rank, there) for rank, (row, score) in ranked])
     notes = []
     if options.parts and len(gallery) > ALL_ROWS:
         notes.append(
@@ -374,19 +378,7 @@ def _answer(
         )
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
-    there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
-    answers = [
-        Answer(
-            query,
-            path,
-            [
-                _neighbor(gallery, int(row), float(score), rank, there, None if place is None else place[rank - 1])
-                for rank, (row, score) in enumerate(zip(one, of_one, strict=True), 1)
-                if row >= 0
-            ],
-        )
-        for query, path, one, of_one, place in zip(queries, files, found, values, boxes, strict=True)
-    ]
+    answers = [Answer(query, path, found) for query, path, found in zip(queries, files, neighbors, strict=True)]
     return SearchResult(answers, notes, 0.0, time.perf_counter() - started, options.aligned)
 
 
@@ -403,14 +395,29 @@ def _candidates(
     return np.unique(near[near >= 0])
 
 
-def _neighbor(
-    gallery: Gallery, row: int, score: float, rank: int, there: list[bool], found: np.ndarray | None
-) -> Neighbor:
+def _located(
+    gallery: Gallery, descriptors: np.ndarray, candidates: np.ndarray, options: SearchOptions, there: list[bool]
+) -> list[Neighbor]:
+    """The best of the candidates [N], with boxes in pixels."""
+    bins = require_bins(gallery)
+    layout = bin_layout(gallery.recipe, gallery.dim)
+    found = order_by_bins(layout, descriptors, candidates, bins.values.__getitem__)
+    asked = layout.take(descriptors).astype(np.float64)
+    neighbors = []
+    for rank, row in enumerate(found.rows[: options.k].tolist(), 1):
+        one = _neighbor(gallery, row, float(found.scores[rank - 1]), rank, there)
+        width, height = bins.image_size[row].tolist()
+        box = in_pixels(found.boxes[rank - 1], one.box or (0, 0, width - 1, height - 1))
+        why = None
+        if options.explain and rank <= EXPLAINED:
+            why = explain(asked, bins.values[row], int(found.rectangles[rank - 1]))
+        neighbors.append(replace(one, box=box, explanation=why))
+    return neighbors
+
+
+def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
     path, box = gallery.rows.image(row)
     root = int(gallery.rows.root[row])
-    if found is not None and gallery.bins is not None:
-        width, height = gallery.bins.image_size[row].tolist()
-        box = in_pixels(found, box or (0, 0, width - 1, height - 1))
     return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
 
 

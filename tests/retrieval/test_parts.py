@@ -18,7 +18,7 @@ from reference import best_rectangle, box_overlap
 
 from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
-from sppfeat.retrieval.alignment import CELLS, SHARPNESS, align, cells_of, rectangles
+from sppfeat.retrieval.alignment import CELLS, NEAR, SHARPNESS, align, cells_of, rectangles
 from sppfeat.retrieval.bins import bin_layout, part_recipe, to_bytes
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.parts import in_pixels
@@ -26,6 +26,20 @@ from sppfeat.retrieval.search import search_images, search_store
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PARTS = replace(TINY, scales=(128,), levels=(4, 1))
+
+
+def overlap_of(one: list[float], other: list[float]) -> float:
+    """Of boxes whose ends are exclusive."""
+    return box_overlap([*one[:2], one[2] - 1, one[3] - 1], [*other[:2], other[2] - 1, other[3] - 1])
+
+
+def test_two_places_that_look_the_same_are_not_averaged() -> None:
+    generator = np.random.default_rng(0)
+    bins = generator.normal(size=(1, 6, 6, 64)).astype(np.float32)
+    part = generator.normal(size=(3, 3, 64))
+    bins[0, :3, :3] = bins[0, 3:, 3:] = part
+    found = align(cells_of(np.repeat(np.repeat(part, 2, 0), 2, 1)[None].astype(np.float32))[0], bins)
+    assert found.boxes[0] * 6 == pytest.approx([0, 0, 3, 3], abs=0.3)
 
 
 @pytest.mark.parametrize("side", [3, 4, 5, 6, 7])
@@ -39,7 +53,9 @@ def test_the_best_rectangle_is_that_of_a_naive_loop(side: int) -> None:
         best, boxes, scores = best_rectangle(query, bins[at])
         assert found.scores[at] == pytest.approx(best, abs=1e-5)
         assert scores[found.rectangles[at]] == pytest.approx(best, abs=1e-5)
-        weights = [math.exp(SHARPNESS * (score - best)) for score in scores]
+        weights = np.array([math.exp(SHARPNESS * (score - best)) for score in scores])
+        places = [[overlap_of(box, one) >= NEAR for box in boxes] for one in boxes]
+        weights = weights * max(places, key=lambda near: float(weights @ near))  # noqa: B023
         box = np.dot(weights, boxes) / sum(weights) / side
         assert found.boxes[at] == pytest.approx(box, abs=1e-4)
     assert found.rectangles[1] == 0  # of equal scores the first
