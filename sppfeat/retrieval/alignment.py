@@ -18,9 +18,9 @@ from sppfeat.store import normalize_rows
 # Cells along each side of a rectangle.
 CELLS: Final = 3
 # The box found is the mean of rectangles, each weighted by exp(SHARPNESS * (its score - the best one)): between the
-# edges of bins. Only those count that overlap one of them by NEAR or more, the one that gives the largest weight in
-# all: not what lies between two places that look the same. Chosen on crops of photographs, where half and twice of
-# either give no more overlap.
+# edges of bins. Only those count that overlap one of them by NEAR or more, the one whose weight times theirs is largest:
+# not what lies between two places that look the same. Chosen on crops of photographs, where half and twice of either
+# give no more overlap.
 SHARPNESS: Final = 60.0
 NEAR: Final = 0.1
 # Images at a time: their cells stay near the processor.
@@ -107,7 +107,7 @@ def align(query: np.ndarray, bins: np.ndarray) -> Alignment:
         best[part] = of_all.argmax(1)
         scores[part] = of_all.max(1)
         weights = np.exp(SHARPNESS * (of_all.astype(np.float64) - of_all.max(1, keepdims=True)))
-        weights *= near[(weights @ near).argmax(1)]
+        weights *= near[(weights * (weights @ near)).argmax(1)]
         boxes[part] = weights @ shapes.boxes / weights.sum(1, keepdims=True)
     return Alignment(scores, boxes, best)
 
