@@ -18,7 +18,7 @@ from sppfeat.store import normalize_rows
 # Cells along each side of a rectangle.
 CELLS: Final = 3
 # The box found is the mean of rectangles, each weighted by exp(SHARPNESS * (its score - the best one)): between the
-# edges of bins. Only those count that overlap one of them by NEAR or more, the one whose weight times theirs is largest:
+# edges of bins. Only those count that overlap one of them by NEAR or more, that whose weight times theirs is largest:
 # not what lies between two places that look the same. Chosen on crops of photographs, where half and twice of either
 # give no more overlap.
 SHARPNESS: Final = 60.0

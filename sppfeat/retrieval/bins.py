@@ -87,24 +87,43 @@ def bin_layout(recipe: Recipe, dim: int) -> BinLayout:
     return BinLayout(side, channels, before * channels)
 
 
-def write_bins(file: Path, *, layout: BinLayout, kept: KeptBins | None, new: UnitRows | None) -> None:
-    """Write the bins of a gallery: those that an older one has, then those of a store's rows. Raises GalleryError."""
-    parts = [part for part in (kept, new) if part is not None]
+@dataclass(frozen=True)
+class BinSource:
+    """The bins of a gallery to be written: those of an older one's rows that stay, then those of a store's rows."""
+
+    layout: BinLayout
+    kept: KeptBins | None
+    new: UnitRows | None
+
+    def __len__(self) -> int:
+        return sum(len(part.rows) for part in (self.kept, self.new) if part is not None)
+
+    def take(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n, side, side, channels] int8 and [n, 2] image sizes of ascending rows."""
+        before = 0 if self.kept is None else len(self.kept.rows)
+        cut = int(np.searchsorted(which, before))
+        values, sizes = [], []
+        if self.kept is not None and cut:
+            rows = self.kept.rows[which[:cut]]
+            values.append(self.kept.bins.values[rows])
+            sizes.append(self.kept.bins.image_size[rows])
+        if self.new is not None and cut < len(which):
+            rows = self.new.rows[which[cut:] - before]
+            values.append(to_bytes(self.layout.take(self.new.store.descriptors[rows])))
+            sizes.append(self.new.store.image_size[rows])
+        return np.concatenate(values), np.concatenate(sizes)
+
+
+def write_bins(file: Path, source: BinSource) -> None:
+    """Write the bins of a gallery. Raises GalleryError."""
+    layout = source.layout
     size = block_rows(layout.side * layout.side * layout.channels)
-    count = sum(len(part.rows) for part in parts)
     with appearing_hdf5(file, GalleryError) as content:
-        values = content.create_dataset("values", (count, *layout.shape), np.int8)
-        sizes = content.create_dataset("image_size", (count, 2), "<i4")
-        end = 0
-        for part in parts:
-            for start in range(0, len(part.rows), size):
-                rows = part.rows[start : start + size]
-                place, end = slice(end, end + len(rows)), end + len(rows)
-                if isinstance(part, KeptBins):
-                    values[place], sizes[place] = part.bins.values[rows], part.bins.image_size[rows]
-                else:
-                    values[place] = to_bytes(layout.take(part.store.descriptors[rows]))
-                    sizes[place] = part.store.image_size[rows]
+        values = content.create_dataset("values", (len(source), *layout.shape), np.int8)
+        sizes = content.create_dataset("image_size", (len(source), 2), "<i4")
+        for start in range(0, len(source), size):
+            part = slice(start, min(start + size, len(source)))
+            values[part], sizes[part] = source.take(np.arange(part.start, part.stop))
 
 
 def to_bytes(bins: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.recipe import Recipe
-from sppfeat.retrieval.bins import Bins, bin_layout, read_bins, write_bins
+from sppfeat.retrieval.bins import Bins, BinSource, bin_layout, read_bins
 from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import (
     BuiltIndex,
@@ -55,6 +54,7 @@ from sppfeat.retrieval.gallery_files import (
     require_gallery,
     write_generation,
 )
+from sppfeat.retrieval.regions import Regions, read_regions
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection, read_arrays
 from sppfeat.store import Store, UnitRows, check_same_recipe, open_store, unit_rows
 
@@ -65,7 +65,7 @@ class Gallery:
 
     index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
     about: the contents of the folder's JSON. dim: length of a descriptor before projection. bins: what parts are found
-    in, if they were kept.
+    in, if they were kept. regions: in which of its images, if there are many.
     """
 
     path: Path
@@ -79,6 +79,7 @@ class Gallery:
     projection: Projection | None
     about: About
     bins: Bins | None = None
+    regions: Regions | None = None
 
     def __len__(self) -> int:
         return len(self.rows.names)
@@ -141,7 +142,7 @@ def create_gallery(
         table = GalleryRows(
             rows.names, [store.source_root], np.zeros(len(rows), np.int64), np.asarray(store.checksum[rows.rows])
         )
-        bins = None if layout is None else partial(write_bins, layout=layout, kept=None, new=rows)
+        bins = None if layout is None else BinSource(layout, None, rows)
         described = _describe(store, built, learned)
         about = write_generation(path, described, built.index, table, learned, bins, previous=None)
     return Change(str(path), len(rows), len(rows), 0, 0, built, notes + built.notes, about)
@@ -192,8 +193,10 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
         bins = None
         if old.bins is not None:
             layout = bin_layout(old.recipe, old.dim)
-            bins = partial(write_bins, layout=layout, kept=old.bins.only(np.arange(len(old))), new=rows)
-        about = write_generation(path, about, index, table, old.projection, bins, previous=old.about)
+            bins = BinSource(layout, old.bins.only(np.arange(len(old))), rows)
+        about = write_generation(
+            path, about, index, table, old.projection, bins, previous=old.about, regions=old.regions
+        )
         return Change(str(path), len(table.names), len(rows), skipped, 0, None, [], about)
 
 
@@ -222,7 +225,7 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
         )
         bins = None
         if old.bins is not None:
-            bins = partial(write_bins, layout=bin_layout(old.recipe, old.dim), kept=old.bins.only(keep), new=None)
+            bins = BinSource(bin_layout(old.recipe, old.dim), old.bins.only(keep), None)
         about = write_generation(path, old.about, index, table, old.projection, bins, previous=old.about)
         return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
 
@@ -295,12 +298,15 @@ def _open(path: Path, about: About, device: str) -> Gallery:
     # First, because its length bounds the number of rows.
     index = read_index_file(files["index"], about.rows, about.dim if told is None else told.dim)
     rows = read_rows(files["rows"], about.rows)
-    bins = None
+    bins = regions = None
     if "bins" in files:
         try:
-            bins = read_bins(files["bins"], about.rows, bin_layout(recipe, about.dim))
+            layout = bin_layout(recipe, about.dim)
         except UsageError as error:
             raise GalleryError(f"{path}: expected a gallery without bins: {error}") from None
+        bins = read_bins(files["bins"], about.rows, layout)
+        if "regions" in files:
+            regions = read_regions(files["regions"], about.rows, layout)
     return Gallery(
         path,
         recipe,
@@ -313,6 +319,7 @@ def _open(path: Path, about: About, device: str) -> Gallery:
         projection,
         about,
         bins,
+        regions,
     )
 
 

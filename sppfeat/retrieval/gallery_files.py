@@ -44,15 +44,22 @@ from sppfeat.files import (
     unsafe_name,
 )
 from sppfeat.images import absolute
+from sppfeat.retrieval.bins import BinSource, write_bins
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
+from sppfeat.retrieval.regions import Regions, write_regions
 from sppfeat.retrieval.whitening import Projection, write_projection
 from sppfeat.store import Box, image_of, lock_store
 
 FORMAT_VERSION: Final = 1
+# Parts are looked for in every image of a gallery up to this size, which takes about a second on two cores; in a larger
+# one, in the images with the nearest regions.
+ALL_ROWS: Final = 20_000
 DESCRIPTION: Final = "gallery.json"
-_OURS: Final = re.compile(r"\.?(index|rows|projection|bins)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial")
+_OURS: Final = re.compile(
+    r"\.?(index|rows|projection|bins|regions)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial"
+)
 _LOCK: Final = ".lock"  # of `lock_store`
-_SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz", "bins": "h5"}
+_SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz", "bins": "h5", "regions": "faiss"}
 _LIBRARIES: Final = ("faiss-cpu", "faiss-gpu", "numpy", "h5py")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
@@ -78,6 +85,7 @@ class FileEntries(_Document, frozen=True, omit_defaults=True):
     rows: FileEntry
     projection: FileEntry | None = None
     bins: FileEntry | None = None
+    regions: FileEntry | None = None
 
 
 class IndexEntry(_Document, frozen=True):
@@ -129,9 +137,10 @@ class About(_Document, frozen=True):
 
     @property
     def entries(self) -> dict[str, FileEntry]:
-        """The files by kind: `index`, `rows`, and `projection` and `bins` where there are any."""
+        """The files by kind: `index`, `rows`, and `projection`, `bins` and `regions` where there are any."""
         kept = self.files
         files = {"index": kept.index, "rows": kept.rows, "projection": kept.projection, "bins": kept.bins}
+        files["regions"] = kept.regions
         return {kind: entry for kind, entry in files.items() if entry is not None}
 
 
@@ -279,13 +288,15 @@ def write_generation(
     index: Any,
     rows: GalleryRows,
     projection: Projection | None,
-    write_bins: Callable[[Path], None] | None,
+    bins: BinSource | None,
     *,
     previous: About | None,
+    regions: Regions | None = None,
 ) -> About:
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
-    Call it within `changing`. previous: its projection file is kept. Returns the description as written.
+    Call it within `changing`. previous: its projection file is kept. regions: of the rows in `bins` that are kept, if
+    those are all that there were. Returns the description as written.
     """
     if index.ntotal != len(rows.names) or len(rows.names) != len(rows.root):
         raise GalleryError(f"{path}: {index.ntotal} rows in the index, {len(rows.names)} names; nothing is written")
@@ -302,12 +313,15 @@ def write_generation(
     kept = None if previous is None else previous.files.projection
     if kept is None and projection is not None:
         kept = put("projection", lambda file: write_projection(file, projection))
-    bins = None if write_bins is None else put("bins", write_bins)
+    bins_entry = None if bins is None else put("bins", lambda file: write_bins(file, bins))
+    regions_entry = None
+    if bins is not None and len(bins) > ALL_ROWS:
+        regions_entry = put("regions", lambda file: write_regions(file, bins, regions))
     about = msgspec.structs.replace(
         about,
         generation=generation,
         rows=len(rows.names),
-        files=FileEntries(index=index_entry, rows=rows_entry, projection=kept, bins=bins),
+        files=FileEntries(index=index_entry, rows=rows_entry, projection=kept, bins=bins_entry, regions=regions_entry),
         versions=_versions(),
     )
     with appearing(path / DESCRIPTION, GalleryError) as partial:

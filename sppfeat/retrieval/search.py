@@ -14,6 +14,7 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError
 from sppfeat.images import Item, find_images, is_url
 from sppfeat.recipe import RunOptions
+from sppfeat.retrieval.alignment import cells_of
 from sppfeat.retrieval.bins import bin_layout, part_recipe
 from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
@@ -25,9 +26,6 @@ from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_u
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
 
-# Parts are looked for in every image of a gallery up to this size, about a second on two cores; in the candidates of
-# the index beyond it.
-ALL_ROWS: Final = 20_000
 # Neighbors of a query that are explained: a page shows each beside the query.
 EXPLAINED: Final = 50
 
@@ -37,9 +35,9 @@ class SearchOptions(RerankOptions):
     """How a gallery is searched.
 
     k: neighbors per query, the nearest first. exclude_self: exclude the query's own file, and all its windows.
-    The rest: see `RerankOptions`. As parts, queries are looked for in all images of a gallery of at most ALL_ROWS, else
-    in the nearest `candidates`. Parts and `bins` need a gallery with bins, and give each neighbor the box where
-    the query was found. explain: also what adds up to the scores of the first EXPLAINED neighbors.
+    The rest: see `RerankOptions`. As parts, queries are looked for in all images of a gallery, or of a large one in the
+    `candidates` with the nearest regions. Parts and `bins` need a gallery with bins, and give each neighbor the box
+    where the query was found. explain: also what adds up to the scores of the first EXPLAINED neighbors.
     Raises UsageError, naming the field, for an invalid value.
     """
 
@@ -371,10 +369,10 @@ def _answer(
             ranked = enumerate(zip(near[near >= 0].tolist(), values.tolist(), strict=False), 1)
             neighbors.append([_neighbor(gallery, row, score, rank, there) for rank, (row, score) in ranked])
     notes = []
-    if options.parts and len(gallery) > ALL_ROWS:
+    if options.parts and gallery.regions is not None:
         notes.append(
-            f"parts were looked for in the nearest {max(options.k, options.candidates)} of {len(gallery)} images "
-            "alone; more candidates find more"
+            f"parts were looked for in {max(options.k, options.candidates)} of {len(gallery)} images, those with the "
+            "nearest regions; more candidates may find more"
         )
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
@@ -386,10 +384,15 @@ def _candidates(
     gallery: Gallery, descriptors: np.ndarray, options: SearchOptions, own: np.ndarray | None
 ) -> np.ndarray:
     """Ascending rows that a query with descriptors [F, D] is to be aligned with."""
-    if options.parts and len(gallery) <= ALL_ROWS:
-        every = np.arange(len(gallery))
-        return every if own is None else np.setdiff1d(every, own)
-    wide = replace(options, k=max(options.k, options.candidates))
+    count = max(options.k, options.candidates)
+    if options.parts:
+        if gallery.regions is None:
+            near = np.arange(len(gallery))
+        else:
+            query = cells_of(bin_layout(gallery.recipe, gallery.dim).take(descriptors)).mean(0)
+            near = gallery.regions.nearest(query, count + (0 if own is None else own.size))
+        return near if own is None else np.setdiff1d(near, own)
+    wide = replace(options, k=count)
     owns = None if own is None else np.repeat(own, len(descriptors), 0)
     near, _ = search_units(gallery, _units(gallery, descriptors), wide, own_rows=owns)
     return np.unique(near[near >= 0])

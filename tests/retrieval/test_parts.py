@@ -207,17 +207,6 @@ def test_reranking_by_bins(gallery: Path, scenes: Path, tmp_path: Path) -> None:
     assert len(parts.answers[0].neighbors) == 11
 
 
-def test_a_large_gallery_is_searched_in_candidates(
-    gallery: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = open_gallery(gallery)
-    every = search_images(opened, [scenes / "03.png"], SearchOptions(k=5, parts=True))
-    monkeypatch.setattr("sppfeat.retrieval.search.ALL_ROWS", 3)
-    some = search_images(opened, [scenes / "03.png"], SearchOptions(k=5, parts=True, candidates=12))
-    assert [one.name for one in some.answers[0].neighbors] == [one.name for one in every.answers[0].neighbors]
-    assert every.notes == [] and "in the nearest 12 of 12 images alone" in some.notes[0]
-
-
 def test_a_box_of_the_query_and_windows_of_the_gallery(gallery: Path, scenes: Path, tmp_path: Path) -> None:
     opened = open_gallery(gallery)
     done = search_images(opened, [scenes / "05.png"], SearchOptions(k=1, parts=True), box=(80, 80, 239, 199))
