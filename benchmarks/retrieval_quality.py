@@ -2,10 +2,13 @@
 
     python benchmarks/retrieval_quality.py crops VOC2007/JPEGImages [--area 0.1,0.3]
     python benchmarks/retrieval_quality.py same-object kth-buildings
-    python benchmarks/retrieval_quality.py categories caltech101-subset/test
+    python benchmarks/retrieval_quality.py categories caltech101-subset
+    python benchmarks/retrieval_quality.py million VOC2007/JPEGImages [--rows 1000000] [--area 0.1,0.3]
 
 crops: 200 random parts of images, enlarged 1.6 times and saved as JPEG of quality 70, are looked for among all images.
-same-object, categories: images whose names or folders say what belongs together. Tables are printed as Markdown.
+same-object, categories: images whose names or folders say what belongs together. million: parts among as many images,
+of which the first are windows of the images, and the others put together from quarters of those; how many of the first
+ten of an exhaustive search are found, and how fast. Tables are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import random
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +26,14 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from sppfeat import Recipe, RunOptions, extract_folder, open_store
 from sppfeat.retrieval import Gallery, SearchOptions, create_gallery, open_gallery, search_images, search_store
+from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.bins import BinLayout, BinSource, bin_layout, part_recipe, read_bins, write_bins
+from sppfeat.retrieval.parts import PART_FACTORS, order_by_bins
+from sppfeat.retrieval.regions import read_regions, write_regions
+from sppfeat.store import unit_rows
 
 CPU = RunOptions(device="cpu")
+MILLION_QUERIES = 20
 CROPS, SEED, ENLARGED, QUALITY = 200, 7, 1.6, 70
 
 
@@ -99,6 +109,113 @@ def crops(folder: Path, area: tuple[float, float], scale: int) -> None:
             print(f"| {name} | {' | '.join(cells)} | {1000 * done.searching / CROPS:.0f} |", flush=True)
 
 
+class Collages:
+    """Bins of many images: those given [B, n, n, C], and then images whose quarters are those of four of them."""
+
+    def __init__(self, bins: np.ndarray, layout: BinLayout, rows: int) -> None:
+        self.layout, self.kept, self.new, self._bins, self._rows = layout, None, None, bins, rows
+        self._quarters = np.random.default_rng(SEED).integers(0, len(bins), (rows, 2, 2))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def take(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        half = self.layout.side // 2
+        made = np.empty((len(which), *self.layout.shape), np.int8)
+        for row, top in enumerate((0, half)):
+            for column, left in enumerate((0, half)):
+                part = slice(top, top + half), slice(left, left + half)
+                made[:, *part] = self._bins[self._quarters[which, row, column]][:, *part]
+        real = which < len(self._bins)
+        made[real] = self._bins[which[real]]
+        return made, np.full((len(which), 2), 500)
+
+
+def windows_of(path: Path, count: int, dice: np.random.Generator) -> np.ndarray:
+    """The whole image and random windows of a quarter to nine tenths of its area."""
+    with Image.open(path) as image:
+        width, height = image.size
+    found = [(0, 0, width - 1, height - 1)]
+    while len(found) < count:
+        size, aspect = dice.uniform(0.25, 0.9) * width * height, dice.uniform(2 / 3, 3 / 2)
+        across, down = min(width, int((size * aspect) ** 0.5)), min(height, int((size / aspect) ** 0.5))
+        left, top = dice.integers(0, width - across + 1), dice.integers(0, height - down + 1)
+        found.append((left, top, left + across - 1, top + down - 1))
+    return np.array(found)
+
+
+def million(folder: Path, area: tuple[float, float], scale: int, rows: int) -> None:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".png"))
+    dice = np.random.default_rng(SEED)
+    with tempfile.TemporaryDirectory() as work:
+        here, recipe = Path(work), Recipe(scales=(scale,), levels=(6,))
+        every = {path.name: windows_of(path, 34, dice) for path in files}
+        extract_folder(folder, here / "w.h5", recipe, CPU, windows=every)
+        described = unit_rows(open_store(here / "w.h5"))
+        layout = bin_layout(recipe, described.dim)
+        real = BinSource(layout, None, described)
+        source = Collages(real.take(np.arange(len(real)))[0], layout, rows)
+        started = time.perf_counter()
+        write_bins(here / "bins.h5", source)  # type: ignore[arg-type]
+        wrote = time.perf_counter() - started
+        bins = read_bins(here / "bins.h5", rows, layout).values
+        write_regions(here / "regions.faiss", source, None)  # type: ignore[arg-type]
+        built = time.perf_counter() - started - wrote
+        regions = read_regions(here / "regions.faiss", rows, layout)
+        (queries := here / "q").mkdir()
+        cuts = random.Random(SEED)
+        for number, at in enumerate(cuts.sample(range(len(files)), MILLION_QUERIES)):
+            cut(files[at], area, cuts)[0].save(queries / f"{number:03}.jpg", quality=QUALITY)
+        extract_folder(queries, here / "q.h5", part_recipe(recipe, PART_FACTORS), CPU)
+        descriptors = np.asarray(open_store(here / "q.h5").descriptors, np.float32).reshape(
+            MILLION_QUERIES, -1, layout_dim(layout)
+        )
+        cells = np.stack([cells_of(layout.take(one)).mean(0) for one in descriptors])
+        print(
+            f"{rows:,} images, {MILLION_QUERIES} parts of {area[0]:.0%} to {area[1]:.0%}, scale {scale}, seed {SEED}; ",
+            end="",
+        )
+        size = (here / "regions.faiss").stat().st_size / rows
+        print(
+            f"bins {np.prod(layout.shape):,} bytes an image, written in {wrote:.0f} s; regions {size:.0f} bytes, built in "
+            f"{built:.0f} s\n"
+        )
+        started = time.perf_counter()
+        best = [np.zeros(0, np.int64)] * MILLION_QUERIES
+        score = [np.zeros(0, np.float32)] * MILLION_QUERIES
+        for start in range(0, rows, 4096):
+            block = np.array(bins[start : start + 4096])
+            for at, one in enumerate(cells):
+                both = np.append(score[at], align(one, block).scores)
+                near = np.append(best[at], np.arange(start, start + len(block)))
+                first = np.lexsort((near, -both))[:10]
+                score[at], best[at] = both[first], near[first]
+        exhaustive = (time.perf_counter() - started) / MILLION_QUERIES
+        print(
+            f"An exhaustive search takes {exhaustive:.1f} s.\n\n"
+            "| candidates | recall@1 | recall@10 | regions, ms | alignment, ms | in all, ms |"
+        )
+        print("|---|---|---|---|---|---|")
+        for candidates in (200, 400, 1000, 2000):
+            spent, found = [], []
+            for _ in range(2):  # warm
+                spent, found = [], []
+                for at, one in enumerate(cells):
+                    started = time.perf_counter()
+                    near = regions.nearest(one, candidates)
+                    middle = time.perf_counter()
+                    order = order_by_bins(layout, descriptors[at], near, bins.__getitem__)
+                    spent.append((middle - started, time.perf_counter() - middle))
+                    found.append((best[at][0] in order.rows[:10], np.isin(best[at], order.rows[:10]).mean()))
+            first, ten = np.mean(found, axis=0)
+            a, b = 1000 * np.median(spent, axis=0)
+            print(f"| {candidates:,} | {first:.3f} | {ten:.3f} | {a:.0f} | {b:.0f} | {a + b:.0f} |", flush=True)
+
+
+def layout_dim(layout: BinLayout) -> int:
+    return layout.side * layout.side * layout.channels
+
+
 def average_precision(gallery: Gallery, store: Path, group: Callable[[str], str], **options: object) -> float:
     """mAP in percent of a store's rows as queries, each without itself."""
     chosen = SearchOptions(k=len(gallery), exclude_self=True, **options)  # type: ignore[arg-type]
@@ -124,21 +241,27 @@ def rerank(server: Path, client: Path, group: Callable[[str], str], scale: int) 
         for name, options in {
             "plain": {},
             "--rerank bins": {"rerank": "bins"},
-            "--expand 5": {"expand": 5},
+            "--rerank expand": {"rerank": "expand"},
+            "--rerank reciprocal": {"rerank": "reciprocal"},
+            "--rerank diffuse": {"rerank": "diffuse"},
         }.items():
             print(f"| {name} | {average_precision(gallery, queries, group, **options):.1f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("crops", "same-object", "categories"))
+    parser.add_argument("what", choices=("crops", "same-object", "categories", "million"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--area", default="0.1,0.3")
     parser.add_argument("--scale", type=int)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     given = parser.parse_args()
     if given.what == "crops":
         low, high = map(float, given.area.split(","))
         crops(given.folder, (low, high), given.scale or 448)
+    elif given.what == "million":
+        low, high = map(float, given.area.split(","))
+        million(given.folder, (low, high), given.scale or 448, given.rows)
     elif given.what == "same-object":
         names = re.compile(r"(obj\d+)_")
         rerank(given.folder / "server", given.folder / "client", lambda name: names.search(name)[1], given.scale or 224)  # type: ignore[index]
