@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from sppfeat.retrieval.duplicates import Duplicates, find_duplicates, write_duplicates_page
+from sppfeat.retrieval.duplicates import (
+    Duplicates,
+    check_duplicates_csv,
+    find_duplicates,
+    write_duplicates_csv,
+    write_duplicates_page,
+)
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
 from sppfeat.retrieval.faiss_index import IndexOptions
 from sppfeat.retrieval.gallery import (
@@ -39,6 +45,7 @@ __all__ = [
     "SearchOptions",
     "SearchResult",
     "add_to_gallery",
+    "check_duplicates_csv",
     "create_gallery",
     "describe_gallery",
     "evaluate_retrieval",
@@ -53,6 +60,7 @@ __all__ = [
     "search_images",
     "search_store",
     "verify_gallery",
+    "write_duplicates_csv",
     "write_duplicates_page",
     "write_hits_page",
     "write_query_windows",
