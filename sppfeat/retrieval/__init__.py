@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sppfeat.retrieval.crops import Crops, check_crops, find_crops
 from sppfeat.retrieval.duplicates import (
     Duplicates,
     check_duplicates_csv,
@@ -35,6 +36,7 @@ from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
 
 __all__ = [
     "Change",
+    "Crops",
     "DEFAULT_DIMS",
     "Duplicates",
     "Gallery",
@@ -45,10 +47,12 @@ __all__ = [
     "SearchOptions",
     "SearchResult",
     "add_to_gallery",
+    "check_crops",
     "check_duplicates_csv",
     "create_gallery",
     "describe_gallery",
     "evaluate_retrieval",
+    "find_crops",
     "find_duplicates",
     "open_gallery",
     "percent",

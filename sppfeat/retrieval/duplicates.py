@@ -20,31 +20,18 @@ from sppfeat.errors import ReportError, UsageError
 from sppfeat.files import appearing, check_new_file
 from sppfeat.images import path_to_name
 from sppfeat.report import thumbnail, write_page
+from sppfeat.retrieval.crops import Crops, by_whole
 from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
 from sppfeat.retrieval.linkage import link_rows
+from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.near_rows import equal_rows, near_components
-from sppfeat.store import Box, Store, UnitRows, block_rows, item_of, unit_rows
+from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95
 # With more thumbnails, a phone could not open the page.
 PAGE_GROUPS: Final = 200
 PAGE_MEMBERS: Final = 48
 CSV_COLUMNS: Final = ("group", "action", "name", "path", "score", "width", "height", "bytes")
-
-
-@dataclass(frozen=True)
-class Member:
-    """An image of a group: score is its cosine similarity with the group's first. path: None if the file is missing.
-
-    size: width and height of the image in pixels. box: the window in it, if the row describes one.
-    """
-
-    name: str
-    score: float
-    size: tuple[int, int]
-    file_size: int
-    path: str | None
-    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -148,22 +135,18 @@ def _groups(
 
 
 def _members(rows: UnitRows, keeping: Keeping, which: np.ndarray) -> list[Member]:
-    store = rows.store
     which = keeping.order(rows, which)
     first = rows.take(which[:1])[0]
     size = block_rows(rows.dim)
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
-    members = []
-    for at, place, score in zip(which, rows.rows[which], scores, strict=True):
-        item, box = item_of(store.source_root, rows.names[at])
-        width, height = store.image_size[place].tolist()
-        there = item.path if item.is_there() else None
-        members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there, box))
-    return members
+    return [member_of(rows, int(at), float(score)) for at, score in zip(which, scores, strict=True)]
 
 
-def write_duplicates_page(path: Path, found: Duplicates) -> None:
-    """Write the groups with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
+    """Write the groups, and the crops if any were looked for, with thumbnails to one HTML file.
+
+    Raises ReportError, MissingExtraError.
+    """
     shown = [
         {
             "members": [
@@ -180,7 +163,15 @@ def write_duplicates_page(path: Path, found: Duplicates) -> None:
         }
         for group in found.groups[:PAGE_GROUPS]
     ]
-    write_page(path, "duplicates.html", {"found": found, "groups": shown})
+    parts = [
+        {
+            "crop": one,
+            "part": thumbnail(found.root, one.part.name),
+            "whole": thumbnail(found.root, one.whole.name, mark=one.box),
+        }
+        for one in sorted(crops.found if crops is not None else [], key=lambda one: -one.score)[:PAGE_GROUPS]
+    ]
+    write_page(path, "duplicates.html", {"found": found, "groups": shown, "crops": crops, "parts": parts})
 
 
 def check_duplicates_csv(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -194,21 +185,29 @@ def check_duplicates_csv(path: str | os.PathLike[str], *, overwrite: bool) -> Pa
     return check_new_file(path, overwrite=overwrite, error=ReportError, kind="a CSV file of duplicates", other=other)
 
 
-def write_duplicates_csv(path: Path, found: Duplicates) -> None:
+def write_duplicates_csv(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
     r"""Write a CSV file in UTF-8, a line for each image of each group, the one to keep first. Raises ReportError.
 
     Columns: group, from 1; action, `keep` or `remove`; name; path, empty if the file is missing; score, its cosine
     similarity with the image kept; width, height, in pixels; bytes. Names and paths are written as stores write names:
     `\\` for a backslash, and `\xNN` for a byte that is not UTF-8.
+    Crops follow, a group for each whole: it is the one to keep, and the action of the others is `part`, their score
+    that of the crop. An image may be in several groups then.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(CSV_COLUMNS)
-    for number, group in enumerate(found.groups, 1):
-        for place, one in enumerate(group):
+    groups = [
+        [("remove" if place else "keep", one, one.score) for place, one in enumerate(group)] for group in found.groups
+    ]
+    groups += [
+        [("keep", whole, 1.0), *(("part", crop.part, crop.score) for crop in parts)]
+        for whole, parts in by_whole(crops.found if crops is not None else [])
+    ]
+    for number, group in enumerate(groups, 1):
+        for action, one, score in group:
             where = "" if one.path is None else path_to_name(one.path)
-            action = "remove" if place else "keep"
-            table.writerow([number, action, one.name, where, f"{one.score:.6f}", *one.size, one.file_size])
+            table.writerow([number, action, one.name, where, f"{score:.6f}", *one.size, one.file_size])
     with appearing(path, ReportError) as partial:
         # A name of unknown origin may hold characters that cannot be encoded.
         partial.write_text(text.getvalue(), "utf-8", errors="backslashreplace", newline="")
