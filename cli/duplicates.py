@@ -48,7 +48,7 @@ def duplicates(
         ),
     ] = False,
     part_threshold: Annotated[
-        float, typer.Option(metavar="X", help="Minimum score of parts, from about 0.9 (unrelated) to 1.5.")
+        float, typer.Option(metavar="X", help="Minimum score of parts; about 0.9 for unrelated images.")
     ] = _CROPS.threshold,
     weights: Annotated[
         str | None,

@@ -35,8 +35,11 @@ CROPS_THRESHOLD: Final = 1.1
 # Images nearest to each that it may be a part of. The original is among them for 299 of those 300 crops at 224, and for
 # 297 at 448.
 CANDIDATES: Final = 20
-# Weight of how far an image stands out: its score less the median of all candidates' scores.
+# Weight of how far an image stands out: its similarity less the median of all candidates'.
 LEAD: Final = 2.0
+# What the similarity itself must reach: among images that have nothing in common, all that have something stand out. It
+# is 0.75 or more for 99 % of those crops.
+LEAST: Final = 0.7
 # Side at which images are described again, of that in the store: a crop of half the area has this side in the whole. By
 # the stored descriptors alone, 267 and 239 of those crops are found with 5 other pairs; this way, 296 and 291.
 _FACTORS: Final = (0.71,)
@@ -89,7 +92,7 @@ def check_crops(store: Store, threshold: float) -> BinLayout:
     MissingExtraError without FAISS.
     """
     if not threshold > 0:
-        raise UsageError(f"parts threshold must be above 0, found {threshold}")
+        raise UsageError(f"part threshold must be above 0, found {threshold}")
     layout = bin_layout(store.recipe, store.dim)
     part_recipe(store.recipe, _FACTORS)
     load_faiss()
@@ -108,8 +111,8 @@ def find_crops(
     """Find the images of a finished store that are a part of another one of it; of several wholes, the best.
 
     An image is compared with the CANDIDATES nearest to it, found by an index. score: the mean cosine similarity of its
-    cells and those of the best rectangle, plus LEAD times what this is above the median of the candidates; from about
-    0.9 for unrelated images to 1.5. If two images are each a part of the other, the higher score decides which.
+    cells and those of the best rectangle, which is LEAST or more, plus LEAD times what this is above the median of the
+    candidates; about 0.9 for unrelated images. If two images are each a part of the other, the higher score decides.
     without: names to leave out, such as those of duplicates. weights: where the store's weights are now, if they moved.
     progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError for a threshold that is not above 0, and for recipes whose bins do not say where things are;
@@ -126,6 +129,8 @@ def find_crops(
     built = build_index(rows)
     count = min(CANDIDATES, len(rows) - 1)
     notes = list(built.notes)
+    if built.recall is not None and built.recall < 1:
+        notes.append(f"the nearest images were found by {built.choice.factory}, {100 * built.recall:.1f} % of them")
     if count < CANDIDATES:
         notes.append(
             f"only {len(rows)} images to compare: how far one stands out from {CANDIDATES} others is not known"
@@ -154,8 +159,8 @@ def find_crops(
     crops = [
         _crop(rows, at, whole, score, box)
         for at, (score, whole, box) in sorted(best.items(), key=lambda one: (one[1][1], -one[1][0], one[0]))
-        # The whole as a part of it, if that is as likely, or more.
-        if (score, whole) > (scores.get((whole, at), 0.0), at)
+        # Not if the whole is as likely to be a part of it, or if that is not known.
+        if (score, whole) > (scores.get((whole, at), 0.0), at) and rows.names[whole] not in failed
     ]
     return Crops(threshold, len(rows), crops, failed, notes)
 
@@ -209,7 +214,7 @@ def _compare(
     bins = to_bytes(layout.take(rows.store.descriptors[rows.rows[candidates]]))
     aligned = align(cells_of(layout.take(descriptor[None]))[0], bins)
     found = aligned.scores.astype(np.float64)
-    return found + LEAD * (found - np.median(found)), aligned.boxes
+    return np.where(found < LEAST, 0, found + LEAD * (found - np.median(found))), aligned.boxes
 
 
 def _crop(rows: UnitRows, part: int, whole: int, score: float, place: np.ndarray) -> Crop:

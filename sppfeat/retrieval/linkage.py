@@ -18,7 +18,7 @@ from sppfeat.store import UnitRows, block_rows
 ROUNDING: Final = 1e-6
 # Similarities closer than this are equal: the rounding of float32 orders nothing.
 _STEPS: Final = 1 << 20
-# Rows whose similarities are kept at once, in 8 bytes a pair: 512 MB.
+# Rows whose similarities are kept at once, in 13 bytes a pair: 900 MB.
 LINKAGE_ROWS: Final = 8192
 # Rows compared with all others at once where there are more.
 _BLOCK: Final = 256
@@ -47,7 +47,7 @@ def link_rows(rows: UnitRows, which: np.ndarray, copies: np.ndarray, threshold: 
     units = rows.take(which) if len(which) <= block_rows(rows.dim) else None
     scores = units @ units.T if units is not None else _scores(rows, which)
     near = np.triu(scores >= threshold - ROUNDING, 1)
-    pairs = int(copies @ near.astype(np.int64) @ copies) if len(which) > 2 else int(near.sum() * copies.prod())
+    pairs = sum(int(copies[row] * copies[reached].sum()) for row, reached in enumerate(near))
     return Linked([which[group] for group in complete_linkage(scores, near)], pairs)
 
 
@@ -58,10 +58,14 @@ def complete_linkage(scores: np.ndarray, near: np.ndarray) -> list[np.ndarray]:
     """
     count = len(scores)
     # No two pairs are equally near: similarities, then the order of the rows, as one number. 0: not in one group.
-    ranks = np.arange(count * count, 0, -1, dtype=np.int64).reshape(count, count)
-    ranks += np.clip(np.rint(scores * _STEPS), 1, _STEPS).astype(np.int64) * (count * count)
-    ranks *= near
-    ranks += ranks.T
+    ranks = np.zeros((count, count), np.int64)
+    for start in range(0, count, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        steps = np.clip(np.rint(scores[part] * _STEPS), 1, _STEPS).astype(np.int64)
+        order = np.arange((count - start) * count, (count - start - len(steps)) * count, -1).reshape(steps.shape)
+        found = (steps * (count * count) + order) * near[part]
+        ranks[part] += found
+        ranks[:, part] += found.T
     members = {row: [row] for row in np.flatnonzero(ranks.any(1)).tolist()}
     done: list[list[int]] = []
     chain: list[int] = []
