@@ -20,6 +20,8 @@ from sppfeat import Recipe, ReportError, Store, StoreError, UsageError, extract_
 from sppfeat.retrieval import check_duplicates_csv, write_duplicates_csv
 from sppfeat.retrieval.duplicates import CSV_COLUMNS, Duplicates, find_duplicates
 from sppfeat.retrieval.linkage import complete_linkage
+from sppfeat.retrieval.near_rows import near_components
+from sppfeat.store import unit_rows
 
 
 def naive_groups(rows: np.ndarray, threshold: float) -> set[frozenset[int]]:
@@ -271,3 +273,30 @@ def test_the_command_writes_the_csv(make_store: MakeStore, tmp_path: Path, run_s
     assert (tmp_path / "d.csv").read_text().count("remove") == 2
     wrong = run_sppfeat("duplicates", store.path, "--csv", tmp_path / "none" / "d.csv")
     assert wrong.returncode == 1 and "does not exist" in wrong.stderr
+
+
+@pytest.mark.parametrize(("count", "dim"), [(2, 1), (40, 3), (700, 64), (1500, 300), (1100, 1200)])
+@pytest.mark.parametrize("kind", ["even", "decaying", "few directions"])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
+def test_no_pair_is_lost(make_many: MakeMany, count: int, dim: int, kind: str, threshold: float) -> None:
+    """Rows that short vectors tell apart well, badly, or not at all; with pairs on both sides of the threshold."""
+    generator = np.random.default_rng(count)
+    rows = generator.normal(size=(count, dim))
+    if kind == "decaying":
+        rows *= np.arange(1, dim + 1) ** -0.8
+    if kind == "few directions":
+        rows = rows[:, :5] @ generator.normal(size=(min(5, dim), dim))
+    copies = max(1, count // 4)
+    rows[-copies:] = rows[:copies] + generator.normal(size=(copies, dim)) * np.abs(rows[:copies]) * generator.uniform(
+        0, 1, (copies, 1)
+    )
+    store = make_many(rows)
+    units = np.array(store.descriptors, np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    similar = np.triu(units @ units.T, 1)
+    lowest = np.arange(count)
+    for one, other in np.argwhere(similar >= threshold - 1e-6):
+        lowest[lowest == lowest[other]] = lowest[one]
+    expected = {frozenset(np.flatnonzero(lowest == row).tolist()) for row in set(lowest.tolist())}
+    found = near_components(unit_rows(store), np.arange(count), threshold)
+    assert {frozenset(group.tolist()) for group in found} == {group for group in expected if len(group) > 1}
