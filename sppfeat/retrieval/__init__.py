@@ -1,4 +1,4 @@
-"""Galleries and their search: whitening, index, gallery, duplicates, and the evaluation of rankings."""
+"""Galleries and their search: whitening, index, gallery, duplicates, crops, and the evaluation of rankings."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError
+from sppfeat.files import unsafe_name
 from sppfeat.images import Item
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
@@ -190,6 +191,8 @@ def _described_again(
     def items() -> Iterator[Item]:
         for name in rows.names:
             item, window = item_of(rows.store.source_root, name)
+            if (reason := unsafe_name(name)) is not None:
+                item = replace(item, problem=f"its name {reason}")
             yield item if window is None else replace(item, windows=np.array([window], np.float64))
 
     for done in describer.describe(items()):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sppfeat.errors import ImageError, UsageError, unknown_name
+from sppfeat.files import unsafe_name
 from sppfeat.images import is_url, read_image
 from sppfeat.machine import available_cores
 from sppfeat.store import Box, Store, UnitRows, item_of
@@ -89,14 +90,14 @@ def sharpness(image: Image.Image) -> float:
 
 def _sharpness_of(root: str, name: str) -> float | str:
     """The sharpness of a row's image, or of its window; or why it could not be read."""
+    if (reason := unsafe_name(name)) is not None:
+        return f"its name {reason}"
+    item, window = item_of(root, name)
     try:
-        item, window = item_of(root, name)
         pixels = read_image(item).pixels
         return sharpness(pixels if window is None else pixels.crop(_edges(window, pixels.size)))
     except ImageError as error:
         return str(error)
-    except ValueError:  # a path that is invalid on this system
-        return "no such file"
 
 
 def _edges(window: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -234,6 +234,20 @@ def test_the_image_to_keep(tmp_path: Path, make_images: Callable[..., Path], tin
     assert kept == {"largest": "large.png", "sharpest": "sharp.png", "oldest": "old.png"}
 
 
+def test_no_image_outside_the_folder_is_read(make_store: MakeStore, tmp_path: Path) -> None:
+    """Whatever a store of unknown origin names."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.jpg")
+    (tmp_path / "in").mkdir()
+    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "gone.jpg"]
+    store = make_store(np.ones((3, 4)), names=names, root=str(tmp_path / "in"))
+    found = find_duplicates(store, keep="sharpest")
+    assert found.unreadable == {
+        names[0]: "its name leads out of the image folder",
+        names[1]: "its name is absolute",
+        names[2]: "no such file",
+    }
+
+
 def test_the_csv_is_read_back(make_store: MakeStore, tmp_path: Path) -> None:
     """With commas, quotes, line breaks and bytes that are not UTF-8 in names and folders."""
     folder = tmp_path / os.fsdecode(b"f\xff")
