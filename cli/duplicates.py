@@ -162,9 +162,9 @@ def _text(found: "Duplicates", crops: "Crops | None") -> str:
         lines.append(f"group {number}: {len(group)} images")
         for one in group:
             width, height = one.size
-            lines.append(
-                f"  {one.score:7.4f}  {width} x {height}  {printable(one.name if one.box or not one.path else one.path)}"
-            )
+            # Rows of windows differ by name; their path is that of the image.
+            shown = one.name if one.box or not one.path else one.path
+            lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(shown)}")
     lines.append(
         f"{counted(len(found.groups), 'group')} at {found.threshold:g} in {counted(found.images, 'image')}; "
         f"{found.spare} removable (keeps the {found.keep} of each group)"
