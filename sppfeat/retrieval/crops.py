@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sppfeat.extraction import Describer
 
 # Of 300 crops of 30 to 80 % of the area of 600 images of VOC 2007, half of them enlarged to the original's width, saved
-# as JPEG 70, this finds 295 and 5 other pairs at a short side of 224; 268 and 1 at 448. See README.
+# as JPEG 70, this finds 294 and 5 other pairs at a short side of 224; 264 and 1 at 448. See README.
 CROPS_THRESHOLD: Final = 1.1
 # Images nearest to each that it may be a part of. The original is among them for 299 of those 300 crops at 224, and for
 # 297 at 448.
