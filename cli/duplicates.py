@@ -1,21 +1,26 @@
 """`sppfeat duplicates`: find near-duplicates."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
 from sppfeat_cli.output import counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval import Duplicates
+    from sppfeat.retrieval import Crops, Duplicates
 
 _DUPLICATES = options.Defaults("sppfeat.retrieval:find_duplicates")
+_CROPS = options.Defaults("sppfeat.retrieval:find_crops")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: sppfeat duplicates feats.h5 --threshold 0.95 --html dups.html")(duplicates)
+    app.command(epilog="Example: sppfeat duplicates feats.h5 --threshold 0.95 --csv dups.csv --html dups.html")(
+        duplicates
+    )
 
 
 def duplicates(
@@ -23,36 +28,98 @@ def duplicates(
     threshold: Annotated[
         float, typer.Option(metavar="X", help="Minimum cosine similarity of duplicates.")
     ] = _DUPLICATES.threshold,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Image to keep in each group: largest (most pixels), sharpest (reads the images of groups) or oldest.",
+        ),
+    ] = _DUPLICATES.keep,
+    csv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Also write a CSV file that says which images to keep and remove.", show_default=False
+        ),
+    ] = None,
+    parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts", help="Also find images that show a part of another: describes all of them again, smaller."
+        ),
+    ] = False,
+    part_threshold: Annotated[
+        float, typer.Option(metavar="X", help="Minimum score of parts; about 0.9 for unrelated images.")
+    ] = _CROPS.threshold,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Weights file of the store, if it has moved; for --parts.", show_default=False
+        ),
+    ] = None,
+    device: options.Device = RunOptions.device,
+    engine: options.Engine = RunOptions.engine,
+    batch_size: options.BatchSize = RunOptions.batch_size,
+    num_workers: options.NumWorkers = RunOptions.num_workers,
     html: options.Html = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find groups of near-duplicates, the largest first, by comparing every pair of images.
+    """Find groups of near-duplicates, the largest first: every two images of a group reach the threshold.
 
-    The first image of a group has the most pixels; scores are cosine similarities to it.
+    All pairs are compared, also of a million images. The first image of a group is the one to keep; scores are cosine
+    similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to each; an image that cannot
+    be described again is reported, and the exit code is then 3.
     """
+    run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     from sppfeat.report import check_page
-    from sppfeat.retrieval import find_duplicates, write_duplicates_page
+    from sppfeat.retrieval import (
+        check_crops,
+        check_duplicates_csv,
+        find_crops,
+        find_duplicates,
+        write_duplicates_csv,
+        write_duplicates_page,
+    )
     from sppfeat.store import open_store
 
     page = check_page(html, overwrite=overwrite) if html is not None else None
+    table = check_duplicates_csv(csv, overwrite=overwrite) if csv is not None else None
     opened = open_store(store)
+    if parts:
+        check_crops(opened, part_threshold)
+    crops = None
     with Progress(quiet=quiet) as progress:
-        found = find_duplicates(opened, threshold, progress=progress.part)
+        found = find_duplicates(opened, threshold, keep=keep, progress=progress.part)
+        if parts:
+            progress.close()
+            removable = {one.name for group in found.groups for one in group[1:]}
+            crops = find_crops(
+                opened, part_threshold, without=removable, run_options=run, weights=weights, progress=progress.part
+            )
     if as_json:
-        print_json(_document(found))
+        print_json(_document(found, crops))
     else:
-        typer.echo(_text(found))
-    # The page comes after the groups, which its failure does not affect.
+        typer.echo(_text(found, crops))
+    for name, reason in crops.failed.items() if crops is not None else ():
+        print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)
+    if not quiet:
+        for note in [*found.notes, *(crops.notes if crops is not None else ())]:
+            print(f"note: {printable(note)}", file=sys.stderr)
+    # Files come after the groups, which their failure does not affect.
+    if table is not None:
+        write_duplicates_csv(table, found, crops)
     if page is not None:
-        write_duplicates_page(page, found)
+        write_duplicates_page(page, found, crops)
+    if crops is not None and crops.failed:
+        raise typer.Exit(3)
 
 
-def _document(found: "Duplicates") -> dict[str, Any]:
+def _document(found: "Duplicates", crops: "Crops | None") -> dict[str, Any]:
     return {
         "store": found.store,
         "threshold": found.threshold,
+        "keep": found.keep,
         "images": found.images,
         "pairs": found.pairs,
         "groups": [
@@ -62,18 +129,50 @@ def _document(found: "Duplicates") -> dict[str, Any]:
             ]
             for group in found.groups
         ],
+        "unreadable": [{"name": name, "error": reason} for name, reason in found.unreadable.items()],
+        "notes": found.notes,
+        "parts": None if crops is None else _parts_document(crops),
     }
 
 
-def _text(found: "Duplicates") -> str:
+def _parts_document(crops: "Crops") -> dict[str, Any]:
+    return {
+        "threshold": crops.threshold,
+        "images": crops.images,
+        "found": [
+            {
+                "part": one.part.name,
+                "whole": one.whole.name,
+                "score": one.score,
+                "box": one.box,
+                "similarity": one.part.score,
+                "part_path": one.part.path,
+                "whole_path": one.whole.path,
+            }
+            for one in crops.found
+        ],
+        "failed": [{"name": name, "error": reason} for name, reason in crops.failed.items()],
+        "notes": crops.notes,
+    }
+
+
+def _text(found: "Duplicates", crops: "Crops | None") -> str:
     lines = []
     for number, group in enumerate(found.groups, 1):
         lines.append(f"group {number}: {len(group)} images")
         for one in group:
             width, height = one.size
-            lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(one.path or one.name)}")
+            # Rows of windows differ by name; their path is that of the image.
+            shown = one.name if one.box or not one.path else one.path
+            lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(shown)}")
     lines.append(
         f"{counted(len(found.groups), 'group')} at {found.threshold:g} in {counted(found.images, 'image')}; "
-        f"{found.spare} removable (keeps one per group)"
+        f"{found.spare} removable (keeps the {found.keep} of each group)"
     )
+    if crops is not None:
+        for crop in crops.found:
+            box = ",".join(f"{edge:.0f}" for edge in crop.box)
+            whole = printable(crop.whole.path or crop.whole.name)
+            lines.append(f"{crop.score:7.4f}  {printable(crop.part.path or crop.part.name)}: part of {whole} at {box}")
+        lines.append(f"{counted(len(crops.found), 'part')} at {crops.threshold:g} in {counted(crops.images, 'image')}")
     return "\n".join(lines)

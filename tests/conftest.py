@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import subprocess
 import sys
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -138,6 +139,27 @@ def make_store(tmp_path: Path) -> MakeStore:
         with StoreWriter(open_store(path)) as writer:
             for row, values in enumerate(rows):
                 writer.write(row, values.astype(recipe.dtype), (10, 10), Fingerprint(1, 1))
+        return open_store(path)
+
+    return make
+
+
+MakeMany = Callable[[np.ndarray], Store]
+
+
+@pytest.fixture
+def make_many(tmp_path: Path) -> MakeMany:
+    """A finished store of many rows [N, D] below `tmp_path`, whose columns are written at once; names are numbers."""
+
+    def make(rows: np.ndarray) -> Store:
+        path = tmp_path / "many.h5"
+        names = [f"{number:07}.jpg" for number in range(len(rows))]
+        create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=rows.shape[1], source_root="/nowhere")
+        stored = rows.astype(Recipe().dtype)
+        values = {"descriptors": stored, "checksum": [zlib.crc32(row.data) for row in stored], "image_size": 10}
+        for name, value in (values | {"status": 1}).items():
+            column = open_store(path).columns[name]
+            np.memmap(path, column.dtype, "r+", column.offset, column.shape)[:] = value
         return open_store(path)
 
     return make

@@ -310,3 +310,28 @@ def diffused_scores(similar: np.ndarray, k: int) -> list[float]:
         found = 0.8 * np.array(step) @ found + start
     found = found[1:]
     return list(found / (found.max() or 1) + 1e-6 * similar[0, 1:])
+
+
+def complete_linkage(similar: np.ndarray, threshold: float) -> set[frozenset[int]]:
+    """Groups of two or more of N rows with similarities [N, N]: equal rows (similarity 1) first, then the two groups
+    whose least similar pair is the most similar, until none reaches the threshold; of ties, the pair of the first rows.
+    """
+    order = {
+        (a, b): (similar[a, b], -a, -b)
+        for a in range(len(similar))
+        for b in range(a + 1, len(similar))
+        if similar[a, b] >= threshold
+    }
+    groups = [{row} for row in range(len(similar))]
+    while True:
+        best = None
+        for at, one in enumerate(groups):
+            for to in range(at):
+                pairs = [(min(a, b), max(a, b)) for a in one for b in groups[to]]
+                if all(pair in order for pair in pairs):
+                    least = min(order[pair] for pair in pairs)
+                    if best is None or least > best[0]:
+                        best = least, at, to
+        if best is None:
+            return {frozenset(group) for group in groups if len(group) > 1}
+        groups[best[2]] |= groups.pop(best[1])

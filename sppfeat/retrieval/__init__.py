@@ -1,8 +1,15 @@
-"""Galleries and their search: whitening, index, gallery, duplicates, and the evaluation of rankings."""
+"""Galleries and their search: whitening, index, gallery, duplicates, crops, and the evaluation of rankings."""
 
 from __future__ import annotations
 
-from sppfeat.retrieval.duplicates import Duplicates, find_duplicates, write_duplicates_page
+from sppfeat.retrieval.crops import Crops, check_crops, find_crops
+from sppfeat.retrieval.duplicates import (
+    Duplicates,
+    check_duplicates_csv,
+    find_duplicates,
+    write_duplicates_csv,
+    write_duplicates_page,
+)
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
 from sppfeat.retrieval.explanation import Explanation
 from sppfeat.retrieval.faiss_index import IndexOptions
@@ -30,6 +37,7 @@ from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
 
 __all__ = [
     "Change",
+    "Crops",
     "DEFAULT_DIMS",
     "Duplicates",
     "Explanation",
@@ -41,9 +49,12 @@ __all__ = [
     "SearchOptions",
     "SearchResult",
     "add_to_gallery",
+    "check_crops",
+    "check_duplicates_csv",
     "create_gallery",
     "describe_gallery",
     "evaluate_retrieval",
+    "find_crops",
     "find_duplicates",
     "open_gallery",
     "percent",
@@ -55,6 +66,7 @@ __all__ = [
     "search_images",
     "search_store",
     "verify_gallery",
+    "write_duplicates_csv",
     "write_duplicates_page",
     "write_hits_page",
     "write_query_windows",

@@ -1,65 +1,57 @@
-"""Near-duplicates: groups of images whose descriptors are almost equal, found by comparing every pair exactly.
+"""Near-duplicates: groups of images whose descriptors are almost equal, every two of them, and which of them to keep.
 
-Two images belong together if their cosine similarity reaches the threshold, or if a chain of such pairs links them.
-In a group the image with the most pixels comes first: the one to keep.
+Pairs are found exactly, also among millions of images: see `near_rows`. Groups are those of complete linkage: see
+`linkage`.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import ReportError, UsageError
+from sppfeat.files import appearing, check_new_file
+from sppfeat.images import path_to_name
 from sppfeat.report import thumbnail, write_page
-from sppfeat.store import Box, Store, UnitRows, block_rows, item_of, unit_rows
+from sppfeat.retrieval.crops import Crops, by_whole
+from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
+from sppfeat.retrieval.linkage import link_rows
+from sppfeat.retrieval.members import Member, member_of
+from sppfeat.retrieval.near_rows import equal_rows, near_components
+from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
 DEFAULT_THRESHOLD: Final = 0.95
-# Cosines of equal rows differ from 1 by the rounding of float32.
-ROUNDING: Final = 1e-6
-# Blocks of rows kept while all others are read, so that those are seldom read and converted from float16.
-KEPT_BLOCKS: Final = 8
-# Rows on both sides of a block of scores: large enough for matrix products at full speed; the pairs take some tens of
-# MB even if all of them match.
-TILE: Final = 1024
-# Pairs linked at once: linking passes over all rows, however few the pairs.
-WAITING_PAIRS: Final = 1 << 18
 # With more thumbnails, a phone could not open the page.
 PAGE_GROUPS: Final = 200
 PAGE_MEMBERS: Final = 48
-
-
-@dataclass(frozen=True)
-class Member:
-    """An image of a group: score is its cosine similarity with the group's first. path: None if the file is missing.
-
-    size: width and height of the image in pixels. box: the window in it, if the row describes one.
-    """
-
-    name: str
-    score: float
-    size: tuple[int, int]
-    file_size: int
-    path: str | None
-    box: Box | None = None
+CSV_COLUMNS: Final = ("group", "action", "name", "path", "score", "width", "height", "bytes")
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of two or more, the largest first. images: the number compared. pairs: those that reach the threshold.
+    """Groups of two or more, the largest first; every pair in a group reaches the threshold.
 
-    root: the folder that names are relative to.
+    The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
+    threshold, in one group or not. root: the folder that names are relative to. unreadable: images that could not be
+    read to tell which is the sharpest, and why. notes: for the user.
     """
 
     store: str
     root: str
     threshold: float
+    keep: str
     images: int
     pairs: int
     groups: list[list[Member]]
+    unreadable: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def spare(self) -> int:
@@ -68,102 +60,93 @@ class Duplicates:
 
 
 def find_duplicates(
-    store: Store, threshold: float = DEFAULT_THRESHOLD, *, progress: Callable[[float], None] = lambda part: None
+    store: Store,
+    threshold: float = DEFAULT_THRESHOLD,
+    *,
+    keep: str = KEEP[0],
+    progress: Callable[[float], None] = lambda part: None,
 ) -> Duplicates:
-    """Compare all pairs of a finished store's described rows.
+    """Find all pairs of a finished store's described rows that reach the threshold, and groups of such rows.
 
-    threshold: cosine similarity, above 0 and at most 1. progress: called with the fraction of the work done, 0 to 1.
+    threshold: cosine similarity, above 0 and at most 1. keep: one of KEEP, see `Keeping`; for `sharpest`, the images of
+    groups are read. progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError, StoreError.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be above 0 and at most 1, found {threshold}")
+    check_keeping(store, keep)
     rows = unit_rows(store)
-    links = _Links(len(rows))
-    pairs = 0
-    outer = KEPT_BLOCKS * block_rows(rows.dim)
-    size = min(TILE, block_rows(rows.dim))
-    total = len(rows) * (len(rows) + 1) / 2
-    done = 0
-    for top in range(0, len(rows), outer):
-        kept = rows.take(slice(top, top + outer))
-        for start in range(top, len(rows), size):
-            inside = start + size <= top + len(kept)
-            passing = kept[start - top :][:size] if inside else rows.take(slice(start, start + size))
-            # Skip blocks whose pairs were all met the other way round.
-            for at in range(0, min(len(kept), start - top + size), size):
-                scores = kept[at : at + size] @ passing.T
-                one, other = np.nonzero(scores >= threshold - ROUNDING)
-                one, other = one + (top + at), other + start
-                before = one < other
-                links.join(one[before], other[before])
-                pairs += int(before.sum())
-                done += scores.size
-            progress(min(1.0, done / total))
-    groups = [_members(rows, members) for members in links.groups()]
+    found, pairs, notes = _groups(rows, threshold, lambda part: progress(0.9 * part))
+    keeping = plan_keeping(rows, found, keep)
+    groups = [_members(rows, keeping, members) for members in found]
     groups.sort(key=lambda group: (-len(group), group[0].name))
-    return Duplicates(store.place, store.source_root, threshold, len(rows), pairs, groups)
+    progress(1.0)
+    if keeping.unreadable:
+        name, reason = next(iter(keeping.unreadable.items()))
+        count = len(keeping.unreadable)
+        said = f"{count} images could not be read and come" if count > 1 else "1 image could not be read and comes"
+        notes.append(f"{said} last, such as {name}: {reason}")
+    return Duplicates(
+        store.place,
+        store.source_root,
+        threshold,
+        keep,
+        len(rows),
+        pairs,
+        groups,
+        keeping.unreadable,
+        notes,
+    )
 
 
-class _Links:
-    """Which rows are linked, through any number of pairs: every row points towards the lowest of its group."""
-
-    def __init__(self, count: int) -> None:
-        self._lowest = np.arange(count)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def join(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Link pairs of rows. Already linked ones cost nothing; where everything is alike, they are nearly all."""
-        new = self._lowest[one] != self._lowest[other]
-        if new.any():
-            self._waiting.append((one[new], other[new]))
-            if sum(len(pairs) for pairs, _ in self._waiting) >= WAITING_PAIRS:
-                self._settle()
-
-    def _settle(self) -> None:
-        """Spread the lowest numbers along the pending links until nothing changes."""
-        if not self._waiting:
-            return
-        lowest = self._lowest
-        one, other = (np.concatenate(ends) for ends in zip(*self._waiting, strict=True))
-        self._waiting = []
-        while True:
-            a, b = lowest[one], lowest[other]
-            differ = a != b
-            if not differ.any():
-                return
-            one, other, a, b = one[differ], other[differ], a[differ], b[differ]
-            np.minimum.at(lowest, np.maximum(a, b), np.minimum(a, b))
-            while not np.array_equal(shorter := lowest[lowest], lowest):
-                lowest[:] = shorter
-
-    def groups(self) -> list[np.ndarray]:
-        """Rows of each group of two or more, in rising order."""
-        self._settle()
-        order = np.argsort(self._lowest, kind="stable")
-        starts = np.flatnonzero(np.diff(self._lowest[order], prepend=-1))
-        return [part for part in np.split(order, starts[1:]) if len(part) > 1]
+def _groups(
+    rows: UnitRows, threshold: float, progress: Callable[[float], None]
+) -> tuple[list[np.ndarray], int, list[str]]:
+    """Ascending positions of each group, the number of pairs, and notes."""
+    # Equal rows are nearest each other, and as near to any other: one of them stands for all.
+    first = equal_rows(rows)
+    copies = np.bincount(first, minlength=len(rows))
+    groups: list[np.ndarray] = []
+    notes = []
+    pairs = int((copies * (copies - 1) // 2).sum())
+    for component in near_components(rows, np.flatnonzero(copies), threshold, progress):
+        if len(component) == 2:
+            groups.append(component)
+            pairs += int(copies[component].prod())
+            continue
+        linked = link_rows(rows, component, copies[component], threshold)
+        groups += linked.groups
+        pairs += linked.pairs
+        if not linked.exact:
+            notes.append(
+                f"{len(component)} different images are linked through others, too many for complete linkage: each "
+                "joined the first group with which it reaches the threshold throughout"
+            )
+    alone = copies > 1
+    for group in groups:
+        alone[group] = False
+    by_first = np.argsort(first, kind="stable")
+    ends = np.cumsum(copies)
+    whole = [
+        np.sort(np.concatenate([by_first[ends[at] - copies[at] : ends[at]] for at in group.tolist()]))
+        for group in [*groups, *np.flatnonzero(alone)[:, None]]
+    ]
+    return whole, pairs, notes
 
 
-def _members(rows: UnitRows, which: np.ndarray) -> list[Member]:
-    store = rows.store
-    places = rows.rows[which]
-    pixels = store.image_size[places].astype(np.int64).prod(1)
-    order = np.lexsort((which, -store.file_size[places], -pixels))
-    which, places = which[order], places[order]
+def _members(rows: UnitRows, keeping: Keeping, which: np.ndarray) -> list[Member]:
+    which = keeping.order(rows, which)
     first = rows.take(which[:1])[0]
     size = block_rows(rows.dim)
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
-    members = []
-    for at, place, score in zip(which, places, scores, strict=True):
-        item, box = item_of(store.source_root, rows.names[at])
-        width, height = store.image_size[place].tolist()
-        there = item.path if item.is_there() else None
-        members.append(Member(rows.names[at], float(score), (width, height), int(store.file_size[place]), there, box))
-    return members
+    return [member_of(rows, int(at), float(score)) for at, score in zip(which, scores, strict=True)]
 
 
-def write_duplicates_page(path: Path, found: Duplicates) -> None:
-    """Write the groups with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
+    """Write the groups, and the crops if any were looked for, with thumbnails to one HTML file.
+
+    Raises ReportError, MissingExtraError.
+    """
     shown = [
         {
             "members": [
@@ -180,4 +163,51 @@ def write_duplicates_page(path: Path, found: Duplicates) -> None:
         }
         for group in found.groups[:PAGE_GROUPS]
     ]
-    write_page(path, "duplicates.html", {"found": found, "groups": shown})
+    parts = [
+        {
+            "crop": one,
+            "part": thumbnail(found.root, one.part.name),
+            "whole": thumbnail(found.root, one.whole.name, mark=one.box),
+        }
+        for one in sorted(crops.found if crops is not None else [], key=lambda one: -one.score)[:PAGE_GROUPS]
+    ]
+    write_page(path, "duplicates.html", {"found": found, "groups": shown, "crops": crops, "parts": parts})
+
+
+def check_duplicates_csv(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The path, if `write_duplicates_csv` may write there; call this before the work. Raises ReportError."""
+    start = ",".join(CSV_COLUMNS).encode()
+
+    def other(existing: Path) -> str | None:
+        with open(existing, "rb") as file:
+            return None if file.read(len(start)) == start else "another file"
+
+    return check_new_file(path, overwrite=overwrite, error=ReportError, kind="a CSV file of duplicates", other=other)
+
+
+def write_duplicates_csv(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
+    r"""Write a CSV file in UTF-8, a line for each image of each group, the one to keep first. Raises ReportError.
+
+    Columns: group, from 1; action, `keep` or `remove`; name; path, empty if the file is missing; score, its cosine
+    similarity with the image kept; width, height, in pixels; bytes. Names and paths are written as stores write names:
+    `\\` for a backslash, and `\xNN` for a byte that is not UTF-8.
+    Crops follow, a group for each whole: it is the one to keep, and the action of the others is `part`, their score
+    that of the crop. An image may be in several groups then.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(CSV_COLUMNS)
+    groups = [
+        [("remove" if place else "keep", one, one.score) for place, one in enumerate(group)] for group in found.groups
+    ]
+    groups += [
+        [("keep", whole, 1.0), *(("part", crop.part, crop.score) for crop in parts)]
+        for whole, parts in by_whole(crops.found if crops is not None else [])
+    ]
+    for number, group in enumerate(groups, 1):
+        for action, one, score in group:
+            where = "" if one.path is None else path_to_name(one.path)
+            table.writerow([number, action, one.name, where, f"{score:.6f}", *one.size, one.file_size])
+    with appearing(path, ReportError) as partial:
+        # A name of unknown origin may hold characters that cannot be encoded.
+        partial.write_text(text.getvalue(), "utf-8", errors="backslashreplace", newline="")

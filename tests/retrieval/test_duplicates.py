@@ -1,8 +1,10 @@
-"""Near-duplicates against a naive search of connected groups, on synthetic and on real images."""
+"""Near-duplicates against naive complete linkage, on synthetic and on real images."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,57 +12,135 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeStore
-from PIL import Image
+import reference
+from conftest import MakeMany, MakeStore
+from PIL import Image, ImageFilter
 
-from sppfeat import Recipe, UsageError, extract_folder, open_store
-from sppfeat.retrieval.duplicates import find_duplicates
+from sppfeat import Recipe, ReportError, Store, StoreError, UsageError, extract_folder, open_store
+from sppfeat.retrieval import check_duplicates_csv, write_duplicates_csv
+from sppfeat.retrieval.duplicates import CSV_COLUMNS, Duplicates, find_duplicates
+from sppfeat.retrieval.linkage import complete_linkage
+from sppfeat.retrieval.near_rows import near_components
+from sppfeat.store import unit_rows
 
 
 def naive_groups(rows: np.ndarray, threshold: float) -> set[frozenset[int]]:
-    """Spread from every row to all similar ones, one at a time."""
+    """Complete linkage of all pairs, one set of linked rows at a time."""
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    similar = units @ units.T >= threshold
     groups, seen = set(), set()
     for start in range(len(rows)):
-        group, waiting = set(), [start]
+        linked, waiting = set(), [] if start in seen else [start]
         while waiting:
             row = waiting.pop()
-            if row not in group:
-                group.add(row)
-                waiting += [other for other in range(len(rows)) if similar[row, other]]
-        if len(group) > 1 and not group & seen:
-            groups.add(frozenset(group))
-        seen |= group
+            if row not in linked:
+                linked.add(row)
+                waiting += np.flatnonzero(units @ units[row] >= threshold).tolist()
+        if len(linked) > 1:
+            which = sorted(linked)
+            for group in reference.complete_linkage(units[which] @ units[which].T, threshold):
+                groups.add(frozenset(which[row] for row in group))
+        seen |= linked
     return groups
 
 
+def found_rows(store: Store, found: Duplicates) -> set[frozenset[int]]:
+    numbers = {name: row for row, name in enumerate(store.names)}
+    return {frozenset(numbers[one.name] for one in group) for group in found.groups}
+
+
+def check_groups(store: Store, found: Duplicates) -> None:
+    """Every pair in a group reaches the threshold, and scores are those with the image kept."""
+    numbers = {name: row for row, name in enumerate(store.names)}
+    for group in found.groups:
+        rows = np.array(store.descriptors[[numbers[one.name] for one in group]], np.float64)
+        units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        assert (units @ units.T).min() >= found.threshold - 2e-6
+        assert [one.score for one in group] == pytest.approx(list(units @ units[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 6, 40])
 @pytest.mark.parametrize("threshold", [0.2, 0.55, 0.8, 0.95])
 @pytest.mark.parametrize("block", [3, 50, 1000])
 def test_groups_equal_a_naive_search(
-    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, threshold: float, block: int
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, dim: int, threshold: float, block: int
 ) -> None:
-    """Including chains of pairs across blocks: at 0.55 rows are linked through others."""
-    monkeypatch.setattr("sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * 6 * block)
-    monkeypatch.setattr("sppfeat.retrieval.duplicates.TILE", 7)
-    monkeypatch.setattr("sppfeat.retrieval.duplicates.WAITING_PAIRS", block)
+    """Including rows that are linked only through others, in blocks and boxes of any size."""
+    monkeypatch.setattr("sppfeat.store.unit_vectors.BLOCK_BYTES", 4 * dim * block)
+    monkeypatch.setattr("sppfeat.retrieval.near_rows._BOX", 16)
+    monkeypatch.setattr("sppfeat.retrieval.near_rows._PASSING", 48)
+    monkeypatch.setattr("sppfeat.retrieval.near_rows._LONG", 8)
+    monkeypatch.setattr("sppfeat.retrieval.near_rows._SHORT", (4, 6))
+    monkeypatch.setattr("sppfeat.retrieval.near_rows.SAMPLE", 30)
+    monkeypatch.setattr("sppfeat.retrieval.near_rows.WAITING_PAIRS", block)
     generator = np.random.default_rng(0)
-    rows = generator.normal(size=(120, 6))
-    rows[40:60] = rows[:20] + 0.2 * generator.normal(size=(20, 6))
+    rows = generator.normal(size=(100, dim))
+    rows[40:60] = rows[:20] + 0.2 * generator.normal(size=(20, dim))
+    rows[70:80] = rows[30:40]
     store = make_store(rows)
     parts: list[float] = []
     found = find_duplicates(store, threshold, progress=parts.append)
     stored = np.array(store.descriptors, np.float64)
     expected = naive_groups(stored, threshold)
-    assert {frozenset(store.names.index(one.name) for one in group) for group in found.groups} == expected
+    assert found_rows(store, found) == expected and not found.notes
     assert [len(group) for group in found.groups] == sorted(map(len, expected), reverse=True)
     units = stored / np.linalg.norm(stored, axis=1, keepdims=True)
     assert found.pairs == np.triu(units @ units.T >= threshold, 1).sum()
-    for group in found.groups:
-        first = units[store.names.index(group[0].name)]
-        for one in group:
-            assert one.score == pytest.approx(units[store.names.index(one.name)] @ first, abs=1e-5)
-    assert parts == sorted(parts) and parts[-1] <= 1
+    check_groups(store, found)
+    assert parts == sorted(parts) and parts[-1] == 1
+
+
+def test_linkage_equals_a_naive_one_with_and_without_ties() -> None:
+    generator = np.random.default_rng(0)
+    for trial in range(200):
+        count = int(generator.integers(1, 20))
+        similar = generator.random((count, count)) if trial % 2 else generator.integers(0, 5, (count, count)) / 4
+        similar = np.triu(similar, 1) + np.triu(similar, 1).T
+        threshold = float(generator.choice([0.1, 0.3, 0.5, 0.75]))
+        groups = complete_linkage(similar, np.triu(similar >= threshold, 1))
+        assert {frozenset(group.tolist()) for group in groups} == reference.complete_linkage(similar, threshold)
+
+
+def test_twenty_thousand_rows_have_the_groups_of_brute_force(make_many: MakeMany) -> None:
+    """Copies of 2,000 rows, some of which are linked through others; the rest are near nothing or each other."""
+    generator = np.random.default_rng(3)
+    weights = np.arange(1, 33) ** -0.5
+    rows = generator.normal(size=(20_000, 32)) * weights
+    rows[10_000:12_000] = rows[:2_000] + 0.25 * generator.normal(size=(2_000, 32)) * weights
+    rows[12_000:13_000] = rows[:1_000] + 0.25 * generator.normal(size=(1_000, 32)) * weights
+    rows[13_000:13_500] = rows[:500]
+    store = make_many(rows)
+    stored = np.array(store.descriptors, np.float64)
+    expected = naive_groups(stored, 0.95)
+    assert len(expected) > 1_500 and max(map(len, expected)) >= 4
+    found = find_duplicates(store, 0.95)
+    assert found_rows(store, found) == expected
+    check_groups(store, found)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8, 0.9])
+def test_too_many_linked_rows_still_reach_the_threshold(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, threshold: float
+) -> None:
+    """One row after the other joins the first group that it reaches throughout; held against plain loops."""
+    monkeypatch.setattr("sppfeat.retrieval.linkage.LINKAGE_ROWS", 30)
+    monkeypatch.setattr("sppfeat.retrieval.linkage._BLOCK", 7)
+    rows = np.random.default_rng(2).normal(size=(150, 3))
+    store = make_store(np.concatenate([rows, rows[:20]]))
+    found = find_duplicates(store, threshold)
+    check_groups(store, found)
+    assert any("too many for complete linkage" in note for note in found.notes)
+    stored = np.array(store.descriptors, np.float64)
+    units = stored / np.linalg.norm(stored, axis=1, keepdims=True)
+    near = units @ units.T >= threshold - 1e-6
+    assert found.pairs == np.triu(near, 1).sum()
+    if threshold == 0.3:  # all rows are linked: at 0.9, smaller sets have complete linkage
+        groups: list[list[int]] = []
+        for row in range(150):
+            into = next((group for group in groups if near[row, group].all()), None)
+            groups.append([row]) if into is None else into.append(row)
+        assert found_rows(store, found) == {
+            whole for one in groups if len(whole := frozenset(one + [150 + row for row in one if row < 20])) > 1
+        }
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -110,3 +190,127 @@ def test_the_largest_image_comes_first(
     assert "http" not in text.replace("http-equiv", "")  # nothing from elsewhere
     again = run_sppfeat("duplicates", tmp_path / "f.h5", "--html", page)
     assert again.returncode == 1 and "already exists" in again.stderr
+
+
+def test_zeros_single_rows_and_damaged_ones(make_store: MakeStore) -> None:
+    assert find_duplicates(make_store(np.ones((1, 5)))).groups == []
+    zeros = find_duplicates(make_store(np.zeros((7, 5)), "zeros.h5"))
+    assert zeros.groups == [] and zeros.pairs == 0  # they have no direction
+    rows = np.ones((5, 5))
+    rows[1] = np.nan
+    with pytest.raises(StoreError, match="expected finite"):
+        find_duplicates(make_store(rows, "nan.h5"))
+    with pytest.raises(UsageError, match="unknown keep 'best': expected one of largest, sharpest, oldest"):
+        find_duplicates(make_store(rows, "keep.h5"), keep="best")
+    with pytest.raises(UsageError, match="keep oldest: expected files with modification times, found images of s3://"):
+        find_duplicates(make_store(rows, "url.h5", root="s3://bucket/x"), keep="oldest")
+
+
+def test_the_image_to_keep(tmp_path: Path, make_images: Callable[..., Path], tiny: Recipe) -> None:
+    """One that is larger, one that is sharp, one that is old; and one that could not be read again."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with Image.open(make_images(1, "one") / "0000.png") as image:
+        sharp = image.resize((640, 640), Image.Resampling.NEAREST)
+    sharp.save(folder / "sharp.png")
+    blurred = sharp.filter(ImageFilter.GaussianBlur(1))
+    blurred.resize((800, 800), Image.Resampling.BICUBIC).save(folder / "large.png")
+    blurred.save(folder / "old.png")
+    sharp.save(folder / "broken.png")
+    os.utime(folder / "old.png", (1e9, 1e9))
+    extract_folder(folder, tmp_path / "f.h5", tiny)
+    (folder / "broken.png").write_bytes(b"no image")
+    store = open_store(tmp_path / "f.h5")
+    kept = {}
+    for keep in ("largest", "sharpest", "oldest"):
+        found = find_duplicates(store, 0.9, keep=keep)
+        (group,) = found.groups
+        kept[keep] = group[0].name
+        assert len(group) == 4 and group[0].score == pytest.approx(1)
+        assert bool(found.notes) == (keep == "sharpest") == bool(found.unreadable)
+        if keep == "sharpest":
+            assert group[-1].name == "broken.png" and found.unreadable["broken.png"].startswith("not an image")
+            assert found.notes[0].startswith("1 image could not be read") and "broken.png" in found.notes[0]
+    assert kept == {"largest": "large.png", "sharpest": "sharp.png", "oldest": "old.png"}
+
+
+def test_no_image_outside_the_folder_is_read(make_store: MakeStore, tmp_path: Path) -> None:
+    """Whatever a store of unknown origin names."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.jpg")
+    (tmp_path / "in").mkdir()
+    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "gone.jpg"]
+    store = make_store(np.ones((3, 4)), names=names, root=str(tmp_path / "in"))
+    found = find_duplicates(store, keep="sharpest")
+    assert found.unreadable == {
+        names[0]: "its name leads out of the image folder",
+        names[1]: "its name is absolute",
+        names[2]: "no such file",
+    }
+
+
+def test_the_csv_is_read_back(make_store: MakeStore, tmp_path: Path) -> None:
+    """With commas, quotes, line breaks and bytes that are not UTF-8 in names and folders."""
+    folder = tmp_path / os.fsdecode(b"f\xff")
+    folder.mkdir()
+    names = ["a,b.jpg", 'q"uote.jpg', "line\nbreak.jpg", "byte\\xfe.jpg", "alone.jpg"]
+    for file in ("a,b.jpg", "line\nbreak.jpg", os.fsdecode(b"byte\xfe.jpg")):
+        (folder / file).write_bytes(b"x")
+    store = make_store(np.eye(5)[[0, 0, 1, 1, 2]], names=names, root=str(folder))
+    found = find_duplicates(store)
+    path = check_duplicates_csv(tmp_path / "d.csv", overwrite=False)
+    write_duplicates_csv(path, found)
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert tuple(header) == CSV_COLUMNS
+    start = f"{tmp_path}/f\\xff/"
+    tail = ["1.000000", "10", "10", "1"]
+    assert lines == [
+        ["1", "keep", "a,b.jpg", f"{start}a,b.jpg", *tail],
+        ["1", "remove", 'q"uote.jpg', "", *tail],
+        ["2", "keep", "line\nbreak.jpg", f"{start}line\nbreak.jpg", *tail],
+        ["2", "remove", "byte\\xfe.jpg", f"{start}byte\\xfe.jpg", *tail],
+    ]
+    with pytest.raises(ReportError, match="already exists"):
+        check_duplicates_csv(path, overwrite=False)
+    assert check_duplicates_csv(path, overwrite=True) == path
+    (tmp_path / "other.csv").write_text("name,label\n")
+    with pytest.raises(ReportError, match="expected a CSV file of duplicates or a new file, found another file"):
+        check_duplicates_csv(tmp_path / "other.csv", overwrite=True)
+
+
+def test_the_command_writes_the_csv(make_store: MakeStore, tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
+    store = make_store(np.ones((3, 4)))
+    done = run_sppfeat("duplicates", store.path, "--csv", tmp_path / "d.csv", "--keep", "sharpest", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document["keep"] == "sharpest" and len(document["unreadable"]) == 3
+    assert done.stderr.startswith("note: 3 images could not be read and come last")
+    assert (tmp_path / "d.csv").read_text().count("remove") == 2
+    wrong = run_sppfeat("duplicates", store.path, "--csv", tmp_path / "none" / "d.csv")
+    assert wrong.returncode == 1 and "does not exist" in wrong.stderr
+
+
+@pytest.mark.parametrize(("count", "dim"), [(2, 1), (40, 3), (700, 64), (1500, 300), (1100, 1200)])
+@pytest.mark.parametrize("kind", ["even", "decaying", "few directions"])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
+def test_no_pair_is_lost(make_many: MakeMany, count: int, dim: int, kind: str, threshold: float) -> None:
+    """Rows that short vectors tell apart well, badly, or not at all; with pairs on both sides of the threshold."""
+    generator = np.random.default_rng(count)
+    rows = generator.normal(size=(count, dim))
+    if kind == "decaying":
+        rows *= np.arange(1, dim + 1) ** -0.8
+    if kind == "few directions":
+        rows = rows[:, :5] @ generator.normal(size=(min(5, dim), dim))
+    copies = max(1, count // 4)
+    rows[-copies:] = rows[:copies] + generator.normal(size=(copies, dim)) * np.abs(rows[:copies]) * generator.uniform(
+        0, 1, (copies, 1)
+    )
+    store = make_many(rows)
+    units = np.array(store.descriptors, np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    similar = np.triu(units @ units.T, 1)
+    lowest = np.arange(count)
+    for one, other in np.argwhere(similar >= threshold - 1e-6):
+        lowest[lowest == lowest[other]] = lowest[one]
+    expected = {frozenset(np.flatnonzero(lowest == row).tolist()) for row in set(lowest.tolist())}
+    found = near_components(unit_rows(store), np.arange(count), threshold)
+    assert {frozenset(group.tolist()) for group in found} == {group for group in expected if len(group) > 1}

@@ -1,0 +1,151 @@
+"""Crops of photographs, against comparing every image with every other one; and what cannot be looked for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PHOTOS, MakeStore
+from PIL import Image
+
+from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
+from sppfeat.extraction import Describer
+from sppfeat.recipe import RunOptions
+from sppfeat.retrieval import find_crops, find_duplicates, write_duplicates_csv, write_duplicates_page
+from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.bins import bin_layout
+
+OPTIONS = RunOptions(device="cpu", num_workers=1)
+# Parts of the width and height: left, top, right, bottom.
+CROPS = {"a": (0.1, 0.15, 0.85, 0.9), "b": (0.0, 0.2, 0.8, 1.0), "c": (0.25, 0.0, 1.0, 0.7)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The photographs, and crops of some of them; a, b, c: of the first, second, third."""
+    folder = tmp_path_factory.mktemp("crops") / "images"
+    shutil.copytree(PHOTOS, folder)
+    for path, (name, part) in zip(sorted(folder.rglob("*.jpg")), CROPS.items(), strict=False):
+        with Image.open(path) as image:
+            width, height = image.size
+            box = tuple(round(edge * side) for edge, side in zip(part, (width, height) * 2, strict=True))
+            image.convert("RGB").crop(box).save(folder / f"{name}.jpg", quality=70)  # type: ignore[arg-type]
+    extract_folder(folder, folder.parent / "f.h5", Recipe(), OPTIONS)
+    return open_store(folder.parent / "f.h5")
+
+
+def test_crops_are_found_where_they_are(store: Store) -> None:
+    found = find_crops(store, run_options=OPTIONS)
+    names = sorted(str(path.relative_to(PHOTOS)) for path in PHOTOS.rglob("*.jpg"))
+    assert {crop.part.name: crop.whole.name for crop in found.found} == {
+        f"{crop}.jpg": name for crop, name in zip(CROPS, names, strict=False)
+    }
+    for crop in found.found:
+        width, height = crop.whole.size
+        x1, y1, x2, y2 = (edge / side for edge, side in zip(crop.box, (width, height) * 2, strict=True))
+        left, top, right, bottom = CROPS[crop.part.name[0]]
+        inside = max(0, min(x2, right) - max(x1, left)) * max(0, min(y2, bottom) - max(y1, top))
+        assert inside / ((x2 - x1) * (y2 - y1)) > 0.7 and inside / ((right - left) * (bottom - top)) > 0.4
+        assert crop.whole.score == 1 and 0 < crop.part.score < 1
+    assert found.images == len(store) and not found.failed
+    assert found.notes == [f"only {len(store)} images to compare: how far one stands out from 20 others is not known"]
+
+
+def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a threshold that many pairs reach, with the best whole of each and the better of two directions."""
+    monkeypatch.setattr("sppfeat.retrieval.crops.LEAST", 0.0)
+    smaller = Describer(replace(store.recipe, scales=(159,)), OPTIONS)
+    layout = bin_layout(store.recipe, store.dim)
+    bins = layout.take(np.asarray(store.descriptors, np.float32))
+    scores = np.zeros((len(store), len(store)))
+    paths = [Path(store.source_root, name) for name in store.names]
+    for done in smaller.describe(paths):
+        row, _ = done.row()
+        assert row is not None
+        others = np.arange(len(store)) != done.position
+        of_one = align(cells_of(layout.take(row[None]))[0], bins[others]).scores.astype(float)
+        scores[done.position, others] = of_one + 2 * (of_one - np.median(of_one))
+    best = scores.argmax(1)
+    expected = {
+        (part, int(whole)): scores[part, whole]
+        for part, whole in enumerate(best)
+        if scores[part, whole] >= 0.7 and scores[part, whole] > scores[whole, part]
+    }
+    assert len(expected) > 4
+    row_of = {name: row for row, name in enumerate(store.names)}
+    found = find_crops(store, 0.7, run_options=OPTIONS)
+    got = {(row_of[crop.part.name], row_of[crop.whole.name]): crop.score for crop in found.found}
+    assert got.keys() == expected.keys()
+    assert [got[pair] for pair in expected] == pytest.approx(list(expected.values()), abs=0.02)  # bins of one byte
+
+
+def test_left_out_names_and_missing_images(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.source_root, tmp_path / "images")
+    extract_folder(tmp_path / "images", tmp_path / "f.h5", Recipe(), OPTIONS)
+    (tmp_path / "images" / "b.jpg").unlink()
+    found = find_crops(open_store(tmp_path / "f.h5"), without=["a.jpg"], run_options=OPTIONS)
+    assert [crop.part.name for crop in found.found] == ["c.jpg"]
+    assert found.failed == {"b.jpg": "no such file"} and found.images == len(store) - 1
+
+
+def test_the_command_and_its_files(store: Store, tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
+    arguments = [
+        "duplicates",
+        store.path,
+        "--parts",
+        "--json",
+        "--csv",
+        tmp_path / "d.csv",
+        "--html",
+        tmp_path / "d.html",
+    ]
+    done = run_sppfeat(*arguments, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)["parts"]
+    assert sorted(one["part"] for one in document["found"]) == ["a.jpg", "b.jpg", "c.jpg"]
+    with open(tmp_path / "d.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["action"] for line in lines] == ["keep", "part"] * 3
+    assert [line["name"] for line in lines[1::2]] == [one["part"] for one in document["found"]]
+    text = (tmp_path / "d.html").read_text()
+    assert "3 parts of other images" in text and text.count("data:image/jpeg;base64,") == 6
+
+
+def test_no_parts_on_the_page(store: Store, tmp_path: Path) -> None:
+    crops = find_crops(store, 9.0, run_options=OPTIONS)
+    found = find_duplicates(store, 1.0)
+    write_duplicates_page(tmp_path / "d.html", found, crops)
+    assert "No parts of other images" in (tmp_path / "d.html").read_text()
+    write_duplicates_csv(tmp_path / "d.csv", found, crops)
+    assert (tmp_path / "d.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(pooling="avg"), "parts need max pooling"),
+        (Recipe(scales=(224, 448), fuse="mean"), "parts need one scale"),
+        (Recipe(crop="center"), "parts need whole images"),
+        (Recipe(levels=(2, 1)), "parts need a level of 3 or more"),
+        (Recipe(scales=("native",)), "parts need scales in pixels"),
+    ],
+)
+def test_recipes_without_places_are_refused(make_store: MakeStore, recipe: Recipe, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        find_crops(make_store(np.ones((3, recipe.bins * 4)), recipe=recipe))
+
+
+def test_other_networks_and_thresholds_are_refused(make_store: MakeStore) -> None:
+    rows = make_store(np.ones((3, Recipe().bins * 320)))
+    with pytest.raises(StoreError, match="was made with another network than the one here"):
+        find_crops(rows, run_options=OPTIONS)
+    for threshold in (0, -1, float("nan")):
+        with pytest.raises(UsageError, match="part threshold must be above 0"):
+            find_crops(rows, threshold)
