@@ -38,6 +38,7 @@ from sppfeat.store.reading import Store, open_store
 from sppfeat.store.writing import StoreWriter
 
 FACTORIES = ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA16,IVF4,Flat", "IVF4,SQ8,RFlat"]
+FACTORIES += ["HR16,IVF4,RaBitQ5", "RR16,IVF4,SQ8"]
 
 
 def descriptors(count: int, seed: int = 0, dim: int = 16) -> np.ndarray:

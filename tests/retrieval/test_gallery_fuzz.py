@@ -16,13 +16,21 @@ from sppfeat.retrieval.whitening import ProjectionOptions
 
 
 def test_damage(make_store: MakeStore, tmp_path: Path) -> None:
-    """300 of each file, and of the indexes of three kinds; takes about 10 s, mostly in FAISS and HDF5."""
+    """300 of each file, and of the indexes of four kinds; takes about 10 s, mostly in FAISS and HDF5."""
     store = make_store(np.random.default_rng(0).normal(size=(90, 16)))
-    factories = {"lists": "IVF4,SQ8", "graph": "HNSW8", "refined": "PCA6,IVF4,Flat,RFlat"}
+    factories = {"lists": "IVF4,SQ8", "graph": "HNSW8", "refined": "PCA6,IVF4,Flat,RFlat", "bits": "HR16,IVF4,RaBitQ3"}
     for name, factory in factories.items():
         projected = ProjectionOptions(dims=8) if name == "lists" else None
         create_gallery(store, tmp_path / name, IndexOptions(factory=factory), projected)
-    cases = ["lists:json", "lists:projection", "lists:index", "graph:rows", "graph:index", "refined:index"]
+    cases = [
+        "lists:json",
+        "lists:projection",
+        "lists:index",
+        "graph:rows",
+        "graph:index",
+        "refined:index",
+        "bits:index",
+    ]
     done = subprocess.run(
         [
             sys.executable,
