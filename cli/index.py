@@ -165,7 +165,7 @@ def _document(done: "Change") -> dict[str, Any]:
         "skipped": done.skipped,
         "removed": done.removed,
         "dim": about.dim,
-        "index": to_builtins(about.index) | {"bytes": about.files.index.bytes},
+        "index": to_builtins(about.index) | {"bytes": about.index_bytes},
         "projection": to_builtins(about.projection),
         "seconds": None if built is None else round(built.seconds, 3),
         "queries_per_second": None if built is None else built.queries_per_second,
@@ -175,7 +175,7 @@ def _document(done: "Change") -> dict[str, Any]:
 def _summary(done: "Change") -> str:
     about, built = done.about, done.built
     index = about.index
-    size = human_bytes(about.files.index.bytes)
+    size = human_bytes(about.index_bytes)
     if built is None:
         parts = [
             f"{count} {word}"

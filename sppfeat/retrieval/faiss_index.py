@@ -18,7 +18,8 @@ import numpy as np
 
 from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageError, one_line, require_extra
 from sppfeat.retrieval.index_choice import Choice, choose_index, default_memory, list_count
-from sppfeat.store import UnitRows
+from sppfeat.retrieval.segments import JoinedIndex
+from sppfeat.store import UnitRows, normalize_rows
 
 # Training rows per list. FAISS asks for 39, and uses at most 256.
 TRAIN_PER_LIST: Final = 50
@@ -244,6 +245,14 @@ def effort_name(index: Any) -> str | None:
     return "efSearch" if hasattr(inner, "hnsw") else None
 
 
+def effort_of(index: Any) -> dict[str, int]:
+    """The search effort of an index; empty if it has none."""
+    name, inner = effort_name(index), core(index)
+    if name is None:
+        return {}
+    return {name: int(inner.nprobe if name == "nprobe" else inner.hnsw.efSearch)}
+
+
 def set_effort(index: Any, value: int) -> None:
     """Set the search effort of an index."""
     inner = core(index)
@@ -259,25 +268,52 @@ def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[
     If no effort does, use the least that comes within half a point of the best.
     """
     queries = rows.gather(which)
-    truth = true_neighbors(rows, which, queries)
+    return _tune(index, which, queries, true_neighbors(rows, which, queries), target, 1)
+
+
+def retune(index: Any, added: int, target: float, seed: int = 0) -> tuple[dict[str, int], float]:
+    """The same after `added` rows joined the index at its end, half of the sample from them, without a store of all.
+
+    Neighbors are compared with those that the highest effort finds, of rows as the index holds them. Rows that are more
+    need at least the effort that fewer needed.
+    """
+    generator = np.random.default_rng(seed)
+    total, half = index.ntotal, TUNING_QUERIES // 2
+    new = generator.choice(added, min(half, added), replace=False) + total - added
+    which = np.union1d(generator.choice(total, min(half, total), replace=False), new)
+    queries = normalize_rows(reconstruct(index, which))
     name = str(effort_name(index))
-    limit = core(index).nlist if name == "nprobe" else MOST_EF_SEARCH
-    steps = range(limit.bit_length())
-    efforts = [
-        effort for step in steps for effort in (1 << step, 3 << step >> 1) if LEAST_EFFORT[name] <= effort <= limit
-    ]
+    before = effort_of(index)
+    set_effort(index, _highest_effort(index))
+    truth = neighbors_of(index, which, queries)
+    return _tune(index, which, queries, truth, target, before[name])
+
+
+def _tune(
+    index: Any, which: np.ndarray, queries: np.ndarray, truth: np.ndarray, target: float, least: int
+) -> tuple[dict[str, int], float]:
+    name = str(effort_name(index))
+    limit = _highest_effort(index)
+    least = min(max(least, LEAST_EFFORT[name]), limit)
+    efforts = {least, limit, *(effort for step in range(limit.bit_length()) for effort in (1 << step, 3 << step >> 1))}
     reached: dict[int, float] = {}
-    for effort in sorted({limit, *efforts}):
+    for effort in sorted(effort for effort in efforts if least <= effort <= limit):
         set_effort(index, effort)
         reached[effort] = recall_of(neighbors_of(index, which, queries), truth)
         # Once twice the effort finds nothing more, the codes are the limit.
-        if reached[effort] >= target or effort >= 64 and reached[effort] <= reached[sorted(reached)[-3]]:
+        if reached[effort] >= target or (
+            effort >= 64 and len(reached) > 2 and reached[effort] <= reached[sorted(reached)[-3]]
+        ):
             break
     best = max(reached.values())
     wanted = target if best >= target else best - 0.005
     effort = min(one for one, recall in reached.items() if recall >= wanted)
     set_effort(index, effort)
     return {name: effort}, reached[effort]
+
+
+def _highest_effort(index: Any) -> int:
+    return int(core(index).nlist) if effort_name(index) == "nprobe" else MOST_EF_SEARCH
 
 
 def measure(index: Any, rows: UnitRows, which: np.ndarray) -> tuple[float, float]:
@@ -352,9 +388,8 @@ def drop_rows(index: Any, remove: np.ndarray, factory: str) -> Any:
             _check_training(fresh, factory, len(keep))
             fresh.train(values)
         fresh.add(values)
-        if (name := effort_name(index)) is not None:
-            inner = core(index)
-            set_effort(fresh, inner.nprobe if name == "nprobe" else inner.hnsw.efSearch)
+        for effort in effort_of(index).values():
+            set_effort(fresh, effort)
         return fresh
 
 
@@ -374,6 +409,12 @@ def _drop_from_lists(index: Any, remove: np.ndarray) -> None:
 
 def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
     """[n, d] float32 vectors at these positions, as the index holds them: exact, or decoded."""
+    if isinstance(index, JoinedIndex):
+        late = rows >= index.base.ntotal
+        found = np.empty((len(rows), index.d), np.float32)
+        found[~late] = reconstruct(index.base, rows[~late])
+        found[late] = reconstruct(index.added, rows[late] - index.base.ntotal)
+        return found
     inner = core(index)
     if hasattr(inner, "make_direct_map") and inner.direct_map.no():
         inner.make_direct_map()
@@ -434,6 +475,8 @@ def on_device(index: Any, device: str) -> Any:
     """The index on a GPU, or unchanged for `cpu`. Raises DeviceError."""
     if device == "cpu":
         return index
+    if isinstance(index, JoinedIndex):
+        return JoinedIndex(on_device(index.base, device), on_device(index.added, device))
     faiss = load_faiss()
     number = int(device.partition(":")[2] or 0)
     if not hasattr(faiss, "StandardGpuResources"):
