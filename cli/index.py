@@ -33,7 +33,12 @@ def index(
     ] = None,
     output: options.OutputFolder = None,
     add_to: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Add the store's images to this gallery.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add the store's images to this gallery; a few are written beside it.",
+            show_default=False,
+        ),
     ] = None,
     remove: Annotated[
         str | None,
@@ -47,7 +52,7 @@ def index(
     factory: Annotated[
         str | None,
         typer.Option(
-            metavar="STRING", help="FAISS factory string, such as IVF4096,PQ64.", show_default="by size and memory"
+            metavar="STRING", help="FAISS factory string, such as IVF4096,SQ8.", show_default="by size and memory"
         ),
     ] = None,
     memory: Annotated[str | None, options.memory("half of what is available, for the index")] = None,

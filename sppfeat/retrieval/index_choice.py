@@ -26,10 +26,12 @@ from sppfeat.retrieval.whitening import DEFAULT_DIMS
 # At the 10 to 20 GB/s that two cores read, an exact search through this much takes 0.05 to 0.1 s per query: no more
 # than describing the query.
 FLAT_BYTES: Final = 1 << 30
-# To build a graph is to compare each row with hundreds of others, scattered in memory: reaching one takes as long as
-# reading ROW_COST values of it. One core takes 0.11 ms per row for 80,000 rows of 512 values, about 2 ms for a million,
-# 1.1 ms for 12,000 of 16,000; a graph of this cost takes an hour or so, and its 6 GB are read whole, in some 6 s,
-# whenever the gallery is opened.
+# To build a graph is to compare each row with hundreds of others, scattered in memory: reaching one takes about as long
+# as reading ROW_COST values of it. One core takes 0.10 ms per row for 200,000 rows of 64 values, 0.12 for 100,000 of
+# 512, 0.22 for 25,000 of 2,048, 0.98 for 25,000 of 8,192 and 1.1 for 12,000 of 16,000: 1 to 3 seconds per 10 million
+# of N (d + ROW_COST). For a million rows of 512 it is ten times as much: few of them are in the processor's caches. So
+# a graph of GRAPH_COST takes from some minutes to an hour, and up to 6 GB, which opening the gallery reads and checks
+# in some 6 s.
 ROW_COST: Final = 256
 GRAPH_COST: Final = 1_500_000_000
 HNSW_LINKS: Final = 32
