@@ -282,6 +282,9 @@ def retune(index: Any, added: int, target: float, seed: int = 0) -> tuple[dict[s
     new = generator.choice(added, min(half, added), replace=False) + total - added
     which = np.union1d(generator.choice(total, min(half, total), replace=False), new)
     queries = normalize_rows(reconstruct(index, which))
+    if hasattr(core(index), "direct_map"):
+        # Made to find rows, it would be written with the index, 8 bytes per row, and never read.
+        core(index).set_direct_map_type(load_faiss().DirectMap.NoMap)
     name = str(effort_name(index))
     before = effort_of(index)
     set_effort(index, _highest_effort(index))

@@ -82,11 +82,15 @@ def test_choices_over_sizes(rows: int, dim: int) -> None:
     assert order[ranks[-1]] == "Flat" if 4 * rows * dim <= FLAT_BYTES else ranks[-1] >= order.index("SQ8")
 
 
-def test_long_rows_are_told_of_projections() -> None:
+def test_long_rows_are_told_of_projections(make_store: MakeStore) -> None:
     note = choose_index(100_000, 16_000, 8_000_000_000).note
     assert note is not None and "--project 512 would take 0.20 GB (Flat) instead of 1.7" in note
     assert choose_index(100_000, 512, 100_000_000).note is None
     assert choose_index(10_000, 16_000, 8_000_000_000).note is None  # exact
+    rows = unit_rows(make_store(clustered(80, dim=1100)))
+    built = build_index(rows, IndexOptions(memory=300_000))
+    assert built.choice.factory == "HR2048,IVF2,SQ8"
+    assert any(re.fullmatch(r"rows of 1,100 values are slow .*: --project 512 would .*", note) for note in built.notes)
 
 
 def test_no_index_fits() -> None:

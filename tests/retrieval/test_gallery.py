@@ -162,6 +162,7 @@ def test_effort_is_tuned_again_when_rows_join(make_store: MakeStore, tmp_path: P
     assert re.match(
         r"3000 added rows joined the index; nprobe is \d+ now.*, which finds \d+\.\d % of the 10", done.notes[0]
     )
+    assert after.about.files.index.bytes < 4500 * (4 * 16 + 8) + 32 * (4 * 16 + 8) + 1000  # rows, ids, centres
     asked = more[:200]
     rows, _ = search_descriptors(after, asked, SearchOptions(k=10))
     core(after.index).nprobe = 32
