@@ -29,7 +29,7 @@ from sppfeat.retrieval import Gallery, SearchOptions, create_gallery, open_galle
 from sppfeat.retrieval.alignment import align, cells_of
 from sppfeat.retrieval.bins import BinLayout, BinSource, bin_layout, part_recipe, read_bins, write_bins
 from sppfeat.retrieval.parts import PART_FACTORS, order_by_bins
-from sppfeat.retrieval.regions import read_regions, write_regions
+from sppfeat.retrieval.regions import Regions, read_regions, write_regions
 from sppfeat.store import unit_rows
 
 CPU = RunOptions(device="cpu")
@@ -159,9 +159,9 @@ def million(folder: Path, area: tuple[float, float], scale: int, rows: int) -> N
         write_bins(here / "bins.h5", source)  # type: ignore[arg-type]
         wrote = time.perf_counter() - started
         bins = read_bins(here / "bins.h5", rows, layout).values
-        write_regions(here / "regions.faiss", source, None)  # type: ignore[arg-type]
+        write_regions(here / "regions.faiss", source)  # type: ignore[arg-type]
         built = time.perf_counter() - started - wrote
-        regions = read_regions(here / "regions.faiss", rows, layout)
+        regions = Regions([(rows, read_regions(here / "regions.faiss", rows, layout))])
         (queries := here / "q").mkdir()
         cuts = random.Random(SEED)
         for number, at in enumerate(cuts.sample(range(len(files)), MILLION_QUERIES)):
@@ -177,8 +177,8 @@ def million(folder: Path, area: tuple[float, float], scale: int, rows: int) -> N
         )
         size = (here / "regions.faiss").stat().st_size / rows
         print(
-            f"bins {np.prod(layout.shape):,} bytes an image, written in {wrote:.0f} s; regions {size:.0f} bytes, built in "
-            f"{built:.0f} s\n"
+            f"bins {np.prod(layout.shape):,} bytes an image, written in {wrote:.0f} s; regions {size:.0f} bytes, "
+            f"built in {built:.0f} s\n"
         )
         started = time.perf_counter()
         best = [np.zeros(0, np.int64)] * MILLION_QUERIES

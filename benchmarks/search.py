@@ -1,8 +1,9 @@
-"""Search: what the library adds to the raw FAISS call, a million rows in each index, and one query image's stages.
+"""Search: what the library adds to the raw FAISS call, one query image's stages, ten images more in a large gallery,
+and a million rows in each index.
 
     python benchmarks/search.py
 
-prints three tables. Every index is built in a separate process, so that peak memory is its own; figures in a row come
+prints four tables. Every index is built in a separate process, so that peak memory is its own; figures in a row come
 from the same rows and queries. `--scale 0.02` shrinks the rows to try the script.
 """
 
@@ -173,6 +174,41 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
     return {"raw": float(np.median(raw)), "ours": float(np.median(ours))}
 
 
+def adding(folder: str, factory: str, count: int) -> dict[str, Any]:
+    """Ten images more, three times, in a gallery of `count` rows: seconds and bytes written, medians."""
+    from sppfeat import Recipe, open_store
+    from sppfeat.retrieval.faiss_index import IndexOptions
+    from sppfeat.retrieval.gallery import add_to_gallery, create_gallery
+    from sppfeat.store.writing import create_store
+
+    generator = np.random.default_rng(0)
+
+    def store_of(name: str, rows: int) -> Path:
+        path = Path(folder, f"{name}.h5")
+        names = [f"{name}/{number:07}.jpg" for number in range(rows)]
+        create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=DIM, source_root="/nowhere")
+        columns = open_store(path).columns
+        values = generator.standard_normal((rows, DIM), np.float32).astype(np.float16)
+        checksums = [zlib.crc32(row.data) for row in values]
+        for column, content in (("descriptors", values), ("checksum", checksums), ("image_size", 100), ("status", 1)):
+            at = columns[column]
+            np.memmap(path, at.dtype, "r+", at.offset, at.shape)[:] = content
+        return path
+
+    gallery = Path(folder, f"added-{factory}")
+    create_gallery(open_store(store_of(f"base-{factory}", count)), gallery, IndexOptions(factory=factory, recall=0.9))
+    seconds, written = [], []
+    for number in range(3):
+        more = open_store(store_of(f"{factory}-{number}", 10))
+        before = {file.stat().st_ino for file in gallery.iterdir()}
+        started = time.perf_counter()
+        add_to_gallery(more, gallery)
+        seconds.append(time.perf_counter() - started)
+        written.append(sum(file.stat().st_size for file in gallery.iterdir() if file.stat().st_ino not in before))
+    whole = sum(file.stat().st_size for file in gallery.iterdir())
+    return {"seconds": float(np.median(seconds)), "written": float(np.median(written)), "whole": whole}
+
+
 def stages(folder: str) -> dict[str, Any]:
     """One query image on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
@@ -206,7 +242,9 @@ def stages(folder: str) -> dict[str, Any]:
     return {"opening": 1000 * opening, "loading": 1000 * loading, **found}
 
 
-CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {child.__name__: child for child in (one_index, overhead, stages)}
+CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
+    child.__name__: child for child in (one_index, overhead, adding, stages)
+}
 
 
 def run(child: str, *arguments: object) -> dict[str, Any]:
@@ -222,7 +260,7 @@ def table(title: str, header: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="overhead,stages,million", help="what to run (default: %(default)s)")
+    parser.add_argument("--parts", default="overhead,stages,adding,million", help="what to run (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the million rows by this, to try the script")
     parser.add_argument("--folder", type=Path, help="folder that keeps the rows, to reuse them")
     arguments = parser.parse_args()
@@ -250,6 +288,16 @@ def main() -> None:
             )
             names = ("opening", "loading", "decode", "forward", "search", "whole")
             print("| " + " | ".join(f"{found[name]:.1f} ms" for name in names) + " |", flush=True)
+        if "adding" in arguments.parts:
+            count = int(100_000 * arguments.scale)
+            table(
+                f"10 images added to a gallery of {count:,} x {DIM}, medians of 3",
+                "index | seconds | kB written | MB of the gallery",
+            )
+            for factory in ("Flat", "HNSW32", f"IVF{256 if arguments.scale < 1 else 1024},SQ8"):
+                found = run("adding", temporary, factory, count)
+                sizes = f"{found['written'] / 1e3:.0f} | {found['whole'] / 1e6:.0f}"
+                print(f"| {factory} | {found['seconds']:.2f} | {sizes} |", flush=True)
         if "million" in arguments.parts:
             count = int(ROWS * arguments.scale)
             folder = arguments.folder or Path(temporary)

@@ -33,7 +33,12 @@ def index(
     ] = None,
     output: options.OutputFolder = None,
     add_to: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Add the store's images to this gallery.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add the store's images to this gallery; a few are written beside it.",
+            show_default=False,
+        ),
     ] = None,
     remove: Annotated[
         str | None,
@@ -47,7 +52,7 @@ def index(
     factory: Annotated[
         str | None,
         typer.Option(
-            metavar="STRING", help="FAISS factory string, such as IVF4096,PQ64.", show_default="by size and memory"
+            metavar="STRING", help="FAISS factory string, such as IVF4096,SQ8.", show_default="by size and memory"
         ),
     ] = None,
     memory: Annotated[str | None, options.memory("half of what is available, for the index")] = None,
@@ -165,7 +170,7 @@ def _document(done: "Change") -> dict[str, Any]:
         "skipped": done.skipped,
         "removed": done.removed,
         "dim": about.dim,
-        "index": to_builtins(about.index) | {"bytes": about.files.index.bytes},
+        "index": to_builtins(about.index) | {"bytes": about.index_bytes},
         "projection": to_builtins(about.projection),
         "seconds": None if built is None else round(built.seconds, 3),
         "queries_per_second": None if built is None else built.queries_per_second,
@@ -175,7 +180,7 @@ def _document(done: "Change") -> dict[str, Any]:
 def _summary(done: "Change") -> str:
     about, built = done.about, done.built
     index = about.index
-    size = human_bytes(about.files.index.bytes)
+    size = human_bytes(about.index_bytes)
     if built is None:
         parts = [
             f"{count} {word}"

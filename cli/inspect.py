@@ -225,7 +225,7 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
         "file": path,
         "format": "gallery",
         "images": found.rows,
-        "bytes": sum(entry.bytes for entry in found.entries.values()),
+        "bytes": sum(entry.bytes for entry in found.entries),
         **{
             key: to_builtins(getattr(found, key)) for key in ("dim", "index", "projection", "sources", "weights_sha256")
         },

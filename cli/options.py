@@ -171,7 +171,14 @@ Rerank = Annotated[
         "they are to each other: expand, reciprocal or diffuse.",
     ),
 ]
-Candidates = Annotated[int, typer.Option(metavar="N", help="Number of nearest images that --rerank orders again.")]
+Candidates = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Number of nearest images that --rerank orders again, or in which --parts looks.",
+        show_default="400; 2000 for parts of a large gallery",
+    ),
+]
 Neighborhood = Annotated[
     int | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """Damages one file of a gallery again and again, opens and searches the gallery each time: `fuzz_gallery.py COUNT
-FOLDER:KIND ...`. Runs in a separate process, which a crash or a hang ends; prints what it does before it does it.
+FOLDER:KIND ...`. A kind is `json`, a file of the gallery, or one of its added rows, such as `added-index`. Runs in a
+separate process, which a crash or a hang ends; prints what it does before it does it.
 
 An answer must be a clear error or right. Where checksums are made to match the damage, which is then no accident, any
 rows with finite scores will do.
@@ -82,7 +83,9 @@ def fuzz(folder: Path, kind: str, count: int) -> dict[str, int]:
     options = SearchOptions(k=5, rerank="expand")
     expected = search_descriptors(found, asked, options)
     about = json.loads((folder / "gallery.json").read_text())
-    name = "gallery.json" if kind == "json" else about["files"][kind]["file"]
+    files = about["files"]["added"] if kind.startswith("added-") else about["files"]
+    entry = files.get(kind.removeprefix("added-"), {"file": "gallery.json"})
+    name = entry["file"]
     whole = (folder / name).read_bytes()
     copy = folder.with_name(f"{folder.name}-{kind}")
     outcomes: collections.Counter[str] = collections.Counter()
@@ -94,7 +97,7 @@ def fuzz(folder: Path, kind: str, count: int) -> dict[str, int]:
         content = (damage_document if kind == "json" and number % 3 else damage)(whole, generator)
         (copy / name).write_bytes(content)
         if signed:
-            about["files"][kind] |= {"bytes": len(content), "crc32": zlib.crc32(content)}
+            entry |= {"bytes": len(content), "crc32": zlib.crc32(content)}
             (copy / "gallery.json").write_text(json.dumps(about))
         elif kind != "json":
             shutil.copy(folder / "gallery.json", copy)

@@ -19,6 +19,7 @@ from sppfeat.errors import GalleryError, StoreError, UsageError
 from sppfeat.files import appearing_hdf5, open_hdf5
 from sppfeat.recipe import NATIVE, Recipe
 from sppfeat.retrieval.alignment import CELLS
+from sppfeat.retrieval.segments import JoinedValues
 from sppfeat.store import UnitRows, block_rows
 
 _VERSION: Final = 1
@@ -46,9 +47,9 @@ class BinLayout:
 
 @dataclass(frozen=True)
 class Bins:
-    """The bins of a gallery, in its file. values: [N, side, side, channels] int8. image_size: [N, 2] int32."""
+    """The bins of a gallery, in its files. values: [N, side, side, channels] int8. image_size: [N, 2] int32."""
 
-    values: np.ndarray
+    values: np.ndarray | JoinedValues
     image_size: np.ndarray
 
     def only(self, rows: np.ndarray) -> KeptBins:
@@ -150,6 +151,13 @@ def read_bins(file: Path, count: int, layout: BinLayout) -> Bins:
     if offset is None or length != count * int(np.prod(layout.shape)) or offset + length > file.stat().st_size:
         raise GalleryError(f"{file}: expected its values in one piece, found fewer")
     return Bins(np.memmap(file, np.int8, "r", offset, (count, *layout.shape)), image_size)
+
+
+def join_bins(base: Bins, added: Bins) -> Bins:
+    """The bins of a gallery's first rows and of those added since, both mapped from files."""
+    if isinstance(base.values, JoinedValues) or isinstance(added.values, JoinedValues):
+        raise TypeError("expected bins of one file each")
+    return Bins(JoinedValues(base.values, added.values), np.concatenate([base.image_size, added.image_size]))
 
 
 def part_recipe(recipe: Recipe, factors: tuple[float, ...]) -> Recipe:

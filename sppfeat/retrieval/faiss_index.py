@@ -1,20 +1,12 @@
-"""FAISS indexes over unit rows: choosing one, building it without the matrix in memory, and measuring its recall.
+"""FAISS indexes over unit rows: building one without the matrix in memory, tuning it, and measuring its recall.
 
-The choice, unless a factory string is given (N rows of d values, a memory budget M):
-
-    Flat        exact; while its 4 N d bytes fit into M and FLAT_BYTES, so that a query takes at most about 0.1 s
-    HNSW32      a graph over the full rows; up to HNSW_ROWS, while 4 N d + 284 N bytes fit into M
-    IVFn,SQ8    lists of rows, 8 bits per value; while N d + 8 N bytes and n centres fit into M
-    IVFn,PQm    lists of rows of m bytes; m as large as fits into M
-
-The search effort of HNSW and IVF (`efSearch`, `nprobe`) is tuned on a sample of the rows: the least that finds the
-requested fraction of the 10 true neighbors.
+`index_choice` chooses one, unless a factory string is given. The search effort of HNSW and IVF (`efSearch`, `nprobe`)
+is tuned on a sample of the rows: the least that finds the requested fraction of the 10 true neighbors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -25,18 +17,10 @@ from typing import Any, Final
 import numpy as np
 
 from sppfeat.errors import DeviceError, GalleryError, MissingExtraError, UsageError, one_line, require_extra
-from sppfeat.machine import available_memory
-from sppfeat.store import UnitRows
+from sppfeat.retrieval.index_choice import Choice, choose_index, default_memory, list_count
+from sppfeat.retrieval.segments import JoinedIndex
+from sppfeat.store import UnitRows, normalize_rows
 
-# At the 10 to 20 GB/s that two cores read, an exact search through this much takes 0.05 to 0.1 s per query: no more
-# than describing the query.
-FLAT_BYTES: Final = 1 << 30
-# Building the graph takes about a millisecond of one core per row at 512 dimensions: beyond this, many hours.
-HNSW_ROWS: Final = 5_000_000
-HNSW_LINKS: Final = 32
-# Links per row of HNSW32: 64 on the bottom level, 32 on the next for every 32nd row, and so on; offsets and levels.
-HNSW_ROW_BYTES: Final = 284
-ID_BYTES: Final = 8
 # Training rows per list. FAISS asks for 39, and uses at most 256.
 TRAIN_PER_LIST: Final = 50
 MIN_TRAIN: Final = 20_000
@@ -44,6 +28,9 @@ MIN_TRAIN: Final = 20_000
 PQ_TRAIN_PER_CENTRE: Final = 64
 RECALL_K: Final = 10
 TUNING_QUERIES: Final = 200
+# What tuning begins with, and the highest efSearch that it tries: search memory per query grows with it.
+LEAST_EFFORT: Final = {"nprobe": 1, "efSearch": 16}
+MOST_EF_SEARCH: Final = 1024
 _TRAIN_SEED: Final = 1234
 
 
@@ -80,15 +67,6 @@ class IndexOptions:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A factory string, about how many bytes its index takes (None: unknown), and why it was chosen."""
-
-    factory: str
-    bytes: int | None
-    why: str
-
-
-@dataclass(frozen=True)
 class BuiltIndex:
     """An index that is ready to search.
 
@@ -121,53 +99,6 @@ def load_faiss() -> ModuleType:
     return faiss
 
 
-def default_memory() -> int:
-    """Half of the memory that this process may use."""
-    return available_memory() // 2
-
-
-def choose_index(rows: int, dim: int, memory: int | None = None) -> Choice:
-    """The index for this many rows of this length; see the module. Raises UsageError if none fits into `memory`."""
-    budget = default_memory() if memory is None else memory
-    budget_text = (
-        f"{_show_bytes(budget)} (--memory)" if memory else f"{_show_bytes(budget)} (half of the memory available)"
-    )
-    lists = list_count(rows)
-    centres = 4 * dim * lists
-    flat = 4 * rows * dim
-    if flat <= min(budget, FLAT_BYTES):
-        return Choice("Flat", flat, "exact; small enough to compare a query with every row")
-    graph = flat + HNSW_ROW_BYTES * rows
-    if graph <= budget and rows <= HNSW_ROWS:
-        return Choice(f"HNSW{HNSW_LINKS}", graph, f"a graph over the full rows is the fastest that fits {budget_text}")
-    coded = rows * (dim + ID_BYTES) + centres
-    if coded <= budget:
-        why = f"full rows would take {_show_bytes(flat)}; 8 bits per value fit {budget_text}"
-        if graph <= budget:
-            why = f"a graph over {rows:,} rows takes too long to build; 8 bits per value fit {budget_text}"
-        return Choice(f"IVF{lists},SQ8", coded, why)
-    for code in _code_sizes(dim):
-        if rows * (code + ID_BYTES) + centres + 1024 * dim <= budget:
-            taken = rows * (code + ID_BYTES) + centres + 1024 * dim
-            why = f"8 bits per value would take {_show_bytes(coded)}; {code} bytes per row fit {budget_text}"
-            return Choice(f"IVF{lists},PQ{code}", taken, why)
-    smallest = rows * (_code_sizes(dim)[-1] + ID_BYTES) + centres
-    raise UsageError(
-        f"memory: {rows:,} rows of {dim:,} values take at least {_show_bytes(smallest)} in an index, found a budget of "
-        f"{budget_text}; fewer dimensions (--project) take less"
-    )
-
-
-def list_count(rows: int) -> int:
-    """Lists of an IVF index: the power of 2 near 4 sqrt(N), as FAISS advises, with at least 39 rows in each."""
-    return max(1, min(1 << round(math.log2(4 * math.sqrt(max(rows, 1)))), 1 << int(math.log2(max(rows // 39, 1)))))
-
-
-def _code_sizes(dim: int) -> list[int]:
-    """Bytes per row that product quantisation can take, the most first: divisors of the dimension."""
-    return [size for size in range(dim // 2, 0, -1) if dim % size == 0] or [1]
-
-
 def build_index(rows: UnitRows, options: IndexOptions | None = None) -> BuiltIndex:
     """Train an index on a sample of the rows, fill it block by block, and tune its search effort.
 
@@ -182,6 +113,8 @@ def build_index(rows: UnitRows, options: IndexOptions | None = None) -> BuiltInd
     )
     index = _create(choice.factory, len(rows), rows.dim)
     notes = _check_training(index, choice.factory, len(rows))
+    if choice.note is not None:
+        notes.append(choice.note)
     place = on_device(index, options.device)
     with faiss_errors(choice.factory):
         if not place.is_trained:
@@ -312,6 +245,14 @@ def effort_name(index: Any) -> str | None:
     return "efSearch" if hasattr(inner, "hnsw") else None
 
 
+def effort_of(index: Any) -> dict[str, int]:
+    """The search effort of an index; empty if it has none."""
+    name, inner = effort_name(index), core(index)
+    if name is None:
+        return {}
+    return {name: int(inner.nprobe if name == "nprobe" else inner.hnsw.efSearch)}
+
+
 def set_effort(index: Any, value: int) -> None:
     """Set the search effort of an index."""
     inner = core(index)
@@ -327,22 +268,55 @@ def tune(index: Any, rows: UnitRows, which: np.ndarray, target: float) -> tuple[
     If no effort does, use the least that comes within half a point of the best.
     """
     queries = rows.gather(which)
-    truth = true_neighbors(rows, which, queries)
-    name = effort_name(index)
-    limit = core(index).nlist if name == "nprobe" else 1024
-    efforts = [effort for step in range(12) for effort in (1 << step, 3 << step >> 1) if effort <= limit]
-    efforts = sorted({limit, *(effort for effort in efforts if name == "nprobe" or effort >= 16)})
+    return _tune(index, which, queries, true_neighbors(rows, which, queries), target, 1)
+
+
+def retune(index: Any, added: int, target: float, seed: int = 0) -> tuple[dict[str, int], float]:
+    """The same after `added` rows joined the index at its end, half of the sample from them, without a store of all.
+
+    Neighbors are compared with those that the highest effort finds, of rows as the index holds them. Rows that are more
+    need at least the effort that fewer needed.
+    """
+    generator = np.random.default_rng(seed)
+    total, half = index.ntotal, TUNING_QUERIES // 2
+    new = generator.choice(added, min(half, added), replace=False) + total - added
+    which = np.union1d(generator.choice(total, min(half, total), replace=False), new)
+    queries = normalize_rows(reconstruct(index, which))
+    if hasattr(core(index), "direct_map"):
+        # Made to find rows, it would be written with the index, 8 bytes per row, and never read.
+        core(index).set_direct_map_type(load_faiss().DirectMap.NoMap)
+    name = str(effort_name(index))
+    before = effort_of(index)
+    set_effort(index, _highest_effort(index))
+    truth = neighbors_of(index, which, queries)
+    return _tune(index, which, queries, truth, target, before[name])
+
+
+def _tune(
+    index: Any, which: np.ndarray, queries: np.ndarray, truth: np.ndarray, target: float, least: int
+) -> tuple[dict[str, int], float]:
+    name = str(effort_name(index))
+    limit = _highest_effort(index)
+    least = min(max(least, LEAST_EFFORT[name]), limit)
+    efforts = {least, limit, *(effort for step in range(limit.bit_length()) for effort in (1 << step, 3 << step >> 1))}
     reached: dict[int, float] = {}
-    for effort in efforts:
+    for effort in sorted(effort for effort in efforts if least <= effort <= limit):
         set_effort(index, effort)
         reached[effort] = recall_of(neighbors_of(index, which, queries), truth)
-        if reached[effort] >= target:
+        # Once twice the effort finds nothing more, the codes are the limit.
+        if reached[effort] >= target or (
+            effort >= 64 and len(reached) > 2 and reached[effort] <= reached[sorted(reached)[-3]]
+        ):
             break
     best = max(reached.values())
     wanted = target if best >= target else best - 0.005
     effort = min(one for one, recall in reached.items() if recall >= wanted)
     set_effort(index, effort)
-    return {str(name): effort}, reached[effort]
+    return {name: effort}, reached[effort]
+
+
+def _highest_effort(index: Any) -> int:
+    return int(core(index).nlist) if effort_name(index) == "nprobe" else MOST_EF_SEARCH
 
 
 def measure(index: Any, rows: UnitRows, which: np.ndarray) -> tuple[float, float]:
@@ -417,9 +391,8 @@ def drop_rows(index: Any, remove: np.ndarray, factory: str) -> Any:
             _check_training(fresh, factory, len(keep))
             fresh.train(values)
         fresh.add(values)
-        if (name := effort_name(index)) is not None:
-            inner = core(index)
-            set_effort(fresh, inner.nprobe if name == "nprobe" else inner.hnsw.efSearch)
+        for effort in effort_of(index).values():
+            set_effort(fresh, effort)
         return fresh
 
 
@@ -439,19 +412,74 @@ def _drop_from_lists(index: Any, remove: np.ndarray) -> None:
 
 def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
     """[n, d] float32 vectors at these positions, as the index holds them: exact, or decoded."""
+    if isinstance(index, JoinedIndex):
+        late = rows >= index.base.ntotal
+        found = np.empty((len(rows), index.d), np.float32)
+        found[~late] = reconstruct(index.base, rows[~late])
+        found[late] = reconstruct(index.added, rows[late] - index.base.ntotal)
+        return found
     inner = core(index)
     if hasattr(inner, "make_direct_map") and inner.direct_map.no():
         inner.make_direct_map()
     flat = np.ascontiguousarray(rows, np.int64).ravel()
     if not len(flat):
         return np.zeros((0, index.d), np.float32)
-    return np.asarray(index.reconstruct_batch(flat), np.float32)
+    return _decoded(index, flat)
+
+
+def _decoded(index: Any, rows: np.ndarray) -> np.ndarray:
+    """The same for an index or a part of one, whose map of rows exists."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        values = _decoded(index.index, rows)
+        for at in reversed(range(index.chain.size())):
+            transform = faiss.downcast_VectorTransform(index.chain.at(at))
+            if isinstance(transform, faiss.HadamardRotation) and transform.d_in < transform.d_out:
+                # FAISS turns back only rows that it did not pad.
+                square = faiss.HadamardRotation(transform.d_out)
+                square.init(transform.seed)
+                values = np.ascontiguousarray(square.reverse_transform(values)[:, : transform.d_in])
+            else:
+                values = transform.reverse_transform(values)
+        return values
+    if isinstance(index, faiss.IndexIVFRaBitQ) and index.rabitq.nb_bits > 1:
+        return _decoded_bits(index, rows)
+    return np.asarray(index.reconstruct_batch(rows), np.float32)
+
+
+def _decoded_bits(index: Any, rows: np.ndarray) -> np.ndarray:
+    """[n, d] rows of RaBitQ codes of several bits per value. FAISS 1.15 itself decodes the first bit alone.
+
+    A code is a bit per value, 12 bytes, the other bits per value (lowest first), a term of scores, and the factor f:
+    with u the number that all bits of a value make, the first one being the highest, it stands for f (u - middle).
+    """
+    faiss = load_faiss()
+    d, extra = index.d, index.rabitq.nb_bits - 1
+    first, rest = (d + 7) // 8, (d * extra + 7) // 8
+    codes = np.empty((len(rows), index.rabitq.code_size), np.uint8)
+    lists = np.empty(len(rows), np.int64)
+    for at, row in enumerate(rows.tolist()):
+        place = index.direct_map.get(row)
+        lists[at] = faiss.lo_listno(place)
+        code = index.invlists.get_single_code(int(lists[at]), faiss.lo_offset(place))
+        codes[at] = faiss.rev_swig_ptr(code, codes.shape[1])
+    high = np.unpackbits(codes[:, :first], axis=1, count=d, bitorder="little").astype(np.float32)
+    low = np.unpackbits(codes[:, first + 12 : first + 12 + rest], axis=1, count=d * extra, bitorder="little")
+    weights = (1 << np.arange(extra)).astype(np.float32)
+    whole = high * (1 << extra) + low.reshape(-1, d, extra).astype(np.float32) @ weights
+    factor = np.ascontiguousarray(codes[:, -4:]).view("<f4")
+    centres = faiss.downcast_index(index.quantizer).reconstruct_batch(lists)
+    decoded: np.ndarray = centres + factor * (whole - ((1 << extra) - 0.5))
+    return decoded.astype(np.float32)
 
 
 def on_device(index: Any, device: str) -> Any:
     """The index on a GPU, or unchanged for `cpu`. Raises DeviceError."""
     if device == "cpu":
         return index
+    if isinstance(index, JoinedIndex):
+        return JoinedIndex(on_device(index.base, device), on_device(index.added, device))
     faiss = load_faiss()
     number = int(device.partition(":")[2] or 0)
     if not hasattr(faiss, "StandardGpuResources"):
@@ -472,7 +500,3 @@ def on_device(index: Any, device: str) -> Any:
 def from_device(index: Any, device: str) -> Any:
     """The index, back in main memory."""
     return index if device == "cpu" else typed(load_faiss().index_gpu_to_cpu(index))
-
-
-def _show_bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

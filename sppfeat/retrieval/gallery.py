@@ -19,13 +19,14 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.recipe import Recipe
-from sppfeat.retrieval.bins import Bins, BinSource, bin_layout, read_bins
+from sppfeat.retrieval.bins import BinLayout, Bins, BinSource, bin_layout, join_bins, read_bins
 from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import (
     BuiltIndex,
     IndexOptions,
     build_index,
     drop_rows,
+    effort_name,
     faiss_reason,
     fill,
     from_device,
@@ -33,10 +34,13 @@ from sppfeat.retrieval.faiss_index import (
     load_faiss,
     on_device,
     reconstruct,
+    retune,
 )
 from sppfeat.retrieval.gallery_files import (
     FORMAT_VERSION,
     About,
+    AddedEntries,
+    Content,
     FileEntries,
     FileEntry,
     GalleryRows,
@@ -55,6 +59,7 @@ from sppfeat.retrieval.gallery_files import (
     write_generation,
 )
 from sppfeat.retrieval.regions import Regions, read_regions
+from sppfeat.retrieval.segments import JOIN_PART, JoinedIndex
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection, read_arrays
 from sppfeat.store import Store, UnitRows, check_same_recipe, open_store, unit_rows
 
@@ -63,7 +68,8 @@ from sppfeat.store import Store, UnitRows, check_same_recipe, open_store, unit_r
 class Gallery:
     """An open gallery, in memory.
 
-    index: FAISS; its row i is row i of `rows`. exact: whether it compares a query with every full row.
+    index: of FAISS, or two of them joined; its row i is row i of `rows`. exact: whether it compares a query with every
+    full row.
     about: the contents of the folder's JSON. dim: length of a descriptor before projection. bins: what parts are found
     in, if they were kept. regions: in which of its images, if there are many.
     """
@@ -144,13 +150,14 @@ def create_gallery(
         )
         bins = None if layout is None else BinSource(layout, None, rows)
         described = _describe(store, built, learned)
-        about = write_generation(path, described, built.index, table, learned, bins, previous=None)
+        about = write_generation(path, described, learned, Content(built.index, table, bins), previous=None)
     return Change(str(path), len(rows), len(rows), 0, 0, built, notes + built.notes, about)
 
 
 def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str = "cpu") -> Change:
     """Add a store's rows to a gallery of the same recipe; unchanged rows that it already holds are skipped.
 
+    A few rows are written beside those of the base; many join it, and its search effort is tuned again: see `segments`.
     Raises GalleryError for another recipe, weights or dimension, and for a name whose row differs.
     """
     path = _folder(gallery)
@@ -176,28 +183,27 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
         if not new:
             return Change(str(path), len(old), 0, skipped, 0, None, [], old.about)
         rows = rows.only(np.array(new))
-        place_on = on_device(old.index, device)
-        try:
-            fill(place_on, rows)
-        except RuntimeError as error:
-            raise GalleryError(f"{path}: FAISS cannot add rows ({faiss_reason(error)})") from None
-        roots = list(dict.fromkeys([*old.rows.roots, store.source_root]))
         table = GalleryRows(
-            old.rows.names + rows.names,
-            roots,
-            np.append(old.rows.root, np.full(len(rows), roots.index(store.source_root))),
-            np.append(old.rows.checksum, store.checksum[rows.rows]),
+            rows.names, [store.source_root], np.zeros(len(rows), np.int64), np.asarray(store.checksum[rows.rows])
         )
         about = msgspec.structs.replace(old.about, sources=[*old.about.sources, _source(store, len(rows))])
-        index = from_device(place_on, device)
-        bins = None
-        if old.bins is not None:
-            layout = bin_layout(old.recipe, old.dim)
-            bins = BinSource(layout, old.bins.only(np.arange(len(old))), rows)
-        about = write_generation(
-            path, about, index, table, old.projection, bins, previous=old.about, regions=old.regions
-        )
-        return Change(str(path), len(table.names), len(rows), skipped, 0, None, [], about)
+        base = old.about.base_rows
+        late = np.arange(base, len(old))
+        base_index, index = _parts(old)
+        notes: list[str] = []
+        if JOIN_PART * 4 * index.d * (len(late) + len(rows)) > about.files.index.bytes:
+            everything = np.arange(len(old))
+            base_index = _fill(path, base_index, reconstruct(index, late - base), rows, device)
+            about, notes = _retuned(about, base_index, len(late) + len(rows))
+            content = Content(
+                base_index, old.rows.followed_by(table), _bin_source(old, everything, rows), _base_regions(old)
+            )
+            about = write_generation(path, about, old.projection, content, previous=old.about)
+        else:
+            _fill(path, index, np.zeros((0, index.d), np.float32), rows, "cpu")
+            content = Content(index, old.rows.only(late).followed_by(table), _bin_source(old, late, rows))
+            about = write_generation(path, about, old.projection, None, content, previous=old.about)
+        return Change(str(path), about.rows, len(rows), skipped, 0, None, notes, about)
 
 
 def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -> Change:
@@ -218,16 +224,74 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
         if len(gone) == len(old):
             raise GalleryError(f"{path}: these {len(gone)} names are all it holds; remove the folder instead")
         keep = np.setdiff1d(np.arange(len(old)), gone)
-        index = drop_rows(old.index, gone, old.factory)
-        notes = [] if index is old.index else [f"{old.factory} cannot drop rows: it was rebuilt from the others"]
-        table = GalleryRows(
-            [old.rows.names[row] for row in keep], old.rows.roots, old.rows.root[keep], old.rows.checksum[keep]
-        )
-        bins = None
-        if old.bins is not None:
-            bins = BinSource(bin_layout(old.recipe, old.dim), old.bins.only(keep), None)
-        about = write_generation(path, old.about, index, table, old.projection, bins, previous=old.about)
+        base = old.about.base_rows
+        early, late = gone[gone < base], keep[keep >= base]
+        base_index, added = _parts(old)
+        about, notes = old.about, list[str]()
+        if not len(early):
+            added = drop_rows(added, gone - base, "Flat")
+            content = Content(added, old.rows.only(late), _bin_source(old, late, None)) if len(late) else None
+            about = write_generation(path, about, old.projection, None, content, previous=old.about)
+        else:
+            index = drop_rows(base_index, early, old.factory)
+            if index is not base_index:
+                notes.append(f"{old.factory} cannot drop rows: it was rebuilt from the others")
+            if len(late):
+                index = _fill(path, index, reconstruct(added, late - base), None, "cpu")
+                about, told = _retuned(about, index, len(late))
+                notes += told
+            content = Content(index, old.rows.only(keep), _bin_source(old, keep, None))
+            about = write_generation(path, about, old.projection, content, previous=old.about)
         return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
+
+
+def _parts(gallery: Gallery) -> tuple[Any, Any]:
+    """The index of the base, and that of added rows, which may be empty."""
+    if isinstance(gallery.index, JoinedIndex):
+        return gallery.index.base, gallery.index.added
+    return gallery.index, load_faiss().IndexFlatIP(gallery.index.d)
+
+
+def _fill(path: Path, index: Any, values: np.ndarray, rows: UnitRows | None, device: str) -> Any:
+    """Add vectors, then a store's rows, to an index; returns it. Raises GalleryError, DeviceError."""
+    place = on_device(index, device)
+    try:
+        if len(values):
+            place.add(values)
+        if rows is not None:
+            fill(place, rows)
+    except RuntimeError as error:
+        raise GalleryError(f"{path}: FAISS cannot add rows ({faiss_reason(error)})") from None
+    return from_device(place, device)
+
+
+def _retuned(about: About, index: Any, added: int) -> tuple[About, list[str]]:
+    """The description with the search effort that an index needs after rows joined it, which is set; and notes."""
+    name = effort_name(index)
+    if name is None:
+        return about, []
+    before = about.index.effort.get(name)
+    target = IndexOptions().recall if about.index.recall is None else about.index.recall
+    try:
+        effort, share = retune(index, added, target)
+    except (RuntimeError, AttributeError):
+        return about, [f"{about.index.factory} does not keep rows to tune with: its {name} stays {before}"]
+    note = (
+        f"{added} added rows joined the index; {name} is {effort[name]} now"
+        + (f" ({before} before)" if before is not None and before != effort[name] else "")
+        + f", which finds {100 * share:.1f} % of the 10 neighbors that the highest finds"
+    )
+    return msgspec.structs.replace(about, index=msgspec.structs.replace(about.index, effort=effort)), [note]
+
+
+def _base_regions(old: Gallery) -> Any:
+    """The index of the regions of a gallery's base; None without."""
+    return None if old.regions is None else old.regions.parts[0][1]
+
+
+def _bin_source(old: Gallery, kept: np.ndarray, new: UnitRows | None) -> BinSource | None:
+    """The bins of kept rows, then of new ones; None for a gallery without."""
+    return None if old.bins is None else BinSource(bin_layout(old.recipe, old.dim), old.bins.only(kept), new)
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
@@ -280,10 +344,9 @@ def _recipe(path: Path, about: About) -> Recipe:
 
 def _open(path: Path, about: About, device: str) -> Gallery:
     recipe = _recipe(path, about)
-    files = {kind: checked_file(path, kind, entry, content=kind != "bins") for kind, entry in about.entries.items()}
     projection = None
-    if (told := about.projection) is not None:
-        arrays = read_arrays(files["projection"], about.dim, told.dim)
+    if (told := about.projection) is not None and about.files.projection is not None:
+        arrays = read_arrays(checked_file(path, "projection", about.files.projection), about.dim, told.dim)
         projection = Projection(
             mean=arrays["mean"],
             matrix=arrays["matrix"],
@@ -295,18 +358,23 @@ def _open(path: Path, about: About, device: str) -> Gallery:
             rows=told.rows,
             route=told.route,
         )
-    # First, because its length bounds the number of rows.
-    index = read_index_file(files["index"], about.rows, about.dim if told is None else told.dim)
-    rows = read_rows(files["rows"], about.rows)
-    bins = regions = None
-    if "bins" in files:
+    dim = about.dim if told is None else told.dim
+    layout = None
+    if about.files.bins is not None:
         try:
             layout = bin_layout(recipe, about.dim)
         except UsageError as error:
             raise GalleryError(f"{path}: expected a gallery without bins: {error}") from None
-        bins = read_bins(files["bins"], about.rows, layout)
-        if "regions" in files:
-            regions = read_regions(files["regions"], about.rows, layout)
+    index, rows, bins, regions = _read_part(path, about.files, about.base_rows, dim, layout)
+    in_regions = [(about.base_rows, regions)]
+    exact = is_exact(index)
+    if (added := about.files.added) is not None:
+        more, more_rows, more_bins, more_regions = _read_part(path, added, added.count, dim, layout)
+        in_regions.append((added.count, more_regions))
+        if not is_exact(more):
+            raise GalleryError(f"{path / added.index.file}: expected an exact index of added rows, found another")
+        index, rows = JoinedIndex(index, more), rows.followed_by(more_rows)
+        bins = join_bins(bins, more_bins) if bins is not None and more_bins is not None else None
     return Gallery(
         path,
         recipe,
@@ -314,13 +382,31 @@ def _open(path: Path, about: About, device: str) -> Gallery:
         about.weights_sha256,
         about.dim,
         index if device == "cpu" else on_device(index, device),
-        is_exact(index),
+        exact,
         rows,
         projection,
         about,
         bins,
-        regions,
+        Regions(in_regions) if any(one is not None for _, one in in_regions) else None,
     )
+
+
+def _read_part(
+    path: Path, files: FileEntries | AddedEntries, count: int, dim: int, layout: BinLayout | None
+) -> tuple[Any, GalleryRows, Bins | None, Any]:
+    """The index, names, bins and regions of the base or of added rows. Raises GalleryError for damaged files."""
+    # All are checked before one is read.
+    index, rows = checked_file(path, "index", files.index), checked_file(path, "rows", files.rows)
+    # Any bytes of it are values; `verify_gallery` reads them all.
+    bins = None if files.bins is None else checked_file(path, "bins", files.bins, content=False)
+    regions = None if files.regions is None else checked_file(path, "regions", files.regions)
+    # The index first, because its length bounds the number of rows.
+    found = read_index_file(index, count, dim)
+    table = read_rows(rows, count)
+    if bins is None or layout is None:
+        return found, table, None, None
+    kept = read_bins(bins, count, layout)
+    return found, table, kept, None if regions is None else read_regions(regions, count, layout)
 
 
 def check_recipe(gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str) -> None:
@@ -391,11 +477,13 @@ def verify_gallery(gallery: Gallery) -> list[str]:
     Rows that the index holds exactly must equal those of the store, by name; for coded rows only the names must.
     """
     problems = []
-    if (kept := gallery.about.files.bins) is not None:
-        try:
-            checked_file(gallery.path, "bins", kept)
-        except GalleryError as error:
-            problems.append(str(error))
+    added = gallery.about.files.added
+    for kept in (gallery.about.files.bins, None if added is None else added.bins):
+        if kept is not None:
+            try:
+                checked_file(gallery.path, "bins", kept)
+            except GalleryError as error:
+                problems.append(str(error))
     if len(set(gallery.rows.names)) != len(gallery):
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
     place = {name: row for row, name in enumerate(gallery.rows.names)}

@@ -6,6 +6,9 @@
     projection-N.npz      mean, matrix, eigenvalues; none without a projection
     bins-N.h5             what parts are found in, see `bins`; only if it was asked for
 
+Rows added to a large gallery have an index, rows and bins of their own, which every addition writes again, while those
+of the base stay as they are: see `segments`. Rows of the base come first.
+
 A change writes files of the next number N beside the current ones, then replaces `gallery.json`, then removes the files
 it no longer names. An interrupted change leaves the old gallery or the new one, complete; a reader never sees a mix.
 """
@@ -46,7 +49,7 @@ from sppfeat.files import (
 from sppfeat.images import absolute
 from sppfeat.retrieval.bins import BinSource, write_bins
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
-from sppfeat.retrieval.regions import Regions, write_regions
+from sppfeat.retrieval.regions import write_regions
 from sppfeat.retrieval.whitening import Projection, write_projection
 from sppfeat.store import Box, image_of, lock_store
 
@@ -78,14 +81,25 @@ class FileEntry(_Document, frozen=True):
     crc32: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
+class AddedEntries(_Document, frozen=True, omit_defaults=True):
+    """The files of the rows that were added and have not joined the base, and their number."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+    index: FileEntry
+    rows: FileEntry
+    bins: FileEntry | None = None
+    regions: FileEntry | None = None
+
+
 class FileEntries(_Document, frozen=True, omit_defaults=True):
-    """All files of a gallery."""
+    """All files of a gallery: those of the base, the projection, and those of added rows."""
 
     index: FileEntry
     rows: FileEntry
     projection: FileEntry | None = None
     bins: FileEntry | None = None
     regions: FileEntry | None = None
+    added: AddedEntries | None = None
 
 
 class IndexEntry(_Document, frozen=True):
@@ -136,12 +150,22 @@ class About(_Document, frozen=True):
     versions: dict[str, str]
 
     @property
-    def entries(self) -> dict[str, FileEntry]:
-        """The files by kind: `index`, `rows`, and `projection`, `bins` and `regions` where there are any."""
-        kept = self.files
-        files = {"index": kept.index, "rows": kept.rows, "projection": kept.projection, "bins": kept.bins}
-        files["regions"] = kept.regions
-        return {kind: entry for kind, entry in files.items() if entry is not None}
+    def base_rows(self) -> int:
+        """The number of rows of the base; those after it were added later."""
+        return self.rows if self.files.added is None else self.rows - self.files.added.count
+
+    @property
+    def index_bytes(self) -> int:
+        """The size of the index, that of added rows included."""
+        return self.files.index.bytes + (0 if self.files.added is None else self.files.added.index.bytes)
+
+    @property
+    def entries(self) -> list[FileEntry]:
+        """All files of the gallery except this one."""
+        kept, added = self.files, self.files.added
+        entries = [kept.index, kept.rows, kept.projection, kept.bins, kept.regions]
+        entries += [] if added is None else [added.index, added.rows, added.bins, added.regions]
+        return [entry for entry in entries if entry is not None]
 
 
 class _Version(msgspec.Struct):
@@ -165,6 +189,42 @@ class GalleryRows:
         """The path of a row's image when it was described, and the window if the row describes one."""
         return image_of(self.roots[int(self.root[row])], self.names[row])
 
+    def only(self, keep: np.ndarray) -> GalleryRows:
+        """The rows at these positions."""
+        return GalleryRows([self.names[row] for row in keep.tolist()], self.roots, self.root[keep], self.checksum[keep])
+
+    def followed_by(self, other: GalleryRows) -> GalleryRows:
+        """These rows, then others."""
+        roots = list(dict.fromkeys([*self.roots, *other.roots]))
+        moved = np.array([roots.index(root) for root in other.roots], np.int64)[other.root]
+        return GalleryRows(
+            self.names + other.names,
+            roots,
+            np.append(self.root, moved),
+            np.append(self.checksum, other.checksum),
+        )
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is written of the base, or of the added rows.
+
+    bins: None for a gallery without. regions: an index of the regions of its first rows, to be continued, if any.
+    """
+
+    index: Any
+    rows: GalleryRows
+    bins: BinSource | None
+    regions: Any = None
+
+
+@dataclass(frozen=True)
+class _RowFiles:
+    index: FileEntry
+    rows: FileEntry
+    bins: FileEntry | None
+    regions: FileEntry | None
+
 
 def read_about(path: Path) -> About:
     """A gallery's JSON. Raises GalleryError if the folder is not a gallery that this version can read."""
@@ -182,6 +242,11 @@ def read_about(path: Path) -> About:
     about = decode_document(content, About, what=what, error=GalleryError)
     if (about.projection is None) != (about.files.projection is None):
         raise GalleryError(f"{what}, found a projection without its file, or the other way round")
+    if (added := about.files.added) is not None:
+        if about.base_rows < 1:
+            raise GalleryError(f"{what}, found {added.count} added rows of {about.rows}")
+        if (added.bins is None) != (about.files.bins is None):
+            raise GalleryError(f"{what}, found bins of some of its rows alone")
     return about
 
 
@@ -278,29 +343,31 @@ def changing(path: Path) -> Iterator[None]:
         else:
             # Files of an unreadable description may still be needed.
             with contextlib.suppress(GalleryError):
-                _remove_others(path, {entry.file for entry in read_about(path).entries.values()})
+                _remove_others(path, {entry.file for entry in read_about(path).entries})
         yield
 
 
 def write_generation(
     path: Path,
     about: About,
-    index: Any,
-    rows: GalleryRows,
     projection: Projection | None,
-    bins: BinSource | None,
+    base: Content | None,
+    added: Content | None = None,
     *,
     previous: About | None,
-    regions: Regions | None = None,
 ) -> About:
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
-    Call it within `changing`. previous: its projection file is kept. regions: of the rows in `bins` that are kept, if
-    those are all that there were. Returns the description as written.
+    Call it within `changing`. base: None: that of `previous` stays as it is. added: rows after it. previous: its
+    projection file is kept. Returns the description as written.
     """
-    if index.ntotal != len(rows.names) or len(rows.names) != len(rows.root):
-        raise GalleryError(f"{path}: {index.ntotal} rows in the index, {len(rows.names)} names; nothing is written")
-    numbers = [int(number) for name in os.listdir(path) if _OURS.fullmatch(name) for number in re.findall(r"\d+", name)]
+    for content in (base, added):
+        if content is not None and not content.index.ntotal == len(content.rows.names) == len(content.rows.root):
+            raise GalleryError(
+                f"{path}: {content.index.ntotal} rows in the index, {len(content.rows.names)} names; nothing is written"
+            )
+    ours = filter(_OURS.fullmatch, os.listdir(path))
+    numbers = [int(number) for name in ours for number in re.findall(r"-(\d+)\.", name)]
     generation = max(numbers, default=0) + 1
 
     def put(kind: str, write: Callable[[Path], None]) -> FileEntry:
@@ -308,25 +375,42 @@ def write_generation(
         write(file)
         return FileEntry(file=file.name, bytes=file.stat().st_size, crc32=crc32_of(file))
 
-    index_entry = put("index", lambda file: _write_index(file, index))
-    rows_entry = put("rows", lambda file: _write_rows(file, rows))
+    def put_rows(content: Content) -> _RowFiles:
+        index = put("index", lambda file: _write_index(file, content.index))
+        rows = put("rows", lambda file: _write_rows(file, content.rows))
+        bins = regions = None
+        if (source := content.bins) is not None:
+            bins = put("bins", lambda file: write_bins(file, source))
+            if len(source) > ALL_ROWS:
+                regions = put("regions", lambda file: write_regions(file, source, content.regions))
+        return _RowFiles(index, rows, bins, regions)
+
+    if base is not None:
+        files = put_rows(base)
+        count = len(base.rows.names)
+    elif previous is not None:
+        old = previous.files
+        files = _RowFiles(old.index, old.rows, old.bins, old.regions)
+        count = previous.base_rows
+    else:
+        raise ValueError("expected a base, or the gallery that has it")
     kept = None if previous is None else previous.files.projection
     if kept is None and projection is not None:
         kept = put("projection", lambda file: write_projection(file, projection))
-    bins_entry = None if bins is None else put("bins", lambda file: write_bins(file, bins))
-    regions_entry = None
-    if bins is not None and len(bins) > ALL_ROWS:
-        regions_entry = put("regions", lambda file: write_regions(file, bins, regions))
+    later = None
+    if added is not None:
+        generation += base is not None
+        later = AddedEntries(count=len(added.rows.names), **vars(put_rows(added)))
     about = msgspec.structs.replace(
         about,
         generation=generation,
-        rows=len(rows.names),
-        files=FileEntries(index=index_entry, rows=rows_entry, projection=kept, bins=bins_entry, regions=regions_entry),
+        rows=count + (0 if later is None else later.count),
+        files=FileEntries(**vars(files), projection=kept, added=later),
         versions=_versions(),
     )
     with appearing(path / DESCRIPTION, GalleryError) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(about), indent=1))
-    _remove_others(path, {entry.file for entry in about.entries.values()})
+    _remove_others(path, {entry.file for entry in about.entries})
     return about
 
 

@@ -58,7 +58,7 @@ def rankings(
             mine = own.get(name, np.zeros(0, np.int64))
             one[mine] = -np.inf
             order = np.argsort(-one, kind="stable")
-            near = order[: min(options.candidates, len(order) - len(mine))]
+            near = order[: min(options.count, len(order) - len(mine))]
             after = order[len(near) :]
             if options.rerank == "bins":
                 layout = bin_layout(rows.store.recipe, rows.store.dim)

@@ -1,9 +1,9 @@
 """Which images of a large gallery are worth aligning with a part: a few regions of each in one small index.
 
 An alignment's score is an inner product: of the query's cells and of a rectangle's, all of them one after the other. So
-five rectangles of each image, the whole and its four corners of two thirds of the sides, are projected onto their
-principal components, as far as an inner product needs them, and kept as product codes in registers (Andre, Kermarrec,
-Le Scouarnec 2017): 64 bytes each. The images of the nearest ones are then aligned with all their rectangles.
+nine rectangles of each image, the whole and its four corners of two thirds and of half of the sides, are projected
+onto their principal components and kept as product codes that are compared in registers (Andre, Kermarrec, Le Scouarnec
+2017): 64 bytes each. The images of the nearest ones are then aligned with all their rectangles.
 """
 
 from __future__ import annotations
@@ -23,30 +23,43 @@ from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import faiss_errors, load_faiss
 
 # Rectangles of each image.
-COUNT: Final = 5
+COUNT: Final = 9
 # Values that a region is projected onto, two to a code of 4 bits. With 128, and on 20,000 images, a tenth of the true
 # first ten are missed among 400 candidates.
 _PROJECTED: Final = 256
 _TRAINING_IMAGES: Final = 2000
-# Images whose regions are in memory at a time: 60 MB of the default recipe's.
-_BLOCK: Final = 1024
+# Images whose regions are in memory at a time: 53 MB of the default recipe's.
+_BLOCK: Final = 512
 _SEED: Final = 1234
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The regions of a gallery's images. index: FAISS; the regions of image i are COUNT rows from COUNT * i on."""
+    """The regions of a gallery's images. parts: runs of images: how many, and their index, or None if they are few.
 
-    index: Any
+    The regions of image i of a run are the COUNT rows of its index from COUNT * i on.
+    """
+
+    parts: list[tuple[int, Any]]
 
     def nearest(self, query: np.ndarray, count: int) -> np.ndarray:
-        """Ascending numbers of the `count` images with the nearest regions. query: [CELLS * CELLS, C]."""
-        images = self.index.ntotal // COUNT
-        # Each image has COUNT regions: this many belong to at least `count` images.
-        _, found = self.index.search(query.reshape(1, -1).astype(np.float32), min(count, images) * COUNT)
-        ordered = found[0][found[0] >= 0] // COUNT
-        _, first = np.unique(ordered, return_index=True)
-        return np.sort(ordered[np.sort(first)[:count]])
+        """Ascending numbers of the `count` images of each run that have the nearest regions; of a run without an index,
+        of all of them. query: [CELLS * CELLS, C]."""
+        found, start = [], 0
+        for images, index in self.parts:
+            near = np.arange(images) if index is None else _nearest(index, query, min(count, images))
+            found.append(near + start)
+            start += images
+        return np.concatenate(found)
+
+
+def _nearest(index: Any, query: np.ndarray, count: int) -> np.ndarray:
+    # Each image has COUNT regions: this many belong to at least `count` images.
+    _, found = index.search(query.reshape(1, -1).astype(np.float32), count * COUNT)
+    ordered = found[0][found[0] >= 0] // COUNT
+    _, first = np.unique(ordered, return_index=True)
+    nearest: np.ndarray = np.sort(ordered[np.sort(first)[:count]])
+    return nearest
 
 
 def region_vectors(bins: np.ndarray) -> np.ndarray:
@@ -65,11 +78,11 @@ def region_vectors(bins: np.ndarray) -> np.ndarray:
 def _region_cells(side: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
     """The cells of all regions as top, bottom, left and right in bins, each once, and [COUNT, 9] which are whose."""
     shapes = rectangles(side)
-    part = -(-2 * side // 3)
-    last = side - part
-    corners = [(0, 0, side, side), *((x, y, x + part, y + part) for y in (0, last) for x in (0, last))]
+    squares = [(0, 0, side)]
+    for part in (-(-2 * side // 3), -(-side // 2)):
+        squares += [(x, y, part) for y in (0, side - part) for x in (0, side - part)]
     boxes = np.rint(shapes.boxes * side).astype(int).tolist()
-    of_regions = shapes.cells[[boxes.index(list(corner)) for corner in corners]]
+    of_regions = shapes.cells[[boxes.index([x, y, x + part, y + part]) for x, y, part in squares]]
     numbers, places = np.unique(of_regions, return_inverse=True)
     cells = []
     for number in numbers.tolist():
@@ -78,10 +91,10 @@ def _region_cells(side: int) -> tuple[list[tuple[int, int, int, int]], np.ndarra
     return cells, places.reshape(COUNT, CELLS * CELLS)
 
 
-def write_regions(file: Path, source: BinSource, old: Regions | None) -> None:
-    """Write the regions of a gallery; old: those of the rows that are kept, all of them, to be continued."""
+def write_regions(file: Path, source: BinSource, index: Any = None) -> None:
+    """Write the regions of images to a file. index: that of the first of them, to be continued; None: a new one."""
     faiss = load_faiss()
-    index = _trained(source) if old is None else old.index
+    index = _trained(source) if index is None else index
     with faiss_errors("regions"):
         for start in range(index.ntotal // COUNT, len(source), _BLOCK):
             values, _ = source.take(np.arange(start, min(start + _BLOCK, len(source))))
@@ -90,9 +103,9 @@ def write_regions(file: Path, source: BinSource, old: Regions | None) -> None:
             faiss.write_index(index, str(partial))
 
 
-def read_regions(file: Path, images: int, layout: BinLayout) -> Regions:
-    """The regions of `images` images. Raises GalleryError for any other file."""
-    return Regions(read_index_file(file, images * COUNT, CELLS * CELLS * layout.channels))
+def read_regions(file: Path, images: int, layout: BinLayout) -> Any:
+    """The index of the regions of `images` images. Raises GalleryError for any other file."""
+    return read_index_file(file, images * COUNT, CELLS * CELLS * layout.channels)
 
 
 def _trained(source: BinSource) -> Any:

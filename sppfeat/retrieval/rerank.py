@@ -23,7 +23,8 @@ from sppfeat.errors import UsageError, unknown_name
 RERANKINGS: Final = ("none", "bins", "expand", "reciprocal", "diffuse")
 # Few for sums, which a wrong neighbor spoils; the others only use neighbors that agree with each other.
 NEIGHBORHOODS: Final = {"expand": 3, "reciprocal": 20, "diffuse": 20}
-DEFAULT_CANDIDATES: Final = 400
+# Of parts, nearly all of the first ten are among so many: see `regions`.
+CANDIDATES: Final = {"rerank": 400, "parts": 2000}
 MAX_CANDIDATES: Final = 100_000
 # Similarities of all of them with each other: 200 MB in float64, and seconds to solve for.
 MAX_TOGETHER: Final = 5_000
@@ -44,15 +45,15 @@ class RerankOptions:
 
     rerank: `none`; `bins`, by the best alignment of the query with a rectangle of an image's bins (see `alignment`); or
     `expand`, `reciprocal` or `diffuse`, by how near the images are to each other (see the module). candidates: how many
-    images are ordered again. neighborhood: how many of an image's nearest those three use; None: `NEIGHBORHOODS`.
-    alpha: exponent of the similarity that weighs a neighbor in `expand`.
+    images are ordered again; None: `CANDIDATES`. neighborhood: how many of an image's nearest those three use; None:
+    `NEIGHBORHOODS`. alpha: exponent of the similarity that weighs a neighbor in `expand`.
     parts: the query may be a part of an image, and is looked for in all images of a gallery, or in its candidates.
     Raises UsageError, naming the field, for an invalid value.
     """
 
     rerank: str = "none"
     parts: bool = False
-    candidates: int = DEFAULT_CANDIDATES
+    candidates: int | None = None
     neighborhood: int | None = None
     alpha: float = 3.0
 
@@ -61,9 +62,9 @@ class RerankOptions:
             raise UsageError(unknown_name("rerank", self.rerank, RERANKINGS))
         if self.parts and self.rerank != "none":
             raise UsageError(f"parts orders by bins already: expected rerank none, found {self.rerank!r}")
-        if not 1 <= self.candidates <= MAX_CANDIDATES:
+        if not 1 <= self.count <= MAX_CANDIDATES:
             raise UsageError(f"candidates must be from 1 to {MAX_CANDIDATES} images, found {self.candidates}")
-        if self.together and self.candidates > MAX_TOGETHER:
+        if self.together and self.count > MAX_TOGETHER:
             raise UsageError(
                 f"candidates must be at most {MAX_TOGETHER} images for rerank {self.rerank}, found {self.candidates}"
             )
@@ -71,6 +72,11 @@ class RerankOptions:
             raise UsageError(f"neighborhood must be from 1 to {MAX_TOGETHER} images, found {self.neighborhood}")
         if not 0 <= self.alpha <= MAX_ALPHA:
             raise UsageError(f"alpha must be a number from 0 to {MAX_ALPHA}, found {self.alpha}")
+
+    @property
+    def count(self) -> int:
+        """How many images are ordered again."""
+        return CANDIDATES["parts" if self.parts else "rerank"] if self.candidates is None else self.candidates
 
     @property
     def aligned(self) -> bool:

@@ -141,7 +141,7 @@ def search_units(
     k = min(options.k, len(gallery))
     if not options.together:
         return _nearest_others(gallery, units, k, own_rows)
-    count = min(max(k, options.candidates), len(gallery))
+    count = min(max(k, options.count), len(gallery))
     rows, scores = _nearest_others(gallery, units, count, own_rows)
     for query, unit in enumerate(units):
         near = rows[query, rows[query] >= 0]  # the missing ones are last
@@ -371,7 +371,7 @@ def _answer(
     notes = []
     if options.parts and gallery.regions is not None:
         notes.append(
-            f"parts were looked for in {max(options.k, options.candidates)} of {len(gallery)} images, those with the "
+            f"parts were looked for in {max(options.k, options.count)} of {len(gallery)} images, those with the "
             "nearest regions; more candidates may find more"
         )
     if options.k > len(gallery):
@@ -384,7 +384,7 @@ def _candidates(
     gallery: Gallery, descriptors: np.ndarray, options: SearchOptions, own: np.ndarray | None
 ) -> np.ndarray:
     """Ascending rows that a query with descriptors [F, D] is to be aligned with."""
-    count = max(options.k, options.candidates)
+    count = max(options.k, options.count)
     if options.parts:
         if gallery.regions is None:
             near = np.arange(len(gallery))

@@ -23,7 +23,7 @@ from conftest import MakeStore
 from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError
 from sppfeat.retrieval import gallery as gallery_module
 from sppfeat.retrieval import gallery_files
-from sppfeat.retrieval.faiss_index import IndexOptions, core, load_faiss
+from sppfeat.retrieval.faiss_index import IndexOptions, core, load_faiss, reconstruct
 from sppfeat.retrieval.gallery import (
     add_to_gallery,
     create_gallery,
@@ -32,12 +32,13 @@ from sppfeat.retrieval.gallery import (
     remove_from_gallery,
     verify_gallery,
 )
-from sppfeat.retrieval.search import SearchOptions, search_store
+from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_store
 from sppfeat.retrieval.whitening import ProjectionOptions
 from sppfeat.store.reading import Store, open_store
 from sppfeat.store.writing import StoreWriter
 
 FACTORIES = ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA16,IVF4,Flat", "IVF4,SQ8,RFlat"]
+FACTORIES += ["HR16,IVF4,RaBitQ5", "RR16,IVF4,SQ8"]
 
 
 def descriptors(count: int, seed: int = 0, dim: int = 16) -> np.ndarray:
@@ -77,7 +78,129 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     gallery = open_gallery(path)
     assert {gallery.rows.image(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
     assert verify_gallery(gallery) == []
-    assert sorted(p.suffix for p in path.iterdir()) == [".faiss", ".h5", ".json"]
+    assert {p.name for p in path.iterdir()} == {"gallery.json", *(entry.file for entry in gallery.about.entries)}
+
+
+def few(make_store: MakeStore, count: int, start: int, file: str) -> Store:
+    names = [f"new/{number}.jpg" for number in range(start, start + count)]
+    return make_store(descriptors(count, 50 + start), file, names=names, root="/elsewhere")
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_few_rows_are_added_beside_the_others(make_store: MakeStore, tmp_path: Path, factory: str) -> None:
+    """Files of the base stay as they are until rows of the base are removed, or many are added."""
+    first = make_store(descriptors(600), "a.h5")
+    second, third = few(make_store, 3, 0, "b.h5"), few(make_store, 4, 3, "c.h5")
+    path = tmp_path / "g"
+    create_gallery(first, path, IndexOptions(factory=factory, recall=1.0))
+    base = {p.name: (p.read_bytes(), p.stat().st_ino) for p in path.iterdir() if p.name != "gallery.json"}
+
+    def kept() -> bool:
+        return all((path / name).exists() and (path / name).stat().st_ino == base[name][1] for name in base)
+
+    assert add_to_gallery(second, path).rows == 603
+    assert_every_row_finds_itself(path, first, second)
+    done = add_to_gallery(third, path)
+    assert (done.rows, done.added, done.about.base_rows, done.notes) == (607, 4, 600, []) and kept()
+    assert add_to_gallery(second, path).skipped == 3
+    assert_every_row_finds_itself(path, first, second, third)
+    gallery = open_gallery(path)
+    assert gallery.rows.image(0)[0] == "/nowhere/0000.jpg" and gallery.rows.image(606)[0] == "/elsewhere/new/6.jpg"
+    assert verify_gallery(gallery) == [] and len(list(path.iterdir())) == 5
+    held = reconstruct(gallery.index, np.array([605, 1, 600]))
+    units = descriptors(600)[1] / np.linalg.norm(descriptors(600)[1])
+    assert held.shape == (3, 16) and np.abs(held[1] - units).max() < (0.5 if "PCA" in factory else 0.1)
+    # Only added rows are removed: the base stays.
+    remove_from_gallery(path, ["new/1.jpg", "new/5.jpg"])
+    assert kept()
+    gone = {"new/1.jpg", "new/5.jpg"}
+    assert_every_row_finds_itself(path, first, second, third, without=gone)
+    remove_from_gallery(path, ["new/6.jpg", "0007.jpg"])
+    gone |= {"new/6.jpg", "0007.jpg"}
+    assert not kept() and len(list(path.iterdir())) == 3
+    assert_every_row_finds_itself(path, first, second, third, without=gone)
+    add_to_gallery(second, path)
+    remove_from_gallery(path, ["new/1.jpg"])  # the only one beside the base
+    assert len(list(path.iterdir())) == 3
+    assert_every_row_finds_itself(path, first, second, third, without=gone)
+    many = make_store(descriptors(300, 8), "d.h5", names=[f"d{n}.jpg" for n in range(300)])
+    assert add_to_gallery(many, path).about.files.added is None
+    assert_every_row_finds_itself(path, first, second, third, many, without=gone)
+    assert verify_gallery(open_gallery(path)) == []
+
+
+def test_added_rows_give_the_answers_of_one_index(make_store: MakeStore, tmp_path: Path) -> None:
+    """Also with equal scores, in the order of the rows, and more neighbors than either part has."""
+    values = np.rint(3 * descriptors(500, dim=4))
+    values[values.any(1) == 0] = 1
+    names = [f"{n:04}.jpg" for n in range(500)]
+    create_gallery(make_store(values, "all.h5"), tmp_path / "all")
+    path = tmp_path / "g"
+    create_gallery(make_store(values[:460], "a.h5", names=names[:460]), path)
+    add_to_gallery(make_store(values[460:480], "b.h5", names=names[460:480]), path)
+    add_to_gallery(make_store(values[480:], "c.h5", names=names[480:]), path)
+    one, two = open_gallery(tmp_path / "all"), open_gallery(path)
+    assert two.about.base_rows == 460 and two.rows.names == one.rows.names
+    for k in (1, 7, 60, 480, 500):
+        options = SearchOptions(k=k)
+        rows, scores = search_descriptors(one, values[::9], options)
+        again, same = search_descriptors(two, values[::9], options)
+        np.testing.assert_allclose(same, scores, atol=1e-6)
+        assert (np.diff(again, axis=1) > 0)[np.diff(same, axis=1) == 0].all()
+        assert [set(found) for found in again.tolist()] == [set(found) for found in rows.tolist()] or k < 480
+
+
+def test_effort_is_tuned_again_when_rows_join(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(1500), "a.h5"), path, IndexOptions(factory="IVF32,Flat", recall=0.6))
+    before = open_gallery(path).about.index.effort["nprobe"]
+    # All new rows are in a part of the space that the lists divide coarsely.
+    more = 4 + 0.8 * descriptors(3000, 1)
+    done = add_to_gallery(make_store(more, "b.h5", names=[f"b{n}.jpg" for n in range(3000)]), path)
+    after = open_gallery(path)
+    assert core(after.index).nprobe == after.about.index.effort["nprobe"] >= before
+    assert re.match(
+        r"3000 added rows joined the index; nprobe is \d+ now.*, which finds \d+\.\d % of the 10", done.notes[0]
+    )
+    assert after.about.files.index.bytes < 4500 * (4 * 16 + 8) + 32 * (4 * 16 + 8) + 1000  # rows, ids, centres
+    asked = more[:200]
+    rows, _ = search_descriptors(after, asked, SearchOptions(k=10))
+    core(after.index).nprobe = 32
+    true, _ = search_descriptors(after, asked, SearchOptions(k=10))
+    assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, true, strict=True)]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: flip(path / "index-2.faiss", 30, 1), "index-2.faiss: is damaged: its bytes do not match"),
+        (lambda path: (path / "rows-2.h5").unlink(), "rows-2.h5: belongs to the gallery, but could not be read"),
+        (lambda path: change(path, rows=3), "complete gallery, found 3 added rows of 3"),
+        (lambda path: change(path, rows=302), "index-1.faiss: expected 299 rows of 16 values, found 300"),
+        (lambda path: change_added(path, count=4), "index-1.faiss: expected 299 rows of 16 values, found 300"),
+        (lambda path: change_added(path, count=0), r"Expected `int` >= 1 - at `\$.files.added.count`"),
+        (lambda path: change_added(path, bins=None) or change_bins(path), "found bins of some of its rows alone"),
+    ],
+)
+def test_damaged_additions_are_refused(
+    make_store: MakeStore, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(300)), path)
+    add_to_gallery(few(make_store, 3, 0, "b.h5"), path)
+    damage(path)
+    with pytest.raises(GalleryError, match=message):
+        open_gallery(path)
+
+
+def change_added(path: Path, **values: object) -> None:
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    change(path, files=files | {"added": files["added"] | values})
+
+
+def change_bins(path: Path) -> None:
+    files = json.loads((path / "gallery.json").read_text())["files"]
+    change(path, files=files | {"bins": files["rows"]})
 
 
 def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Path) -> None:
@@ -125,11 +248,13 @@ def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) 
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
+@pytest.mark.parametrize("count", [20, 400])
 @pytest.mark.parametrize("at", ["write_index", "rows", "description", "after"])
 def test_a_failure_at_any_step_leaves_the_old_gallery(
-    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, count: int
 ) -> None:
-    store, path = make_store(descriptors(20), "a.h5"), tmp_path / "g"
+    """Five rows join the index of 20; to that of 400 they are added beside it."""
+    store, path = make_store(descriptors(count), "a.h5"), tmp_path / "g"
     create_gallery(store, path)
     more = make_store(descriptors(5, 1), "b.h5", names=[f"b{n}.jpg" for n in range(5)])
 
@@ -159,12 +284,15 @@ def test_a_failure_at_any_step_leaves_the_old_gallery(
     assert add_to_gallery(more, path).added == (0 if at == "after" else 5)
     remove_from_gallery(path, ["b0.jpg"])
     assert_every_row_finds_itself(path, store, more, without={"b0.jpg"})
-    assert len(list(path.iterdir())) == 3  # leftovers are removed
+    assert len(list(path.iterdir())) == (3 if count == 20 else 5)  # leftovers are removed
 
 
-def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path) -> None:
-    store, path = make_store(descriptors(300, dim=64), "a.h5"), tmp_path / "g"
-    more = make_store(descriptors(4000, 1, dim=64), "b.h5", names=[f"b{n}.jpg" for n in range(4000)])
+@pytest.mark.parametrize(("count", "new"), [(300, 4000), (20_000, 2000)])
+def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path, count: int, new: int) -> None:
+    """Many rows join the index; few are added beside it."""
+    store = make_store(descriptors(count, dim=64), "a.h5", names=[f"{n:05}.jpg" for n in range(count)])
+    more = make_store(descriptors(new, 1, dim=64), "b.h5", names=[f"b{n}.jpg" for n in range(new)])
+    path = tmp_path / "g"
     create_gallery(store, path)
     moments, seen = random.Random(0), set()
     code = "import sys\nfrom sppfeat.retrieval.gallery import *\nadd_to_gallery(open_store(sys.argv[1]), sys.argv[2])"
@@ -180,17 +308,18 @@ def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path) -> None:
         child.wait()
         gallery = open_gallery(path)
         seen.add(len(gallery))
-        assert len(gallery) in (300, 4300) and verify_gallery(gallery) == []
-        if len(gallery) == 4300:
+        assert len(gallery) in (count, count + new) and verify_gallery(gallery) == []
+        if len(gallery) == count + new:
             remove_from_gallery(path, more.names)
-    assert 300 in seen
+    assert count in seen
     add_to_gallery(more, path)
     assert_every_row_finds_itself(path, store, more)
 
 
-def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
-    """While another process adds and removes in turn, every open gives one of the two."""
-    store, path = make_store(descriptors(30), "a.h5"), tmp_path / "g"
+@pytest.mark.parametrize("count", [30, 600])
+def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path, count: int) -> None:
+    """While another process adds and removes in turn, beside the base or to it, every open gives one of the two."""
+    store, path = make_store(descriptors(count), "a.h5"), tmp_path / "g"
     more = make_store(descriptors(10, 1), "b.h5", names=[f"b{n}.jpg" for n in range(10)])
     create_gallery(store, path)
     # The writer runs until its input ends, with pauses: the result must not depend on scheduling.
@@ -205,9 +334,10 @@ def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path) -> None:
         gallery = open_gallery(path)
         seen[len(gallery)] += 1
         assert gallery.index.ntotal == len(gallery.rows.names) == len(gallery.rows.root)
-        assert ("b0.jpg" in gallery.rows.names) == (len(gallery) == 40)
+        assert ("b0.jpg" in gallery.rows.names) == (len(gallery) == count + 10)
+        assert search_descriptors(gallery, descriptors(10, 1), SearchOptions(k=1))[1].min() > 0
     child.communicate()
-    assert child.returncode == 0 and set(seen) == {30, 40}
+    assert child.returncode == 0 and set(seen) == {count, count + 10}
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,11 @@ def test_bins_follow_the_rows(gallery: Path, scenes: Path, tmp_path: Path) -> No
     keep = [row for row in range(12) if row not in (3, 7)]
     np.testing.assert_array_equal(after.bins.values[:10], before.bins.values[keep])
     assert after.bins.image_size[10].tolist() == [200, 100] and len(after.bins.values) == len(after) == 11
-    assert len(list(gallery.glob("bins-*.h5"))) == 1
+    assert len(list(gallery.glob("bins-*.h5"))) == 2  # of the base, and of the image added beside it
+    remove_from_gallery(gallery, ["00.png"])
+    joined = open_gallery(gallery)
+    assert joined.bins is not None and len(list(gallery.glob("bins-*.h5"))) == 1
+    np.testing.assert_array_equal(joined.bins.values, after.bins.values[1:])
 
 
 def test_a_query_that_cannot_be_described(gallery: Path, tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from sppfeat.retrieval.regions import COUNT, region_vectors
 CHANNELS, SIDE = 24, 6
 
 
-@pytest.mark.parametrize(("side", "part"), [(3, 2), (4, 3), (6, 4), (7, 5)])
-def test_regions_are_the_whole_and_its_corners(side: int, part: int) -> None:
+@pytest.mark.parametrize(("side", "parts"), [(3, (2, 2)), (4, (3, 2)), (6, (4, 3)), (7, (5, 4))])
+def test_regions_are_the_whole_and_its_corners(side: int, parts: tuple[int, int]) -> None:
     bins = np.random.default_rng(side).integers(-127, 128, (5, side, side, 7)).astype(np.int8)
     found = region_vectors(bins)
-    low = side - part
-    squares = [(0, 0, side), (0, 0, part), (0, low, part), (low, 0, part), (low, low, part)]
+    squares = [(0, 0, side)]
+    for part in parts:
+        low = side - part
+        squares += [(0, 0, part), (0, low, part), (low, 0, part), (low, low, part)]
     assert found.shape == (5, COUNT, 9 * 7)
     for image in range(5):
         for region, (top, left, size) in enumerate(squares):
@@ -74,17 +76,29 @@ def test_regions_follow_the_rows(make_store: MakeStore, tmp_path: Path, large: N
     names = [f"more{n}.jpg" for n in range(100)]
     add_to_gallery(make_store(whole[400:], "b.h5", names=names, recipe=recipe), tmp_path / "g")
     added = open_gallery(tmp_path / "g")
-    assert added.regions is not None and added.bins is not None and added.regions.index.ntotal == 500 * COUNT
+    assert added.regions is not None and added.bins is not None and [count for count, _ in added.regions.parts] == [500]
     cells = cells_of(added.bins.values[450:451])[0]
     assert 450 in added.regions.nearest(cells, 20)
     gone = list(added.rows.names[:100])
     remove_from_gallery(tmp_path / "g", gone)
     left = open_gallery(tmp_path / "g")
-    assert left.regions is not None and left.regions.index.ntotal == 400 * COUNT
+    assert left.regions is not None and left.regions.parts[0][1].ntotal == 400 * COUNT
     assert 350 in left.regions.nearest(cells, 20)
     remove_from_gallery(tmp_path / "g", list(left.rows.names[:250]))
     small = open_gallery(tmp_path / "g")
     assert small.regions is None and len(list((tmp_path / "g").glob("regions-*"))) == 0
+
+
+def test_added_rows_are_all_looked_at(make_store: MakeStore, tmp_path: Path, large: None) -> None:
+    recipe = Recipe(levels=(SIDE,))
+    create_gallery(make_store(rows(400), "a.h5", recipe=recipe), tmp_path / "g", keep_bins=True)
+    names = [f"more{n}.jpg" for n in range(10)]
+    add_to_gallery(make_store(rows(10, 1), "b.h5", names=names, recipe=recipe), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    assert gallery.regions is not None and gallery.bins is not None
+    assert [(count, index is None) for count, index in gallery.regions.parts] == [(400, False), (10, True)]
+    near = gallery.regions.nearest(cells_of(gallery.bins.values[[7]])[0], 20)
+    assert 7 in near and len(near) == 30 and near[20:].tolist() == list(range(400, 410))
 
 
 def test_a_gallery_that_grows_large_gets_regions(make_store: MakeStore, tmp_path: Path, large: None) -> None:
