@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from sppfeat import Recipe, RunOptions, extract_folder, open_store
 from sppfeat.retrieval import Gallery, SearchOptions, create_gallery, open_gallery, search_images, search_store
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import _all_cells, cells_of, rectangles
 from sppfeat.retrieval.bins import BinLayout, BinSource, bin_layout, part_recipe, read_bins, write_bins
 from sppfeat.retrieval.parts import PART_FACTORS, order_by_bins
 from sppfeat.retrieval.regions import Regions, read_regions, write_regions
@@ -181,18 +181,10 @@ def million(folder: Path, area: tuple[float, float], scale: int, rows: int) -> N
             f"built in {built:.0f} s\n"
         )
         started = time.perf_counter()
-        best = [np.zeros(0, np.int64)] * MILLION_QUERIES
-        score = [np.zeros(0, np.float32)] * MILLION_QUERIES
-        for start in range(0, rows, 4096):
-            block = np.array(bins[start : start + 4096])
-            for at, one in enumerate(cells):
-                both = np.append(score[at], align(one, block).scores)
-                near = np.append(best[at], np.arange(start, start + len(block)))
-                first = np.lexsort((near, -both))[:10]
-                score[at], best[at] = both[first], near[first]
-        exhaustive = (time.perf_counter() - started) / MILLION_QUERIES
+        best = exhaustive_search(cells, bins)
+        seconds = time.perf_counter() - started
         print(
-            f"An exhaustive search takes {exhaustive:.1f} s.\n\n"
+            f"An exhaustive search for all of them at once takes {seconds:.0f} s.\n\n"
             "| candidates | recall@1 | recall@10 | regions, ms | alignment, ms | in all, ms |"
         )
         print("|---|---|---|---|---|---|")
@@ -210,6 +202,28 @@ def million(folder: Path, area: tuple[float, float], scale: int, rows: int) -> N
             first, ten = np.mean(found, axis=0)
             a, b = 1000 * np.median(spent, axis=0)
             print(f"| {candidates:,} | {first:.3f} | {ten:.3f} | {a:.0f} | {b:.0f} | {a + b:.0f} |", flush=True)
+
+
+def exhaustive_search(queries: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """[Q, 10] the best images for queries [Q, 9, C], as `align` scores them, for all queries at once."""
+    shapes = rectangles(bins.shape[1])
+    flat = queries.reshape(-1, queries.shape[2])
+    best, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
+    for start in range(0, len(bins), 32):
+        cells = _all_cells(np.array(bins[start : start + 32]), shapes).astype(np.float32)
+        images, places, channels = cells.shape
+        rows = cells.reshape(-1, channels)
+        lengths = np.sqrt(np.einsum("nc,nc->n", rows, rows))
+        similar = ((rows @ flat.T) / np.where(lengths > 0, lengths, 1)[:, None]).reshape(
+            images, places, len(queries), -1
+        )
+        found = sum(similar[:, shapes.cells[:, cell], :, cell] for cell in range(shapes.cells.shape[1])) / 9
+        score = np.hstack([score, found.max(0).T])
+        best = np.hstack([best, np.tile(np.arange(start, start + images), (len(queries), 1))])
+        if best.shape[1] > 2000 or start + 32 >= len(bins):
+            order = np.lexsort((best, -score), axis=1)[:, :10]
+            best, score = np.take_along_axis(best, order, 1), np.take_along_axis(score, order, 1)
+    return best
 
 
 def layout_dim(layout: BinLayout) -> int:
