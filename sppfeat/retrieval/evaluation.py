@@ -95,6 +95,8 @@ def evaluate_retrieval(
     for ground truth names that are not found.
     """
     options = options or RetrievalOptions()
+    if truth is not None and truth.boxed and not options.aligned:
+        raise UsageError("boxes: expected parts or rerank bins, which find boxes, found neither")
     if options.parts:
         _check_parts(gallery, queries)
     elif queries is not None:
@@ -113,8 +115,6 @@ def evaluate_retrieval(
         targets = _targets_from_truth(matched, len(rows))
         own = {one.name: np.array(one.own, np.int64) for one in matched if one.own}
         boxes = [one.boxes for one in matched]
-        if truth.boxed and not options.aligned:
-            raise UsageError("boxes: expected parts or rerank bins, which find boxes, found neither")
     else:
         targets = _targets_from_keys(options.relevant, rows, asked)
         if queries is None:
