@@ -299,7 +299,7 @@ def diffused_scores(similar: np.ndarray, k: int) -> list[float]:
         for at in range(count)
     ]
     weight = [
-        [close[at][one] ** 4 if at in near[one] and one in near[at] else 0.0 for one in range(count)]
+        [close[at][one] ** 5 if at in near[one] and one in near[at] else 0.0 for one in range(count)]
         for at in range(count)
     ]
     degree = [sum(row) or 1 for row in weight]

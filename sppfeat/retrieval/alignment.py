@@ -46,19 +46,17 @@ class Rectangles:
 class Alignment(NamedTuple):
     """The best place of a query in each of N images.
 
-    scores: [N] float32, the mean cosine similarity of the cells. boxes: [N, 4] float64 x1, y1, x2, y2, parts of the
-    image's width and height. rectangles: [N] the best one, by number.
+    scores: [N] float32, the mean cosine similarity of the cells. rectangles: [N] the best one, by number.
     """
 
     scores: np.ndarray
-    boxes: np.ndarray
     rectangles: np.ndarray
 
 
 @functools.cache
-def rectangles(n: int) -> Rectangles:
-    """The rectangles of an n x n grid."""
-    sides = [(start, end) for start in range(n) for end in range(start + 1, n + 1)]
+def rectangles(n: int, least: int = 1) -> Rectangles:
+    """The rectangles of an n x n grid whose sides are at least `least` bins."""
+    sides = [(start, end) for start in range(n) for end in range(start + least, n + 1)]
     of_side = [
         [(start + i * (end - start) // CELLS, start - (-(i + 1) * (end - start) // CELLS)) for i in range(CELLS)]
         for start, end in sides
@@ -91,25 +89,31 @@ def cells_of(bins: np.ndarray) -> np.ndarray:
     return normalize_rows(found.reshape(-1, bins.shape[-1])).reshape(found.shape)
 
 
-def align(query: np.ndarray, bins: np.ndarray) -> Alignment:
+def align(query: np.ndarray, bins: np.ndarray, shapes: Rectangles) -> Alignment:
     """The best rectangle of each image for a query: cells [CELLS * CELLS, C] of `cells_of`, or a mean of several.
 
     bins: [N, n, n, C] of any type; each image's may be scaled by a factor of its own. Of equal scores the first counts.
     """
-    shapes = rectangles(bins.shape[1])
-    near = (shapes.overlaps >= NEAR).astype(np.float64)
     scores = np.empty(len(bins), np.float32)
-    boxes = np.empty((len(bins), 4))
     best = np.empty(len(bins), np.int64)
     for start in range(0, len(bins), _BLOCK):
         part = slice(start, start + _BLOCK)
         of_all = _scores(query, bins[part], shapes)
         best[part] = of_all.argmax(1)
         scores[part] = of_all.max(1)
-        weights = np.exp(SHARPNESS * (of_all.astype(np.float64) - of_all.max(1, keepdims=True)))
+    return Alignment(scores, best)
+
+
+def locate(query: np.ndarray, bins: np.ndarray, shapes: Rectangles) -> np.ndarray:
+    """[N, 4] where a query is in each image: x1, y1, x2, y2, parts of the image's width and height. See SHARPNESS."""
+    near = (shapes.overlaps >= NEAR).astype(np.float64)
+    boxes = np.empty((len(bins), 4))
+    for start in range(0, len(bins), _BLOCK):
+        of_all = _scores(query, bins[start : start + _BLOCK], shapes).astype(np.float64)
+        weights = np.exp(SHARPNESS * (of_all - of_all.max(1, keepdims=True)))
         weights *= near[(weights * (weights @ near)).argmax(1)]
-        boxes[part] = weights @ shapes.boxes / weights.sum(1, keepdims=True)
-    return Alignment(scores, boxes, best)
+        boxes[start : start + _BLOCK] = weights @ shapes.boxes / weights.sum(1, keepdims=True)
+    return boxes
 
 
 def _scores(query: np.ndarray, bins: np.ndarray, shapes: Rectangles) -> np.ndarray:

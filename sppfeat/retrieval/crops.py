@@ -20,7 +20,7 @@ from sppfeat.files import unsafe_name
 from sppfeat.images import Item
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import align, cells_of, locate, rectangles
 from sppfeat.retrieval.bins import BinLayout, bin_layout, part_recipe, to_bytes
 from sppfeat.retrieval.faiss_index import build_index, load_faiss
 from sppfeat.retrieval.members import Member, member_of
@@ -215,9 +215,10 @@ def _compare(
     if not len(candidates):
         return np.zeros(0), np.zeros((0, 4))
     bins = to_bytes(layout.take(rows.store.descriptors[rows.rows[candidates]]))
-    aligned = align(cells_of(layout.take(descriptor[None]))[0], bins)
-    found = aligned.scores.astype(np.float64)
-    return np.where(found < LEAST, 0, found + LEAD * (found - np.median(found))), aligned.boxes
+    query, shapes = cells_of(layout.take(descriptor[None]))[0], rectangles(layout.side)
+    found = align(query, bins, shapes).scores.astype(np.float64)
+    boxes = locate(query, bins, shapes)
+    return np.where(found < LEAST, 0, found + LEAD * (found - np.median(found))), boxes
 
 
 def _crop(rows: UnitRows, part: int, whole: int, score: float, place: np.ndarray) -> Crop:

@@ -38,18 +38,18 @@ class Explanation:
     links: list[Link]
 
 
-def explain(query: np.ndarray, image: np.ndarray, rectangle: int) -> Explanation:
-    """Explain the score of one rectangle, by number, of an image's bins [n, n, C] for a query's bins [F, n, n, C].
+def explain(query: np.ndarray, image: np.ndarray, shapes: Rectangles, rectangle: int) -> Explanation:
+    """Explain the score of one of `shapes`, by number, of an image's bins [n, n, C] for a query's bins [F, n, n, C].
 
     F: scales, whose cells are averaged. The image's bins may be scaled by any factor.
     """
     side = len(image)
-    shapes = rectangles(side)
+    whole = rectangles(side)
     pairs = np.zeros((side * side, side * side))
     for cell in range(CELLS * CELLS):
         there, values = _cell(image, shapes, rectangle, cell)
         for one in query:
-            here, asked = _cell(one, shapes, shapes.whole, cell)
+            here, asked = _cell(one, whole, whole.whole, cell)
             np.add.at(pairs, (here, there), asked * values)
     pairs /= len(query) * CELLS * CELLS
     grid = side, side

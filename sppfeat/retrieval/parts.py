@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sppfeat.errors import GalleryError
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import Rectangles, align, cells_of, locate, rectangles
 from sppfeat.retrieval.bins import BinLayout, Bins
 from sppfeat.retrieval.gallery import Gallery
 from sppfeat.store import Box
@@ -33,30 +33,45 @@ def require_bins(gallery: Gallery) -> Bins:
 
 
 class Located(NamedTuple):
-    """Rows [N] of a gallery, the best first, with what `Alignment` says of each."""
+    """Rows [N] of a gallery, the best first, with their scores and best rectangles, by number; boxes: [M, 4] where the
+    query is in the first M of them, x1, y1, x2, y2, parts of the image's width and height."""
 
     rows: np.ndarray
     scores: np.ndarray
-    boxes: np.ndarray
     rectangles: np.ndarray
+    boxes: np.ndarray
+
+
+def rectangles_for(layout: BinLayout, *, parts: bool) -> Rectangles:
+    """Where a query is looked for: as a part, in all rectangles; as a whole, in those of two thirds of each side."""
+    return rectangles(layout.side, 1 if parts else -(-2 * layout.side // 3))
 
 
 def order_by_bins(
-    layout: BinLayout, descriptors: np.ndarray, rows: np.ndarray, bins_of: Callable[[np.ndarray], np.ndarray]
+    layout: BinLayout,
+    descriptors: np.ndarray,
+    rows: np.ndarray,
+    bins_of: Callable[[np.ndarray], np.ndarray],
+    shapes: Rectangles,
+    shown: int,
 ) -> Located:
     """Rows [N] by falling score of their best rectangle, equal ones in the order of the rows.
 
     descriptors: [F, D] of a query at F scales, whose cells are averaged. bins_of: the bins [n, side, side, channels] of
-    n rows.
+    n rows. shown: find boxes in this many.
     """
     query = cells_of(layout.take(descriptors)).mean(0)
-    scores, boxes = np.empty(len(rows), np.float32), np.empty((len(rows), 4))
-    best = np.empty(len(rows), np.int64)
+    scores, best = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
     for start in range(0, len(rows), _BLOCK):
         part = slice(start, start + _BLOCK)
-        scores[part], boxes[part], best[part] = align(query, bins_of(rows[part]))
+        scores[part], best[part] = align(query, bins_of(rows[part]), shapes)
     order = np.lexsort((rows, -scores))
-    return Located(rows[order], scores[order], boxes[order], best[order])
+    first = rows[order[:shown]]
+    boxes = np.concatenate(
+        [np.zeros((0, 4))]
+        + [locate(query, bins_of(first[at : at + _BLOCK]), shapes) for at in range(0, len(first), _BLOCK)]
+    )
+    return Located(rows[order], scores[order], best[order], boxes)
 
 
 def in_pixels(part: np.ndarray, whole: Box) -> Box:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.retrieval.bins import BinLayout, bin_layout, to_bytes
-from sppfeat.retrieval.parts import order_by_bins
+from sppfeat.retrieval.parts import order_by_bins, rectangles_for
 from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import UnitRows, normalize_rows
 
@@ -45,7 +45,7 @@ def rankings(
         layout = bin_layout(rows.store.recipe, rows.store.dim)
         for at, name in enumerate(queries.names):
             others = np.setdiff1d(every, own.get(name, ()))
-            yield _aligned(rows, layout, _described(queries, at), others, np.setdiff1d(every, others))
+            yield _aligned(rows, layout, _described(queries, at), others, np.setdiff1d(every, others), parts=True)
         return
     rows = rows.in_memory()  # every block of queries reads all of them
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
@@ -62,7 +62,7 @@ def rankings(
             after = order[len(near) :]
             if options.rerank == "bins":
                 layout = bin_layout(rows.store.recipe, rows.store.dim)
-                yield _aligned(rows, layout, _described(queries, at), np.sort(near), after)
+                yield _aligned(rows, layout, _described(queries, at), np.sort(near), after, parts=False)
             elif options.together:
                 similar = np.ones((1 + len(near),) * 2, np.float32)
                 similar[0, 1:] = similar[1:, 0] = one[near]
@@ -79,13 +79,16 @@ def _described(queries: UnitRows, at: int) -> np.ndarray:
     return found
 
 
-def _aligned(rows: UnitRows, layout: BinLayout, query: np.ndarray, near: np.ndarray, after: np.ndarray) -> Ranking:
+def _aligned(
+    rows: UnitRows, layout: BinLayout, query: np.ndarray, near: np.ndarray, after: np.ndarray, *, parts: bool
+) -> Ranking:
     """The rows `near` by their bins, as a gallery would keep them, and then those `after`."""
 
     def bins_of(which: np.ndarray) -> np.ndarray:
         return to_bytes(layout.take(rows.store.descriptors[rows.rows[which]]))
 
-    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of)
+    shapes = rectangles_for(layout, parts=parts)
+    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of, shapes, len(near))
     return Ranking(np.concatenate([found.rows, after]), found.boxes)
 
 

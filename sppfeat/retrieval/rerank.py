@@ -35,7 +35,7 @@ _LOCAL: Final = 0.3
 # The weight of walking on and the exponent of similarities: 0.99 and 3 in Iscen et al., 5.1; these find more on
 # photographs of objects and of buildings.
 _WALK: Final = 0.8
-_SHARPEN: Final = 4.0
+_SHARPEN: Final = 5.0
 _UNREACHED: Final = 1e-6
 
 

@@ -19,7 +19,7 @@ from sppfeat.retrieval.bins import bin_layout, part_recipe
 from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, require_bins
+from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, rectangles_for, require_bins
 from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows
 
@@ -222,8 +222,13 @@ def _similarities(gallery: Gallery, unit: np.ndarray, rows: np.ndarray) -> np.nd
         held = reconstruct(gallery.index, rows)
     except (RuntimeError, AttributeError) as error:
         raise GalleryError(f"{gallery.path}: {gallery.factory} does not keep rows to order again") from error
-    together = normalize_rows(np.vstack([unit[None], held]))
-    similar: np.ndarray = together @ together.T
+    if not gallery.exact:
+        held = normalize_rows(held)  # decoded ones are only about of length 1
+    similar = np.ones((1 + len(rows),) * 2, np.float32)
+    similar[0, 1:] = similar[1:, 0] = held @ unit
+    similar[1:, 1:] = held @ held.T
+    if not np.abs(similar).max() < 2:  # also of values that are not finite
+        raise GalleryError(f"{gallery.path}: its index returns rows that are not of length 1; build the gallery again")
     return similar
 
 
@@ -404,7 +409,8 @@ def _located(
     """The best of the candidates [N], with boxes in pixels."""
     bins = require_bins(gallery)
     layout = bin_layout(gallery.recipe, gallery.dim)
-    found = order_by_bins(layout, descriptors, candidates, bins.values.__getitem__)
+    shapes = rectangles_for(layout, parts=options.parts)
+    found = order_by_bins(layout, descriptors, candidates, bins.values.__getitem__, shapes, options.k)
     asked = layout.take(descriptors).astype(np.float64)
     neighbors = []
     for rank, row in enumerate(found.rows[: options.k].tolist(), 1):
@@ -413,7 +419,7 @@ def _located(
         box = in_pixels(found.boxes[rank - 1], one.box or (0, 0, width - 1, height - 1))
         why = None
         if options.explain and rank <= EXPLAINED:
-            why = explain(asked, bins.values[row], int(found.rectangles[rank - 1]))
+            why = explain(asked, bins.values[row], shapes, int(found.rectangles[rank - 1]))
         neighbors.append(replace(one, box=box, explanation=why))
     return neighbors
 

@@ -19,7 +19,7 @@ from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_
 from sppfeat.extraction import Describer
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval import find_crops, find_duplicates, write_duplicates_csv, write_duplicates_page
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import align, cells_of, rectangles
 from sppfeat.retrieval.bins import bin_layout
 
 OPTIONS = RunOptions(device="cpu", num_workers=1)
@@ -70,7 +70,7 @@ def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.Mo
         row, _ = done.row()
         assert row is not None
         others = np.arange(len(store)) != done.position
-        of_one = align(cells_of(layout.take(row[None]))[0], bins[others]).scores.astype(float)
+        of_one = align(cells_of(layout.take(row[None]))[0], bins[others], rectangles(layout.side)).scores.astype(float)
         scores[done.position, others] = of_one + 2 * (of_one - np.median(of_one))
     best = scores.argmax(1)
     expected = {

@@ -14,7 +14,7 @@ from conftest import TINY
 
 from sppfeat import RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, create_gallery, open_gallery, search_images, search_store, write_hits_page
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import align, cells_of, rectangles
 from sppfeat.retrieval.bins import to_bytes
 from sppfeat.retrieval.explanation import explain
 from sppfeat.retrieval.hits_page import PAGE_HITS
@@ -33,22 +33,23 @@ def test_bins_add_up_to_the_score(side: int, scales: int, signed: bool) -> None:
         query, images = np.maximum(query, 0), np.maximum(images, 0)
     images = to_bytes(images)
     images[3] = 0  # an image without any response
-    found = align(cells_of(query).mean(0), images)
+    shapes = rectangles(side)
+    found = align(cells_of(query).mean(0), images, shapes)
     for at, image in enumerate(images):
-        why = explain(query, image, int(found.rectangles[at]))
+        why = explain(query, image, shapes, int(found.rectangles[at]))
         assert why.query.sum() == pytest.approx(found.scores[at], abs=1e-5)
         assert why.image.sum() == pytest.approx(found.scores[at], abs=1e-5)
         assert [one.score for one in why.links] == sorted((one.score for one in why.links), reverse=True)
         assert len({one.query for one in why.links}) == len({one.image for one in why.links}) == len(why.links) <= 5
-    assert explain(query, images[3], 0).links == []
+    assert explain(query, images[3], shapes, 0).links == []
 
 
 def test_the_bins_that_match_are_linked() -> None:
     """A single strong bin of each: all of the score is theirs."""
     query, image = np.zeros((1, 6, 6, 4), np.float32), np.zeros((6, 6, 4), np.float32)
     query[0, 1, 4, 2] = image[2, 5, 2] = 1
-    found = align(cells_of(query)[0], image[None])
-    why = explain(query, image, int(found.rectangles[0]))
+    found = align(cells_of(query)[0], image[None], rectangles(6))
+    why = explain(query, image, rectangles(6), int(found.rectangles[0]))
     assert (why.links[0].query, why.links[0].image, len(why.links)) == ((1, 4), (2, 5), 1)
     assert why.query[1, 4] == why.image[2, 5] == pytest.approx(found.scores[0])
 

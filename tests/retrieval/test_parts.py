@@ -18,7 +18,7 @@ from reference import best_rectangle, box_overlap
 
 from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
-from sppfeat.retrieval.alignment import CELLS, NEAR, SHARPNESS, align, cells_of, rectangles
+from sppfeat.retrieval.alignment import CELLS, NEAR, SHARPNESS, align, cells_of, locate, rectangles
 from sppfeat.retrieval.bins import bin_layout, part_recipe, to_bytes
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.parts import in_pixels
@@ -38,8 +38,9 @@ def test_two_places_that_look_the_same_are_not_averaged() -> None:
     bins = generator.normal(size=(1, 6, 6, 64)).astype(np.float32)
     part = generator.normal(size=(3, 3, 64))
     bins[0, :3, :3] = bins[0, 3:, 3:] = part
-    found = align(cells_of(np.repeat(np.repeat(part, 2, 0), 2, 1)[None].astype(np.float32))[0], bins)
-    assert found.boxes[0] * 6 == pytest.approx([0, 0, 3, 3], abs=0.3)
+    query = cells_of(np.repeat(np.repeat(part, 2, 0), 2, 1)[None].astype(np.float32))[0]
+    (box,) = locate(query, bins, rectangles(6))
+    assert box * 6 == pytest.approx([0, 0, 3, 3], abs=0.3)
 
 
 @pytest.mark.parametrize("side", [3, 4, 5, 6, 7])
@@ -48,7 +49,8 @@ def test_the_best_rectangle_is_that_of_a_naive_loop(side: int) -> None:
     bins = generator.normal(size=(5, side, side, 6)).astype(np.float32)
     bins[1] = 0  # an image without any response
     query = cells_of(generator.normal(size=(3, side, side, 6)).astype(np.float32)).mean(0)
-    found = align(query, bins)
+    found = align(query, bins, rectangles(side))
+    places_found = locate(query, bins, rectangles(side))
     for at in range(len(bins)):
         best, boxes, scores = best_rectangle(query, bins[at])
         assert found.scores[at] == pytest.approx(best, abs=1e-5)
@@ -58,7 +60,7 @@ def test_the_best_rectangle_is_that_of_a_naive_loop(side: int) -> None:
         masses = [weights[one] * float(weights @ np.array(near)) for one, near in enumerate(places)]
         weights = weights * places[int(np.argmax(masses))]
         box = np.dot(weights, boxes) / sum(weights) / side
-        assert found.boxes[at] == pytest.approx(box, abs=1e-4)
+        assert places_found[at] == pytest.approx(box, abs=1e-4)
     assert found.rectangles[1] == 0  # of equal scores the first
 
 
@@ -73,14 +75,16 @@ def test_an_image_is_found_in_itself_and_a_part_where_it_is() -> None:
     generator = np.random.default_rng(1)
     bins = generator.normal(size=(20, 6, 6, 64)).astype(np.float32)
     for at in (0, 7, 19):
-        found = align(cells_of(bins[at : at + 1])[0], bins)
+        query = cells_of(bins[at : at + 1])[0]
+        found = align(query, bins, rectangles(6))
         assert found.scores.argmax() == at and found.scores[at] == pytest.approx(1, abs=1e-5)
-        assert found.boxes[at] == pytest.approx([0, 0, 1, 1], abs=0.02)
+        assert locate(query, bins, rectangles(6))[at] == pytest.approx([0, 0, 1, 1], abs=0.02)
     # Bins 2 to 4 across and 1 to 3 down: three by three cells, each of one bin.
     part = bins[7, 1:4, 2:5].reshape(9, -1)
-    found = align(part / np.linalg.norm(part, axis=1, keepdims=True), bins)
+    query = part / np.linalg.norm(part, axis=1, keepdims=True)
+    found = align(query, bins, rectangles(6))
     assert found.scores.argmax() == 7 and found.scores[7] == pytest.approx(1, abs=1e-5)
-    assert found.boxes[7] == pytest.approx(np.array([2, 1, 5, 4]) / 6, abs=0.01)
+    assert locate(query, bins, rectangles(6))[7] == pytest.approx(np.array([2, 1, 5, 4]) / 6, abs=0.01)
 
 
 def test_a_factor_of_each_image_changes_nothing() -> None:
@@ -88,9 +92,10 @@ def test_a_factor_of_each_image_changes_nothing() -> None:
     generator = np.random.default_rng(2)
     bins = generator.normal(size=(30, 6, 6, 32)).astype(np.float32)
     query = cells_of(bins[3:4])[0]
-    plain, scaled = align(query, bins), align(query, bins * generator.uniform(0.1, 9, (30, 1, 1, 1)))
+    shapes = rectangles(6)
+    plain, scaled = align(query, bins, shapes), align(query, bins * generator.uniform(0.1, 9, (30, 1, 1, 1)), shapes)
     assert scaled.scores == pytest.approx(plain.scores, abs=1e-5)
-    rounded = align(query, to_bytes(bins))
+    rounded = align(query, to_bytes(bins), shapes)
     assert rounded.scores == pytest.approx(plain.scores, abs=0.02)
     assert rounded.scores.argmax() == plain.scores.argmax()
 
@@ -99,6 +104,9 @@ def test_every_rectangle_is_there_once() -> None:
     shapes = rectangles(6)
     assert len(shapes.boxes) == len({tuple(box) for box in shapes.boxes.tolist()}) == 441
     assert shapes.boxes[shapes.whole].tolist() == [0, 0, 1, 1] and shapes.cells.shape == (441, CELLS * CELLS)
+    large = rectangles(6, 4)
+    sides = (large.boxes[:, 2:] - large.boxes[:, :2]) * 6
+    assert len(large.boxes) == 36 and sides.min() > 3.9 and large.boxes[large.whole].tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

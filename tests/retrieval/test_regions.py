@@ -11,7 +11,7 @@ from reference import bin_edges
 
 from sppfeat import GalleryError, Recipe, open_store
 from sppfeat.retrieval import add_to_gallery, create_gallery, open_gallery, remove_from_gallery
-from sppfeat.retrieval.alignment import align, cells_of
+from sppfeat.retrieval.alignment import align, cells_of, rectangles
 from sppfeat.retrieval.regions import COUNT, region_vectors
 
 CHANNELS, SIDE = 24, 6
@@ -59,7 +59,7 @@ def test_the_nearest_regions_hold_the_best_alignments(make_store: MakeStore, tmp
     found = []
     for query in np.random.default_rng(9).normal(size=(30, 3, 3, CHANNELS))[:10]:
         cells = query.reshape(9, CHANNELS) / np.linalg.norm(query.reshape(9, CHANNELS), axis=1, keepdims=True)
-        best = np.argsort(-align(cells, gallery.bins.values).scores)[:10]
+        best = np.argsort(-align(cells, gallery.bins.values[:], rectangles(SIDE)).scores)[:10]
         near = gallery.regions.nearest(cells, 100)
         assert len(near) == 100 and (np.diff(near) > 0).all()
         found.append(np.isin(best, near).mean())
