@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
@@ -32,6 +32,27 @@ def print_json(document: Mapping[str, Any]) -> None:
     except ValueError:
         raise SppFeatError("JSON: expected finite numbers, found NaN or infinity") from None
     typer.echo(text, file=_json_stream)
+
+
+def print_json_list(key: str, items: Iterator[Any], rest: Callable[[], Mapping[str, Any]]) -> None:
+    """Print one JSON document whose first key holds a list, item by item, so that it need not be in memory.
+
+    rest: what follows, asked for after the last item.
+    """
+    typer.echo(f"{{\n  {json.dumps(key)}: [", nl=False, file=_json_stream)
+    comma = ""
+    for item in items:
+        typer.echo(f"{comma}\n{_indented(item)}", nl=False, file=_json_stream)
+        comma = ","
+    more = json.dumps(rest(), indent=2, allow_nan=False)
+    typer.echo(f"\n  ],{more.removeprefix('{')}", file=_json_stream)
+
+
+def _indented(item: Any) -> str:
+    try:
+        return "    " + json.dumps(item, indent=2, allow_nan=False).replace("\n", "\n    ")
+    except ValueError:
+        raise SppFeatError("JSON: expected finite numbers, found NaN or infinity") from None
 
 
 def finite(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,10 +10,10 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import numbers, print_json, printable
+from sppfeat_cli.output import numbers, print_json_list, printable
 
 if TYPE_CHECKING:
-    from sppfeat.retrieval import Explanation, SearchResult
+    from sppfeat.retrieval import Answer, Explanation, Neighbor, SearchResult
 
 _SEARCH = options.Defaults("sppfeat.retrieval:SearchOptions")
 
@@ -75,7 +76,14 @@ def search(
         options.check_sources(queries[:1])
 
     from sppfeat.report import check_page
-    from sppfeat.retrieval import SearchOptions, open_gallery, search_images, search_store, write_hits_page
+    from sppfeat.retrieval import (
+        PAGE_QUERIES,
+        SearchOptions,
+        open_gallery,
+        search_images,
+        stream_store,
+        write_hits_page,
+    )
     from sppfeat.store import is_store, open_store
 
     chosen = SearchOptions(
@@ -98,24 +106,51 @@ def search(
             raise UsageError(
                 "--box: expected images as queries, found a store; `sppfeat extract --windows` describes parts"
             )
-        done = search_store(opened, open_store(queries[0]), chosen)
+        blocks = stream_store(opened, open_store(queries[0]), chosen)
     else:
-        done = search_images(opened, queries, chosen, run, weights=weights, box=part)
+        blocks = iter((search_images(opened, queries, chosen, run, weights=weights, box=part),))
+    shown = _Shown(PAGE_QUERIES)
     if as_json:
-        print_json(_document(done))
-    elif done.failed < len(done.answers):
-        typer.echo(_table(done))
-    for answer in done.answers:
-        if answer.error is not None:
-            print(f"failed: {printable(answer.query)}: {printable(answer.error)}", file=sys.stderr)
+        print_json_list("results", _results(blocks, shown), lambda: _rest(shown))
+    else:
+        for done in blocks:
+            if text := _table(done, first=not shown.answered):
+                typer.echo(text)
+            shown.add(done)
+    for answer in shown.failed:
+        print(f"failed: {printable(answer.query)}: {printable(answer.error or '')}", file=sys.stderr)
     if not quiet:
-        for note in done.notes:
+        for note in shown.notes:
             print(f"note: {note}", file=sys.stderr)
     # The page comes after the results, which its failure does not affect.
-    if page is not None:
-        write_hits_page(page, opened, done)
-    if done.failed:
+    if page is not None and shown.result is not None:
+        write_hits_page(page, opened, shown.result, queries=shown.count)
+    if shown.failed:
         raise typer.Exit(3)
+
+
+class _Shown:
+    """What is left of answers that were printed: the first of them, for a page, and those that failed."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.result: SearchResult | None = None
+        self.count = self.answered = 0
+        self.failed: list[Answer] = []
+        self.notes: list[str] = []
+        self.describing = self.searching = 0.0
+
+    def add(self, done: "SearchResult") -> None:
+        from dataclasses import replace
+
+        kept = [] if self.result is None else self.result.answers
+        self.result = replace(done, answers=[*kept, *done.answers[: self._limit - len(kept)]])
+        self.count += len(done.answers)
+        self.answered += len(done.answers) - done.failed
+        self.failed += [answer for answer in done.answers if answer.error is not None]
+        self.notes = done.notes
+        self.describing += done.describing
+        self.searching += done.searching
 
 
 def _box(text: str | None) -> tuple[float, float, float, float] | None:
@@ -127,25 +162,24 @@ def _box(text: str | None) -> tuple[float, float, float, float] | None:
     return found[0], found[1], found[2], found[3]
 
 
-def _document(done: "SearchResult") -> dict[str, Any]:
+def _results(blocks: "Iterator[SearchResult]", shown: _Shown) -> Iterator[dict[str, Any]]:
+    for done in blocks:
+        for answer in done.answers:
+            if answer.error is None:
+                yield {"query": answer.query, "neighbors": [_neighbor(one) for one in answer.neighbors]}
+        shown.add(done)
+
+
+def _rest(shown: _Shown) -> dict[str, Any]:
     return {
-        "results": [
-            {
-                "query": answer.query,
-                "neighbors": [
-                    {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path, "box": one.box}
-                    | ({} if one.explanation is None else {"explanation": _explanation(one.explanation)})
-                    for one in answer.neighbors
-                ],
-            }
-            for answer in done.answers
-            if answer.error is None
-        ],
-        "failed": [
-            {"query": answer.query, "error": answer.error} for answer in done.answers if answer.error is not None
-        ],
-        "seconds": {"describe": round(done.describing, 4), "search": round(done.searching, 4)},
+        "failed": [{"query": answer.query, "error": answer.error} for answer in shown.failed],
+        "seconds": {"describe": round(shown.describing, 4), "search": round(shown.searching, 4)},
     }
+
+
+def _neighbor(one: "Neighbor") -> dict[str, Any]:
+    found = {"name": one.name, "score": one.score, "rank": one.rank, "path": one.path, "box": one.box}
+    return found if one.explanation is None else found | {"explanation": _explanation(one.explanation)}
 
 
 def _explanation(why: "Explanation") -> dict[str, Any]:
@@ -156,12 +190,13 @@ def _explanation(why: "Explanation") -> dict[str, Any]:
     }
 
 
-def _table(done: "SearchResult") -> str:
+def _table(done: "SearchResult", *, first: bool) -> str:
+    """The answers as text, with an empty line between queries."""
     lines: list[str] = []
     for answer in done.answers:
         if answer.error is not None:
             continue
-        lines += [""] * bool(lines) + [printable(answer.query)]
+        lines += [""] * (bool(lines) or not first) + [printable(answer.query)]
         # Rows of windows differ by name; their path is that of the image.
         lines += [
             f"{one.rank:>5}  {one.score:7.4f}  {printable(one.name if one.box or not one.path else one.path)}"

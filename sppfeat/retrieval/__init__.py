@@ -25,17 +25,21 @@ from sppfeat.retrieval.gallery import (
     verify_gallery,
 )
 from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
-from sppfeat.retrieval.hits_page import write_hits_page
+from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.search import (
+    Answer,
+    Neighbor,
     SearchOptions,
     SearchResult,
     search_descriptors,
     search_images,
     search_store,
+    stream_store,
 )
 from sppfeat.retrieval.whitening import DEFAULT_DIMS, ProjectionOptions
 
 __all__ = [
+    "Answer",
     "Change",
     "Crops",
     "DEFAULT_DIMS",
@@ -43,6 +47,8 @@ __all__ = [
     "Explanation",
     "Gallery",
     "IndexOptions",
+    "Neighbor",
+    "PAGE_QUERIES",
     "ProjectionOptions",
     "Retrieval",
     "RetrievalOptions",
@@ -65,6 +71,7 @@ __all__ = [
     "search_descriptors",
     "search_images",
     "search_store",
+    "stream_store",
     "verify_gallery",
     "write_duplicates_csv",
     "write_duplicates_page",

@@ -19,8 +19,11 @@ PAGE_HITS: Final = 1000
 PAGE_EXPLAINED: Final = 100
 
 
-def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
-    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError, MissingExtraError."""
+def write_hits_page(path: Path, gallery: Gallery, result: SearchResult, *, queries: int | None = None) -> None:
+    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError, MissingExtraError.
+
+    queries: how many there were, if not all answers are here: the page shows PAGE_QUERIES.
+    """
     small = functools.cache(thumbnail)  # an image is often found by several queries
     hits, explained = PAGE_HITS, PAGE_EXPLAINED
     shown = []
@@ -57,7 +60,7 @@ def write_hits_page(path: Path, gallery: Gallery, result: SearchResult) -> None:
             "explained": explained < PAGE_EXPLAINED,
             "notes": result.notes,
             "answers": shown,
-            "more": len(result.answers) - len(shown),
+            "more": (len(result.answers) if queries is None else queries) - len(shown),
         },
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Neighbors of a query that are explained: a page shows each beside the query.
 EXPLAINED: Final = 50
+# Queries of a store that are answered at once.
+STREAMED: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +299,16 @@ def check_box(box: Box) -> None:
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
-    """Search with the described rows of a store of the gallery's recipe, block by block."""
+    """Search with the described rows of a store of the gallery's recipe."""
+    options = options or SearchOptions()
+    blocks = list(stream_store(gallery, store, options))
+    answers = [answer for block in blocks for answer in block.answers]
+    notes = blocks[-1].notes if blocks else []
+    return SearchResult(answers, notes, 0.0, sum(block.searching for block in blocks), options.aligned)
+
+
+def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> Iterator[SearchResult]:
+    """The same, block by block: what is yielded need not be kept."""
     options = options or SearchOptions()
     if options.parts:
         raise UsageError("parts: expected images as queries, which are described smaller, found a store")
@@ -307,10 +318,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
     rows = unit_rows(store)
     files = [image_of(store.source_root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None
-    answers: list[Answer] = []
-    notes: list[str] = []
-    seconds = 0.0
-    size = block_rows(store.dim)
+    size = min(block_rows(store.dim), STREAMED)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         done = _answer(
@@ -321,10 +329,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
             options,
             own if own is None else own[part],
         )
-        answers += [replace(answer, root=store.source_root) for answer in done.answers]
-        notes = done.notes
-        seconds += done.searching
-    return SearchResult(answers, notes, 0.0, seconds, options.aligned)
+        yield replace(done, answers=[replace(answer, root=store.source_root) for answer in done.answers])
 
 
 def describer_for(

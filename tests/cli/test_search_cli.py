@@ -187,7 +187,7 @@ def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
 def test_a_page_that_cannot_be_written_costs_the_page_alone(
     folder: Path, call: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*given: object) -> None:
+    def refused(*given: object, **more: object) -> None:
         raise ReportError("p.html: cannot be written: the disk is full")
 
     monkeypatch.setattr("sppfeat.retrieval.write_hits_page", refused)
@@ -197,6 +197,23 @@ def test_a_page_that_cannot_be_written_costs_the_page_alone(
         code, out, errors = call(*arguments, "--html", "p.html", "--json")
         assert (code, errors) == (1, "sppfeat: p.html: cannot be written: the disk is full\n")
         assert key in json.loads(out)
+
+
+def test_answers_to_a_store_stream(folder: Path, call: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes block by block is what comes at once; only the first answers are kept, for the page."""
+    call("index", "f.h5", "-o", "g")
+    at_once = call("search", "g", "f.h5", "-k", "2")
+    _, whole, _ = call("search", "g", "f.h5", "-k", "2", "--json")
+    monkeypatch.setattr("sppfeat.retrieval.search.STREAMED", 2)
+    monkeypatch.setattr("sppfeat.retrieval.PAGE_QUERIES", 3)
+    assert call("search", "g", "f.h5", "-k", "2") == at_once
+    code, out, _ = call("search", "g", "f.h5", "-k", "2", "--json", "--html", "p.html")
+    streamed, expected = json.loads(out), json.loads(whole)
+    assert code == 0 and streamed["results"] == expected["results"] and len(streamed["results"]) > 4
+    assert list(streamed) == list(expected) and out.startswith('{\n  "results": [\n    {\n      "query"')
+    assert f"{len(streamed['results']) - 3} more queries are not shown" in Path("p.html").read_text()
+    empty = call("search", "g", "missing.png", "f.png", "--json")
+    assert empty[0] != 0
 
 
 def change_gallery(rows: Callable[[list[str]], list[str]] = list, **index: object) -> None:
