@@ -176,7 +176,7 @@ Candidates = Annotated[
     typer.Option(
         metavar="N",
         help="Number of nearest images that --rerank orders again, or in which --parts looks.",
-        show_default="400; 2000 for parts of a large gallery",
+        show_default="400; 10000 for parts of a large gallery",
     ),
 ]
 Neighborhood = Annotated[
