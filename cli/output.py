@@ -37,13 +37,14 @@ def print_json(document: Mapping[str, Any]) -> None:
 def print_json_list(key: str, items: Iterator[Any], rest: Callable[[], Mapping[str, Any]]) -> None:
     """Print one JSON document whose first key holds a list, item by item, so that it need not be in memory.
 
-    rest: what follows, asked for after the last item.
+    rest: what follows, asked for after the last item. Nothing is printed before the first item is there.
     """
-    typer.echo(f"{{\n  {json.dumps(key)}: [", nl=False, file=_json_stream)
-    comma = ""
+    before = f"{{\n  {json.dumps(key)}: [\n"
     for item in items:
-        typer.echo(f"{comma}\n{_indented(item)}", nl=False, file=_json_stream)
-        comma = ","
+        typer.echo(f"{before}{_indented(item)}", nl=False, file=_json_stream)
+        before = ",\n"
+    if before != ",\n":
+        typer.echo(before, nl=False, file=_json_stream)
     more = json.dumps(rest(), indent=2, allow_nan=False)
     typer.echo(f"\n  ],{more.removeprefix('{')}", file=_json_stream)
 

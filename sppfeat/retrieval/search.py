@@ -21,7 +21,7 @@ from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, rectangles_for, require_bins
 from sppfeat.retrieval.rerank import RerankOptions, reordered
-from sppfeat.store import Box, Store, block_rows, image_of, normalize_rows, to_units, unit_rows
+from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, normalize_rows, to_units, unit_rows
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
@@ -308,7 +308,7 @@ def search_store(gallery: Gallery, store: Store, options: SearchOptions | None =
 
 
 def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> Iterator[SearchResult]:
-    """The same, block by block: what is yielded need not be kept."""
+    """The same, block by block: what is yielded need not be kept. What cannot be searched with is refused at once."""
     options = options or SearchOptions()
     if options.parts:
         raise UsageError("parts: expected images as queries, which are described smaller, found a store")
@@ -316,9 +316,14 @@ def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None =
         require_bins(gallery)
     check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place)
     rows = unit_rows(store)
-    files = [image_of(store.source_root, name)[0] for name in rows.names]
+    return _blocks(gallery, rows, options)
+
+
+def _blocks(gallery: Gallery, rows: UnitRows, options: SearchOptions) -> Iterator[SearchResult]:
+    root = rows.store.source_root
+    files = [image_of(root, name)[0] for name in rows.names]
     own = _own_rows(gallery, files) if options.exclude_self else None
-    size = min(block_rows(store.dim), STREAMED)
+    size = min(block_rows(rows.store.dim), STREAMED)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         done = _answer(
@@ -329,7 +334,7 @@ def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None =
             options,
             own if own is None else own[part],
         )
-        yield replace(done, answers=[replace(answer, root=store.source_root) for answer in done.answers])
+        yield replace(done, answers=[replace(answer, root=root) for answer in done.answers])
 
 
 def describer_for(

@@ -212,8 +212,8 @@ def test_answers_to_a_store_stream(folder: Path, call: Run, monkeypatch: pytest.
     assert code == 0 and streamed["results"] == expected["results"] and len(streamed["results"]) > 4
     assert list(streamed) == list(expected) and out.startswith('{\n  "results": [\n    {\n      "query"')
     assert f"{len(streamed['results']) - 3} more queries are not shown" in Path("p.html").read_text()
-    empty = call("search", "g", "missing.png", "f.png", "--json")
-    assert empty[0] != 0
+    refused = call("search", "g", "f.h5", "--parts", "--json")
+    assert refused[:2] == (2, "") and "parts: expected images as queries" in refused[2]
 
 
 def change_gallery(rows: Callable[[list[str]], list[str]] = list, **index: object) -> None:
