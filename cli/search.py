@@ -192,14 +192,16 @@ def _explanation(why: "Explanation") -> dict[str, Any]:
 
 def _table(done: "SearchResult", *, first: bool) -> str:
     """The answers as text, with an empty line between queries."""
+    from sppfeat.store import window_text
+
     lines: list[str] = []
     for answer in done.answers:
         if answer.error is not None:
             continue
         lines += [""] * (bool(lines) or not first) + [printable(answer.query)]
-        # Rows of windows differ by name; their path is that of the image.
-        lines += [
-            f"{one.rank:>5}  {one.score:7.4f}  {printable(one.name if one.box or not one.path else one.path)}"
-            for one in answer.neighbors
-        ]
+        for one in answer.neighbors:
+            # Rows of windows differ by name; their path is that of the image.
+            name = printable(one.name if one.box or not one.path else one.path)
+            where = f"  at {window_text(one.box)}" if done.located and one.box is not None else ""
+            lines.append(f"{one.rank:>5}  {one.score:7.4f}  {name}{where}")
     return "\n".join(lines)

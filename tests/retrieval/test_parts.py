@@ -266,6 +266,8 @@ def test_a_gallery_without_bins(gallery: Path, scenes: Path, tmp_path: Path, run
     done = run_sppfeat("search", gallery, scenes / "03.png", "--rerank", "bins", "--json", "-k", "2")
     neighbor = json.loads(done.stdout)["results"][0]["neighbors"][0]
     assert neighbor["name"] == "03.png" and len(neighbor["box"]) == 4
+    text = run_sppfeat("search", gallery, scenes / "03.png", "--rerank", "bins", "-k", "1").stdout
+    assert text.endswith(f"03.png  at {','.join(map(str, neighbor['box']))}\n"), text
     done = run_sppfeat("search", gallery, tmp_path / "s.h5", "--parts")
     assert done.returncode == 2 and "parts: expected images as queries" in done.stderr
     assert run_sppfeat("index", tmp_path / "s.h5", "-o", gallery, "--keep-bins", "--overwrite").returncode == 0
