@@ -125,7 +125,9 @@ def evaluate_retrieval(
     recalls = {k: 0.0 for k in RECALLS}
     precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
     found: list[float] = []
-    for at, ((name, target), ranking) in enumerate(zip(targets, rankings(rows, asked, own, options), strict=True)):
+    for at, ((name, target), ranking) in enumerate(
+        zip(targets, rankings(rows, asked, own, options, boxes=truth is not None and truth.boxed), strict=True)
+    ):
         if name in own:
             target[own[name]] = 0
         if boxes:

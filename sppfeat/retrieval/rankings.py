@@ -32,12 +32,17 @@ class Ranking:
 
 
 def rankings(
-    rows: UnitRows, queries: UnitRows, own: Mapping[str, np.ndarray], options: RerankOptions | None = None
+    rows: UnitRows,
+    queries: UnitRows,
+    own: Mapping[str, np.ndarray],
+    options: RerankOptions | None = None,
+    *,
+    boxes: bool = False,
 ) -> Iterator[Ranking]:
     """For each query, all rows by falling score, equal ones in their order; the query's own rows are last.
 
     own: by name, the rows of each query's own image, which are no neighbors. queries: with `parts`, of descriptors at
-    several scales, one after the other.
+    several scales, one after the other. boxes: find them in all rows that are aligned, which takes as long again.
     """
     options = options or RerankOptions()
     if options.parts:
@@ -45,7 +50,7 @@ def rankings(
         layout = bin_layout(rows.store.recipe, rows.store.dim)
         for at, name in enumerate(queries.names):
             others = np.setdiff1d(every, own.get(name, ()))
-            yield _aligned(rows, layout, _described(queries, at), others, np.setdiff1d(every, others), parts=True)
+            yield _aligned(rows, layout, _described(queries, at), others, np.setdiff1d(every, others), True, boxes)
         return
     rows = rows.in_memory()  # every block of queries reads all of them
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
@@ -62,7 +67,7 @@ def rankings(
             after = order[len(near) :]
             if options.rerank == "bins":
                 layout = bin_layout(rows.store.recipe, rows.store.dim)
-                yield _aligned(rows, layout, _described(queries, at), np.sort(near), after, parts=False)
+                yield _aligned(rows, layout, _described(queries, at), np.sort(near), after, False, boxes)
             elif options.together:
                 similar = np.ones((1 + len(near),) * 2, np.float32)
                 similar[0, 1:] = similar[1:, 0] = one[near]
@@ -80,7 +85,13 @@ def _described(queries: UnitRows, at: int) -> np.ndarray:
 
 
 def _aligned(
-    rows: UnitRows, layout: BinLayout, query: np.ndarray, near: np.ndarray, after: np.ndarray, *, parts: bool
+    rows: UnitRows,
+    layout: BinLayout,
+    query: np.ndarray,
+    near: np.ndarray,
+    after: np.ndarray,
+    parts: bool,
+    boxes: bool,
 ) -> Ranking:
     """The rows `near` by their bins, as a gallery would keep them, and then those `after`."""
 
@@ -88,8 +99,8 @@ def _aligned(
         return to_bytes(layout.take(rows.store.descriptors[rows.rows[which]]))
 
     shapes = rectangles_for(layout, parts=parts)
-    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of, shapes, len(near))
-    return Ranking(np.concatenate([found.rows, after]), found.boxes)
+    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of, shapes, len(near) if boxes else 0)
+    return Ranking(np.concatenate([found.rows, after]), found.boxes if boxes else None)
 
 
 def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:
