@@ -35,15 +35,26 @@ from sppfeat.retrieval import (
     search_descriptors,
     search_images,
 )
-from sppfeat.retrieval.alignment import _all_cells, cells_of, rectangles
-from sppfeat.retrieval.bins import BinLayout, BinSource, bin_layout, part_recipe, read_bins, write_bins
-from sppfeat.retrieval.parts import PART_FACTORS, order_by_bins, rectangles_for
+from sppfeat.retrieval.alignment import all_cells, cells_of, rectangles
+from sppfeat.retrieval.bins import (
+    BinLayout,
+    Bins,
+    BinSource,
+    bin_layout,
+    learn_from,
+    part_recipe,
+    read_bins,
+    write_bins,
+)
+from sppfeat.retrieval.channels import Channels
+from sppfeat.retrieval.parts import PART_FACTORS, order_by_bins, part_matching, whole_matching
 from sppfeat.retrieval.regions import Regions, read_regions, write_regions
 from sppfeat.retrieval.rerank import RERANKINGS
 from sppfeat.store import unit_rows
 
 CPU = RunOptions(device="cpu")
 MILLION_QUERIES = 20
+BIN_DIMS = 128, 64
 AREAS = (0.1, 0.3), (0.03, 0.1)
 CROPS, SEED, ENLARGED, QUALITY = 200, 7, 1.6, 70
 
@@ -88,12 +99,12 @@ def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def crops(folder: Path, area: tuple[float, float], scale: int) -> None:
+def crops(folder: Path, area: tuple[float, float], scale: int, bin_dim: int | None) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     with tempfile.TemporaryDirectory() as work:
         here = Path(work)
         extract_folder(folder, here / "f.h5", Recipe(scales=(scale,)), CPU)
-        create_gallery(open_store(here / "f.h5"), here / "g", keep_bins=True)
+        create_gallery(open_store(here / "f.h5"), here / "g", keep_bins=True, bin_dim=bin_dim)
         gallery = open_gallery(here / "g")
         print(f"{CROPS} parts of {area[0]:.0%} to {area[1]:.0%} of {len(files)} images, scale {scale}, seed {SEED}\n")
         print("| crop | whole: recall@1 | mAP | `--parts`: recall@1 | mAP | mean IoU | IoU over 0.5 | search, ms |")
@@ -123,16 +134,16 @@ def crops(folder: Path, area: tuple[float, float], scale: int) -> None:
 class Collages:
     """Bins of many images: those given [B, n, n, C], and then images whose quarters are those of four of them."""
 
-    def __init__(self, bins: np.ndarray, layout: BinLayout, rows: int) -> None:
-        self.layout, self.kept, self.new, self._bins, self._rows = layout, None, None, bins, rows
+    def __init__(self, bins: np.ndarray, layout: BinLayout, channels: Channels, rows: int) -> None:
+        self.layout, self.channels, self._bins, self._rows = layout, channels, bins, rows
         self._quarters = np.random.default_rng(SEED).integers(0, len(bins), (rows, 2, 2))
 
     def __len__(self) -> int:
         return self._rows
 
-    def take(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encoded(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         half = self.layout.side // 2
-        made = np.empty((len(which), *self.layout.shape), np.int8)
+        made = np.empty((len(which), *self._bins.shape[1:]), np.int8)
         for row, top in enumerate((0, half)):
             for column, left in enumerate((0, half)):
                 part = slice(top, top + half), slice(left, left + half)
@@ -140,6 +151,9 @@ class Collages:
         real = which < len(self._bins)
         made[real] = self._bins[which[real]]
         return made, np.full((len(which), 2), 500)
+
+    def take(self, which: np.ndarray) -> np.ndarray:
+        return self.channels.decode(self.encoded(which)[0])
 
 
 def windows_of(path: Path, count: int, dice: np.random.Generator) -> np.ndarray:
@@ -155,7 +169,7 @@ def windows_of(path: Path, count: int, dice: np.random.Generator) -> np.ndarray:
     return np.array(found)
 
 
-def million(folder: Path, scale: int, rows: int) -> None:
+def million(folder: Path, scale: int, rows: int, bin_dim: int | None) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     dice = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as work:
@@ -164,12 +178,13 @@ def million(folder: Path, scale: int, rows: int) -> None:
         extract_folder(folder, here / "w.h5", recipe, CPU, windows=every)
         described = unit_rows(open_store(here / "w.h5"))
         layout = bin_layout(recipe, described.dim)
-        real = BinSource(layout, None, described)
-        source = Collages(real.take(np.arange(len(real)))[0], layout, rows)
+        channels = learn_from(layout, described, bin_dim)
+        real = BinSource(layout, channels, None, described)
+        source = Collages(real.encoded(np.arange(len(real)))[0], layout, channels, rows)
         started = time.perf_counter()
         write_bins(here / "bins.h5", source)  # type: ignore[arg-type]
         wrote = time.perf_counter() - started
-        bins = read_bins(here / "bins.h5", rows, layout).values
+        bins = read_bins(here / "bins.h5", rows, layout, channels)
         write_regions(here / "regions.faiss", source)  # type: ignore[arg-type]
         built = time.perf_counter() - started - wrote
         regions = Regions([(rows, read_regions(here / "regions.faiss", rows, layout))])
@@ -188,7 +203,7 @@ def million(folder: Path, scale: int, rows: int) -> None:
         seconds = time.perf_counter() - started
         print(
             f"{rows:,} images, {MILLION_QUERIES} parts of each size, scale {scale}, seed {SEED}. Bins take "
-            f"{np.prod(layout.shape):,} bytes an image, written in {wrote:.0f} s; regions {size:.0f} bytes, built in "
+            f"{bins.values[0].size:,} bytes an image, written in {wrote:.0f} s; regions {size:.0f} bytes, built in "
             f"{built:.0f} s. An exhaustive search for all parts at once takes {seconds:.0f} s.\n\n"
             "| parts | candidates | recall@1 | recall@10 | regions, ms | alignment, ms | in all, ms |\n"
             "|---|---|---|---|---|---|---|"
@@ -203,9 +218,7 @@ def million(folder: Path, scale: int, rows: int) -> None:
                         started = time.perf_counter()
                         near = regions.nearest(cells[at], candidates)
                         middle = time.perf_counter()
-                        order = order_by_bins(
-                            layout, descriptors[at], near, bins.__getitem__, rectangles(layout.side), 10
-                        )
+                        order = order_by_bins(part_matching(layout), descriptors[at], near, bins.take, 10)
                         spent.append((middle - started, time.perf_counter() - middle))
                         found.append((best[at][0] in order.rows[:10], np.isin(best[at], order.rows[:10]).mean()))
                 first, ten = np.mean(found, axis=0)
@@ -217,13 +230,14 @@ def million(folder: Path, scale: int, rows: int) -> None:
                 )
 
 
-def exhaustive_search(queries: np.ndarray, bins: np.ndarray) -> np.ndarray:
+def exhaustive_search(queries: np.ndarray, bins: Bins) -> np.ndarray:
     """[Q, 10] the best images for queries [Q, 9, C], as `align` scores them, for all queries at once."""
-    shapes = rectangles(bins.shape[1])
+    count, side = bins.values.shape[:2]
+    shapes = rectangles(side)
     flat = queries.reshape(-1, queries.shape[2])
     best, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
-    for start in range(0, len(bins), 32):
-        cells = _all_cells(np.array(bins[start : start + 32]), shapes).astype(np.float32)
+    for start in range(0, count, 32):
+        cells = all_cells(bins.take(np.arange(start, min(start + 32, count))), shapes).astype(np.float32)
         images, places, channels = cells.shape
         rows = cells.reshape(-1, channels)
         lengths = np.sqrt(np.einsum("nc,nc->n", rows, rows))
@@ -233,7 +247,7 @@ def exhaustive_search(queries: np.ndarray, bins: np.ndarray) -> np.ndarray:
         found = sum(similar[:, shapes.cells[:, cell], :, cell] for cell in range(shapes.cells.shape[1])) / 9
         score = np.hstack([score, found.max(0).T])
         best = np.hstack([best, np.tile(np.arange(start, start + images), (len(queries), 1))])
-        if best.shape[1] > 2000 or start + 32 >= len(bins):
+        if best.shape[1] > 2000 or start + 32 >= count:
             order = np.lexsort((best, -score), axis=1)[:, :10]
             best, score = np.take_along_axis(best, order, 1), np.take_along_axis(score, order, 1)
     return best
@@ -250,11 +264,13 @@ def rerank(server: Path, client: Path, relevant: str, scale: int) -> None:
             queries = open_store(here / "c.h5")
         print(f"{len(queries or gallery)} queries, {len(gallery)} images, scale {scale}\n")
         print("| `--rerank` | mAP | seconds |\n|---|---|---|")
-        for name in RERANKINGS:
+        for name, dim in [*((name, None) for name in RERANKINGS), *(("bins", dim) for dim in BIN_DIMS)]:
             started = time.perf_counter()
-            found = evaluate_retrieval(gallery, queries, RetrievalOptions(relevant=relevant, rerank=name))
+            options = RetrievalOptions(relevant=relevant, rerank=name, bin_dim=dim)
+            found = evaluate_retrieval(gallery, queries, options)
             seconds = time.perf_counter() - started
-            print(f"| {name} | {found.mean_average_precision:.2f} | {seconds:.1f} |", flush=True)
+            label = name if dim is None else f"{name} --bin-dim {dim}"
+            print(f"| {label} | {found.mean_average_precision:.2f} | {seconds:.1f} |", flush=True)
 
 
 def speed(folder: Path, scale: int) -> None:
@@ -268,12 +284,12 @@ def speed(folder: Path, scale: int) -> None:
             "| values | `--rerank` | search and re-ranking, ms | the search alone, ms | re-ranking, ms |\n"
             "|---|---|---|---|---|"
         )
-        for projection in (None, ProjectionOptions(dims=512)):
-            create_gallery(store, here / "g", projection=projection, keep_bins=True, overwrite=True)
+        for projection, dim in ((None, None), (ProjectionOptions(dims=512), None), (ProjectionOptions(dims=512), 64)):
+            create_gallery(store, here / "g", projection=projection, keep_bins=True, bin_dim=dim, overwrite=True)
             gallery = open_gallery(here / "g")
             layout, kept = bin_layout(gallery.recipe, gallery.dim), gallery.bins
             assert kept is not None
-            for name in RERANKINGS[1:]:
+            for name in RERANKINGS[1:] if dim is None else ("bins",):
                 plain, both = [], []
                 for _ in range(3):
                     for query in queries:
@@ -281,14 +297,8 @@ def speed(folder: Path, scale: int) -> None:
                         rows, _ = search_descriptors(gallery, query[None], SearchOptions(k=400))
                         middle = time.perf_counter()
                         if name == "bins":
-                            order_by_bins(
-                                layout,
-                                query[None],
-                                np.sort(rows[0]),
-                                kept.values.__getitem__,
-                                rectangles_for(layout, parts=False),
-                                10,
-                            )
+                            matching = whole_matching(layout, kept.channels)
+                            order_by_bins(matching, query[None], np.sort(rows[0]), kept.take, 10)
                             end = time.perf_counter() + middle - started
                         else:
                             search_descriptors(gallery, query[None], SearchOptions(k=10, rerank=name))
@@ -297,7 +307,8 @@ def speed(folder: Path, scale: int) -> None:
                         both.append(end - middle)
                 one, two = 1000 * float(np.median(plain)), 1000 * float(np.median(both))
                 values = gallery.dim if projection is None else 512
-                print(f"| {values:,} | {name} | {two:.1f} | {one:.1f} | {two - one:.1f} |", flush=True)
+                label = name if dim is None else f"{name} --bin-dim {dim}"
+                print(f"| {values:,} | {label} | {two:.1f} | {one:.1f} | {two - one:.1f} |", flush=True)
 
 
 def main() -> None:
@@ -307,12 +318,13 @@ def main() -> None:
     parser.add_argument("--area", default="0.1,0.3")
     parser.add_argument("--scale", type=int)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--bin-dim", type=int)
     given = parser.parse_args()
     if given.what == "crops":
         low, high = map(float, given.area.split(","))
-        crops(given.folder, (low, high), given.scale or 448)
+        crops(given.folder, (low, high), given.scale or 448, given.bin_dim)
     elif given.what == "million":
-        million(given.folder, given.scale or 448, given.rows)
+        million(given.folder, given.scale or 448, given.rows, given.bin_dim)
     elif given.what == "same-object":
         rerank(given.folder / "server", given.folder / "client", r"regex:(obj\d+)_", given.scale or 224)
     elif given.what == "categories":

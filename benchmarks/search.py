@@ -144,8 +144,8 @@ class Memory:
 def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
     """A search through the library beside the raw FAISS call, on the same rows, in turn; medians."""
     from sppfeat import Recipe, open_store
+    from sppfeat.retrieval import create_gallery, open_gallery
     from sppfeat.retrieval.faiss_index import IndexOptions
-    from sppfeat.retrieval.gallery import create_gallery, open_gallery
     from sppfeat.retrieval.search import SearchOptions, search_descriptors
     from sppfeat.store.writing import create_store
 
@@ -177,8 +177,8 @@ def overhead(folder: str, count: int, dim: int) -> dict[str, Any]:
 def adding(folder: str, factory: str, count: int) -> dict[str, Any]:
     """Ten images more, three times, in a gallery of `count` rows: seconds and bytes written, medians."""
     from sppfeat import Recipe, open_store
+    from sppfeat.retrieval import add_to_gallery, create_gallery
     from sppfeat.retrieval.faiss_index import IndexOptions
-    from sppfeat.retrieval.gallery import add_to_gallery, create_gallery
     from sppfeat.store.writing import create_store
 
     generator = np.random.default_rng(0)
@@ -212,7 +212,7 @@ def adding(folder: str, factory: str, count: int) -> dict[str, Any]:
 def stages(folder: str) -> dict[str, Any]:
     """One query image on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
-    from sppfeat.retrieval.gallery import create_gallery, open_gallery
+    from sppfeat.retrieval import create_gallery, open_gallery
     from sppfeat.retrieval.search import SearchOptions, describer_for, search_descriptors, search_images
 
     options = RunOptions(device="cpu")

@@ -98,6 +98,7 @@ def retrieval(
     candidates: options.Candidates = _RETRIEVAL.candidates,
     neighborhood: options.Neighborhood = _RETRIEVAL.neighborhood,
     alpha: options.Alpha = _RETRIEVAL.alpha,
+    bin_dim: options.BinDim = _RETRIEVAL.bin_dim,
     as_json: options.AsJson = False,
 ) -> None:
     """Rank a gallery exactly for every query, and report mAP and recall@1, 5 and 10.
@@ -147,6 +148,7 @@ def retrieval(
         neighborhood=neighborhood,
         alpha=alpha,
         whole_queries=whole_queries,
+        bin_dim=bin_dim,
     )
     opened = open_store(str(store or gallery))
     done = evaluate_retrieval(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _WHICH = "expected index STORE -o GALLERY, index STORE --add-to GALLERY, or index --remove NAMES.txt --from GALLERY"
 # Options that are fixed once a gallery is built.
 _BUILDING = (
-    "factory memory recall measure_recall project whiten whiten_power shrinkage whitening_from keep_bins seed overwrite"
+    *("factory", "memory", "recall", "measure_recall", "project", "whiten", "whiten_power", "shrinkage"),
+    *("whitening_from", "keep_bins", "bin_dim", "seed", "overwrite"),
 )
 
 _INDEX = options.Defaults("sppfeat.retrieval:IndexOptions")
@@ -74,6 +75,7 @@ def index(
             "--keep-bins", help="Keep the bins of each image, one byte a value, for search --parts and --rerank."
         ),
     ] = False,
+    bin_dim: options.BinDim = None,
     device: options.IndexDevice = _INDEX.device,
     seed: options.Seed = _INDEX.seed,
     overwrite: options.Overwrite = False,
@@ -90,7 +92,7 @@ def index(
     if (remove is None) != (remove_from is None):
         raise UsageError(_WHICH)
     if output is None:
-        for name in _BUILDING.split():
+        for name in _BUILDING:
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 raise UsageError(f"--{name.replace('_', '-')}: applies only when a gallery is built with -o")
@@ -109,6 +111,7 @@ def index(
             options.projection_options(project, whiten, whiten_power, shrinkage, whitening_from, seed),
             whitening_from,
             keep_bins,
+            bin_dim,
             overwrite,
         )
         if output is not None
@@ -130,6 +133,7 @@ def _build(
     projection: "ProjectionOptions | None",
     whitening_from: str | None,
     keep_bins: bool,
+    bin_dim: int | None,
     overwrite: bool,
 ) -> "Change":
     from sppfeat.retrieval import IndexOptions, create_gallery
@@ -143,6 +147,7 @@ def _build(
         projection,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
         keep_bins=keep_bins,
+        bin_dim=bin_dim,
         overwrite=overwrite,
     )
 
@@ -172,6 +177,7 @@ def _document(done: "Change") -> dict[str, Any]:
         "dim": about.dim,
         "index": to_builtins(about.index) | {"bytes": about.index_bytes},
         "projection": to_builtins(about.projection),
+        "bins": to_builtins(about.bins),
         "seconds": None if built is None else round(built.seconds, 3),
         "queries_per_second": None if built is None else built.queries_per_second,
     }
@@ -202,6 +208,8 @@ def _summary(done: "Change") -> str:
             f"  project  onto {projection.dim} values{', ' + how if projection.power else ''}, which keep "
             f"{100 * projection.kept:.1f} % of the variance of {projection.rows} images ({projection.route})"
         )
+    if (bins := about.bins) is not None:
+        lines.append(f"  bins     {bins.dim} values each, {human_bytes(bins.bytes)} an image")
     if built.effort:
         name, value = next(iter(built.effort.items()))
         lines.append(f"  effort   {name} {value}")

@@ -227,7 +227,8 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
         "images": found.rows,
         "bytes": sum(entry.bytes for entry in found.entries),
         **{
-            key: to_builtins(getattr(found, key)) for key in ("dim", "index", "projection", "sources", "weights_sha256")
+            key: to_builtins(getattr(found, key))
+            for key in ("dim", "index", "projection", "bins", "sources", "weights_sha256")
         },
         "recipe": dataclasses.asdict(recipe),
         "versions": found.versions,
@@ -261,6 +262,8 @@ def _gallery_text(about: dict[str, Any]) -> str:
             f"  projection: {about['dim']} onto {projection['dim']} values{how}, {100 * projection['kept']:.1f} % of "
             f"the variance of {projection['rows']} images of {projection['learned_from']}"
         )
+    if (bins := about["bins"]) is not None:
+        lines.append(f"  bins: {bins['dim']} values each, {human_bytes(bins['bytes'])} an image")
     for source in about["sources"]:
         lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
     lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]

@@ -190,6 +190,14 @@ Neighborhood = Annotated[
 Alpha = Annotated[
     float, typer.Option(metavar="X", help="Exponent of the similarity that weights each neighbor in --rerank expand.")
 ]
+BinDim = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Values of a bin: its N principal components instead of all channels; smaller, and less exact.",
+        show_default="all channels",
+    ),
+]
 Project = Annotated[
     int | None,
     typer.Option(metavar="N", help="Project onto N principal components.", show_default="512 with --whiten"),

@@ -215,26 +215,40 @@ def precision_at(ranking: Sequence[str], positive: set[str], junk: set[str], k: 
     return len([name for name in kept[:end] if name in positive]) / end
 
 
-def best_rectangle(query: np.ndarray, bins: np.ndarray, cells: int = 3) -> tuple[float, list[list[float]], list[float]]:
-    """The best score of a query, cells [cells * cells, C], over all rectangles of bins [n, n, C], one by one.
+def best_rectangle(
+    query: np.ndarray,
+    bins: np.ndarray,
+    cells: int = 3,
+    *,
+    least: int = 1,
+    power: float = 0.0,
+    mean: np.ndarray | None = None,
+    matrix: np.ndarray | None = None,
+) -> tuple[float, list[list[float]], list[float]]:
+    """The best score of a query, cells [cells * cells, C], over rectangles of bins [n, n, C], one by one.
 
+    Rectangles have sides of at least `least` bins, and their scores are weighted by their part of the area to a power.
+    With a mean [C] and a matrix [C, W], cells are whitened, as those of the query are already.
     Also the boxes of all rectangles, x1, y1, x2, y2 in bins with exclusive ends, and their scores.
     """
     n = len(bins)
     boxes, scores = [], []
     for top in range(n):
-        for bottom in range(top + 1, n + 1):
+        for bottom in range(top + least, n + 1):
             for left in range(n):
-                for right in range(left + 1, n + 1):
+                for right in range(left + least, n + 1):
                     part = bins[top:bottom, left:right]
                     score = 0.0
                     for i, (y1, y2) in enumerate(bin_edges(bottom - top, cells)):
                         for j, (x1, x2) in enumerate(bin_edges(right - left, cells)):
-                            cell = [max(part[y1:y2, x1:x2, c].ravel().tolist()) for c in range(bins.shape[2])]
-                            length = math.sqrt(sum(value * value for value in cell)) or 1.0
-                            score += float(np.dot(query[i * cells + j], cell)) / length
+                            cell = np.array([max(part[y1:y2, x1:x2, c].ravel().tolist()) for c in range(bins.shape[2])])
+                            cell = cell / (math.sqrt(sum(value * value for value in cell.tolist())) or 1.0)
+                            if mean is not None and matrix is not None:
+                                cell = matrix.T @ (cell - mean)
+                                cell = cell / (np.linalg.norm(cell) or 1.0)
+                            score += float(np.dot(query[i * cells + j], cell))
                     boxes.append([float(left), float(top), float(right), float(bottom)])
-                    scores.append(score / cells**2)
+                    scores.append(score / cells**2 * ((bottom - top) * (right - left) / n**2) ** power)
     return max(scores), boxes, scores
 
 

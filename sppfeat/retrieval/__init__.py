@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sppfeat.retrieval.changes import Change, add_to_gallery, create_gallery, read_names, remove_from_gallery
 from sppfeat.retrieval.crops import Crops, check_crops, find_crops
 from sppfeat.retrieval.duplicates import (
     Duplicates,
@@ -13,17 +14,7 @@ from sppfeat.retrieval.duplicates import (
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
 from sppfeat.retrieval.explanation import Explanation
 from sppfeat.retrieval.faiss_index import IndexOptions
-from sppfeat.retrieval.gallery import (
-    Change,
-    Gallery,
-    add_to_gallery,
-    create_gallery,
-    describe_gallery,
-    open_gallery,
-    read_names,
-    remove_from_gallery,
-    verify_gallery,
-)
+from sppfeat.retrieval.gallery import Gallery, describe_gallery, open_gallery, verify_gallery
 from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.search import (

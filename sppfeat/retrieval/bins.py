@@ -1,29 +1,32 @@
 """The bins of a gallery's images: what parts are found in. One byte a value, read on demand.
 
-    bins-N.h5   /values [N, n, n, C] int8, the finest level of each descriptor, scaled by a factor of its own;
-                /image_size [N, 2] int32, width and height of the upright image
+    bins-N.h5       /values [N, n, n, K] int8, the finest level of each descriptor, scaled by a factor of its own: its C
+                    channels, or their K components; /image_size [N, 2] int32, width and height of the upright image
+    channels-N.npz  what was learned of the channels: see `channels`
 
-Row i is row i of the index. The maximum over bins is exact up to the rounding to a byte, and the length of a cell's
-values does not count: see `alignment`.
+Row i is row i of the index. The maximum over bins is exact up to the rounding to a byte, and to what components leave
+out; the length of a cell's values does not count: see `alignment`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, StoreError, UsageError
+from sppfeat.errors import GalleryError, UsageError
 from sppfeat.files import appearing_hdf5, open_hdf5
 from sppfeat.recipe import NATIVE, Recipe
-from sppfeat.retrieval.alignment import CELLS
+from sppfeat.retrieval.alignment import CELLS, Whitening
+from sppfeat.retrieval.arrays import read_arrays, write_arrays
+from sppfeat.retrieval.channels import SAMPLE_IMAGES, SEED, Channels, learn_channels
 from sppfeat.retrieval.segments import JoinedValues
 from sppfeat.store import UnitRows, block_rows
 
 _VERSION: Final = 1
-_LARGEST: Final = 127
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class BinLayout:
 
 @dataclass(frozen=True)
 class Bins:
-    """The bins of a gallery, in its files. values: [N, side, side, channels] int8. image_size: [N, 2] int32."""
+    """The bins of a gallery, in its files. values: [N, side, side, K] int8. image_size: [N, 2] int32."""
 
     values: np.ndarray | JoinedValues
     image_size: np.ndarray
+    channels: Channels
 
-    def only(self, rows: np.ndarray) -> KeptBins:
-        """Some of the rows, in this order."""
-        return KeptBins(self, rows)
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """[n, side, side, C] at positions [n]."""
+        return self.channels.decode(self.values[rows])
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,15 @@ class BinSource:
     """The bins of a gallery to be written: those of an older one's rows that stay, then those of a store's rows."""
 
     layout: BinLayout
+    channels: Channels
     kept: KeptBins | None
     new: UnitRows | None
 
     def __len__(self) -> int:
         return sum(len(part.rows) for part in (self.kept, self.new) if part is not None)
 
-    def take(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n, side, side, channels] int8 and [n, 2] image sizes of ascending rows."""
+    def encoded(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n, side, side, K] int8 and [n, 2] image sizes of ascending rows."""
         before = 0 if self.kept is None else len(self.kept.rows)
         cut = int(np.searchsorted(which, before))
         values, sizes = [], []
@@ -109,55 +114,85 @@ class BinSource:
             values.append(self.kept.bins.values[rows])
             sizes.append(self.kept.bins.image_size[rows])
         if self.new is not None and cut < len(which):
-            rows = self.new.rows[which[cut:] - before]
-            values.append(to_bytes(self.layout.take(self.new.store.descriptors[rows])))
-            sizes.append(self.new.store.image_size[rows])
+            at = which[cut:] - before
+            values.append(self.channels.encode(bins_of(self.layout, self.new, at)))
+            sizes.append(self.new.store.image_size[self.new.rows[at]])
         return np.concatenate(values), np.concatenate(sizes)
+
+    def take(self, which: np.ndarray) -> np.ndarray:
+        """[n, side, side, C] of ascending rows, as they will be read."""
+        return self.channels.decode(self.encoded(which)[0])
+
+
+def bins_of(layout: BinLayout, rows: UnitRows, which: np.ndarray) -> np.ndarray:
+    """[n, side, side, C] of rows of a store, as it has them."""
+    return layout.take(rows.store.descriptors[rows.rows[which]])
+
+
+def learn_from(layout: BinLayout, rows: UnitRows, kept: int | None = None) -> Channels:
+    """What a sample of a store's rows tells of their channels; kept: see `learn_channels`."""
+    return learn_channels(bins_of(layout, rows, rows.sample(SAMPLE_IMAGES, SEED)), kept, whole_side(layout.side))
+
+
+def whole_side(side: int) -> int:
+    """Bins along a side of a rectangle that may hold a query that is a whole image: of 6, at least 5."""
+    return -(-5 * side // 6)
 
 
 def write_bins(file: Path, source: BinSource) -> None:
     """Write the bins of a gallery. Raises GalleryError."""
-    layout = source.layout
+    layout, kept = source.layout, source.channels.kept
     size = block_rows(layout.side * layout.side * layout.channels)
     with appearing_hdf5(file, GalleryError) as content:
-        values = content.create_dataset("values", (len(source), *layout.shape), np.int8)
+        values = content.create_dataset("values", (len(source), layout.side, layout.side, kept), np.int8)
         sizes = content.create_dataset("image_size", (len(source), 2), "<i4")
         for start in range(0, len(source), size):
             part = slice(start, min(start + size, len(source)))
-            values[part], sizes[part] = source.take(np.arange(part.start, part.stop))
+            values[part], sizes[part] = source.encoded(np.arange(part.start, part.stop))
 
 
-def to_bytes(bins: np.ndarray) -> np.ndarray:
-    """[N, n, n, C] int8 of bins, each image scaled to use the whole range. Raises StoreError for values not finite."""
-    found = bins.astype(np.float32)
-    largest = np.abs(found).max((1, 2, 3), keepdims=True)
-    if not np.isfinite(largest).all():
-        raise StoreError("expected finite descriptors; `sppfeat inspect --verify` names the rows")
-    largest[largest == 0] = 1
-    whole: np.ndarray = np.rint(found * (_LARGEST / largest)).astype(np.int8)
-    return whole
-
-
-def read_bins(file: Path, count: int, layout: BinLayout) -> Bins:
+def read_bins(file: Path, count: int, layout: BinLayout, channels: Channels) -> Bins:
     """The bins of `count` images, mapped from the file. Raises GalleryError for any other file."""
+    shape = (count, layout.side, layout.side, channels.kept)
     with open_hdf5(file, None, _VERSION, GalleryError) as content:
         values, sizes = content["values"], content["image_size"]
-        if values.shape != (count, *layout.shape) or values.dtype != np.int8 or sizes.shape != (count, 2):
+        if values.shape != shape or values.dtype != np.int8 or sizes.shape != (count, 2):
             raise GalleryError(
-                f"{file}: expected bins {[count, *layout.shape]} of int8, found {list(values.shape)} of {values.dtype}"
+                f"{file}: expected bins {list(shape)} of int8, found {list(values.shape)} of {values.dtype}"
             )
         offset, length = values.id.get_offset(), values.id.get_storage_size()
         image_size = sizes[:].astype(np.int32, casting="same_kind")
-    if offset is None or length != count * int(np.prod(layout.shape)) or offset + length > file.stat().st_size:
+    if offset is None or length != math.prod(shape) or offset + length > file.stat().st_size:
         raise GalleryError(f"{file}: expected its values in one piece, found fewer")
-    return Bins(np.memmap(file, np.int8, "r", offset, (count, *layout.shape)), image_size)
+    return Bins(np.memmap(file, np.int8, "r", offset, shape), image_size, channels)
 
 
 def join_bins(base: Bins, added: Bins) -> Bins:
     """The bins of a gallery's first rows and of those added since, both mapped from files."""
     if isinstance(base.values, JoinedValues) or isinstance(added.values, JoinedValues):
         raise TypeError("expected bins of one file each")
-    return Bins(JoinedValues(base.values, added.values), np.concatenate([base.image_size, added.image_size]))
+    sizes = np.concatenate([base.image_size, added.image_size])
+    return Bins(JoinedValues(base.values, added.values), sizes, base.channels)
+
+
+def write_channels(file: Path, channels: Channels) -> None:
+    """Write what was learned of channels. Raises GalleryError."""
+    arrays = {"mean": channels.whitening.mean, "matrix": channels.whitening.matrix}
+    if channels.components is not None:
+        arrays["components"] = channels.components
+    write_arrays(file, arrays)
+
+
+def read_channels(file: Path, layout: BinLayout, whitened: int, kept: int) -> Channels:
+    """Channels whose cells are whitened to so many values, and of which so many are kept of a bin.
+
+    Raises GalleryError for any other file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"mean": (layout.channels,), "matrix": (layout.channels, whitened)}
+    if kept < layout.channels:
+        shapes["components"] = (kept, layout.channels)
+    arrays = read_arrays(file, shapes)
+    return Channels(Whitening(arrays["mean"], arrays["matrix"]), arrays.get("components"))
 
 
 def part_recipe(recipe: Recipe, factors: tuple[float, ...]) -> Recipe:

@@ -21,7 +21,8 @@ from sppfeat.images import Item
 from sppfeat.machine import available_cores
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.alignment import align, cells_of, locate, rectangles
-from sppfeat.retrieval.bins import BinLayout, bin_layout, part_recipe, to_bytes
+from sppfeat.retrieval.bins import BinLayout, bin_layout, bins_of, part_recipe
+from sppfeat.retrieval.channels import to_bytes
 from sppfeat.retrieval.faiss_index import build_index, load_faiss
 from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.parts import in_pixels
@@ -214,7 +215,7 @@ def _compare(
     """Scores [N] and boxes [N, 4], from 0 to 1, of a part in each candidate."""
     if not len(candidates):
         return np.zeros(0), np.zeros((0, 4))
-    bins = to_bytes(layout.take(rows.store.descriptors[rows.rows[candidates]]))
+    bins = to_bytes(bins_of(layout, rows, candidates))
     query, shapes = cells_of(layout.take(descriptor[None]))[0], rectangles(layout.side)
     found = align(query, bins, shapes).scores.astype(np.float64)
     boxes = locate(query, bins, shapes)

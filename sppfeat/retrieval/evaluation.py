@@ -37,6 +37,7 @@ class RetrievalOptions(RerankOptions):
     group. Not used with ground truth. ap: average precision, a method of `ranked_average_precision`; None: `trapezoid`
     with ground truth, as Oxford, Paris and Holidays are evaluated, else `step`.
     whole_queries: search with whole images even if the ground truth has a box for the query.
+    bin_dim: values of a bin that parts and `bins` compare, as a gallery with so many would; None: all channels.
     The rest: see `RerankOptions`; what is not among the candidates keeps its order after them.
     Raises UsageError, naming the field, for an invalid value.
     """
@@ -45,11 +46,18 @@ class RetrievalOptions(RerankOptions):
     ap: str | None = None
     projection: ProjectionOptions | None = None
     whole_queries: bool = False
+    bin_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ap is not None and self.ap not in AP_METHODS:
             raise UsageError(unknown_name("average precision", self.ap, AP_METHODS))
+        if self.bin_dim is not None and not (self.aligned and self.bin_dim > 0):
+            raise UsageError(
+                f"bin_dim must be at least 1 value, found {self.bin_dim}"
+                if self.aligned
+                else f"bin_dim: expected parts or rerank bins, which compare bins, found rerank {self.rerank!r}"
+            )
         if self.relevant != "folder":
             _pattern(self.relevant)
 
@@ -125,9 +133,9 @@ def evaluate_retrieval(
     recalls = {k: 0.0 for k in RECALLS}
     precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
     found: list[float] = []
-    for at, ((name, target), ranking) in enumerate(
-        zip(targets, rankings(rows, asked, own, options, boxes=truth is not None and truth.boxed), strict=True)
-    ):
+    boxed = truth is not None and truth.boxed
+    ranked_rows = rankings(rows, asked, own, options, bin_dim=options.bin_dim, boxes=boxed)
+    for at, ((name, target), ranking) in enumerate(zip(targets, ranked_rows, strict=True)):
         if name in own:
             target[own[name]] = 0
         if boxes:

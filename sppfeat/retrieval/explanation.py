@@ -1,7 +1,8 @@
 """Why an image scored as it did: how much each of its bins, and each of the query's, adds to the score.
 
-The score of an alignment is a mean over cells of sums over channels, and each channel of a cell is the maximum of one
-bin: so every product belongs to a pair of bins, one of the query and one of the image. All pairs add up to the score.
+The score of an alignment is a mean over cells of inner products, and each channel of a cell is the maximum of one bin:
+so every product of two channels, which whitening mixes, belongs to a pair of bins, one of the query and one of the
+image. All pairs add up to the score.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.retrieval.alignment import CELLS, Rectangles, rectangles
+from sppfeat.retrieval.alignment import CELLS, Rectangles, Whitening, rectangles
 
 # As many as can be told apart on a small image.
 _LINKS: Final = 5
@@ -38,7 +39,9 @@ class Explanation:
     links: list[Link]
 
 
-def explain(query: np.ndarray, image: np.ndarray, shapes: Rectangles, rectangle: int) -> Explanation:
+def explain(
+    query: np.ndarray, image: np.ndarray, shapes: Rectangles, rectangle: int, whitening: Whitening | None = None
+) -> Explanation:
     """Explain the score of one of `shapes`, by number, of an image's bins [n, n, C] for a query's bins [F, n, n, C].
 
     F: scales, whose cells are averaged. The image's bins may be scaled by any factor.
@@ -47,25 +50,32 @@ def explain(query: np.ndarray, image: np.ndarray, shapes: Rectangles, rectangle:
     whole = rectangles(side)
     pairs = np.zeros((side * side, side * side))
     for cell in range(CELLS * CELLS):
-        there, values = _cell(image, shapes, rectangle, cell)
+        there = _cell(image, shapes, rectangle, cell, whitening)
         for one in query:
-            here, asked = _cell(one, whole, whole.whole, cell)
-            np.add.at(pairs, (here, there), asked * values)
-    pairs /= len(query) * CELLS * CELLS
+            pairs += _cell(one, whole, whole.whole, cell, whitening) @ there.T
+    pairs *= float(shapes.weights[rectangle]) / (len(query) * CELLS * CELLS)
     grid = side, side
     return Explanation(pairs.sum(1).reshape(grid), pairs.sum(0).reshape(grid), _links(pairs, side))
 
 
-def _cell(bins: np.ndarray, shapes: Rectangles, rectangle: int, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """[C] the bins, by number, that the maxima of a cell come from, and the maxima, of length 1 together."""
+def _cell(bins: np.ndarray, shapes: Rectangles, rectangle: int, cell: int, whitening: Whitening | None) -> np.ndarray:
+    """[n * n, C or W] what each bin is of a cell that is compared, which is their sum."""
     row, column = divmod(int(shapes.cells[rectangle, cell]), len(shapes.runs))
     (top, bottom), (left, right) = shapes.runs[row].tolist(), shapes.runs[column].tolist()
     part = bins[top:bottom, left:right].astype(np.float64)
     flat = part.reshape(-1, part.shape[-1])
     first = flat.argmax(0)
     values = flat.max(0)
-    length = np.sqrt(values @ values) or 1.0
-    return (top + first // (right - left)) * len(bins) + left + first % (right - left), values / length
+    values /= np.sqrt(values @ values) or 1.0
+    if whitening is not None:
+        values -= whitening.mean
+    of_bins = np.zeros((len(bins) ** 2, len(values)))
+    from_bins = (top + first // (right - left)) * len(bins) + left + first % (right - left)
+    of_bins[from_bins, np.arange(len(values))] = values
+    if whitening is not None:
+        of_bins = of_bins @ whitening.matrix
+        of_bins /= np.linalg.norm(of_bins.sum(0)) or 1.0
+    return of_bins
 
 
 def _links(pairs: np.ndarray, side: int) -> list[Link]:

@@ -4,7 +4,9 @@
     index-N.faiss         the FAISS index; its row i is ...
     rows-N.h5             ... /names[i], from the folder /roots[/root[i]], with /checksum[i] of its row in the store
     projection-N.npz      mean, matrix, eigenvalues; none without a projection
-    bins-N.h5             what parts are found in, see `bins`; only if it was asked for
+    bins-N.h5             what parts are found in, see `bins`; only if it was asked for, and so are ...
+    channels-N.npz        ... what was learned of their channels, see `channels`, and ...
+    regions-N.faiss       ... if images are many, which of them are worth a look, see `regions`
 
 Rows added to a large gallery have an index, rows and bins of their own, which every addition writes again, while those
 of the base stay as they are: see `segments`. Rows of the base come first.
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import h5py
 import msgspec
@@ -47,10 +49,12 @@ from sppfeat.files import (
     unsafe_name,
 )
 from sppfeat.images import absolute
-from sppfeat.retrieval.bins import BinSource, write_bins
+from sppfeat.retrieval.about import About, AddedEntries, FileEntries, FileEntry, Version
+from sppfeat.retrieval.arrays import write_arrays
+from sppfeat.retrieval.bins import BinSource, write_bins, write_channels
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
 from sppfeat.retrieval.regions import write_regions
-from sppfeat.retrieval.whitening import Projection, write_projection
+from sppfeat.retrieval.whitening import Projection
 from sppfeat.store import Box, image_of, lock_store
 
 FORMAT_VERSION: Final = 1
@@ -59,117 +63,18 @@ FORMAT_VERSION: Final = 1
 ALL_ROWS: Final = 20_000
 DESCRIPTION: Final = "gallery.json"
 _OURS: Final = re.compile(
-    r"\.?(index|rows|projection|bins|regions)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial"
+    r"\.?(index|rows|projection|bins|channels|regions)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial"
 )
 _LOCK: Final = ".lock"  # of `lock_store`
-_SUFFIXES: Final = {"index": "faiss", "rows": "h5", "projection": "npz", "bins": "h5", "regions": "faiss"}
+_SUFFIXES: Final = {
+    "index": "faiss",
+    "rows": "h5",
+    "projection": "npz",
+    "bins": "h5",
+    "channels": "npz",
+    "regions": "faiss",
+}
 _LIBRARIES: Final = ("faiss-cpu", "faiss-gpu", "numpy", "h5py")
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A part of `gallery.json`: exactly these keys."""
-
-
-class FileEntry(_Document, frozen=True):
-    """A file of the gallery as written: its name in the folder, length and CRC-32."""
-
-    file: str
-    bytes: Count
-    crc32: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-
-
-class AddedEntries(_Document, frozen=True, omit_defaults=True):
-    """The files of the rows that were added and have not joined the base, and their number."""
-
-    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
-    index: FileEntry
-    rows: FileEntry
-    bins: FileEntry | None = None
-    regions: FileEntry | None = None
-
-
-class FileEntries(_Document, frozen=True, omit_defaults=True):
-    """All files of a gallery: those of the base, the projection, and those of added rows."""
-
-    index: FileEntry
-    rows: FileEntry
-    projection: FileEntry | None = None
-    bins: FileEntry | None = None
-    regions: FileEntry | None = None
-    added: AddedEntries | None = None
-
-
-class IndexEntry(_Document, frozen=True):
-    """How the index was made. recall: of 10 neighbors, when it was built, 0 to 1."""
-
-    factory: str
-    why: str
-    effort: dict[str, int]
-    recall: Share | None = msgspec.field(name="recall@10")
-
-
-class ProjectionEntry(_Document, frozen=True):
-    """Facts about a projection; see `Projection`."""
-
-    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
-    kept: Share
-    power: Share
-    shrinkage: Share
-    learned_from: str
-    rows: Count
-    route: str
-
-
-class SourceEntry(_Document, frozen=True):
-    """A store that rows came from; paths as `path_text` gives them. fingerprint: CRC-32 of its rows' checksums."""
-
-    store: str
-    source_root: str
-    rows: Count
-    fingerprint: Count
-
-
-class About(_Document, frozen=True):
-    """The contents of `gallery.json`. rows, dim: of descriptors, before projection. recipe: see `Recipe.from_json`."""
-
-    format: str
-    format_version: int
-    rows: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
-    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
-    recipe: msgspec.Raw
-    recipe_hash: str
-    weights_sha256: str
-    index: IndexEntry
-    projection: ProjectionEntry | None
-    sources: list[SourceEntry]
-    generation: Count
-    files: FileEntries
-    versions: dict[str, str]
-
-    @property
-    def base_rows(self) -> int:
-        """The number of rows of the base; those after it were added later."""
-        return self.rows if self.files.added is None else self.rows - self.files.added.count
-
-    @property
-    def index_bytes(self) -> int:
-        """The size of the index, that of added rows included."""
-        return self.files.index.bytes + (0 if self.files.added is None else self.files.added.index.bytes)
-
-    @property
-    def entries(self) -> list[FileEntry]:
-        """All files of the gallery except this one."""
-        kept, added = self.files, self.files.added
-        entries = [kept.index, kept.rows, kept.projection, kept.bins, kept.regions]
-        entries += [] if added is None else [added.index, added.rows, added.bins, added.regions]
-        return [entry for entry in entries if entry is not None]
-
-
-class _Version(msgspec.Struct):
-    format_version: int
 
 
 @dataclass(frozen=True)
@@ -234,7 +139,7 @@ def read_about(path: Path) -> About:
         content = (path / DESCRIPTION).read_bytes()
     except OSError as error:
         raise GalleryError(f"{what}, found: {os_reason(error)}") from None
-    number = decode_document(content, _Version, what=what, error=GalleryError).format_version
+    number = decode_document(content, Version, what=what, error=GalleryError).format_version
     if number > FORMAT_VERSION:
         raise GalleryError(
             f"{path}: its format {number} is newer than this sppfeat can read ({FORMAT_VERSION}): update sppfeat"
@@ -242,6 +147,8 @@ def read_about(path: Path) -> About:
     about = decode_document(content, About, what=what, error=GalleryError)
     if (about.projection is None) != (about.files.projection is None):
         raise GalleryError(f"{what}, found a projection without its file, or the other way round")
+    if len({about.bins is None, about.files.bins is None, about.files.channels is None}) > 1:
+        raise GalleryError(f"{what}, found bins without their files, or the other way round")
     if (added := about.files.added) is not None:
         if about.base_rows < 1:
             raise GalleryError(f"{what}, found {added.count} added rows of {about.rows}")
@@ -359,7 +266,7 @@ def write_generation(
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
     Call it within `changing`. base: None: that of `previous` stays as it is. added: rows after it. previous: its
-    projection file is kept. Returns the description as written.
+    projection and channels are kept. Returns the description as written.
     """
     for content in (base, added):
         if content is not None and not content.index.ntotal == len(content.rows.names) == len(content.rows.root):
@@ -394,9 +301,13 @@ def write_generation(
         count = previous.base_rows
     else:
         raise ValueError("expected a base, or the gallery that has it")
-    kept = None if previous is None else previous.files.projection
-    if kept is None and projection is not None:
-        kept = put("projection", lambda file: write_projection(file, projection))
+    learned = None if previous is None else previous.files.projection
+    if learned is None and projection is not None:
+        arrays = {"mean": projection.mean, "matrix": projection.matrix, "eigenvalues": projection.eigenvalues}
+        learned = put("projection", lambda file: write_arrays(file, arrays))
+    channels = None if previous is None else previous.files.channels
+    if channels is None and base is not None and (source := base.bins) is not None:
+        channels = put("channels", lambda file: write_channels(file, source.channels))
     later = None
     if added is not None:
         generation += base is not None
@@ -405,7 +316,7 @@ def write_generation(
         about,
         generation=generation,
         rows=count + (0 if later is None else later.count),
-        files=FileEntries(**vars(files), projection=kept, added=later),
+        files=FileEntries(**vars(files), projection=learned, channels=channels, added=later),
         versions=_versions(),
     )
     with appearing(path / DESCRIPTION, GalleryError) as partial:

@@ -8,8 +8,9 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.retrieval.bins import BinLayout, bin_layout, to_bytes
-from sppfeat.retrieval.parts import order_by_bins, rectangles_for
+from sppfeat.retrieval.bins import bin_layout, bins_of, learn_from
+from sppfeat.retrieval.channels import Channels
+from sppfeat.retrieval.parts import Matching, order_by_bins, part_matching, whole_matching
 from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import UnitRows, normalize_rows
 
@@ -37,20 +38,27 @@ def rankings(
     own: Mapping[str, np.ndarray],
     options: RerankOptions | None = None,
     *,
+    bin_dim: int | None = None,
     boxes: bool = False,
 ) -> Iterator[Ranking]:
     """For each query, all rows by falling score, equal ones in their order; the query's own rows are last.
 
     own: by name, the rows of each query's own image, which are no neighbors. queries: with `parts`, of descriptors at
-    several scales, one after the other. boxes: find them in all rows that are aligned, which takes as long again.
+    several scales, one after the other. bin_dim: values of a bin, as a gallery would keep it; None: all channels.
+    boxes: find them in all rows that are aligned, which takes as long again.
     """
     options = options or RerankOptions()
-    if options.parts:
-        every = np.arange(len(rows))
+    bins = None
+    if options.aligned:
         layout = bin_layout(rows.store.recipe, rows.store.dim)
+        channels = learn_from(layout, rows, bin_dim)
+        matching = part_matching(layout) if options.parts else whole_matching(layout, channels)
+        bins = _RowBins(rows, channels, matching, boxes)
+    if bins is not None and options.parts:
+        every = np.arange(len(rows))
         for at, name in enumerate(queries.names):
             others = np.setdiff1d(every, own.get(name, ()))
-            yield _aligned(rows, layout, _described(queries, at), others, np.setdiff1d(every, others), True, boxes)
+            yield bins.ranking(_described(queries, at), others, np.setdiff1d(every, others))
         return
     rows = rows.in_memory()  # every block of queries reads all of them
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
@@ -65,9 +73,8 @@ def rankings(
             order = np.argsort(-one, kind="stable")
             near = order[: min(options.count, len(order) - len(mine))]
             after = order[len(near) :]
-            if options.rerank == "bins":
-                layout = bin_layout(rows.store.recipe, rows.store.dim)
-                yield _aligned(rows, layout, _described(queries, at), np.sort(near), after, False, boxes)
+            if bins is not None:
+                yield bins.ranking(_described(queries, at), np.sort(near), after)
             elif options.together:
                 similar = np.ones((1 + len(near),) * 2, np.float32)
                 similar[0, 1:] = similar[1:, 0] = one[near]
@@ -84,23 +91,24 @@ def _described(queries: UnitRows, at: int) -> np.ndarray:
     return found
 
 
-def _aligned(
-    rows: UnitRows,
-    layout: BinLayout,
-    query: np.ndarray,
-    near: np.ndarray,
-    after: np.ndarray,
-    parts: bool,
-    boxes: bool,
-) -> Ranking:
-    """The rows `near` by their bins, as a gallery would keep them, and then those `after`."""
+@dataclass(frozen=True)
+class _RowBins:
+    """The bins of a store's rows, as a gallery would keep them, and how queries are looked for in them."""
 
-    def bins_of(which: np.ndarray) -> np.ndarray:
-        return to_bytes(layout.take(rows.store.descriptors[rows.rows[which]]))
+    rows: UnitRows
+    channels: Channels
+    matching: Matching
+    boxes: bool
 
-    shapes = rectangles_for(layout, parts=parts)
-    found = order_by_bins(layout, query.reshape(-1, rows.store.dim), near, bins_of, shapes, len(near) if boxes else 0)
-    return Ranking(np.concatenate([found.rows, after]), found.boxes if boxes else None)
+    def take(self, which: np.ndarray) -> np.ndarray:
+        """[n, side, side, C]."""
+        return self.channels.decode(self.channels.encode(bins_of(self.matching.layout, self.rows, which)))
+
+    def ranking(self, query: np.ndarray, near: np.ndarray, after: np.ndarray) -> Ranking:
+        """The rows `near` by their bins for a query [F * D], then those `after`."""
+        descriptors = query.reshape(-1, self.rows.store.dim)
+        found = order_by_bins(self.matching, descriptors, near, self.take, len(near) if self.boxes else 0)
+        return Ranking(np.concatenate([found.rows, after]), found.boxes if self.boxes else None)
 
 
 def _scores(rows: UnitRows, units: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ def write_regions(file: Path, source: BinSource, index: Any = None) -> None:
     index = _trained(source) if index is None else index
     with faiss_errors("regions"):
         for start in range(index.ntotal // COUNT, len(source), _BLOCK):
-            values, _ = source.take(np.arange(start, min(start + _BLOCK, len(source))))
+            values = source.take(np.arange(start, min(start + _BLOCK, len(source))))
             index.add(region_vectors(values).reshape(-1, index.d))
         with appearing(file, GalleryError) as partial:
             faiss.write_index(index, str(partial))
@@ -112,8 +112,7 @@ def _trained(source: BinSource) -> Any:
     """An empty index, trained on a sample of the images."""
     faiss = load_faiss()
     which = np.random.default_rng(_SEED).choice(len(source), min(_TRAINING_IMAGES, len(source)), replace=False)
-    values, _ = source.take(np.sort(which))
-    regions = region_vectors(values)
+    regions = region_vectors(source.take(np.sort(which)))
     regions = regions.reshape(-1, regions.shape[-1])
     dim = regions.shape[1]
     kept = min(_PROJECTED, dim) // 2 * 2

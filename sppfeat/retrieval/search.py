@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,14 +11,23 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images import Item, find_images, is_url
+from sppfeat.images import Item, is_url
 from sppfeat.recipe import RunOptions
-from sppfeat.retrieval.alignment import cells_of
 from sppfeat.retrieval.bins import bin_layout, part_recipe
 from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
 from sppfeat.retrieval.gallery import Gallery, check_recipe
-from sppfeat.retrieval.parts import BOX_FACTORS, PART_FACTORS, in_pixels, order_by_bins, rectangles_for, require_bins
+from sppfeat.retrieval.parts import (
+    BOX_FACTORS,
+    PART_FACTORS,
+    Matching,
+    in_pixels,
+    order_by_bins,
+    part_matching,
+    require_bins,
+    whole_matching,
+)
+from sppfeat.retrieval.queries import check_box, list_queries, own_rows
 from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, normalize_rows, to_units, unit_rows
 
@@ -258,7 +266,7 @@ def search_images(
         check_box(box)
     if options.aligned:
         require_bins(gallery)
-    queries, items, errors = _list_queries(sources)
+    queries, items, errors = list_queries(sources)
     paths = [item.path for item in items]
     factors = None if not options.parts else PART_FACTORS if box is None else BOX_FACTORS
     describer = describer or describer_for(gallery, run_options, weights=weights, factors=factors)
@@ -280,22 +288,13 @@ def search_images(
     if good:
         rows = np.stack([descriptors[at].reshape(-1, gallery.dim) for at in good])
     files = [paths[at] for at in good]
-    own = _own_rows(gallery, files) if options.exclude_self else None
+    own = own_rows(gallery, files) if options.exclude_self else None
     result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
     }
     ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
     return replace(result, answers=ordered, describing=describing)
-
-
-def check_box(box: Box) -> None:
-    """Raise UsageError unless x1, y1, x2, y2 can be a part of an image."""
-    x1, y1, x2, y2 = box
-    if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
-        raise UsageError(
-            f"box must be x1,y1,x2,y2 in pixels with x1 <= x2 and y1 <= y2, found {','.join(f'{v:g}' for v in box)}"
-        )
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
@@ -322,7 +321,7 @@ def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None =
 def _blocks(gallery: Gallery, rows: UnitRows, options: SearchOptions) -> Iterator[SearchResult]:
     root = rows.store.source_root
     files = [image_of(root, name)[0] for name in rows.names]
-    own = _own_rows(gallery, files) if options.exclude_self else None
+    own = own_rows(gallery, files) if options.exclude_self else None
     size = min(block_rows(rows.store.dim), STREAMED)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
@@ -404,7 +403,7 @@ def _candidates(
         if gallery.regions is None:
             near = np.arange(len(gallery))
         else:
-            query = cells_of(bin_layout(gallery.recipe, gallery.dim).take(descriptors)).mean(0)
+            query = _matching(gallery, options).query(descriptors)
             near = gallery.regions.nearest(query, count + (0 if own is None else own.size))
         return near if own is None else np.setdiff1d(near, own)
     wide = replace(options, k=count)
@@ -413,15 +412,19 @@ def _candidates(
     return np.unique(near[near >= 0])
 
 
+def _matching(gallery: Gallery, options: SearchOptions) -> Matching:
+    layout = bin_layout(gallery.recipe, gallery.dim)
+    return part_matching(layout) if options.parts else whole_matching(layout, require_bins(gallery).channels)
+
+
 def _located(
     gallery: Gallery, descriptors: np.ndarray, candidates: np.ndarray, options: SearchOptions, there: list[bool]
 ) -> list[Neighbor]:
     """The best of the candidates [N], with boxes in pixels."""
     bins = require_bins(gallery)
-    layout = bin_layout(gallery.recipe, gallery.dim)
-    shapes = rectangles_for(layout, parts=options.parts)
-    found = order_by_bins(layout, descriptors, candidates, bins.values.__getitem__, shapes, options.k)
-    asked = layout.take(descriptors).astype(np.float64)
+    matching = _matching(gallery, options)
+    found = order_by_bins(matching, descriptors, candidates, bins.take, options.k)
+    asked = matching.layout.take(descriptors).astype(np.float64)
     neighbors = []
     for rank, row in enumerate(found.rows[: options.k].tolist(), 1):
         one = _neighbor(gallery, row, float(found.scores[rank - 1]), rank, there)
@@ -429,7 +432,8 @@ def _located(
         box = in_pixels(found.boxes[rank - 1], one.box or (0, 0, width - 1, height - 1))
         why = None
         if options.explain and rank <= EXPLAINED:
-            why = explain(asked, bins.values[row], shapes, int(found.rectangles[rank - 1]))
+            image, best = bins.take(np.array([row]))[0], int(found.rectangles[rank - 1])
+            why = explain(asked, image, matching.shapes, best, matching.whitening)
         neighbors.append(replace(one, box=box, explanation=why))
     return neighbors
 
@@ -438,60 +442,3 @@ def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[b
     path, box = gallery.rows.image(row)
     root = int(gallery.rows.root[row])
     return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
-
-
-def _own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
-    """[Q, M] the rows of each query's own file, windows included, padded with -1.
-
-    Files are identified by their paths; links to folders are followed.
-    """
-    table = gallery.rows
-    roots = [os.path.realpath(root) for root in table.roots]
-    known: dict[str, list[int]] = {}
-    for row, (name, root) in enumerate(zip(table.names, table.root, strict=True)):
-        known.setdefault(os.path.normpath(image_of(roots[int(root)], name)[0]), []).append(row)
-    own = []
-    for path in paths:
-        folder = os.path.realpath(os.path.dirname(path))
-        files = {os.path.join(folder, os.path.basename(path)), os.path.realpath(path)}
-        own.append([row for file in files for row in known.get(file, ())])
-    found = np.full((len(paths), max(map(len, own), default=0)), -1, np.int64)
-    for at, rows in enumerate(own):
-        found[at, : len(rows)] = rows
-    return found
-
-
-def _list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:
-    """The queries' names, their items, and the reasons for failed ones by number. Raises UsageError.
-
-    Files are named as given, other images by their names below the given folder. A source that is neither is
-    a failed query, unless there is no other.
-    """
-    queries: list[str] = []
-    items: list[Item] = []
-    errors: dict[int, str] = {}
-    seen: set[str] = set()
-    refused: UsageError | None = None
-    for source in [os.fspath(source) for source in sources]:
-        try:
-            images = find_images([source])
-        except UsageError as error:
-            refused = refused or error
-            errors[len(queries)] = str(error).removeprefix(f"{source}: ")
-            queries.append(source)
-            items.append(Item("", source))
-            continue
-        for item in images.items:
-            path = item.path
-            if path in seen:
-                continue
-            seen.add(path)
-            if item.problem is not None:
-                errors[len(queries)] = item.problem
-            queries.append(source if path in (source, os.path.abspath(source)) else item.name)
-            items.append(item)
-    if refused is not None and len(errors) == len(queries):
-        raise refused
-    if not queries:
-        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
-    return queries, items, errors

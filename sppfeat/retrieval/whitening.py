@@ -18,16 +18,12 @@ Three routes to the same components, chosen by the shape of the N rows of D valu
 
 from __future__ import annotations
 
-import math
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError, one_line
-from sppfeat.files import appearing
+from sppfeat.errors import UsageError
 from sppfeat.images import absolute
 from sppfeat.store import BLOCK_BYTES, UnitRows, normalize_rows
 
@@ -223,41 +219,3 @@ def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest eigenvalues of a symmetric matrix, falling, and their vectors as columns."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     return values[::-1][:count], vectors[:, ::-1][:, :count]
-
-
-def write_projection(path: Path, projection: Projection) -> None:
-    """Write the arrays of a projection; the gallery's JSON has the rest. Raises GalleryError."""
-    with appearing(path, GalleryError) as partial, open(partial, "wb") as file:
-        np.savez(file, mean=projection.mean, matrix=projection.matrix, eigenvalues=projection.eigenvalues)
-
-
-def read_arrays(path: Path, dim: int, count: int) -> dict[str, np.ndarray]:
-    """Arrays of a projection of `dim` dimensions onto `count`. Raises GalleryError for any other file."""
-    expected = {"mean": (dim,), "matrix": (dim, count), "eigenvalues": (count,)}
-    try:
-        with zipfile.ZipFile(path) as file:
-            arrays = {name: _read_array(file, path, name, shape) for name, shape in expected.items()}
-    except GalleryError:
-        raise
-    except Exception as error:  # zipfile raises nearly anything on unexpected input
-        raise GalleryError(f"{path}: expected a complete projection, found: {one_line(error)}") from None
-    for name, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise GalleryError(f"{path}: {name} holds values that are not finite")
-    return arrays
-
-
-def _read_array(file: zipfile.ZipFile, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of exactly this shape: its length is known before it is read, and pickles are never read."""
-    if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:  # a few bytes could expand to any number
-        raise GalleryError(f"{path}: expected {name} uncompressed, found it compressed")
-    with file.open(f"{name}.npy") as member:
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[np.lib.format.read_magic(member)]
-        found, _, dtype = read_header(member)
-    if 4 * math.prod(shape) > path.stat().st_size or found != shape or dtype != np.float32:
-        raise GalleryError(f"{path}: expected {name} of {list(shape)} float32, found {list(found)} {dtype}")
-    with file.open(f"{name}.npy") as member:
-        return np.ascontiguousarray(np.lib.format.read_array(member, allow_pickle=False))

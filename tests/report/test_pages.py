@@ -21,8 +21,9 @@ from sppfeat.files.names import unsafe_name
 from sppfeat.files.output import check_new_file
 from sppfeat.images import Item, find_images
 from sppfeat.report.pages import check_page, thumbnail
+from sppfeat.retrieval.changes import create_gallery
 from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
-from sppfeat.retrieval.gallery import create_gallery, open_gallery
+from sppfeat.retrieval.gallery import open_gallery
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.search import Answer, SearchOptions, SearchResult, search_store
 from sppfeat.transfer.evaluation import evaluate_transfer

@@ -77,15 +77,17 @@ def test_an_evaluation_is_that_of_a_search(parts: Path) -> None:
     assert done.recall[1] == pytest.approx(100 * np.mean(np.array(ranks) == 1)) and done.ap == "step"
 
 
-def test_reranked_by_bins(parts: Path) -> None:
+@pytest.mark.parametrize("dim", [None, 4])
+def test_reranked_by_bins(parts: Path, dim: int | None) -> None:
     """As a search does, with the queries' own rows left out."""
     store = open_store(parts / "s.h5")
+    create_gallery(store, parts / "g", keep_bins=True, bin_dim=dim, overwrite=True)
     with open(parts / "same.csv", "w") as file:
         file.write(
             "query,name,x1,y1,x2,y2\n" + "".join(f"{n},{m},0,0,9,9\n" for n, m in itertools.pairwise(store.names))
         )
     truth = read_boxes(parts / "same.csv")
-    done = evaluate_retrieval(store, None, RetrievalOptions(rerank="bins", candidates=4), truth=truth)
+    done = evaluate_retrieval(store, None, RetrievalOptions(rerank="bins", candidates=4, bin_dim=dim), truth=truth)
     options = SearchOptions(k=4, rerank="bins", candidates=4, exclude_self=True)
     found = search_images(open_gallery(parts / "g"), [parts / "scenes"], options, CPU)
     overlaps = []

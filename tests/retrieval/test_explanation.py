@@ -15,7 +15,8 @@ from conftest import TINY
 from sppfeat import RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, create_gallery, open_gallery, search_images, search_store, write_hits_page
 from sppfeat.retrieval.alignment import align, cells_of, rectangles
-from sppfeat.retrieval.bins import to_bytes
+from sppfeat.retrieval.bins import whole_side
+from sppfeat.retrieval.channels import learn_channels, to_bytes
 from sppfeat.retrieval.explanation import explain
 from sppfeat.retrieval.hits_page import PAGE_HITS
 
@@ -25,7 +26,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.mark.parametrize("side", [3, 4, 6, 7])
 @pytest.mark.parametrize("scales", [1, 2])
 @pytest.mark.parametrize("signed", [True, False])
-def test_bins_add_up_to_the_score(side: int, scales: int, signed: bool) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_bins_add_up_to_the_score(side: int, scales: int, signed: bool, whole: bool) -> None:
+    """Also of whole images, which are compared by whitened cells and weighted."""
     generator = np.random.default_rng(side)
     query = generator.normal(size=(scales, side, side, 12)).astype(np.float32)
     images = generator.normal(size=(8, side, side, 12)).astype(np.float32)
@@ -33,15 +36,17 @@ def test_bins_add_up_to_the_score(side: int, scales: int, signed: bool) -> None:
         query, images = np.maximum(query, 0), np.maximum(images, 0)
     images = to_bytes(images)
     images[3] = 0  # an image without any response
-    shapes = rectangles(side)
-    found = align(cells_of(query).mean(0), images, shapes)
+    whitening = learn_channels(images, least=whole_side(side)).whitening if whole else None
+    shapes = rectangles(side, whole_side(side), 0.4) if whole else rectangles(side)
+    found = align(cells_of(query, whitening).mean(0), images, shapes, whitening)
     for at, image in enumerate(images):
-        why = explain(query, image, shapes, int(found.rectangles[at]))
+        why = explain(query, image, shapes, int(found.rectangles[at]), whitening)
         assert why.query.sum() == pytest.approx(found.scores[at], abs=1e-5)
         assert why.image.sum() == pytest.approx(found.scores[at], abs=1e-5)
         assert [one.score for one in why.links] == sorted((one.score for one in why.links), reverse=True)
         assert len({one.query for one in why.links}) == len({one.image for one in why.links}) == len(why.links) <= 5
-    assert explain(query, images[3], shapes, 0).links == []
+    if not whole:
+        assert explain(query, images[3], shapes, 0).links == []
 
 
 def test_the_bins_that_match_are_linked() -> None:

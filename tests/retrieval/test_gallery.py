@@ -21,17 +21,10 @@ import pytest
 from conftest import MakeStore
 
 from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError
-from sppfeat.retrieval import gallery as gallery_module
-from sppfeat.retrieval import gallery_files
+from sppfeat.retrieval import changes, gallery_files
+from sppfeat.retrieval.changes import add_to_gallery, create_gallery, read_names, remove_from_gallery
 from sppfeat.retrieval.faiss_index import IndexOptions, core, load_faiss, reconstruct
-from sppfeat.retrieval.gallery import (
-    add_to_gallery,
-    create_gallery,
-    open_gallery,
-    read_names,
-    remove_from_gallery,
-    verify_gallery,
-)
+from sppfeat.retrieval.gallery import open_gallery, verify_gallery
 from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_store
 from sppfeat.retrieval.whitening import ProjectionOptions
 from sppfeat.store.reading import Store, open_store
@@ -200,7 +193,8 @@ def change_added(path: Path, **values: object) -> None:
 
 def change_bins(path: Path) -> None:
     files = json.loads((path / "gallery.json").read_text())["files"]
-    change(path, files=files | {"bins": files["rows"]})
+    files |= {"bins": files["rows"], "channels": files["rows"]}
+    change(path, files=files, bins={"dim": 3, "whitened": 3, "bytes": 108})
 
 
 def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Path) -> None:
@@ -295,7 +289,7 @@ def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path, count: int, 
     path = tmp_path / "g"
     create_gallery(store, path)
     moments, seen = random.Random(0), set()
-    code = "import sys\nfrom sppfeat.retrieval.gallery import *\nadd_to_gallery(open_store(sys.argv[1]), sys.argv[2])"
+    code = "import sys\nfrom sppfeat.retrieval.changes import *\nadd_to_gallery(open_store(sys.argv[1]), sys.argv[2])"
     command = [sys.executable, "-c", code, str(more.path), str(path)]
     for _ in range(6):
         child = subprocess.Popen(command)
@@ -324,7 +318,7 @@ def test_readers_never_see_a_mix(make_store: MakeStore, tmp_path: Path, count: i
     create_gallery(store, path)
     # The writer runs until its input ends, with pauses: the result must not depend on scheduling.
     code = (
-        "import select, sys, time\nfrom sppfeat.retrieval.gallery import *\nfrom sppfeat import open_store\n"
+        "import select, sys, time\nfrom sppfeat.retrieval.changes import *\nfrom sppfeat import open_store\n"
         "more = open_store(sys.argv[1])\nwhile not select.select([sys.stdin], [], [], 0.2)[0]:\n"
         "    add_to_gallery(more, sys.argv[2])\n    time.sleep(0.2)\n    remove_from_gallery(sys.argv[2], more.names)\n"
     )
@@ -604,12 +598,12 @@ def test_a_folder_is_taken_and_cleared_before_the_work(
             add_to_gallery(store, path)
         raise GalleryError("stopped")
 
-    monkeypatch.setattr(gallery_module, "build_index", build)
+    monkeypatch.setattr(changes, "build_index", build)
     with pytest.raises(GalleryError, match="stopped"):
         create_gallery(store, path, overwrite=True)
     assert seen == [".lock", "gallery.json", "index-1.faiss", "rows-1.h5"]
     assert_every_row_finds_itself(path, store)
-    monkeypatch.setattr(gallery_module, "build_index", lambda *given: pytest.fail("began to work"))
+    monkeypatch.setattr(changes, "build_index", lambda *given: pytest.fail("began to work"))
 
     def refused(**given: object) -> None:
         raise OSError(30, "Read-only file system")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from conftest import MakeStore
 
+from sppfeat.retrieval.changes import add_to_gallery, create_gallery
 from sppfeat.retrieval.faiss_index import IndexOptions
-from sppfeat.retrieval.gallery import add_to_gallery, create_gallery
 from sppfeat.retrieval.whitening import ProjectionOptions
 
 

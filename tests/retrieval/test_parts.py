@@ -19,7 +19,8 @@ from reference import best_rectangle, box_overlap
 from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
 from sppfeat.retrieval.alignment import CELLS, NEAR, SHARPNESS, align, cells_of, locate, rectangles
-from sppfeat.retrieval.bins import bin_layout, part_recipe, to_bytes
+from sppfeat.retrieval.bins import bin_layout, part_recipe, whole_side
+from sppfeat.retrieval.channels import learn_channels, to_bytes
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.parts import in_pixels
 from sppfeat.retrieval.search import search_images, search_store
@@ -62,6 +63,25 @@ def test_the_best_rectangle_is_that_of_a_naive_loop(side: int) -> None:
         box = np.dot(weights, boxes) / sum(weights) / side
         assert places_found[at] == pytest.approx(box, abs=1e-4)
     assert found.rectangles[1] == 0  # of equal scores the first
+
+
+@pytest.mark.parametrize("side", [3, 4, 6, 7])
+@pytest.mark.parametrize("power", [0.0, 0.4])
+def test_whitened_cells_of_large_rectangles(side: int, power: float) -> None:
+    generator = np.random.default_rng(side)
+    bins = generator.normal(size=(9, side, side, 8)).astype(np.float32)
+    bins[1] = 0
+    whitening = learn_channels(bins, least=whole_side(side)).whitening
+    shapes = rectangles(side, whole_side(side), power)
+    query = cells_of(generator.normal(size=(2, side, side, 8)).astype(np.float32), whitening).mean(0)
+    found = align(query, bins, shapes, whitening)
+    for at in range(len(bins)):
+        best, boxes, scores = best_rectangle(
+            query, bins[at], least=whole_side(side), power=power, mean=whitening.mean, matrix=whitening.matrix
+        )
+        assert len(scores) == len(shapes.cells) and np.array(boxes) == pytest.approx(shapes.boxes * side)
+        assert found.scores[at] == pytest.approx(best, abs=1e-5)
+        assert scores[found.rectangles[at]] == pytest.approx(best, abs=1e-5)
 
 
 def test_the_cells_of_a_whole_image_are_its_coarser_level() -> None:
@@ -202,7 +222,7 @@ def test_reranking_by_bins(gallery: Path, scenes: Path, tmp_path: Path) -> None:
     done = search_images(opened, [scenes], SearchOptions(k=12, rerank="bins"))
     for answer in done.answers:
         first, second = answer.neighbors[:2]
-        assert first.name == answer.query and first.score == pytest.approx(1, abs=0.01) and first.box is not None
+        assert first.name == answer.query and first.score == pytest.approx(1, abs=0.05) and first.box is not None
         assert second.score < first.score and len(answer.neighbors) == 12
     stored = search_store(opened, open_store(tmp_path / "s.h5"), SearchOptions(k=12, rerank="bins"))
     for of_image, of_row in zip(done.answers, stored.answers, strict=True):
@@ -271,6 +291,79 @@ def test_a_gallery_without_bins(gallery: Path, scenes: Path, tmp_path: Path, run
     done = run_sppfeat("search", gallery, tmp_path / "s.h5", "--parts")
     assert done.returncode == 2 and "parts: expected images as queries" in done.stderr
     assert run_sppfeat("index", tmp_path / "s.h5", "-o", gallery, "--keep-bins", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize("dim", [3, 1000])
+def test_bins_of_few_values(dim: int, gallery: Path, scenes: Path, tmp_path: Path, run_sppfeat: Run) -> None:
+    """Kept as principal components, they are searched, changed and evaluated as whole ones are."""
+    done = run_sppfeat(
+        "index", tmp_path / "s.h5", "-o", tmp_path / "few", "--keep-bins", "--bin-dim", str(dim), "--json"
+    )
+    whole = open_gallery(gallery).bins
+    assert whole is not None
+    side, channels = whole.values.shape[1], whole.values.shape[3]
+    kept = min(dim, channels)
+    told = json.loads(done.stdout)["bins"]
+    assert told == {"dim": kept, "whitened": min(64, channels), "bytes": side * side * kept}
+    assert f"bins: {kept} values each" in run_sppfeat("inspect", tmp_path / "few").stdout
+    few = open_gallery(tmp_path / "few").bins
+    assert few is not None and few.values.shape == (12, side, side, kept)
+    taken, exact = few.take(np.arange(12)), whole.take(np.arange(12))
+    assert taken.shape == exact.shape
+    cosines = np.einsum("nijc,nijc->n", taken.astype(float), exact.astype(float))
+    cosines /= np.linalg.norm(taken.reshape(12, -1), axis=1) * np.linalg.norm(
+        exact.astype(float).reshape(12, -1), axis=1
+    )
+    assert cosines.min() > (0.8 if dim == 3 else 0.9999)
+    for options in (SearchOptions(k=3, rerank="bins"), SearchOptions(k=3, parts=True)):
+        found, wanted = (search_images(open_gallery(path), [scenes], options) for path in (tmp_path / "few", gallery))
+        for one, other in zip(found.answers, wanted.answers, strict=True):
+            assert one.neighbors[0].name == one.query or options.parts
+            assert dim == 3 or one.neighbors == other.neighbors
+    (more := tmp_path / "more").mkdir()
+    Image.new("RGB", (200, 100), "red").save(more / "red.png")
+    extract_folder(more, tmp_path / "m.h5", PARTS, RunOptions(device="cpu"))
+    add_to_gallery(open_store(tmp_path / "m.h5"), tmp_path / "few")
+    remove_from_gallery(tmp_path / "few", ["00.png", "01.png"])
+    after = open_gallery(tmp_path / "few")
+    assert after.bins is not None
+    np.testing.assert_array_equal(after.bins.values[:10], few.values[2:])
+    (answer,) = search_images(after, [more / "red.png"], SearchOptions(k=1, parts=True)).answers
+    assert answer.neighbors[0].name == "red.png"
+
+
+def test_values_of_bins_that_cannot_be(gallery: Path, tmp_path: Path, run_sppfeat: Run) -> None:
+    for flags, fault in (
+        (["--keep-bins", "--bin-dim", "0"], "bin_dim must be at least 1 value, found 0"),
+        (["--bin-dim", "4"], "bin_dim: expected keep_bins too"),
+    ):
+        done = run_sppfeat("index", tmp_path / "s.h5", "-o", tmp_path / "x", *flags)
+        assert done.returncode == 2 and fault in done.stderr and not (tmp_path / "x").exists()
+    done = run_sppfeat("index", tmp_path / "s.h5", "--add-to", gallery, "--bin-dim", "4")
+    assert done.returncode == 2 and "--bin-dim: applies only when a gallery is built" in done.stderr
+    for flags, fault in (
+        (["--bin-dim", "4"], "bin_dim: expected parts or rerank bins"),
+        (["--rerank", "bins", "--bin-dim", "0"], "bin_dim must be at least 1 value"),
+    ):
+        done = run_sppfeat("evaluate", "retrieval", tmp_path / "s.h5", "--relevant", r"regex:(\d)", *flags)
+        assert done.returncode == 2 and fault in done.stderr
+
+
+def test_damaged_channels(gallery: Path) -> None:
+    (file,) = gallery.glob("channels-*.npz")
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(GalleryError, match=rf"{file.name}: is damaged"):
+        open_gallery(gallery)
+    file.unlink()
+    with pytest.raises(GalleryError, match=rf"{file.name}: belongs to the gallery"):
+        open_gallery(gallery)
+    document = json.loads((gallery / "gallery.json").read_text())
+    del document["bins"]
+    (gallery / "gallery.json").write_text(json.dumps(document))
+    with pytest.raises(GalleryError, match="found bins without their files, or the other way round"):
+        open_gallery(gallery)
 
 
 def test_damaged_bins(gallery: Path, run_sppfeat: Run) -> None:

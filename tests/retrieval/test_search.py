@@ -11,8 +11,9 @@ from conftest import MakeStore
 from reference import cosine_ranking
 
 from sppfeat import GalleryError, Recipe, UsageError, extract_folder, open_store
+from sppfeat.retrieval.changes import create_gallery
 from sppfeat.retrieval.faiss_index import IndexOptions
-from sppfeat.retrieval.gallery import Gallery, create_gallery, open_gallery
+from sppfeat.retrieval.gallery import Gallery, open_gallery
 from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_images, search_store
 
 

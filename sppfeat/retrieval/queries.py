@@ -1,0 +1,80 @@
+"""The images that a gallery is searched with, and which of its rows are their own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from sppfeat.errors import UsageError
+from sppfeat.images import Item, find_images
+from sppfeat.retrieval.gallery import Gallery
+from sppfeat.store import Box, image_of
+
+
+def check_box(box: Box) -> None:
+    """Raise UsageError unless x1, y1, x2, y2 can be a part of an image."""
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
+        raise UsageError(
+            f"box must be x1,y1,x2,y2 in pixels with x1 <= x2 and y1 <= y2, found {','.join(f'{v:g}' for v in box)}"
+        )
+
+
+def own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
+    """[Q, M] the rows of each query's own file, windows included, padded with -1.
+
+    Files are identified by their paths; links to folders are followed.
+    """
+    table = gallery.rows
+    roots = [os.path.realpath(root) for root in table.roots]
+    known: dict[str, list[int]] = {}
+    for row, (name, root) in enumerate(zip(table.names, table.root, strict=True)):
+        known.setdefault(os.path.normpath(image_of(roots[int(root)], name)[0]), []).append(row)
+    own = []
+    for path in paths:
+        folder = os.path.realpath(os.path.dirname(path))
+        files = {os.path.join(folder, os.path.basename(path)), os.path.realpath(path)}
+        own.append([row for file in files for row in known.get(file, ())])
+    found = np.full((len(paths), max(map(len, own), default=0)), -1, np.int64)
+    for at, rows in enumerate(own):
+        found[at, : len(rows)] = rows
+    return found
+
+
+def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:
+    """The queries' names, their items, and the reasons for failed ones by number. Raises UsageError.
+
+    Files are named as given, other images by their names below the given folder. A source that is neither is
+    a failed query, unless there is no other.
+    """
+    queries: list[str] = []
+    items: list[Item] = []
+    errors: dict[int, str] = {}
+    seen: set[str] = set()
+    refused: UsageError | None = None
+    for source in [os.fspath(source) for source in sources]:
+        try:
+            images = find_images([source])
+        except UsageError as error:
+            refused = refused or error
+            errors[len(queries)] = str(error).removeprefix(f"{source}: ")
+            queries.append(source)
+            items.append(Item("", source))
+            continue
+        for item in images.items:
+            path = item.path
+            if path in seen:
+                continue
+            seen.add(path)
+            if item.problem is not None:
+                errors[len(queries)] = item.problem
+            queries.append(source if path in (source, os.path.abspath(source)) else item.name)
+            items.append(item)
+    if refused is not None and len(errors) == len(queries):
+        raise refused
+    if not queries:
+        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
+    return queries, items, errors
