@@ -28,7 +28,7 @@ CELLS: Final = 3
 SHARPNESS: Final = 60.0
 NEAR: Final = 0.1
 # Images at a time: their cells stay near the processor.
-_BLOCK: Final = 16
+_BLOCK: Final = 32
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def locate(query: np.ndarray, bins: np.ndarray, shapes: Rectangles, whitening: W
 
 def _scores(query: np.ndarray, bins: np.ndarray, shapes: Rectangles, whitening: Whitening | None) -> np.ndarray:
     """[N, R] float32 scores of all rectangles."""
-    cells = all_cells(bins, shapes).astype(np.float32)
+    cells = all_cells(bins, shapes).astype(np.float32, copy=False)
     count, places, channels = cells.shape
     flat = cells.reshape(-1, channels)
     lengths = _lengths(flat)
@@ -183,8 +183,9 @@ def _maxima(bins: np.ndarray, shapes: Rectangles, axis: int) -> np.ndarray:
     places = {(start, end): place for place, (start, end) in enumerate(shapes.runs.tolist())}
     for (start, end), place in places.items():  # a longer run is a shorter one and one more bin
         before = places.get((start, end - 1))
-        if before is not None:
-            np.maximum(target[before], source[end - 1], out=target[place])
-        else:
-            np.max(source[start:end], axis=0, out=target[place])
+        found, first = (source[start], start + 1) if before is None else (target[before], end - 1)
+        if first == end:
+            target[place] = found
+        for more in range(first, end):
+            found = np.maximum(found, source[more], out=target[place])
     return out

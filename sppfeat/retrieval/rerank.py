@@ -104,12 +104,9 @@ def expand(similar: np.ndarray, neighborhood: int, alpha: float) -> np.ndarray:
     near = similar.astype(np.float64)
     near[:, 0] = -np.inf
     np.fill_diagonal(near, -np.inf)
-    nearest = _first(near, neighborhood)
-    values = np.take_along_axis(near, nearest, 1)
-    # 0 to the power of 0 is 1: what points away counts nothing whatever alpha is.
-    values = np.where(values > 0, np.maximum(values, 0) ** alpha, 0)
-    np.put_along_axis(weights, nearest, values, 1)
-    np.fill_diagonal(weights, 1)
+    # What points away counts nothing whatever alpha is.
+    nearest = _first(near, neighborhood) & (near > 0)
+    weights[nearest] = near[nearest] ** alpha
     products = weights @ similar
     lengths = np.sqrt(np.maximum(np.einsum("ij,ij->i", products, weights), 1e-30))
     found: np.ndarray = (products[0] @ weights[1:].T) / (lengths[0] * lengths[1:])
@@ -123,16 +120,16 @@ def reciprocal(similar: np.ndarray, neighborhood: int) -> np.ndarray:
     distances /= np.where(largest > 0, largest, 1)
     first = distances.copy()
     np.fill_diagonal(first, -1)  # before equal images
-    order = np.argsort(first, axis=1, kind="stable")
-    near, close = _mutual(order, neighborhood), _mutual(order, max(1, round(neighborhood / 2)))
+    near, close = _mutual(first, neighborhood), _mutual(first, max(1, round(neighborhood / 2)))
     # The closer neighbors of a neighbor join if two thirds of them are neighbors already.
     shared = near.astype(np.float32) @ close.T.astype(np.float32)
     joins = near & (shared >= 2 / 3 * close.sum(1))
     near |= (joins.astype(np.float32) @ close.astype(np.float32)) > 0
-    codes = np.where(near, np.exp(-distances), 0)
+    codes = np.zeros(near.shape)
+    codes[near] = np.exp(-distances[near])
     codes /= codes.sum(1, keepdims=True)
-    local = order[:, : max(1, round(_LOCAL * neighborhood))]
-    codes = sum(codes[local[:, place]] for place in range(local.shape[1])) / local.shape[1]
+    local = _first(-first, max(1, round(_LOCAL * neighborhood)))
+    codes = local.astype(np.float64) @ codes / local.sum(1, keepdims=True)
     common = np.minimum(codes[0], codes[1:]).sum(1)
     found: np.ndarray = 1 - (1 - _ORIGINAL) * (1 - common / (2 - common)) - _ORIGINAL * distances[0, 1:]
     return found
@@ -146,11 +143,11 @@ def diffuse(similar: np.ndarray, neighborhood: int) -> np.ndarray:
     """
     middle = float(np.median(similar[1:, 1:])) if len(similar) > 1 else 0.0
     weights = np.maximum(similar.astype(np.float64) - middle, 0) / max(1 - middle, 1e-6)
-    weights **= _SHARPEN
     np.fill_diagonal(weights, 0)
-    near = np.zeros(weights.shape, bool)
-    np.put_along_axis(near, _first(weights, neighborhood), True, 1)
-    weights[~(near & near.T)] = 0
+    near = _first(weights, neighborhood)
+    near &= near.T
+    weights[~near] = 0
+    weights[near] **= _SHARPEN
     degree = weights.sum(1)
     degree[degree == 0] = 1
     weights /= np.sqrt(degree[:, None] * degree)
@@ -163,12 +160,19 @@ def diffuse(similar: np.ndarray, neighborhood: int) -> np.ndarray:
 
 
 def _first(values: np.ndarray, count: int) -> np.ndarray:
-    """[N, count] places of the largest values of each row; equal ones in their order."""
-    return np.argsort(-values, axis=1, kind="stable")[:, :count]
+    """[N, M] whether a value is among the `count` largest of its row; of equal ones, the first are."""
+    if count >= values.shape[1]:
+        return np.ones(values.shape, bool)
+    last = np.partition(values, -count, axis=1)[:, -count, None]
+    larger, equal = values > last, values == last
+    room = count - larger.sum(1)
+    tied = np.flatnonzero(equal.sum(1) > room)
+    equal[tied] &= equal[tied].cumsum(1) <= room[tied, None]
+    found: np.ndarray = larger | equal
+    return found
 
 
-def _mutual(order: np.ndarray, count: int) -> np.ndarray:
-    """[N, N] whether two are among each other's first `count`, themselves not counted."""
-    among = np.zeros(order.shape, bool)
-    np.put_along_axis(among, order[:, : count + 1], True, 1)
+def _mutual(distances: np.ndarray, count: int) -> np.ndarray:
+    """[N, N] whether two are among each other's `count` nearest, themselves not counted."""
+    among = _first(-distances, count + 1)
     return among & among.T
