@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sppfeat.detection.annotations import read_annotations, select_classes
-from sppfeat.detection.detecting import DetectionObserver, Detections, DetectOptions, detect_images
+from sppfeat.detection.detecting import DetectionObserver, Detections, DetectOptions, DetectorRunner, detect_images
 from sppfeat.detection.detector import Detector, detection_recipe, open_detector
 from sppfeat.detection.drawing import DetectionPage, DrawingFolder, write_evaluation
 from sppfeat.detection.evaluation import DetectionEvaluation, complete_options, evaluate_detector
@@ -16,6 +16,7 @@ __all__ = [
     "DetectionPage",
     "Detections",
     "Detector",
+    "DetectorRunner",
     "DrawingFolder",
     "TrainingOptions",
     "complete_options",

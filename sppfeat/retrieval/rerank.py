@@ -175,4 +175,5 @@ def _first(values: np.ndarray, count: int) -> np.ndarray:
 def _mutual(distances: np.ndarray, count: int) -> np.ndarray:
     """[N, N] whether two are among each other's `count` nearest, themselves not counted."""
     among = _first(-distances, count + 1)
-    return among & among.T
+    both: np.ndarray = among & among.T
+    return both

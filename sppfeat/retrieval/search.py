@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -65,7 +65,7 @@ class SearchOptions(RerankOptions):
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A row of the gallery: score is its cosine similarity with the query, or what re-ranking orders by; rank counts
+    """A row of the gallery, by number. score: its cosine similarity with the query, or what re-ranking orders by. rank:
     from 1.
 
     path: of the image, if the folder that names are relative to, `root`, still exists; else None. box: where the query
@@ -73,6 +73,7 @@ class Neighbor:
     the row describes one. explanation: of the score, if that was asked for.
     """
 
+    row: int
     name: str
     score: float
     rank: int
@@ -261,24 +262,52 @@ def search_images(
     box: search with this part of every image, pooled from its feature map; an image that does not contain it fails.
     Raises GalleryError if the local network differs from that of the gallery, UsageError for an invalid box.
     """
+    queries, items, errors = list_queries(sources)
+    if box is not None:
+        check_box(box)
     options = options or SearchOptions()
+    if options.aligned:
+        require_bins(gallery)
+    describer = describer or describer_for(gallery, run_options, weights=weights, factors=part_factors(options, box))
+    return search_items(gallery, items, options, describer, box=box, queries=queries, errors=errors)
+
+
+def part_factors(options: SearchOptions, box: Box | None) -> tuple[float, ...] | None:
+    """The parts of a gallery's scale at which queries are described for `describer_for`; None: that scale."""
+    return None if not options.parts else PART_FACTORS if box is None else BOX_FACTORS
+
+
+def search_items(
+    gallery: Gallery,
+    items: Sequence[Item],
+    options: SearchOptions,
+    describer: Describer,
+    *,
+    box: Box | None = None,
+    queries: Sequence[str] | None = None,
+    errors: Mapping[int, str] | None = None,
+) -> SearchResult:
+    """Search with the images of items, from wherever they come; see `search_images`.
+
+    describer: for the factors of `part_factors`. queries: what to call them; None: their names. errors: why some cannot
+    be described, by their number.
+    """
     if box is not None:
         check_box(box)
     if options.aligned:
         require_bins(gallery)
-    queries, items, errors = list_queries(sources)
+    queries = [item.name for item in items] if queries is None else queries
+    problems = dict(errors or {})
     paths = [item.path for item in items]
-    factors = None if not options.parts else PART_FACTORS if box is None else BOX_FACTORS
-    describer = describer or describer_for(gallery, run_options, weights=weights, factors=factors)
     started = time.perf_counter()
-    readable = [at for at in range(len(items)) if at not in errors]
+    readable = [at for at in range(len(items)) if at not in problems]
     windows = None if box is None else np.array([box], np.float64)
     descriptors: dict[int, np.ndarray] = {}
     for done in describer.describe(replace(items[at], windows=windows) for at in readable):
         at = readable[done.position]
         descriptor, error = done.row()
         if descriptor is None:
-            errors[at] = error or ""
+            problems[at] = error or ""
         else:
             descriptors[at] = descriptor
     describing = time.perf_counter() - started
@@ -291,7 +320,7 @@ def search_images(
     own = own_rows(gallery, files) if options.exclude_self else None
     result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)
     answers = dict(zip(good, result.answers, strict=True)) | {
-        at: Answer(queries[at], paths[at], error=reason) for at, reason in errors.items()
+        at: Answer(queries[at], paths[at], error=reason) for at, reason in problems.items()
     }
     ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
     return replace(result, answers=ordered, describing=describing)
@@ -441,4 +470,5 @@ def _located(
 def _neighbor(gallery: Gallery, row: int, score: float, rank: int, there: list[bool]) -> Neighbor:
     path, box = gallery.rows.image(row)
     root = int(gallery.rows.root[row])
-    return Neighbor(gallery.rows.names[row], score, rank, path if there[root] else None, box, gallery.rows.roots[root])
+    name = gallery.rows.names[row]
+    return Neighbor(row, name, score, rank, path if there[root] else None, box, gallery.rows.roots[root])

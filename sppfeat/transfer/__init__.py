@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from sppfeat.transfer.classifier import open_classifier, save_classifier
+from sppfeat.transfer.classifier import Classifier, open_classifier, save_classifier
 from sppfeat.transfer.labels import read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
-from sppfeat.transfer.prediction import predict
+from sppfeat.transfer.prediction import classifier_describer, predict
 
-__all__ = ["TransferOptions", "open_classifier", "predict", "read_labels", "read_voc_labels", "save_classifier"]
+__all__ = [
+    "Classifier",
+    "TransferOptions",
+    "classifier_describer",
+    "open_classifier",
+    "predict",
+    "read_labels",
+    "read_voc_labels",
+    "save_classifier",
+]

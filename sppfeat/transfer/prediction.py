@@ -73,6 +73,19 @@ def predict(
         jobs.append(partial(_describe_images, found))
     if not jobs:
         return
+    describer = classifier_describer(classifier, options)
+    for job in jobs:
+        rows = job(describer)
+        while block := list(islice(rows, _BLOCK_ROWS)):
+            good = [row.descriptor for row in block if row.descriptor is not None]
+            scores = iter(classifier.svm.scores(np.stack(good)) if good else ())
+            yield from (
+                Prediction(row.name, None if row.descriptor is None else next(scores), row.error) for row in block
+            )
+
+
+def classifier_describer(classifier: Classifier, options: RunOptions | None = None) -> Describer:
+    """The network that a classifier was trained with. Raises ModelError if the one here differs."""
     describer = Describer(classifier.recipe, options)
     if describer.weights_sha256 != classifier.weights_sha256:
         raise ModelError(
@@ -84,14 +97,7 @@ def predict(
             f"expected a classifier of {describer.dim} values, as in its recipe, "
             f"found {classifier.svm.weights.shape[1]}"
         )
-    for job in jobs:
-        rows = job(describer)
-        while block := list(islice(rows, _BLOCK_ROWS)):
-            good = [row.descriptor for row in block if row.descriptor is not None]
-            scores = iter(classifier.svm.scores(np.stack(good)) if good else ())
-            yield from (
-                Prediction(row.name, None if row.descriptor is None else next(scores), row.error) for row in block
-            )
+    return describer
 
 
 class _Row(NamedTuple):

@@ -6,7 +6,7 @@ from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps,
 from sppfeat.windows.mapping import map_windows, nearest_scales, outside
 from sppfeat.windows.proposals import Proposals, WindowFile, open_windows, propose_folder, windows_from
 from sppfeat.windows.reading import COLUMNS, read_windows
-from sppfeat.windows.selective_search import ProposalOptions, Proposer
+from sppfeat.windows.selective_search import ProposalOptions, Proposer, propose
 
 __all__ = [
     "COLUMNS",
@@ -22,6 +22,7 @@ __all__ = [
     "open_windows",
     "outside",
     "overlaps",
+    "propose",
     "propose_folder",
     "read_windows",
     "suppress",

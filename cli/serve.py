@@ -1,0 +1,74 @@
+"""`sppfeat serve`: a local page over a gallery."""
+
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from sppfeat_cli import options
+from sppfeat_cli.output import printable
+
+_SERVE = options.Defaults("sppfeat.serve:ServeOptions")
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: sppfeat serve gallery/ --open")(serve)
+
+
+def serve(
+    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="Gallery to search.", show_default=False)],
+    detector: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Detector for the image shown.", show_default=False)
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Classifier for the image shown.", show_default=False)
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the images are now, if their source folder moved.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = _SERVE.host,
+    port: Annotated[int, typer.Option(metavar="N", help="Port to listen on; 0: any free one.")] = _SERVE.port,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What every request must carry.",
+            show_default="none; a new one where others can connect",
+        ),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Weights file of the gallery, if it has moved.", show_default=False),
+    ] = None,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Open a page over a gallery, to search with images and parts of images and see where and why they were found.
+
+    Only this machine can connect, unless --host says otherwise. Ctrl-C ends it.
+    """
+    from sppfeat.recipe import RunOptions
+    from sppfeat.serve import ServeOptions, new_token
+    from sppfeat.serve import serve as run
+    from sppfeat.serve.options import is_loopback
+
+    if token is None and not is_loopback(host):
+        token = new_token()
+
+    def ready(address: str) -> None:
+        if not quiet:
+            typer.echo(f"{printable(gallery)}: {address}  (Ctrl-C ends it)")
+        if open_page:
+            webbrowser.open(address)
+
+    run(
+        gallery,
+        ServeOptions(host=host, port=port, token=token, images=images),
+        RunOptions(device=device),
+        detector=detector,
+        classifier=classifier,
+        weights=weights,
+        ready=ready,
+    )

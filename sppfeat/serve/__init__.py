@@ -1,0 +1,8 @@
+"""A local page over a gallery: search by an image or a part of one, and see where and why it was found."""
+
+from __future__ import annotations
+
+from sppfeat.serve.options import ServeOptions
+from sppfeat.serve.server import new_token, serve
+
+__all__ = ["ServeOptions", "new_token", "serve"]

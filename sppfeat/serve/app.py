@@ -1,0 +1,381 @@
+"""The HTTP interface and the page: routes that check, call and shape; see `collection` for what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from sppfeat._version import __version__
+from sppfeat.errors import GalleryError, ImageError, SppFeatError, UsageError, one_line
+from sppfeat.retrieval import Gallery, Neighbor, SearchOptions
+from sppfeat.serve.collection import Collection
+from sppfeat.serve.models import Models
+from sppfeat.serve.options import ServeOptions
+from sppfeat.serve.pool import BusyError, Pool
+from sppfeat.serve.schemas import (
+    ClassifyAnswer,
+    ClassScore,
+    Corners,
+    Count,
+    DetectAnswer,
+    Detected,
+    GalleryInfo,
+    Hit,
+    ImageInfo,
+    Labels,
+    LinkInfo,
+    Milliseconds,
+    Names,
+    Problem,
+    QueryInfo,
+    Reranking,
+    Rows,
+    SearchAnswer,
+    Why,
+)
+from sppfeat.serve.thumbnails import SIDES, Thumbnails
+from sppfeat.serve.uploads import Query as QueryImage
+from sppfeat.serve.uploads import Uploads
+from sppfeat.store import Box
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (400, 401, 403, 404, 409, 410, 413, 415, 422, 503)
+}
+_Row = Annotated[int, Path(ge=0, le=1 << 48, description="Number of a row of the gallery")]
+_Side = Annotated[int, Query(description=f"Longer side in pixels at most: one of {', '.join(map(str, SIDES))}")]
+_QueryId = Annotated[str, Form(max_length=64, description="Id of an earlier answer, u-... or r-ROW")]
+
+
+_STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Server:
+    """What routes share."""
+
+    def __init__(self, collection: Collection, models: Models, options: ServeOptions) -> None:
+        self.collection, self.models, self.options = collection, models, options
+        self.uploads = Uploads(options.uploads, options.max_pixels)
+        self.thumbnails = Thumbnails(options.thumbnails)
+        self.searches = Pool(options.workers, options.waiting, options.seconds, "search")
+        # A page asks for many small images at once: they wait behind each other, not behind searches.
+        self.images = Pool(options.workers, 16 * options.waiting, options.seconds, "image")
+        self.slow = Pool(1, options.waiting // 4, options.seconds, "models")
+        self.notes: list[str] = []
+
+    def close(self) -> None:
+        for pool in (self.searches, self.images, self.slow):
+            pool.close()
+        self.thumbnails.close()
+
+    def query(self, gallery: Gallery, image: tuple[str, bytes] | None, key: str | None) -> QueryImage:
+        """The image of a request. Raises _Refused, ImageError."""
+        if (image is None) == (key is None):
+            raise _Refused(400, "expected an image or a query, and not both")
+        if image is not None:
+            return self.uploads.add(*image)
+        assert key is not None
+        if key.startswith("r-") and key[2:].isascii() and key[2:].isdigit() and len(key) < 20:
+            if int(key[2:]) >= len(gallery):
+                raise _Refused(404, f"expected a row from 0 to {len(gallery) - 1}, found {key[2:]}")
+            return self.collection.query(gallery, int(key[2:]))
+        if (found := self.uploads.get(key)) is None:
+            raise _Refused(404, "this image was not kept; send it again")
+        return found
+
+
+def create_app(collection: Collection, models: Models, options: ServeOptions) -> FastAPI:
+    """The application, without its guard."""
+    server = _Server(collection, models, options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # The page is there at once; the first search waits for the network.
+        threading.Thread(target=collection.warm, args=(server.notes.append,), name="warm", daemon=True).start()
+        yield
+        server.close()
+
+    app = FastAPI(
+        title="sppfeat serve",
+        version=__version__,
+        description="Search a gallery with images and with parts of images.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        responses=_PROBLEMS,
+    )
+    _handle_errors(app)
+    _add_gallery(app, server)
+    _add_search(app, server)
+    _add_images(app, server)
+    _add_models(app, server)
+    static = str(resources.files("sppfeat.serve") / "static")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(f"{static}/index.html", headers={"cache-control": "no-cache"})
+
+    app.mount("/static", StaticFiles(directory=static), name="static")
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    def problem(status: int, reason: str) -> JSONResponse:
+        return JSONResponse({"detail": reason}, status)
+
+    @app.exception_handler(_Refused)
+    async def refused(request: Request, error: _Refused) -> JSONResponse:
+        return problem(error.status, str(error))
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, error: BusyError) -> JSONResponse:
+        return problem(503, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return problem(422, f"{'.'.join(map(str, first['loc'][1:]))}: {one_line(first['msg'])}")
+
+    @app.exception_handler(SppFeatError)
+    async def failed(request: Request, error: SppFeatError) -> JSONResponse:
+        return problem(next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503), str(error))
+
+
+def _add_gallery(app: FastAPI, server: _Server) -> None:
+    @app.get("/api/gallery")
+    async def gallery() -> GalleryInfo:
+        """The gallery that is served."""
+
+        def look() -> GalleryInfo:
+            opened = server.collection.current()
+            recipe = opened.recipe
+            detector, classifier = server.models.detector, server.models.classifier
+            rerankings: list[Reranking] = ["none", "expand", "reciprocal", "diffuse"]
+            if opened.bins is not None:
+                rerankings.insert(1, "bins")
+            return GalleryInfo(
+                name=opened.path.resolve().name,
+                images=len(opened),
+                values=opened.about.dim if opened.projection is None else opened.projection.dim,
+                index=opened.factory,
+                exact=opened.exact,
+                grid=None if opened.bins is None else max(recipe.levels),
+                rerank=rerankings,
+                generation=opened.about.generation,
+                backbone=recipe.backbone,
+                scales=",".join(map(str, recipe.scales)),
+                levels=",".join(map(str, recipe.levels)),
+                detector=None if detector is None else Labels(classes=list(detector.classes)),
+                classifier=None if classifier is None else Labels(classes=classifier.classes),
+                missing=server.collection.missing(opened),
+                notes=[*server.collection.notes(), *server.notes],
+            )
+
+        return await server.images.run(look)
+
+    @app.post("/api/names")
+    async def names(asked: Rows) -> Names:
+        """The names of rows."""
+        opened = server.collection.current()
+        if asked.rows and not 0 <= min(asked.rows) <= max(asked.rows) < len(opened):
+            raise _Refused(404, f"expected rows from 0 to {len(opened) - 1}")
+        return Names(names=[opened.rows.names[row] for row in asked.rows])
+
+
+def _add_search(app: FastAPI, server: _Server) -> None:
+    @app.post("/api/search")
+    async def search(
+        image: Annotated[UploadFile | None, File(description="The image to search with")] = None,
+        query: _QueryId | None = None,
+        box: Annotated[str | None, Form(max_length=200, description="Part of it: x1,y1,x2,y2 in pixels")] = None,
+        k: Annotated[Count, Form()] = 24,
+        parts: Annotated[bool, Form(description="Whether it may be a part of an image")] = False,
+        rerank: Annotated[Reranking, Form()] = "none",
+    ) -> SearchAnswer:
+        """Search with an image, or with a part of it."""
+        sent = await _sent(image)
+
+        def work() -> SearchAnswer:
+            opened = server.collection.current()
+            asked = server.query(opened, sent, query)
+            part = None if box is None else _box(box, asked.size)
+            options = SearchOptions(k=k, parts=parts, rerank=rerank, exclude_self=asked.id.startswith("r-"))
+            options = replace(options, explain=options.aligned)
+            found = server.collection.search(opened, asked, options, part)
+            (answer,) = found.answers
+            if answer.error is not None:
+                raise ImageError(answer.error)
+            hits = [_hit(server.collection, opened, one) for one in answer.neighbors]
+            width, height = asked.size
+            return SearchAnswer(
+                query=QueryInfo(id=asked.id, name=asked.name, width=width, height=height, box=_corners(part)),
+                hits=hits,
+                notes=found.notes,
+                milliseconds=Milliseconds(
+                    describe=round(1000 * found.describing, 1), search=round(1000 * found.searching, 1)
+                ),
+            )
+
+        return await server.searches.run(work)
+
+
+def _add_images(app: FastAPI, server: _Server) -> None:
+    @app.get("/api/images/{row}")
+    async def about(row: _Row) -> ImageInfo:
+        """An image of the gallery."""
+
+        def work() -> ImageInfo:
+            opened = server.collection.current()
+            _check_row(opened, row)
+            shown = server.collection.shown(opened, row)
+            width, height = server.collection.size_of(opened, row) or (None, None)
+            return ImageInfo(
+                row=row,
+                name=shown.name,
+                width=width,
+                height=height,
+                there=shown.item.is_there(),
+                box=_corners(shown.window),
+            )
+
+        return await server.images.run(work)
+
+    @app.get("/images/{row}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    async def pixels(request: Request, row: _Row, side: _Side = 320) -> Response:
+        """An image of the gallery, as a JPEG."""
+        _check_side(side)
+        opened = server.collection.current()
+        _check_row(opened, row)
+
+        def work() -> Response:
+            item = server.collection.shown(opened, row).item
+            tag = f'"{opened.about.generation}-{row}-{side}-{"-".join(map(str, item.fingerprint()))}"'
+            headers = {"etag": tag, "cache-control": "private, no-cache"}
+            if request.headers.get("if-none-match") == tag:
+                return Response(status_code=304, headers=headers)
+            try:
+                return Response(server.thumbnails.get(item, side), media_type="image/jpeg", headers=headers)
+            except ImageError as error:
+                raise _Refused(410, str(error)) from None
+
+        return await server.images.run(work)
+
+    @app.get("/queries/{key}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    async def query_pixels(key: Annotated[str, Path(max_length=64)], side: _Side = 1280) -> Response:
+        """An image that was searched with, as a JPEG."""
+        _check_side(side)
+
+        def work() -> Response:
+            item = server.query(server.collection.current(), None, key).item
+            return Response(server.thumbnails.get(item, side), media_type="image/jpeg")
+
+        return await server.images.run(work)
+
+
+def _add_models(app: FastAPI, server: _Server) -> None:
+    @app.post("/api/detect")
+    async def detect(image: Annotated[UploadFile | None, File()] = None, query: _QueryId | None = None) -> DetectAnswer:
+        """Objects in an image, if a detector was given. Takes seconds."""
+        if (detector := server.models.detector) is None:
+            raise _Refused(404, "no detector was given; `sppfeat serve --detector FILE` gives one")
+        sent = await _sent(image)
+
+        def work() -> DetectAnswer:
+            found = server.models.detect(server.query(server.collection.current(), sent, query).item)
+            width, height = found.image_size
+            return DetectAnswer(
+                width=width,
+                height=height,
+                detections=sorted(
+                    (
+                        Detected(label=detector.classes[label], score=float(score), box=_corners(box) or [])
+                        for label, score, box in zip(found.labels, found.scores, found.boxes, strict=True)
+                    ),
+                    key=lambda one: -one.score,
+                ),
+            )
+
+        return await server.slow.run(work)
+
+    @app.post("/api/classify")
+    async def classify(
+        image: Annotated[UploadFile | None, File()] = None, query: _QueryId | None = None
+    ) -> ClassifyAnswer:
+        """The classes of an image, if a classifier was given."""
+        if server.models.classifier is None:
+            raise _Refused(404, "no classifier was given; `sppfeat serve --classifier FILE` gives one")
+        sent = await _sent(image)
+
+        def work() -> ClassifyAnswer:
+            found = server.models.classify(server.query(server.collection.current(), sent, query).item)
+            return ClassifyAnswer(classes=[ClassScore(label=one.label, score=one.score) for one in found])
+
+        return await server.searches.run(work)
+
+
+async def _sent(image: UploadFile | None) -> tuple[str, bytes] | None:
+    """The name and bytes of an image that was sent."""
+    return None if image is None else ((image.filename or "image")[:200], await image.read())
+
+
+def _box(text: str, size: tuple[int, int]) -> Box:
+    """A part of an image of this width and height. Raises _Refused."""
+    try:
+        x1, y1, x2, y2 = map(float, text.split(","))
+    except ValueError:
+        raise _Refused(422, f"box: expected x1,y1,x2,y2, found {text!r}") from None
+    width, height = size
+    if not (0 <= x1 <= x2 <= width - 1 and 0 <= y1 <= y2 <= height - 1):  # also what is not finite
+        raise _Refused(400, f"box: expected a part of the image of {width} x {height} pixels, found {text}")
+    return x1, y1, x2, y2
+
+
+def _check_row(gallery: Gallery, row: int) -> None:
+    if row >= len(gallery):
+        raise _Refused(404, f"expected a row from 0 to {len(gallery) - 1}, found {row}")
+
+
+def _check_side(side: int) -> None:
+    if side not in SIDES:
+        raise _Refused(422, f"side: expected one of {', '.join(map(str, SIDES))}, found {side}")
+
+
+def _corners(box: Any) -> Corners | None:
+    return None if box is None else [round(float(value), 2) for value in box]
+
+
+def _hit(collection: Collection, gallery: Gallery, one: Neighbor) -> Hit:
+    width, height = collection.size_of(gallery, one.row) or (None, None)
+    why = None
+    if one.explanation is not None:
+        why = Why(
+            query=one.explanation.query.tolist(),
+            image=one.explanation.image.tolist(),
+            links=[LinkInfo(query=link.query, image=link.image, score=link.score) for link in one.explanation.links],
+        )
+    return Hit(
+        row=one.row,
+        rank=one.rank,
+        name=one.name,
+        score=one.score,
+        width=width,
+        height=height,
+        box=_corners(one.box),
+        there=collection.shown(gallery, one.row).item.is_there(),
+        why=why,
+    )

@@ -1,0 +1,179 @@
+"""The gallery that is served: opened once, and again when it was replaced; its images, and answers to queries."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from sppfeat.errors import GalleryError, ImageError, SppFeatError, UsageError
+from sppfeat.files import unsafe_name
+from sppfeat.images import Item, is_url
+from sppfeat.recipe import RunOptions
+from sppfeat.retrieval import (
+    Gallery,
+    SearchOptions,
+    SearchResult,
+    describer_for,
+    open_gallery,
+    part_factors,
+    search_items,
+)
+from sppfeat.serve.uploads import Query, read_size
+from sppfeat.store import Box, item_of
+
+if TYPE_CHECKING:
+    from sppfeat.extraction import Describer
+
+# A gallery is looked at again for a newer one at most so often.
+_LOOK_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row of the gallery as a page shows it: its image, and the window that it is of."""
+
+    row: int
+    name: str
+    item: Item
+    window: Box | None
+
+
+class Collection:
+    """A gallery that is served. Raises GalleryError if there is none.
+
+    images: a folder that takes the place of source folders that are gone. weights: where the gallery's weights are now.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run_options: RunOptions | None = None,
+        *,
+        images: str | None = None,
+        weights: str | None = None,
+        max_pixels: int = 100_000_000,
+    ) -> None:
+        if images is not None and not os.path.isdir(images):
+            raise UsageError(f"images: expected a folder, found {images!r}")
+        self._path, self._options = Path(path), run_options
+        self._images, self._weights, self._max_pixels = images, weights, max_pixels
+        self._lock = threading.RLock()
+        self._seen = self._stamp()
+        self._gallery = open_gallery(self._path)
+        self._looked = time.monotonic()
+        self._fault: str | None = None
+        self._describers: dict[tuple[float, ...] | None, Describer] = {}
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def current(self) -> Gallery:
+        """The gallery as it is on disk, or the last one that could be opened: see `notes`."""
+        with self._lock:
+            if time.monotonic() - self._looked < _LOOK_SECONDS:
+                return self._gallery
+            self._looked = time.monotonic()
+            stamp = self._stamp()
+            if stamp == self._seen:
+                return self._gallery
+            try:
+                opened = open_gallery(self._path)
+            except GalleryError as error:
+                # Once more with the next look: it may be just being replaced.
+                self._fault = f"the gallery was changed and cannot be opened: {error}; this is the one before"
+                return self._gallery
+            if opened.recipe_hash != self._gallery.recipe_hash:
+                self._describers.clear()
+            self._gallery, self._seen, self._fault = opened, stamp, None
+            self._sizes.clear()
+            return opened
+
+    def notes(self) -> list[str]:
+        """What users should know of the gallery."""
+        gallery = self.current()
+        found = [] if self._fault is None else [self._fault]
+        if missing := self.missing(gallery):
+            found.append(
+                f"{', '.join(missing)}: no such folder, so its images are not shown; "
+                "`sppfeat serve --images DIR` says where they are now"
+            )
+        return found
+
+    def missing(self, gallery: Gallery) -> list[str]:
+        """Source folders that are not there."""
+        return [
+            root
+            for root in gallery.rows.roots
+            if not is_url(root) and not os.path.exists(root) and (self._images is None)
+        ]
+
+    def shown(self, gallery: Gallery, row: int) -> Shown:
+        """A row's image, found below its source folder alone. Raises ImageError."""
+        if not 0 <= row < len(gallery):
+            raise ImageError(f"expected a row from 0 to {len(gallery) - 1}, found {row}")
+        name = gallery.rows.names[row]
+        root = gallery.rows.roots[int(gallery.rows.root[row])]
+        if self._images is not None and not is_url(root) and not os.path.exists(root):
+            root = self._images
+        if unsafe_name(name) is not None:  # checked when the gallery was opened, too
+            raise ImageError("its name leads out of its folder")
+        try:
+            item, window = item_of(root, name)
+        except ValueError:  # a path that is invalid on this system
+            raise ImageError("its name is no path on this system") from None
+        return Shown(row, name, item, window)
+
+    def size_of(self, gallery: Gallery, row: int) -> tuple[int, int] | None:
+        """Width and height of a row's upright image; None if it cannot be read."""
+        if gallery.bins is not None:
+            width, height = gallery.bins.image_size[row].tolist()
+            return width, height
+        key = gallery.about.generation, row
+        if (known := self._sizes.get(key)) is None:
+            try:
+                known = read_size(self.shown(gallery, row).item, self._max_pixels)
+            except ImageError:
+                return None
+            self._sizes[key] = known
+        return known
+
+    def query(self, gallery: Gallery, row: int) -> Query:
+        """A row's image as a query. Raises ImageError."""
+        shown = self.shown(gallery, row)
+        return Query(f"r-{row}", shown.name, shown.item, read_size(shown.item, self._max_pixels))
+
+    def search(self, gallery: Gallery, query: Query, options: SearchOptions, box: Box | None) -> SearchResult:
+        """Search with an image, or with a part of it. Raises SppFeatError."""
+        describer = self.describer(gallery, part_factors(options, box))
+        return search_items(gallery, [replace(query.item, windows=None)], options, describer, box=box)
+
+    def describer(self, gallery: Gallery, factors: tuple[float, ...] | None = None) -> Describer:
+        """The gallery's network at parts of its scale, loaded once."""
+        with self._lock:
+            found = self._describers.get(factors)
+            if found is None:
+                found = describer_for(gallery, self._options, weights=self._weights, factors=factors)
+                self._describers[factors] = found
+        return found
+
+    def warm(self, failed: Callable[[str], None]) -> None:
+        """Load what the first search needs, with a search for nothing in particular."""
+        try:
+            gallery = self.current()
+            engine = self.describer(gallery).load()
+            scale = max((one for one in gallery.recipe.scales if isinstance(one, int)), default=224)
+            engine.feature_maps(np.zeros((1, scale, scale, 3), np.uint8))
+        except SppFeatError as error:
+            failed(str(error))
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path / "gallery.json")
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns

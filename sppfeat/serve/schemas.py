@@ -1,0 +1,153 @@
+"""The JSON of the HTTP interface."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from sppfeat.serve.options import MAX_HITS
+
+Reranking = Literal["none", "bins", "expand", "reciprocal", "diffuse"]
+Corners = Annotated[list[float], Field(min_length=4, max_length=4, description="x1, y1, x2, y2 in pixels, inclusive")]
+Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
+
+
+class Problem(BaseModel):
+    """Why a request failed, in one line."""
+
+    detail: str
+
+
+class Labels(BaseModel):
+    """What a detector or a classifier knows."""
+
+    classes: list[str]
+
+
+class GalleryInfo(BaseModel):
+    """The gallery that is served. grid: bins along a side; null: none are kept, so no parts and no rerank `bins`."""
+
+    name: str
+    images: int
+    values: int
+    index: str
+    exact: bool
+    grid: int | None
+    rerank: list[Reranking]
+    generation: int
+    backbone: str
+    scales: str
+    levels: str
+    detector: Labels | None
+    classifier: Labels | None
+    missing: list[str]
+    notes: list[str]
+
+
+class QueryInfo(BaseModel):
+    """The image that was searched with; its id stands for it in later requests."""
+
+    id: str
+    name: str
+    width: int
+    height: int
+    box: Corners | None
+
+
+class LinkInfo(BaseModel):
+    """A bin of the query and a bin of the image, row and column from 0, and what they add to the score."""
+
+    query: tuple[int, int]
+    image: tuple[int, int]
+    score: float
+
+
+class Why(BaseModel):
+    """What each bin adds to the score: grids [n, n] that each add up to it, and the strongest pairs of bins."""
+
+    query: list[list[float]]
+    image: list[list[float]]
+    links: list[LinkInfo]
+
+
+class Hit(BaseModel):
+    """An image of the gallery, by row. box: where the query was found in it, or the window that the row is of."""
+
+    row: int
+    rank: int
+    name: str
+    score: float
+    width: int | None
+    height: int | None
+    box: Corners | None
+    there: bool
+    why: Why | None
+
+
+class Milliseconds(BaseModel):
+    """Where the time went."""
+
+    describe: float
+    search: float
+
+
+class SearchAnswer(BaseModel):
+    """A query and its hits, the best first."""
+
+    query: QueryInfo
+    hits: list[Hit]
+    notes: list[str]
+    milliseconds: Milliseconds
+
+
+class ImageInfo(BaseModel):
+    """An image of the gallery. box: the window that its row is of."""
+
+    row: int
+    name: str
+    width: int | None
+    height: int | None
+    there: bool
+    box: Corners | None
+
+
+class Detected(BaseModel):
+    """An object found: its class, its score, and its box."""
+
+    label: str
+    score: float
+    box: Corners
+
+
+class DetectAnswer(BaseModel):
+    """Objects of an image, the best first."""
+
+    width: int
+    height: int
+    detections: list[Detected]
+
+
+class ClassScore(BaseModel):
+    """A class and its score; above 0: of that class."""
+
+    label: str
+    score: float
+
+
+class ClassifyAnswer(BaseModel):
+    """The classes of an image, the best first."""
+
+    classes: list[ClassScore]
+
+
+class Rows(BaseModel):
+    """Rows of the gallery."""
+
+    rows: Annotated[list[int], Field(max_length=1_000_000)]
+
+
+class Names(BaseModel):
+    """The names of rows, in the order asked for."""
+
+    names: list[str]

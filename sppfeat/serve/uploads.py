@@ -1,0 +1,109 @@
+"""Query images that were sent: kept in memory within a bound, the last used the longest, and never on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from sppfeat.errors import ImageError
+from sppfeat.images import NO_FINGERPRINT, Fingerprint, Item, open_image, upright_size
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """The content of an item that is in memory."""
+
+    data: bytes
+
+    def open(self) -> tuple[io.RawIOBase, Fingerprint]:
+        return _Raw(self.data), self.fingerprint()
+
+    def fingerprint(self) -> Fingerprint:
+        return NO_FINGERPRINT
+
+    def expect(self) -> None:
+        pass
+
+
+class _Raw(io.RawIOBase):
+    """Bytes as a raw file."""
+
+    def __init__(self, data: bytes) -> None:
+        self._file = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        return self._file.readinto(buffer)
+
+
+@dataclass(frozen=True)
+class Query:
+    """An image that is searched with: its id, the name to show, the item, and width and height of it upright."""
+
+    id: str
+    name: str
+    item: Item
+    size: tuple[int, int]
+
+
+def read_size(item: Item, max_pixels: int) -> tuple[int, int]:
+    """Width and height of the upright image, from its header alone.
+
+    Raises ImageError if it is none, or if it has more than `max_pixels`.
+    """
+    image, _ = open_image(item)
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"expected at most {max_pixels:,} pixels, found {width} x {height}")
+        return upright_size(image, orientation="exif")[0]
+
+
+class Uploads:
+    """The last query images, by id, `most` bytes of them."""
+
+    def __init__(self, most: int, max_pixels: int) -> None:
+        self._most, self._max_pixels = most, max_pixels
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, tuple[Query, int]] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, name: str, data: bytes) -> Query:
+        """Keep an image; the same bytes get the same id. Raises ImageError."""
+        key = f"u-{hashlib.sha256(data).hexdigest()[:32]}"
+        if (known := self.get(key)) is not None:
+            return known
+        # A name without a folder: nothing of it is ever used as a path.
+        item = Item("", key, content=_Bytes(data))
+        query = Query(key, name, item, read_size(item, self._max_pixels))
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = query, len(data)
+                self._bytes += len(data)
+            while self._bytes > self._most and len(self._kept) > 1:
+                _, (_, length) = self._kept.popitem(last=False)
+                self._bytes -= length
+        return query
+
+    def get(self, key: str) -> Query | None:
+        """A query that is still kept."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept.move_to_end(key)
+            return found[0]
