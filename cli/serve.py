@@ -50,12 +50,8 @@ def serve(
     Only this machine can connect, unless --host says otherwise. Ctrl-C ends it.
     """
     from sppfeat.recipe import RunOptions
-    from sppfeat.serve import ServeOptions, new_token
+    from sppfeat.serve import ServeOptions
     from sppfeat.serve import serve as run
-    from sppfeat.serve.options import is_loopback
-
-    if token is None and not is_loopback(host):
-        token = new_token()
 
     def ready(address: str) -> None:
         if not quiet:

@@ -16,7 +16,7 @@ ROOT = Path(sppfeat.__file__).parent
 CLI = ROOT.parent / "cli"
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # What takes seconds to import, or is an extra: modules that need one import it only when they compute.
-HEAVY = ("torch", "torchvision", "timm", "openvino", "faiss", "cv2", "jinja2", "tqdm", "sklearn", "ray")
+HEAVY = ("torch", "torchvision", "timm", "openvino", "faiss", "cv2", "jinja2", "tqdm", "sklearn", "ray", "fastapi")
 
 
 def imported(path: Path) -> list[tuple[str, str]]:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sppfeat.serve.options import ServeOptions
-from sppfeat.serve.server import new_token, serve
+from sppfeat.serve.server import serve
 
-__all__ = ["ServeOptions", "new_token", "serve"]
+__all__ = ["ServeOptions", "serve"]

@@ -52,7 +52,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 _Row = Annotated[int, Path(ge=0, le=1 << 48, description="Number of a row of the gallery")]
 _Side = Annotated[int, Query(description=f"Longer side in pixels at most: one of {', '.join(map(str, SIDES))}")]
-_QueryId = Annotated[str, Form(max_length=64, description="Id of an earlier answer, u-... or r-ROW")]
+_QueryId = Annotated[str | None, Form(max_length=64, description="Id of an earlier answer, u-... or r-ROW")]
 
 
 _STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
@@ -201,7 +201,7 @@ def _add_search(app: FastAPI, server: _Server) -> None:
     @app.post("/api/search")
     async def search(
         image: Annotated[UploadFile | None, File(description="The image to search with")] = None,
-        query: _QueryId | None = None,
+        query: _QueryId = None,
         box: Annotated[str | None, Form(max_length=200, description="Part of it: x1,y1,x2,y2 in pixels")] = None,
         k: Annotated[Count, Form()] = 24,
         parts: Annotated[bool, Form(description="Whether it may be a part of an image")] = False,
@@ -289,7 +289,7 @@ def _add_images(app: FastAPI, server: _Server) -> None:
 
 def _add_models(app: FastAPI, server: _Server) -> None:
     @app.post("/api/detect")
-    async def detect(image: Annotated[UploadFile | None, File()] = None, query: _QueryId | None = None) -> DetectAnswer:
+    async def detect(image: Annotated[UploadFile | None, File()] = None, query: _QueryId = None) -> DetectAnswer:
         """Objects in an image, if a detector was given. Takes seconds."""
         if (detector := server.models.detector) is None:
             raise _Refused(404, "no detector was given; `sppfeat serve --detector FILE` gives one")
@@ -313,9 +313,7 @@ def _add_models(app: FastAPI, server: _Server) -> None:
         return await server.slow.run(work)
 
     @app.post("/api/classify")
-    async def classify(
-        image: Annotated[UploadFile | None, File()] = None, query: _QueryId | None = None
-    ) -> ClassifyAnswer:
+    async def classify(image: Annotated[UploadFile | None, File()] = None, query: _QueryId = None) -> ClassifyAnswer:
         """The classes of an image, if a classifier was given."""
         if server.models.classifier is None:
             raise _Refused(404, "no classifier was given; `sppfeat serve --classifier FILE` gives one")

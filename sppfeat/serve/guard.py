@@ -7,6 +7,7 @@ Sec-Fetch-Site), unless the user opens the page itself. Where others can connect
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -34,7 +35,7 @@ _HEADERS: Final = (
 )
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     pass
 
 
@@ -71,26 +72,27 @@ class Guard:
             await guarded({"type": "http.response.body", "body": b""})
             return
         left = self._options.max_upload
-        started = False
+        begun = False
 
         async def bounded() -> MutableMapping[str, Any]:
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise _TooLarge
+                raise _TooLargeError
             return message
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await guarded(message)
+        async def unless_too_large(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            if begun or left >= 0:
+                begun = True
+                await guarded(message)
 
-        try:
-            await self._app(scope, bounded, noted)
-        except _TooLarge:
-            if not started:
-                await _answer(guarded, 413, self._too_large)
+        # The application may make an answer of its own of a body that ends early.
+        with contextlib.suppress(_TooLargeError):
+            await self._app(scope, bounded, unless_too_large)
+        if left < 0 and not begun:
+            await _answer(guarded, 413, self._too_large)
 
     @property
     def _too_large(self) -> str:

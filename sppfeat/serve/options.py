@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,10 +18,10 @@ MAX_HITS: Final = 200
 class ServeOptions:
     """Where a gallery is served, and within which bounds.
 
-    host, port: where the server listens. token: what every request must carry; needed unless only this machine can
-    connect. images: a folder that takes the place of source folders that are gone. max_upload: bytes of a request.
-    max_pixels: of an image. seconds: that a search may take. workers: images read or described at once; others wait.
-    waiting: requests that may wait; more are refused. uploads: bytes of query images kept in memory.
+    host, port: where the server listens. token: what every request must carry; None: nothing, or something that nobody
+    guesses where others can connect. images: a folder that takes the place of source folders that are gone. max_upload:
+    bytes of a request. max_pixels: of an image. seconds: that a search may take. workers: images read or described at
+    once; others wait. waiting: requests that may wait; more are refused. uploads: bytes of query images kept in memory.
     thumbnails: bytes of thumbnails kept on disk.
     Raises UsageError, naming the field, for an invalid value.
     """
@@ -42,13 +43,8 @@ class ServeOptions:
             raise UsageError(f"port must be from 0 to 65535, found {self.port}")
         if self.token is not None and not (len(self.token) >= 8 and self.token.isascii() and self.token.isalnum()):
             raise UsageError("token must be 8 or more letters and digits")
-        if not self.local and self.token is None:
-            raise UsageError(f"host {self.host}: expected a token too, since others can connect")
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can connect."""
-        return is_loopback(self.host)
+        if self.token is None and not is_loopback(self.host):
+            object.__setattr__(self, "token", secrets.token_hex(16))
 
 
 def is_loopback(host: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import secrets
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -15,11 +14,6 @@ from sppfeat.recipe import RunOptions
 from sppfeat.serve.options import ServeOptions, is_loopback
 
 _TRIED: Final = 100
-
-
-def new_token() -> str:
-    """A token that nobody guesses."""
-    return secrets.token_hex(16)
 
 
 def listen(options: ServeOptions) -> socket.socket:
