@@ -5,6 +5,7 @@ from __future__ import annotations
 from sppfeat.retrieval.changes import Change, add_to_gallery, create_gallery, read_names, remove_from_gallery
 from sppfeat.retrieval.crops import Crops, check_crops, find_crops
 from sppfeat.retrieval.duplicates import (
+    DEFAULT_THRESHOLD,
     Duplicates,
     check_duplicates_csv,
     find_duplicates,
@@ -17,6 +18,7 @@ from sppfeat.retrieval.faiss_index import IndexOptions
 from sppfeat.retrieval.gallery import Gallery, describe_gallery, open_gallery, verify_gallery
 from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
+from sppfeat.retrieval.members import Member
 from sppfeat.retrieval.search import (
     Answer,
     Neighbor,
@@ -37,10 +39,12 @@ __all__ = [
     "Change",
     "Crops",
     "DEFAULT_DIMS",
+    "DEFAULT_THRESHOLD",
     "Duplicates",
     "Explanation",
     "Gallery",
     "IndexOptions",
+    "Member",
     "Neighbor",
     "PAGE_QUERIES",
     "ProjectionOptions",

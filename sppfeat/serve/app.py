@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -16,8 +16,9 @@ from fastapi.staticfiles import StaticFiles
 
 from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, ImageError, SppFeatError, UsageError, one_line
-from sppfeat.retrieval import Gallery, Neighbor, SearchOptions
+from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, Member, Neighbor, SearchOptions
 from sppfeat.serve.collection import Collection
+from sppfeat.serve.jobs import Jobs
 from sppfeat.serve.models import Models
 from sppfeat.serve.options import ServeOptions
 from sppfeat.serve.pool import BusyError, Pool
@@ -28,6 +29,7 @@ from sppfeat.serve.schemas import (
     Count,
     DetectAnswer,
     Detected,
+    DuplicatesAnswer,
     GalleryInfo,
     Hit,
     ImageInfo,
@@ -40,6 +42,7 @@ from sppfeat.serve.schemas import (
     Reranking,
     Rows,
     SearchAnswer,
+    Twin,
     Why,
 )
 from sppfeat.serve.thumbnails import SIDES, Thumbnails
@@ -55,6 +58,8 @@ _Side = Annotated[int, Query(description=f"Longer side in pixels at most: one of
 _QueryId = Annotated[str | None, Form(max_length=64, description="Id of an earlier answer, u-... or r-ROW")]
 
 
+# Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
+_GROUPS: Final = 2000
 _STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
 
 
@@ -75,6 +80,7 @@ class _Server:
         # A page asks for many small images at once: they wait behind each other, not behind searches.
         self.images = Pool(options.workers, 16 * options.waiting, options.seconds, "image")
         self.slow = Pool(1, options.waiting // 4, options.seconds, "models")
+        self.duplicates: Jobs[list[list[tuple[int, Member]]]] = Jobs("duplicates")
         self.notes: list[str] = []
 
     def close(self) -> None:
@@ -123,6 +129,7 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
     _add_gallery(app, server)
     _add_search(app, server)
     _add_images(app, server)
+    _add_duplicates(app, server)
     _add_models(app, server)
     static = str(resources.files("sppfeat.serve") / "static")
 
@@ -285,6 +292,35 @@ def _add_images(app: FastAPI, server: _Server) -> None:
             return Response(server.thumbnails.get(item, side), media_type="image/jpeg")
 
         return await server.images.run(work)
+
+
+def _add_duplicates(app: FastAPI, server: _Server) -> None:
+    @app.get("/api/duplicates")
+    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
+        """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
+        opened = server.collection.current()
+        key = opened.about.generation, threshold
+        job = server.duplicates.begun(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
+        if job.failed is not None:
+            return DuplicatesAnswer(state="failed", detail=job.failed)
+        if job.result is None or job is not server.duplicates.known(key):
+            return DuplicatesAnswer(state="computing", done=job.done)
+        groups = [
+            [
+                Twin(
+                    row=row,
+                    name=one.name,
+                    width=one.size[0],
+                    height=one.size[1],
+                    score=one.score,
+                    there=one.path is not None,
+                )
+                for row, one in group
+            ]
+            for group in job.result[:_GROUPS]
+        ]
+        more = len(job.result) - len(groups)
+        return DuplicatesAnswer(state="ready", done=1, threshold=threshold, groups=groups, more=more)
 
 
 def _add_models(app: FastAPI, server: _Server) -> None:

@@ -18,15 +18,17 @@ from sppfeat.images import Item, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval import (
     Gallery,
+    Member,
     SearchOptions,
     SearchResult,
     describer_for,
+    find_duplicates,
     open_gallery,
     part_factors,
     search_items,
 )
 from sppfeat.serve.uploads import Query, read_size
-from sppfeat.store import Box, item_of
+from sppfeat.store import Box, item_of, open_store
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
@@ -146,6 +148,23 @@ class Collection:
         """A row's image as a query. Raises ImageError."""
         shown = self.shown(gallery, row)
         return Query(f"r-{row}", shown.name, shown.item, read_size(shown.item, self._max_pixels))
+
+    def duplicates(
+        self, gallery: Gallery, threshold: float, progress: Callable[[float], None]
+    ) -> list[list[tuple[int, Member]]]:
+        """Groups of rows that are nearly equal, with their numbers, from the store that the gallery was built from.
+
+        Raises StoreError, UsageError: descriptors as they are stored are compared, which an index may not hold.
+        """
+        stores = [source.store for source in gallery.about.sources]
+        if len(stores) != 1:
+            raise UsageError(
+                f"expected a gallery of one store, found {len(stores)}: `sppfeat duplicates` compares each"
+            )
+        found = find_duplicates(open_store(stores[0]), threshold, progress=progress)
+        row_of = {name: row for row, name in enumerate(gallery.rows.names)}
+        groups = [[(row_of[one.name], one) for one in group if one.name in row_of] for group in found.groups]
+        return [group for group in groups if len(group) > 1]
 
     def search(self, gallery: Gallery, query: Query, options: SearchOptions, box: Box | None) -> SearchResult:
         """Search with an image, or with a part of it. Raises SppFeatError."""

@@ -141,6 +141,28 @@ class ClassifyAnswer(BaseModel):
     classes: list[ClassScore]
 
 
+class Twin(BaseModel):
+    """An image of a group of duplicates. score: its cosine similarity with the first of the group, the one to keep."""
+
+    row: int
+    name: str
+    width: int
+    height: int
+    score: float
+    there: bool
+
+
+class DuplicatesAnswer(BaseModel):
+    """Groups of duplicates, the largest first; while they are computed, the fraction done. more: groups left out."""
+
+    state: Literal["computing", "ready", "failed"]
+    done: float = 0.0
+    detail: str = ""
+    threshold: float = 0.0
+    groups: list[list[Twin]] = []
+    more: int = 0
+
+
 class Rows(BaseModel):
     """Rows of the gallery."""
 

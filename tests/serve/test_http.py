@@ -302,6 +302,28 @@ class TestGuard:
             ServeOptions(port=70000)
 
 
+def test_duplicates(page: TestClient, path: Path, tmp_path: Path) -> None:
+    """Begun by the first request; the copy among the photographs is found."""
+    for _ in range(100):
+        found = page.get("/api/duplicates?threshold=0.99").json()
+        if found["state"] != "computing":
+            break
+        time.sleep(0.1)
+    assert found["state"] == "ready" and found["threshold"] == 0.99 and found["more"] == 0
+    names = open_gallery(path).rows.names
+    (copied,) = (group for group in found["groups"] if "<script>alert(1)<.jpg" in [one["name"] for one in group])
+    assert len(copied) == 2 and all(names[one["row"]] == one["name"] and one["there"] for one in copied)
+    assert copied[0]["score"] == pytest.approx(1, abs=1e-5) and copied[1]["score"] > 0.99
+    (tmp_path / "f.h5").unlink()
+    for _ in range(100):
+        gone = page.get("/api/duplicates?threshold=0.9").json()
+        if gone["state"] != "computing":
+            break
+        time.sleep(0.1)
+    assert gone["state"] == "failed" and "f.h5" in gone["detail"]
+    assert page.get("/api/duplicates?threshold=2").status_code == 422
+
+
 def test_hostile_names_are_only_text(page: TestClient, path: Path) -> None:
     row = open_gallery(path).rows.names.index("<script>alert(1)<.jpg")
     assert page.get(f"/api/images/{row}").headers["content-type"] == "application/json"

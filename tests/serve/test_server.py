@@ -1,0 +1,121 @@
+"""The server as a process: its address, a port in use, a gallery that is none, and its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from sppfeat import RunOptions, UsageError, extract_folder, open_store
+from sppfeat.retrieval import create_gallery
+from sppfeat.serve import ServeOptions
+from sppfeat.serve.server import address_of, listen
+from sppfeat.serve.thumbnails import Thumbnails
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def gallery(photos: Path, tmp_path: Path) -> Path:
+    extract_folder(photos, tmp_path / "f.h5", replace(TINY, scales=(64,)), RunOptions(device="cpu"))
+    create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
+    return tmp_path / "g"
+
+
+def test_from_the_command_line(gallery: Path) -> None:
+    code = "import sys; from sppfeat_cli import main; sys.exit(main())"
+    given = [sys.executable, "-c", code, "serve", str(gallery), "--port", "0", "--device", "cpu"]
+    child = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    try:
+        line = child.stdout.readline()
+        assert line.startswith(f"{gallery}: http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), line
+        address = line.split()[1]
+        with urllib.request.urlopen(address) as page:
+            assert b"<!doctype html>" in page.read()[:100].lower()
+        with urllib.request.urlopen(f"{address}api/gallery") as answer:
+            assert b'"name":"g"' in answer.read()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(f"{address}api/gallery", headers={"Host": "evil.example"}))
+    finally:
+        child.send_signal(signal.SIGINT)
+        out, error = child.communicate(timeout=20)
+    assert "Traceback" not in error and child.returncode in (0, 130), (child.returncode, error)
+
+
+def test_what_cannot_be_served(gallery: Path, tmp_path: Path, run_sppfeat: Run) -> None:
+    for given, status, fault in (
+        ([tmp_path / "nothing"], 1, f"sppfeat: {tmp_path}/nothing: expected a gallery, found no such folder\n"),
+        ([gallery, "--token", "x"], 2, "token must be 8 or more letters and digits"),
+        ([gallery, "--images", tmp_path / "nothing"], 2, "images: expected a folder"),
+        ([gallery, "--detector", tmp_path / "f.h5"], 1, "expected a detector"),
+        ([gallery, "--classifier", tmp_path / "f.h5"], 1, "expected an SVM"),
+        ([gallery, "--port", "99999"], 2, "port must be from 0 to 65535"),
+        ([gallery, "--host", "no-such-host.invalid"], 2, "host no-such-host.invalid"),
+    ):
+        done = run_sppfeat("serve", *given)
+        assert done.returncode == status and fault in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"port {port} is in use; \d+ is free: --port \d+"):
+            listen(ServeOptions(port=port))
+
+
+def test_addresses() -> None:
+    with listen(ServeOptions(port=0)) as here:
+        port = here.getsockname()[1]
+        assert address_of(ServeOptions(), here) == f"http://127.0.0.1:{port}/"
+        assert address_of(ServeOptions(host="::1"), here) == f"http://[::1]:{port}/"
+        assert (
+            address_of(ServeOptions(host="0.0.0.0", token="12345678"), here)
+            == f"http://localhost:{port}/?token=12345678"
+        )
+
+
+class TestThumbnails:
+    def test_bounded(self, photos: Path, tmp_path: Path) -> None:
+        from sppfeat.images import Item
+
+        file = tmp_path / "t.sqlite"
+        kept = Thumbnails(60_000, file)
+        items = [Item.at(path) for path in sorted(photos.rglob("*.jpg"))]
+        first = [kept.get(item, 160) for item in items]
+        for _ in range(3):
+            for item in items:
+                kept.get(item, 320)
+        kept.close()
+        assert [Thumbnails(60_000, file).get(item, 160) for item in items] == first
+        assert file.stat().st_size < 200_000
+
+    def test_a_changed_image_is_rendered_again(self, make_images: Callable[..., Path], tmp_path: Path) -> None:
+        from sppfeat.images import Item
+
+        path = sorted(make_images(2).iterdir())
+        kept = Thumbnails(1 << 20, tmp_path / "t.sqlite")
+        before = kept.get(Item.at(path[0]), 160)
+        os.replace(path[1], path[0])
+        os.utime(path[0], ns=(time.time_ns(), time.time_ns()))
+        assert kept.get(Item.at(path[0]), 160) != before
+
+    def test_a_damaged_file_costs_time_alone(self, make_images: Callable[..., Path], tmp_path: Path) -> None:
+        from sppfeat.images import Item
+
+        (tmp_path / "t.sqlite").write_bytes(b"no database" * 100)
+        item = Item.at(sorted(make_images(1).iterdir())[0])
+        assert Thumbnails(1 << 20, tmp_path / "t.sqlite").get(item, 160)[:2] == b"\xff\xd8"
+        (tmp_path / "file").write_bytes(b"")
+        assert Thumbnails(1 << 20, tmp_path / "file" / "t.sqlite").get(item, 160)[:2] == b"\xff\xd8"
