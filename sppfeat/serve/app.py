@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from sppfeat._version import __version__
@@ -58,6 +58,17 @@ _Side = Annotated[int, Query(description=f"Longer side in pixels at most: one of
 _QueryId = Annotated[str | None, Form(max_length=64, description="Id of an earlier answer, u-... or r-ROW")]
 
 
+# Swagger's page without its inline script; it sets styles itself and has images in addresses.
+_DOCS: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>sppfeat serve: HTTP interface</title>
+<link rel="stylesheet" href="/api/swagger/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div>
+<script src="/api/swagger/swagger-ui-bundle.js"></script><script src="/static/docs.js"></script></body></html>
+"""
+_DOCS_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 # Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
 _GROUPS: Final = 2000
 _STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
@@ -133,10 +144,16 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
     _add_models(app, server)
     static = str(resources.files("sppfeat.serve") / "static")
 
+    @app.get("/api/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(_DOCS, headers={"content-security-policy": _DOCS_POLICY})
+
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(f"{static}/index.html", headers={"cache-control": "no-cache"})
 
+    swagger = str(resources.files("fastapi_offline") / "static")
+    app.mount("/api/swagger", StaticFiles(directory=swagger), name="swagger")
     app.mount("/static", StaticFiles(directory=static), name="static")
     return app
 

@@ -168,6 +168,16 @@ def test_rows_that_are_not_there(page: TestClient) -> None:
     assert "--classifier" in page.post("/api/classify", data={"query": "r-0"}).json()["detail"]
 
 
+def test_the_interface_is_described(page: TestClient) -> None:
+    described = page.get("/api/openapi.json").json()
+    assert {"/api/search", "/api/images/{row}", "/api/duplicates"} <= described["paths"].keys()
+    docs = page.get("/api/docs")
+    assert "script-src 'self';" in docs.headers["content-security-policy"] and "<script>" not in docs.text
+    for file in ("/api/swagger/swagger-ui-bundle.js", "/api/swagger/swagger-ui.css", "/static/docs.js"):
+        assert file in docs.text and page.get(file).status_code == 200
+    assert "https://" not in docs.text
+
+
 def test_names_of_rows(page: TestClient, path: Path) -> None:
     names = open_gallery(path).rows.names
     assert page.post("/api/names", json={"rows": [2, 0]}).json() == {"names": [names[2], names[0]]}
