@@ -16,6 +16,7 @@ from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.bins import bin_layout, part_recipe
 from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
+from sppfeat.retrieval.flat import search_index
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.retrieval.parts import (
     BOX_FACTORS,
@@ -199,7 +200,7 @@ def _nearest(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, n
 
 def _ask(gallery: Gallery, units: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     try:
-        scores, rows = gallery.index.search(units, k)
+        scores, rows = search_index(gallery.index, units, k)
     except (RuntimeError, MemoryError) as error:
         raise GalleryError(f"{gallery.path}: FAISS cannot search ({faiss_reason(error)})") from None
     missing = rows < 0

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from sppfeat.retrieval.flat import search_index
+
 JOIN_PART: Final = 8
 
 
@@ -37,9 +39,9 @@ class JoinedIndex:
 
         Of equal scores, those of the base come first.
         """
-        scores, rows = self.base.search(units, min(k, self.base.ntotal))
+        scores, rows = search_index(self.base, units, min(k, self.base.ntotal))
         scores[rows < 0] = -np.inf
-        more, at = self.added.search(units, min(k, self.added.ntotal))
+        more, at = search_index(self.added, units, min(k, self.added.ntotal))
         scores, rows = np.hstack([scores, more]), np.hstack([rows, at + self.base.ntotal])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
