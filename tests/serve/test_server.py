@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,25 +34,42 @@ def gallery(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "g"
 
 
-def test_from_the_command_line(gallery: Path) -> None:
+@contextlib.contextmanager
+def running(*given: str | Path) -> Iterator[str]:
+    """The address of a server of its own; it must end without a traceback."""
     code = "import sys; from sppfeat_cli import main; sys.exit(main())"
-    given = [sys.executable, "-c", code, "serve", str(gallery), "--port", "0", "--device", "cpu"]
-    child = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, "serve", *map(str, given), "--port", "0", "--device", "cpu"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:
         line = child.stdout.readline()
-        assert line.startswith(f"{gallery}: http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), line
-        address = line.split()[1]
+        assert line.startswith(f"{given[0]}: http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), line
+        yield line.split()[1]
+    finally:
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=20)
+    assert "Traceback" not in error and child.returncode in (0, 130), (child.returncode, error)
+
+
+def test_from_the_command_line(gallery: Path) -> None:
+    with running(gallery) as address:
         with urllib.request.urlopen(address) as page:
             assert b"<!doctype html>" in page.read()[:100].lower()
         with urllib.request.urlopen(f"{address}api/gallery") as answer:
             assert b'"name":"g"' in answer.read()
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(f"{address}api/gallery", headers={"Host": "evil.example"}))
-    finally:
-        child.send_signal(signal.SIGINT)
-        out, error = child.communicate(timeout=20)
-    assert "Traceback" not in error and child.returncode in (0, 130), (child.returncode, error)
+
+
+def test_no_request_makes_it_fail(gallery: Path, tmp_path: Path) -> None:
+    """Requests made from its own description, with values at and beyond the bounds: none is answered by 500."""
+    with running(gallery) as address:
+        program = Path(sys.executable).with_name("schemathesis")
+        given = [f"{address}api/openapi.json", "--url", address.rstrip("/"), "-c", "not_a_server_error", "--seed", "1"]
+        command = [str(program), "run", *given, "-n", "25", "--phases", "coverage,fuzzing"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "generated" in done.stdout and "failed" not in done.stdout
 
 
 def test_what_cannot_be_served(gallery: Path, tmp_path: Path, run_sppfeat: Run) -> None:
