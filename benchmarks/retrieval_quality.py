@@ -218,7 +218,7 @@ def million(folder: Path, scale: int, rows: int, bin_dim: int | None) -> None:
                         started = time.perf_counter()
                         near = regions.nearest(cells[at], candidates)
                         middle = time.perf_counter()
-                        order = order_by_bins(part_matching(layout), descriptors[at], near, bins.take, 10)
+                        order = order_by_bins(part_matching(layout, channels), descriptors[at], near, bins.take, 10)
                         spent.append((middle - started, time.perf_counter() - middle))
                         found.append((best[at][0] in order.rows[:10], np.isin(best[at], order.rows[:10]).mean()))
                 first, ten = np.mean(found, axis=0)

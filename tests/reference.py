@@ -248,7 +248,8 @@ def best_rectangle(
                                 cell = cell / (np.linalg.norm(cell) or 1.0)
                             score += float(np.dot(query[i * cells + j], cell))
                     boxes.append([float(left), float(top), float(right), float(bottom)])
-                    scores.append(score / cells**2 * ((bottom - top) * (right - left) / n**2) ** power)
+                    weight = ((bottom - top) * (right - left) / n**2) ** power
+                    scores.append(score / cells**2 * (weight if score > 0 else 1 / weight))
     return max(scores), boxes, scores
 
 
@@ -305,7 +306,7 @@ def reciprocal_scores(similar: np.ndarray, k: int) -> list[float]:
 def diffused_scores(similar: np.ndarray, k: int) -> list[float]:
     """The walk of Iscen et al. 2017 (equations 2 to 6) from the query, the first, step by step until it ends."""
     count = len(similar)
-    middle = sorted(similar[1:, 1:].ravel().tolist())
+    middle = sorted(value for value in similar[1:, 1:].ravel().tolist() if value < 1 - 1e-6) or [0.0]
     median = (middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2
     close = [[max(0.0, float(value) - median) / max(1 - median, 1e-6) for value in row] for row in similar]
     near = [

@@ -157,8 +157,14 @@ def _scores(query: np.ndarray, bins: np.ndarray, shapes: Rectangles, whitening: 
     found = np.take(similar[0], shapes.cells[:, 0], axis=1)
     for cell in range(1, shapes.cells.shape[1]):
         found += np.take(similar[cell], shapes.cells[:, cell], axis=1)
-    found *= shapes.weights / shapes.cells.shape[1]
+    found /= shapes.cells.shape[1]
+    found *= weight_of(found, shapes.weights)
     return found
+
+
+def weight_of(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What scores are multiplied by to count less by these weights: below 0, that is to grow."""
+    return np.where(scores > 0, weights, 1 / weights)
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ def read_arrays(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.
 
 def _read_array(file: zipfile.ZipFile, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """An array of exactly this shape: its length is known before it is read, and pickles are never read."""
+    if f"{name}.npy" not in file.namelist():
+        raise GalleryError(f"{path}: expected an array {name!r}, found none")
     if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:  # a few bytes could expand to any number
         raise GalleryError(f"{path}: expected {name} uncompressed, found it compressed")
     with file.open(f"{name}.npy") as member:

@@ -17,16 +17,19 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError
+from sppfeat.errors import GalleryError, StoreError, UsageError, one_line
 from sppfeat.files import appearing_hdf5, open_hdf5
 from sppfeat.recipe import NATIVE, Recipe
 from sppfeat.retrieval.alignment import CELLS, Whitening
 from sppfeat.retrieval.arrays import read_arrays, write_arrays
-from sppfeat.retrieval.channels import SAMPLE_IMAGES, SEED, Channels, learn_channels
+from sppfeat.retrieval.channels import NOT_FINITE, SAMPLE_IMAGES, SEED, Channels, learn_channels, learn_whitening
 from sppfeat.retrieval.segments import JoinedValues
 from sppfeat.store import UnitRows, block_rows
 
 _VERSION: Final = 1
+# Of 8 x 8 bins there are 1,296 rectangles, of 12 x 12 already 6,084, whose overlaps alone take gigabytes.
+MAX_SIDE: Final = 8
+_MAX_IMAGE_SIDE: Final = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def bin_layout(recipe: Recipe, dim: int) -> BinLayout:
     side = max(recipe.levels)
     if side < CELLS:
         raise UsageError(f"parts need a level of {CELLS} or more, found levels {','.join(map(str, recipe.levels))}")
+    if side > MAX_SIDE:
+        raise UsageError(f"parts need levels up to {MAX_SIDE}, found {side}: their rectangles would be too many")
     channels = dim // recipe.bins
     before = sum(level * level for level in recipe.levels[: recipe.levels.index(side)])
     return BinLayout(side, channels, before * channels)
@@ -125,13 +130,26 @@ class BinSource:
 
 
 def bins_of(layout: BinLayout, rows: UnitRows, which: np.ndarray) -> np.ndarray:
-    """[n, side, side, C] of rows of a store, as it has them."""
-    return layout.take(rows.store.descriptors[rows.rows[which]])
+    """[n, side, side, C] of rows of a store, as it has them. Raises StoreError for values that are not finite."""
+    found = layout.take(rows.store.descriptors[rows.rows[which]])
+    if not np.isfinite(found.sum(dtype=np.float64)):
+        raise StoreError(f"{rows.store.place}: {NOT_FINITE}")
+    return found
 
 
-def learn_from(layout: BinLayout, rows: UnitRows, kept: int | None = None) -> Channels:
-    """What a sample of a store's rows tells of their channels; kept: see `learn_channels`."""
-    return learn_channels(bins_of(layout, rows, rows.sample(SAMPLE_IMAGES, SEED)), kept, whole_side(layout.side))
+def learn_from(layout: BinLayout, rows: UnitRows, dim: int | None = None) -> Channels:
+    """What a sample of a store's rows tells of their channels; dim: see `learn_channels`."""
+    return learn_channels(bins_of(layout, rows, rows.sample(SAMPLE_IMAGES, SEED)), dim, whole_side(layout.side))
+
+
+def learn_again(source: BinSource) -> BinSource:
+    """The same bins, whitened as a sample of all of them says: for a gallery whose images have changed."""
+    count = len(source)
+    which = np.arange(count)
+    if count > SAMPLE_IMAGES:
+        which = np.sort(np.random.default_rng(SEED).choice(count, SAMPLE_IMAGES, replace=False))
+    whitening = learn_whitening(source.take(which), whole_side(source.layout.side))
+    return replace(source, channels=replace(source.channels, whitening=whitening))
 
 
 def whole_side(side: int) -> int:
@@ -141,10 +159,10 @@ def whole_side(side: int) -> int:
 
 def write_bins(file: Path, source: BinSource) -> None:
     """Write the bins of a gallery. Raises GalleryError."""
-    layout, kept = source.layout, source.channels.kept
+    layout, dim = source.layout, source.channels.dim
     size = block_rows(layout.side * layout.side * layout.channels)
     with appearing_hdf5(file, GalleryError) as content:
-        values = content.create_dataset("values", (len(source), layout.side, layout.side, kept), np.int8)
+        values = content.create_dataset("values", (len(source), layout.side, layout.side, dim), np.int8)
         sizes = content.create_dataset("image_size", (len(source), 2), "<i4")
         for start in range(0, len(source), size):
             part = slice(start, min(start + size, len(source)))
@@ -153,7 +171,7 @@ def write_bins(file: Path, source: BinSource) -> None:
 
 def read_bins(file: Path, count: int, layout: BinLayout, channels: Channels) -> Bins:
     """The bins of `count` images, mapped from the file. Raises GalleryError for any other file."""
-    shape = (count, layout.side, layout.side, channels.kept)
+    shape = (count, layout.side, layout.side, channels.dim)
     with open_hdf5(file, None, _VERSION, GalleryError) as content:
         values, sizes = content["values"], content["image_size"]
         if values.shape != shape or values.dtype != np.int8 or sizes.shape != (count, 2):
@@ -162,9 +180,15 @@ def read_bins(file: Path, count: int, layout: BinLayout, channels: Channels) -> 
             )
         offset, length = values.id.get_offset(), values.id.get_storage_size()
         image_size = sizes[:].astype(np.int32, casting="same_kind")
-    if offset is None or length != math.prod(shape) or offset + length > file.stat().st_size:
-        raise GalleryError(f"{file}: expected its values in one piece, found fewer")
-    return Bins(np.memmap(file, np.int8, "r", offset, shape), image_size, channels)
+        if not (image_size.min() >= 1 and image_size.max() <= _MAX_IMAGE_SIDE):
+            raise GalleryError(f"{file}: expected widths and heights in pixels, found {image_size.min()} among them")
+        try:  # while it is open: another process may remove it at any moment
+            if offset is None or length != math.prod(shape) or offset + length > file.stat().st_size:
+                raise GalleryError(f"{file}: expected its values in one piece, found fewer")
+            mapped = np.memmap(file, np.int8, "r", offset, shape)
+        except OSError as error:
+            raise GalleryError(f"{file}: cannot be read: {one_line(error)}") from None
+    return Bins(mapped, image_size, channels)
 
 
 def join_bins(base: Bins, added: Bins) -> Bins:
@@ -183,14 +207,14 @@ def write_channels(file: Path, channels: Channels) -> None:
     write_arrays(file, arrays)
 
 
-def read_channels(file: Path, layout: BinLayout, whitened: int, kept: int) -> Channels:
-    """Channels whose cells are whitened to so many values, and of which so many are kept of a bin.
+def read_channels(file: Path, layout: BinLayout, whitened: int, dim: int) -> Channels:
+    """Channels whose cells are whitened to so many values, and whose bins are kept as so many.
 
     Raises GalleryError for any other file.
     """
     shapes: dict[str, tuple[int, ...]] = {"mean": (layout.channels,), "matrix": (layout.channels, whitened)}
-    if kept < layout.channels:
-        shapes["components"] = (kept, layout.channels)
+    if dim < layout.channels:
+        shapes["components"] = (dim, layout.channels)
     arrays = read_arrays(file, shapes)
     return Channels(Whitening(arrays["mean"], arrays["matrix"]), arrays.get("components"))
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.retrieval.about import About, BinsEntry, FileEntries, FileEntry, IndexEntry, ProjectionEntry, SourceEntry
-from sppfeat.retrieval.bins import BinSource, KeptBins, bin_layout, learn_from
+from sppfeat.retrieval.bins import BinLayout, BinSource, KeptBins, bin_layout, learn_again, learn_from
 from sppfeat.retrieval.faiss_index import (
     BuiltIndex,
     IndexOptions,
@@ -47,6 +47,11 @@ from sppfeat.retrieval.gallery_files import (
 from sppfeat.retrieval.segments import JOIN_PART, JoinedIndex
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
 from sppfeat.store import Store, UnitRows, check_same_recipe, unit_rows
+
+# On buildings and on kinds of objects, 64 components rank as well as all channels, and 32 worse.
+FEW_COMPONENTS: Final = 64
+# Fewer images hardly tell which components others have.
+FEW_IMAGES: Final = 100
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,10 @@ def create_gallery(
         table = GalleryRows(
             rows.names, [store.source_root], np.zeros(len(rows), np.int64), np.asarray(store.checksum[rows.rows])
         )
-        bins = None if layout is None else BinSource(layout, learn_from(layout, rows, bin_dim), None, rows)
+        bins = None
+        if layout is not None:
+            bins = BinSource(layout, learn_from(layout, rows, bin_dim), None, rows)
+            notes += _bin_notes(layout, bin_dim, len(rows))
         described = _describe(store, built, learned, bins)
         about = write_generation(path, described, learned, Content(built.index, table, bins), previous=None)
     return Change(str(path), len(rows), len(rows), 0, 0, built, notes + built.notes, about)
@@ -155,7 +163,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
             base_index = _fill(path, base_index, reconstruct(index, late - base), rows, device)
             about, notes = _retuned(about, base_index, len(late) + len(rows))
             content = Content(
-                base_index, old.rows.followed_by(table), _bin_source(old, everything, rows), _base_regions(old)
+                base_index, old.rows.followed_by(table), _base_bins(old, everything, rows), _base_regions(old)
             )
             about = write_generation(path, about, old.projection, content, previous=old.about)
         else:
@@ -199,7 +207,7 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
                 index = _fill(path, index, reconstruct(added, late - base), None, "cpu")
                 about, told = _retuned(about, index, len(late))
                 notes += told
-            content = Content(index, old.rows.only(keep), _bin_source(old, keep, None))
+            content = Content(index, old.rows.only(keep), _base_bins(old, keep, None))
             about = write_generation(path, about, old.projection, content, previous=old.about)
         return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
 
@@ -243,6 +251,26 @@ def _retuned(about: About, index: Any, added: int) -> tuple[About, list[str]]:
     return msgspec.structs.replace(about, index=msgspec.structs.replace(about.index, effort=effort)), [note]
 
 
+def _bin_notes(layout: BinLayout, dim: int | None, images: int) -> list[str]:
+    """What users should know of components that bins are kept in."""
+    if dim is None:
+        return []
+    if dim >= layout.channels:
+        return [f"bin_dim is {dim}, but a bin has {layout.channels} channels: they are kept as they are"]
+    notes = []
+    if dim < FEW_COMPONENTS:
+        notes.append(
+            f"bins of {dim} values may rank below the plain search; `sppfeat evaluate retrieval --rerank bins "
+            f"--bin-dim {dim}` measures it"
+        )
+    if images < FEW_IMAGES:
+        notes.append(
+            f"the components of bins were learned from {images} images and stay as they are: build the gallery again "
+            "once it has many more"
+        )
+    return notes
+
+
 def _base_regions(old: Gallery) -> Any:
     """The index of the regions of a gallery's base; None without."""
     return None if old.regions is None else old.regions.parts[0][1]
@@ -253,6 +281,12 @@ def _bin_source(old: Gallery, kept: np.ndarray, new: UnitRows | None) -> BinSour
     if old.bins is None:
         return None
     return BinSource(bin_layout(old.recipe, old.dim), old.bins.channels, KeptBins(old.bins, kept), new)
+
+
+def _base_bins(old: Gallery, kept: np.ndarray, new: UnitRows | None) -> BinSource | None:
+    """The same for a new base, whose whitening is learned again."""
+    source = _bin_source(old, kept, new)
+    return None if source is None else learn_again(source)
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
@@ -312,7 +346,7 @@ def _describe(store: Store, built: BuiltIndex, projection: Projection | None, bi
 
 
 def _bins_entry(bins: BinSource) -> BinsEntry:
-    kept = bins.channels.kept
+    kept = bins.channels.dim
     return BinsEntry(dim=kept, whitened=bins.channels.whitening.matrix.shape[1], bytes=bins.layout.side**2 * kept)
 
 

@@ -21,7 +21,10 @@ from sppfeat.store import normalize_rows
 WHITENED: Final = 64
 SAMPLE_IMAGES: Final = 1000
 SEED: Final = 1234
+NOT_FINITE: Final = "expected finite descriptors; `sppfeat inspect --verify` names the rows"
 _LARGEST: Final = 127
+# Images at a time.
+_BLOCK: Final = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Channels:
     components: np.ndarray | None
 
     @property
-    def kept(self) -> int:
+    def dim(self) -> int:
         """Values kept of a bin: K, or C."""
         return len(self.whitening.mean if self.components is None else self.components)
 
@@ -51,47 +54,82 @@ class Channels:
         """[N, n, n, C] of values [N, n, n, K] int8: int8 if bins are kept as they are, else float32."""
         return values if self.components is None else values.astype(np.float32) @ self.components
 
+    def as_kept(self, bins: np.ndarray) -> np.ndarray:
+        """[N, n, n, C] of a query's bins, without what components leave out, as those that they are compared with."""
+        return bins if self.components is None else self.decode(self.encode(bins))
+
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
     """[N, n, n, K] int8 of values, each image scaled to use the whole range. Raises StoreError if one is not finite."""
     found = values.astype(np.float32)
     largest = np.abs(found).max((1, 2, 3), keepdims=True)
     if not np.isfinite(largest).all():
-        raise StoreError("expected finite descriptors; `sppfeat inspect --verify` names the rows")
+        raise StoreError(NOT_FINITE)
     largest[largest == 0] = 1
-    whole: np.ndarray = np.rint(found * (_LARGEST / largest)).astype(np.int8)
+    whole: np.ndarray = np.rint(_LARGEST * (found / largest)).astype(np.int8)
     return whole
 
 
-def learn_channels(bins: np.ndarray, kept: int | None = None, least: int = 1) -> Channels:
+def learn_channels(bins: np.ndarray, dim: int | None = None, least: int = 1) -> Channels:
     """Learn from the bins [N, n, n, C] of a sample of images.
 
-    kept: components to keep; None, or as many as there are channels: keep bins as they are. least: cells are those of
-    rectangles with sides of at least so many bins.
+    dim: components to keep; None, or as many as there are channels: bins are kept as they are. least: cells are those
+    of rectangles with sides of at least so many bins. Raises UsageError for fewer than 1, StoreError for values that
+    are not finite.
     """
+    if dim is not None and dim < 1:
+        raise UsageError(f"bin_dim must be at least 1 value, found {dim}")
+    components = None
+    if dim is not None and dim < bins.shape[3]:
+        components = learn_components(bins, dim)
+        bins = _turned_back(bins, components)
+    return Channels(learn_whitening(bins, least), components)
+
+
+def learn_whitening(bins: np.ndarray, least: int = 1) -> Whitening:
+    """A whitening of the cells of these images: see `learn_channels`."""
     channels = bins.shape[3]
-    if kept is not None and kept < 1:
-        raise UsageError(f"bin_dim must be at least 1 value, found {kept}")
     shapes = rectangles(bins.shape[1], least)
-    total, products, raw = np.zeros(channels), np.zeros((channels, channels)), np.zeros((channels, channels))
-    count = 0
-    for start in range(0, len(bins), 64):
-        block = bins[start : start + 64].astype(np.float32)
-        cells = normalize_rows(all_cells(block, shapes).reshape(-1, channels))
+    total, products, count = np.zeros(channels), np.zeros((channels, channels)), 0
+    for start in range(0, len(bins), _BLOCK):
+        cells = all_cells(bins[start : start + _BLOCK].astype(np.float32), shapes).reshape(-1, channels)
+        cells = _units(cells)
         total += cells.sum(0, dtype=np.float64)
         products += cells.T @ cells
         count += len(cells)
-        images = normalize_rows(block.reshape(len(block), -1)).reshape(-1, channels)
-        raw += images.T @ images
     mean = total / max(1, count)
-    values, vectors = _leading(products / max(1, count) - np.outer(mean, mean), WHITENED)
+    covariance = products / max(1, count) - np.outer(mean, mean)
+    values, vectors = _leading(covariance, WHITENED)
     # The mean over all channels keeps those that hardly vary from being blown up.
-    spread = values + max(float(np.trace(products) / max(1, count) - mean @ mean) / channels, 1e-6)
-    whitening = Whitening(mean.astype(np.float32), (vectors / np.sqrt(spread)).astype(np.float32))
-    components = None
-    if kept is not None and kept < channels:
-        components = np.ascontiguousarray(_leading(raw, kept)[1].T, np.float32)
-    return Channels(whitening, components)
+    spread = values + max(float(np.trace(covariance)) / channels, 1e-6)
+    return Whitening(mean.astype(np.float32), (vectors / np.sqrt(spread)).astype(np.float32))
+
+
+def learn_components(bins: np.ndarray, dim: int) -> np.ndarray:
+    """[dim, C] float32 principal components of bins [N, n, n, C], images scaled to equal length."""
+    channels = bins.shape[3]
+    products = np.zeros((channels, channels))
+    for start in range(0, len(bins), _BLOCK):
+        block = bins[start : start + _BLOCK].astype(np.float32)
+        images = _units(block.reshape(len(block), -1)).reshape(-1, channels)
+        products += images.T @ images
+    return np.ascontiguousarray(_leading(products, dim)[1].T, np.float32)
+
+
+def _turned_back(bins: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """[N, n, n, C] of the components of bins, as they will be read."""
+    turned = np.empty(bins.shape, np.float32)
+    for start in range(0, len(bins), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        turned[part] = to_bytes(bins[part].astype(np.float32) @ components.T).astype(np.float32) @ components
+    return turned
+
+
+def _units(rows: np.ndarray) -> np.ndarray:
+    """Rows [N, C] of length 1. Raises StoreError if a value is not finite."""
+    if not np.isfinite(rows.sum(dtype=np.float64)):
+        raise StoreError(NOT_FINITE)
+    return normalize_rows(rows)
 
 
 def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.retrieval.alignment import CELLS, Rectangles, Whitening, rectangles
+from sppfeat.retrieval.alignment import CELLS, Rectangles, Whitening, rectangles, weight_of
 
 # As many as can be told apart on a small image.
 _LINKS: Final = 5
@@ -53,7 +53,8 @@ def explain(
         there = _cell(image, shapes, rectangle, cell, whitening)
         for one in query:
             pairs += _cell(one, whole, whole.whole, cell, whitening) @ there.T
-    pairs *= float(shapes.weights[rectangle]) / (len(query) * CELLS * CELLS)
+    pairs /= len(query) * CELLS * CELLS
+    pairs *= weight_of(pairs.sum(), shapes.weights[rectangle])
     grid = side, side
     return Explanation(pairs.sum(1).reshape(grid), pairs.sum(0).reshape(grid), _links(pairs, side))
 

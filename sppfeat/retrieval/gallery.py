@@ -117,6 +117,11 @@ def _open(path: Path, about: About, device: str) -> Gallery:
             layout = bin_layout(recipe, about.dim)
         except UsageError as error:
             raise GalleryError(f"{path}: expected a gallery without bins: {error}") from None
+        if about.bins.dim > layout.channels or about.bins.bytes != layout.side**2 * about.bins.dim:
+            raise GalleryError(
+                f"{path}: expected at most {layout.channels} values of a bin and bytes of {layout.side**2} bins, found "
+                f"{about.bins.dim} and {about.bins.bytes}"
+            )
         file = checked_file(path, "channels", about.files.channels)
         channels = read_channels(file, layout, about.bins.whitened, about.bins.dim)
     index, rows, bins, regions = _read_part(path, about.files, about.base_rows, dim, layout, channels)

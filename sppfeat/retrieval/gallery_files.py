@@ -266,7 +266,7 @@ def write_generation(
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
     Call it within `changing`. base: None: that of `previous` stays as it is. added: rows after it. previous: its
-    projection and channels are kept. Returns the description as written.
+    projection is kept, and so are its channels unless there is a new base. Returns the description as written.
     """
     for content in (base, added):
         if content is not None and not content.index.ntotal == len(content.rows.names) == len(content.rows.root):
@@ -306,7 +306,7 @@ def write_generation(
         arrays = {"mean": projection.mean, "matrix": projection.matrix, "eigenvalues": projection.eigenvalues}
         learned = put("projection", lambda file: write_arrays(file, arrays))
     channels = None if previous is None else previous.files.channels
-    if channels is None and base is not None and (source := base.bins) is not None:
+    if base is not None and (source := base.bins) is not None:
         channels = put("channels", lambda file: write_channels(file, source.channels))
     later = None
     if added is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -32,9 +33,20 @@ def require_bins(gallery: Gallery) -> Bins:
     if gallery.bins is None:
         raise GalleryError(
             f"{gallery.path}: keeps no bins, which parts and re-ranking need; build it again with "
-            f"`sppfeat index STORE -o {gallery.path} --keep-bins --overwrite`"
+            f"`{_rebuilding(gallery)}`"
         )
     return gallery.bins
+
+
+def _rebuilding(gallery: Gallery) -> str:
+    """The command that builds a gallery again, with bins."""
+    stores = [shlex.quote(source.store) for source in gallery.about.sources] or ["STORE"]
+    place = shlex.quote(str(gallery.path))
+    projected = ""
+    if (projection := gallery.projection) is not None:
+        projected = f" --project {projection.dim}{' --whiten' if projection.power else ''}"
+    first = f"sppfeat index {stores[0]} -o {place}{projected} --keep-bins --overwrite"
+    return " && ".join([first, *(f"sppfeat index {store} --add-to {place}" for store in stores[1:])])
 
 
 class Located(NamedTuple):
@@ -49,27 +61,35 @@ class Located(NamedTuple):
 
 @dataclass(frozen=True)
 class Matching:
-    """How a query is looked for in images: where, and by what of their cells. whitening: None: cells as they are."""
+    """How a query is looked for in images: where, and by what of their cells. channels: None if bins are kept as they
+    are. whitening: None: cells are compared as they are."""
 
     layout: BinLayout
     shapes: Rectangles
-    whitening: Whitening | None
+    channels: Channels | None = None
+    whitening: Whitening | None = None
+
+    def bins(self, descriptors: np.ndarray) -> np.ndarray:
+        """[F, side, side, C] of a query's descriptors [F, D] at F scales, as those of images are kept."""
+        found = self.layout.take(descriptors)
+        return found if self.channels is None else self.channels.as_kept(found)
 
     def query(self, descriptors: np.ndarray) -> np.ndarray:
         """[CELLS * CELLS, C or W] of a query's descriptors [F, D] at F scales, whose cells are averaged."""
-        found: np.ndarray = cells_of(self.layout.take(descriptors), self.whitening).mean(0)
+        found: np.ndarray = cells_of(self.bins(descriptors), self.whitening).mean(0)
         return found
 
 
-def part_matching(layout: BinLayout) -> Matching:
+def part_matching(layout: BinLayout, channels: Channels | None) -> Matching:
     """A query that may be a part of an image, in all rectangles, by cells as they are: whitening tells apart less of
     the little that a small part has to say."""
-    return Matching(layout, rectangles(layout.side), None)
+    return Matching(layout, rectangles(layout.side), channels)
 
 
 def whole_matching(layout: BinLayout, channels: Channels) -> Matching:
     """A query that is a whole image, in the largest rectangles, by whitened cells."""
-    return Matching(layout, rectangles(layout.side, whole_side(layout.side), AREA_POWER), channels.whitening)
+    shapes = rectangles(layout.side, whole_side(layout.side), AREA_POWER)
+    return Matching(layout, shapes, channels, channels.whitening)
 
 
 def order_by_bins(

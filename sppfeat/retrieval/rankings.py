@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.retrieval.bins import bin_layout, bins_of, learn_from
-from sppfeat.retrieval.channels import Channels
+from sppfeat.retrieval.channels import to_bytes
 from sppfeat.retrieval.parts import Matching, order_by_bins, part_matching, whole_matching
 from sppfeat.retrieval.rerank import RerankOptions, reordered
 from sppfeat.store import UnitRows, normalize_rows
@@ -51,9 +51,12 @@ def rankings(
     bins = None
     if options.aligned:
         layout = bin_layout(rows.store.recipe, rows.store.dim)
-        channels = learn_from(layout, rows, bin_dim)
-        matching = part_matching(layout) if options.parts else whole_matching(layout, channels)
-        bins = _RowBins(rows, channels, matching, boxes)
+        if options.parts:
+            channels = None if bin_dim is None else learn_from(layout, rows, bin_dim)
+            matching = part_matching(layout, channels)
+        else:
+            matching = whole_matching(layout, learn_from(layout, rows, bin_dim))
+        bins = _RowBins(rows, matching, boxes)
     if bins is not None and options.parts:
         every = np.arange(len(rows))
         for at, name in enumerate(queries.names):
@@ -64,7 +67,9 @@ def rankings(
     size = max(1, _SCORE_BYTES // (4 * len(rows)))
     together = None
     if options.together and len(rows) <= _ALL_TOGETHER:
-        together = _scores(rows, rows.take(slice(0, len(rows))))
+        together = np.empty((len(rows), len(rows)), np.float32)
+        for start, block in rows.blocks():
+            together[start : start + len(block)] = _scores(rows, block)
     for start in range(0, len(queries), size):
         scores = _scores(rows, queries.take(slice(start, start + size)))
         for at, (name, one) in enumerate(zip(queries.names[start : start + size], scores, strict=True), start):
@@ -96,13 +101,13 @@ class _RowBins:
     """The bins of a store's rows, as a gallery would keep them, and how queries are looked for in them."""
 
     rows: UnitRows
-    channels: Channels
     matching: Matching
     boxes: bool
 
     def take(self, which: np.ndarray) -> np.ndarray:
         """[n, side, side, C]."""
-        return self.channels.decode(self.channels.encode(bins_of(self.matching.layout, self.rows, which)))
+        found, channels = bins_of(self.matching.layout, self.rows, which), self.matching.channels
+        return to_bytes(found) if channels is None else channels.decode(channels.encode(found))
 
     def ranking(self, query: np.ndarray, near: np.ndarray, after: np.ndarray) -> Ranking:
         """The rows `near` by their bins for a query [F * D], then those `after`."""

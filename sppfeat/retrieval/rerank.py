@@ -37,6 +37,8 @@ _LOCAL: Final = 0.3
 _WALK: Final = 0.8
 _SHARPEN: Final = 5.0
 _UNREACHED: Final = 1e-6
+# Rounding of a cosine similarity.
+_EQUAL: Final = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ def reciprocal(similar: np.ndarray, neighborhood: int) -> np.ndarray:
     """[M] 1 minus the distance of Zhong et al.: mostly the Jaccard distance of reciprocal neighbors."""
     distances = np.maximum(0, 2 - 2 * similar.astype(np.float64))
     largest = distances.max(1, keepdims=True)
-    distances /= np.where(largest > 0, largest, 1)
+    distances /= np.where(largest > _EQUAL, largest, np.inf)  # what is left between equal ones is rounding
     first = distances.copy()
     np.fill_diagonal(first, -1)  # before equal images
     near, close = _mutual(first, neighborhood), _mutual(first, max(1, round(neighborhood / 2)))
@@ -141,7 +143,8 @@ def diffuse(similar: np.ndarray, neighborhood: int) -> np.ndarray:
     Unlike Iscen et al., the query is one of the nodes, and similarities count from their median on: those of
     descriptors without whitening are all high, and the walk would go everywhere.
     """
-    middle = float(np.median(similar[1:, 1:])) if len(similar) > 1 else 0.0
+    apart = similar[1:, 1:][similar[1:, 1:] < 1 - _EQUAL]  # not of an image with itself or with a copy
+    middle = float(np.median(apart)) if len(apart) else 0.0
     weights = np.maximum(similar.astype(np.float64) - middle, 0) / max(1 - middle, 1e-6)
     np.fill_diagonal(weights, 0)
     near = _first(weights, neighborhood)

@@ -29,7 +29,7 @@ from sppfeat.retrieval.parts import (
     whole_matching,
 )
 from sppfeat.retrieval.queries import check_box, list_queries, own_rows
-from sppfeat.retrieval.rerank import RerankOptions, reordered
+from sppfeat.retrieval.rerank import MAX_TOGETHER, RerankOptions, reordered
 from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, normalize_rows, to_units, unit_rows
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class SearchOptions(RerankOptions):
         super().__post_init__()
         if self.k < 1:
             raise UsageError(f"k must be at least 1 neighbor, found {self.k}")
+        if self.together and self.k > MAX_TOGETHER:
+            raise UsageError(f"k must be at most {MAX_TOGETHER} neighbors for rerank {self.rerank}, found {self.k}")
         if self.explain and not self.aligned:
             raise UsageError(f"explain: expected parts or rerank bins, which align bins, found rerank {self.rerank!r}")
 
@@ -403,9 +405,13 @@ def _answer(
     started = time.perf_counter()
     there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
     neighbors: list[list[Neighbor]] = []
+    fewest = len(gallery)
     if options.aligned:
         for at in range(len(descriptors)):
-            candidates = _candidates(gallery, descriptors[at], options, None if own is None else own[at : at + 1])
+            mine = None if own is None else own[at : at + 1]
+            candidates = _candidates(gallery, descriptors[at], options, mine)
+            left_out = 0 if mine is None else int((np.unique(mine) >= 0).sum())
+            fewest = min(fewest, len(candidates) + left_out)
             neighbors.append(_located(gallery, descriptors[at], candidates, options, there))
     else:
         rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
@@ -413,10 +419,10 @@ def _answer(
             ranked = enumerate(zip(near[near >= 0].tolist(), values.tolist(), strict=False), 1)
             neighbors.append([_neighbor(gallery, row, score, rank, there) for rank, (row, score) in ranked])
     notes = []
-    if options.parts and gallery.regions is not None:
+    if options.parts and fewest < len(gallery):
         notes.append(
-            f"parts were looked for in {max(options.k, options.count)} of {len(gallery)} images, those with the "
-            "nearest regions; more candidates may find more"
+            f"parts were looked for in {fewest} of {len(gallery)} images, those with the nearest regions; more "
+            "candidates may find more"
         )
     if options.k > len(gallery):
         notes.append(f"k is {options.k}, but the gallery has {len(gallery)} images: all are returned")
@@ -444,7 +450,8 @@ def _candidates(
 
 def _matching(gallery: Gallery, options: SearchOptions) -> Matching:
     layout = bin_layout(gallery.recipe, gallery.dim)
-    return part_matching(layout) if options.parts else whole_matching(layout, require_bins(gallery).channels)
+    channels = require_bins(gallery).channels
+    return part_matching(layout, channels) if options.parts else whole_matching(layout, channels)
 
 
 def _located(
@@ -454,7 +461,7 @@ def _located(
     bins = require_bins(gallery)
     matching = _matching(gallery, options)
     found = order_by_bins(matching, descriptors, candidates, bins.take, options.k)
-    asked = matching.layout.take(descriptors).astype(np.float64)
+    asked = matching.bins(descriptors).astype(np.float64)
     neighbors = []
     for rank, row in enumerate(found.rows[: options.k].tolist(), 1):
         one = _neighbor(gallery, row, float(found.scores[rank - 1]), rank, there)

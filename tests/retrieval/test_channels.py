@@ -53,7 +53,7 @@ def test_components(kept: int) -> None:
     generator = np.random.default_rng(0)
     bins = (generator.normal(size=(40, 6, 6, 3)) @ generator.normal(size=(3, 12))).astype(np.float32)
     found = learn_channels(bins, kept)
-    assert found.kept == kept and found.encode(bins).shape == (40, 6, 6, kept)
+    assert found.dim == kept and found.encode(bins).shape == (40, 6, 6, kept)
     decoded = found.decode(found.encode(bins)).reshape(40, -1)
     wanted = bins.reshape(40, -1)
     cosines = (decoded * wanted).sum(1) / np.linalg.norm(decoded, axis=1) / np.linalg.norm(wanted, axis=1)
@@ -68,7 +68,7 @@ def test_as_many_components_as_channels_keep_bins_as_they_are() -> None:
     bins = np.random.default_rng(0).normal(size=(4, 3, 3, 6)).astype(np.float32)
     for kept in (None, 6, 100):
         found = learn_channels(bins, kept)
-        assert found.components is None and found.kept == 6 and found.decode(found.encode(bins)).dtype == np.int8
+        assert found.components is None and found.dim == 6 and found.decode(found.encode(bins)).dtype == np.int8
 
 
 def test_images_that_are_all_black() -> None:
