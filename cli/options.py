@@ -190,6 +190,9 @@ Neighborhood = Annotated[
 Alpha = Annotated[
     float, typer.Option(metavar="X", help="Exponent of the similarity that weights each neighbor in --rerank expand.")
 ]
+GalleryWeights = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Weights file of the gallery, if it has moved.", show_default=False)
+]
 BinDim = Annotated[
     int | None,
     typer.Option(

@@ -53,10 +53,7 @@ def search(
     candidates: options.Candidates = _SEARCH.candidates,
     neighborhood: options.Neighborhood = _SEARCH.neighborhood,
     alpha: options.Alpha = _SEARCH.alpha,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Weights file of the gallery, if it has moved.", show_default=False),
-    ] = None,
+    weights: options.GalleryWeights = None,
     device: options.SearchDevice = RunOptions.device,
     engine: options.Engine = RunOptions.engine,
     batch_size: options.BatchSize = RunOptions.batch_size,

@@ -38,10 +38,7 @@ def serve(
         ),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Weights file of the gallery, if it has moved.", show_default=False),
-    ] = None,
+    weights: options.GalleryWeights = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:

@@ -16,11 +16,12 @@ from sppfeat.images.items import (
     name_to_path,
     path_to_name,
 )
+from sppfeat.images.memory import HeldFile
 from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
 from sppfeat.images.read_ahead import read_ahead
 from sppfeat.images.reading import decode, open_image, read_image, upright_size
 from sppfeat.images.remote import fingerprints
-from sppfeat.images.resizing import PreparedImage, prepare_image
+from sppfeat.images.resizing import PreparedImage, decoding, prepare_image
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
 from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
 
@@ -30,6 +31,7 @@ __all__ = [
     "DEFAULT_COLUMNS",
     "EXTENSIONS",
     "Fingerprint",
+    "HeldFile",
     "ImageList",
     "Item",
     "NO_FINGERPRINT",
@@ -38,6 +40,7 @@ __all__ = [
     "Sources",
     "absolute",
     "decode",
+    "decoding",
     "file_system",
     "find_images",
     "fingerprint_of",

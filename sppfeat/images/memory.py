@@ -45,11 +45,11 @@ _held: Final = DecodingMemory(HELD_BYTES)
 
 
 class HeldFile(io.RawIOBase):
-    """A file in memory, which counts among `HELD_BYTES` until it is closed."""
+    """A file in memory, which counts among `HELD_BYTES` until it is closed if that was `taken`."""
 
-    def __init__(self, content: bytes, taken: contextlib.ExitStack) -> None:
+    def __init__(self, content: bytes, taken: contextlib.ExitStack | None = None) -> None:
         self._content = io.BytesIO(content)
-        self._taken = taken
+        self._taken = taken or contextlib.ExitStack()
 
     def readable(self) -> bool:
         return True

@@ -34,6 +34,11 @@ def _decoding_memory() -> DecodingMemory:
     return DecodingMemory(max(MAX_WORKING_SET, min(available_cores() * CORE_BYTES, available_memory() // 4)))
 
 
+def decoding(image: Image.Image) -> contextlib.AbstractContextManager[None]:
+    """Wait until this process may hold what an opened image takes to decode, and hold it within the block."""
+    return _decoding_memory().take(working_set(image, turned=True))
+
+
 class PreparedImage(NamedTuple):
     """One image at every scale of a recipe.
 
@@ -89,14 +94,14 @@ def prepare_image(source: Item | str, recipe: Recipe, *, minimum: int = 1) -> Pr
         drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
         if not drafted:
             # Before `upright_size`, which decodes some PNGs; only it knows whether the image is turned.
-            stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
+            stack.enter_context(decoding(image))
         size, turn = upright_size(image, orientation=recipe.orientation)
         targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
         if drafted:
             # The decoder keeps at least this size, so resizing only ever shrinks the draft.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
-            stack.enter_context(_decoding_memory().take(working_set(image, turned=True)))
+            stack.enter_context(decoding(image))
         pixels = decode(image, turn, orientation=recipe.orientation)
         return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
 

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from sppfeat.report.pages import Heat, check_page, image_address, item_thumbnail, plot_line, thumbnail, write_page
+from sppfeat.report.pages import (
+    Heat,
+    check_page,
+    image_address,
+    item_thumbnail,
+    plot_line,
+    small_image,
+    thumbnail,
+    write_page,
+)
 
-__all__ = ["Heat", "check_page", "image_address", "item_thumbnail", "plot_line", "thumbnail", "write_page"]
+__all__ = [
+    "Heat",
+    "check_page",
+    "image_address",
+    "item_thumbnail",
+    "plot_line",
+    "small_image",
+    "thumbnail",
+    "write_page",
+]

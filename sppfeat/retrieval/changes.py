@@ -17,6 +17,7 @@ from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.retrieval.about import About, BinsEntry, FileEntries, FileEntry, IndexEntry, ProjectionEntry, SourceEntry
 from sppfeat.retrieval.bins import BinLayout, BinSource, KeptBins, bin_layout, learn_again, learn_from
+from sppfeat.retrieval.channels import check_bin_dim
 from sppfeat.retrieval.faiss_index import (
     BuiltIndex,
     IndexOptions,
@@ -89,10 +90,9 @@ def create_gallery(
     """
     load_faiss()
     layout = bin_layout(store.recipe, store.dim) if keep_bins else None
-    if bin_dim is not None and (layout is None or bin_dim < 1):
-        raise UsageError(
-            f"bin_dim must be at least 1 value, found {bin_dim}" if keep_bins else "bin_dim: expected keep_bins too"
-        )
+    check_bin_dim(bin_dim)
+    if bin_dim is not None and not keep_bins:
+        raise UsageError("bin_dim: expected keep_bins too")
     path = _folder(output)
     check_new_gallery(path, overwrite=overwrite)
     # The folder is created, locked and checked for writing before the work, which may take hours.

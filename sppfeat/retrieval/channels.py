@@ -45,14 +45,11 @@ class Channels:
 
         Raises StoreError for values that are not finite.
         """
-        if self.components is None:
-            return to_bytes(bins)
-        with np.errstate(invalid="ignore"):  # of values that are not finite, which are refused
-            return to_bytes(bins.astype(np.float32) @ self.components.T)
+        return to_bytes(bins) if self.components is None else _encode(bins, self.components)
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """[N, n, n, C] of values [N, n, n, K] int8: int8 if bins are kept as they are, else float32."""
-        return values if self.components is None else values.astype(np.float32) @ self.components
+        return values if self.components is None else _decode(values, self.components)
 
     def as_kept(self, bins: np.ndarray) -> np.ndarray:
         """[N, n, n, C] of a query's bins, without what components leave out, as those that they are compared with."""
@@ -70,6 +67,12 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     return whole
 
 
+def check_bin_dim(dim: int | None) -> None:
+    """Raise UsageError unless so many values can be kept of a bin."""
+    if dim is not None and dim < 1:
+        raise UsageError(f"bin_dim must be at least 1 value, found {dim}")
+
+
 def learn_channels(bins: np.ndarray, dim: int | None = None, least: int = 1) -> Channels:
     """Learn from the bins [N, n, n, C] of a sample of images.
 
@@ -77,12 +80,11 @@ def learn_channels(bins: np.ndarray, dim: int | None = None, least: int = 1) -> 
     of rectangles with sides of at least so many bins. Raises UsageError for fewer than 1, StoreError for values that
     are not finite.
     """
-    if dim is not None and dim < 1:
-        raise UsageError(f"bin_dim must be at least 1 value, found {dim}")
+    check_bin_dim(dim)
     components = None
     if dim is not None and dim < bins.shape[3]:
         components = learn_components(bins, dim)
-        bins = _turned_back(bins, components)
+        bins = _decode(_encode(bins, components), components)
     return Channels(learn_whitening(bins, least), components)
 
 
@@ -116,13 +118,14 @@ def learn_components(bins: np.ndarray, dim: int) -> np.ndarray:
     return np.ascontiguousarray(_leading(products, dim)[1].T, np.float32)
 
 
-def _turned_back(bins: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """[N, n, n, C] of the components of bins, as they will be read."""
-    turned = np.empty(bins.shape, np.float32)
-    for start in range(0, len(bins), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        turned[part] = to_bytes(bins[part].astype(np.float32) @ components.T).astype(np.float32) @ components
-    return turned
+def _encode(bins: np.ndarray, components: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of values that are not finite, which are refused
+        return to_bytes(bins.astype(np.float32) @ components.T)
+
+
+def _decode(values: np.ndarray, components: np.ndarray) -> np.ndarray:
+    found: np.ndarray = values.astype(np.float32) @ components
+    return found
 
 
 def _units(rows: np.ndarray) -> np.ndarray:

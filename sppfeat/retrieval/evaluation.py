@@ -17,6 +17,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.retrieval.bins import part_recipe
+from sppfeat.retrieval.channels import check_bin_dim
 from sppfeat.retrieval.ground_truth import GroundTruth
 from sppfeat.retrieval.parts import PART_FACTORS, in_pixels
 from sppfeat.retrieval.rankings import Ranking, rankings
@@ -52,12 +53,9 @@ class RetrievalOptions(RerankOptions):
         super().__post_init__()
         if self.ap is not None and self.ap not in AP_METHODS:
             raise UsageError(unknown_name("average precision", self.ap, AP_METHODS))
-        if self.bin_dim is not None and not (self.aligned and self.bin_dim > 0):
-            raise UsageError(
-                f"bin_dim must be at least 1 value, found {self.bin_dim}"
-                if self.aligned
-                else f"bin_dim: expected parts or rerank bins, which compare bins, found rerank {self.rerank!r}"
-            )
+        check_bin_dim(self.bin_dim)
+        if self.bin_dim is not None and not self.aligned:
+            raise UsageError(f"bin_dim: expected parts or rerank bins, which compare bins, found {self.rerank!r}")
         if self.relevant != "folder":
             _pattern(self.relevant)
 

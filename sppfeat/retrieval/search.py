@@ -410,8 +410,7 @@ def _answer(
         for at in range(len(descriptors)):
             mine = None if own is None else own[at : at + 1]
             candidates = _candidates(gallery, descriptors[at], options, mine)
-            left_out = 0 if mine is None else int((np.unique(mine) >= 0).sum())
-            fewest = min(fewest, len(candidates) + left_out)
+            fewest = min(fewest, len(candidates))
             neighbors.append(_located(gallery, descriptors[at], candidates, options, there))
     else:
         rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
@@ -419,7 +418,7 @@ def _answer(
             ranked = enumerate(zip(near[near >= 0].tolist(), values.tolist(), strict=False), 1)
             neighbors.append([_neighbor(gallery, row, score, rank, there) for rank, (row, score) in ranked])
     notes = []
-    if options.parts and fewest < len(gallery):
+    if options.parts and gallery.regions is not None and fewest + (0 if own is None else own.shape[1]) < len(gallery):
         notes.append(
             f"parts were looked for in {fewest} of {len(gallery)} images, those with the nearest regions; more "
             "candidates may find more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from importlib import resources
 from typing import Annotated, Any, Final
@@ -98,6 +98,10 @@ class _Server:
         for pool in (self.searches, self.images, self.slow):
             pool.close()
         self.thumbnails.close()
+
+    async def gallery(self) -> Gallery:
+        """The gallery; opening a newer one takes a while, and other requests go on."""
+        return await self.images.run(self.collection.current)
 
     def query(self, gallery: Gallery, image: tuple[str, bytes] | None, key: str | None) -> QueryImage:
         """The image of a request. Raises _Refused, ImageError."""
@@ -215,7 +219,7 @@ def _add_gallery(app: FastAPI, server: _Server) -> None:
     @app.post("/api/names")
     async def names(asked: Rows) -> Names:
         """The names of rows."""
-        opened = server.collection.current()
+        opened = await server.gallery()
         if asked.rows and not 0 <= min(asked.rows) <= max(asked.rows) < len(opened):
             raise _Refused(404, f"expected rows from 0 to {len(opened) - 1}")
         return Names(names=[opened.rows.names[row] for row in asked.rows])
@@ -283,10 +287,10 @@ def _add_images(app: FastAPI, server: _Server) -> None:
     async def pixels(request: Request, row: _Row, side: _Side = 320) -> Response:
         """An image of the gallery, as a JPEG."""
         _check_side(side)
-        opened = server.collection.current()
-        _check_row(opened, row)
 
         def work() -> Response:
+            opened = server.collection.current()
+            _check_row(opened, row)
             item = server.collection.shown(opened, row).item
             tag = f'"{opened.about.generation}-{row}-{side}-{"-".join(map(str, item.fingerprint()))}"'
             headers = {"etag": tag, "cache-control": "private, no-cache"}
@@ -315,12 +319,12 @@ def _add_duplicates(app: FastAPI, server: _Server) -> None:
     @app.get("/api/duplicates")
     async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
         """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
-        opened = server.collection.current()
+        opened = await server.gallery()
         key = opened.about.generation, threshold
-        job = server.duplicates.begun(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
+        job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
         if job.failed is not None:
             return DuplicatesAnswer(state="failed", detail=job.failed)
-        if job.result is None or job is not server.duplicates.known(key):
+        if job.result is None:
             return DuplicatesAnswer(state="computing", done=job.done)
         groups = [
             [
@@ -356,7 +360,7 @@ def _add_models(app: FastAPI, server: _Server) -> None:
                 height=height,
                 detections=sorted(
                     (
-                        Detected(label=detector.classes[label], score=float(score), box=_corners(box) or [])
+                        Detected(label=detector.classes[label], score=float(score), box=_rounded(box))
                         for label, score, box in zip(found.labels, found.scores, found.boxes, strict=True)
                     ),
                     key=lambda one: -one.score,
@@ -406,8 +410,12 @@ def _check_side(side: int) -> None:
         raise _Refused(422, f"side: expected one of {', '.join(map(str, SIDES))}, found {side}")
 
 
-def _corners(box: Any) -> Corners | None:
-    return None if box is None else [round(float(value), 2) for value in box]
+def _corners(box: Box | None) -> Corners | None:
+    return None if box is None else _rounded(box)
+
+
+def _rounded(box: Iterable[float]) -> Corners:
+    return [round(float(value), 2) for value in box]
 
 
 def _hit(collection: Collection, gallery: Gallery, one: Neighbor) -> Hit:

@@ -71,7 +71,8 @@ class Collection:
         self._gallery = open_gallery(self._path)
         self._looked = time.monotonic()
         self._fault: str | None = None
-        self._describers: dict[tuple[float, ...] | None, Describer] = {}
+        # By recipe, too: a request may still be about the gallery before.
+        self._describers: dict[tuple[str, tuple[float, ...] | None], Describer] = {}
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
 
     def current(self) -> Gallery:
@@ -174,10 +175,11 @@ class Collection:
     def describer(self, gallery: Gallery, factors: tuple[float, ...] | None = None) -> Describer:
         """The gallery's network at parts of its scale, loaded once."""
         with self._lock:
-            found = self._describers.get(factors)
+            key = gallery.recipe_hash, factors
+            found = self._describers.get(key)
             if found is None:
                 found = describer_for(gallery, self._options, weights=self._weights, factors=factors)
-                self._describers[factors] = found
+                self._describers[key] = found
         return found
 
     def warm(self, failed: Callable[[str], None]) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
-
 from sppfeat.files import cache_folder
-from sppfeat.images import Item, decode, open_image, upright_size
+from sppfeat.images import NO_FINGERPRINT, Item
+from sppfeat.report import small_image
 
 SIDES: Final = (160, 320, 1280)
 _QUALITY: Final = 82
@@ -28,12 +27,7 @@ _FREED: Final = 0.1
 
 def render(item: Item, side: int) -> bytes:
     """A JPEG of the upright image, its longer side at most `side`. Raises ImageError."""
-    image, _ = open_image(item)
-    with image:
-        _, turn = upright_size(image, orientation="exif")
-        image.draft("RGB", (2 * side, 2 * side))  # decoding at an eighth of the size is several times faster
-        shown = decode(image, turn, orientation="exif")
-    shown.thumbnail((side, side), Image.Resampling.BICUBIC)
+    shown, _ = small_image(item, side)
     content = io.BytesIO()
     shown.save(content, "JPEG", quality=_QUALITY)
     return content.getvalue()
@@ -62,8 +56,11 @@ class Thumbnails:
             self._connection = connection
 
     def get(self, item: Item, side: int) -> bytes:
-        """A JPEG, from the cache if its file is unchanged. Raises ImageError."""
-        key = hashlib.sha256(repr((item.path, item.fingerprint(), side)).encode("utf-8", "surrogateescape")).hexdigest()
+        """A JPEG, from the cache if its file is unchanged. What has no fingerprint is not kept. Raises ImageError."""
+        fingerprint = item.fingerprint()
+        if fingerprint == NO_FINGERPRINT:
+            return render(item, side)
+        key = hashlib.sha256(repr((item.path, fingerprint, side)).encode("utf-8", "surrogateescape")).hexdigest()
         if (kept := self._read(key)) is not None:
             return kept
         jpeg = render(item, side)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from sppfeat.errors import ImageError
-from sppfeat.images import NO_FINGERPRINT, Fingerprint, Item, open_image, upright_size
+from sppfeat.images import NO_FINGERPRINT, Fingerprint, HeldFile, Item, open_image, upright_size
 
 
 @dataclass(frozen=True)
@@ -19,35 +19,13 @@ class _Bytes:
     data: bytes
 
     def open(self) -> tuple[io.RawIOBase, Fingerprint]:
-        return _Raw(self.data), self.fingerprint()
+        return HeldFile(self.data), self.fingerprint()
 
     def fingerprint(self) -> Fingerprint:
         return NO_FINGERPRINT
 
     def expect(self) -> None:
         pass
-
-
-class _Raw(io.RawIOBase):
-    """Bytes as a raw file."""
-
-    def __init__(self, data: bytes) -> None:
-        self._file = io.BytesIO(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        return self._file.readinto(buffer)
 
 
 @dataclass(frozen=True)
