@@ -16,14 +16,22 @@ from conftest import TINY, MakeStore
 from PIL import Image
 from reference import best_rectangle, box_overlap
 
-from sppfeat import GalleryError, Recipe, RunOptions, UsageError, extract_folder, open_store
-from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, remove_from_gallery
+from sppfeat import GalleryError, Recipe, RunOptions, StoreError, UsageError, extract_folder, open_store
+from sppfeat.retrieval import (
+    ProjectionOptions,
+    SearchOptions,
+    add_to_gallery,
+    create_gallery,
+    open_gallery,
+    remove_from_gallery,
+)
 from sppfeat.retrieval.alignment import CELLS, NEAR, SHARPNESS, align, cells_of, locate, rectangles
-from sppfeat.retrieval.bins import bin_layout, part_recipe, whole_side
+from sppfeat.retrieval.bins import bin_layout, learn_from, part_recipe, whole_side
 from sppfeat.retrieval.channels import learn_channels, to_bytes
 from sppfeat.retrieval.hits_page import write_hits_page
-from sppfeat.retrieval.parts import in_pixels
+from sppfeat.retrieval.parts import in_pixels, require_bins
 from sppfeat.retrieval.search import search_images, search_store
+from sppfeat.store import unit_rows
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PARTS = replace(TINY, scales=(128,), levels=(4, 1))
@@ -347,6 +355,123 @@ def test_values_of_bins_that_cannot_be(gallery: Path, tmp_path: Path, run_sppfea
     ):
         done = run_sppfeat("evaluate", "retrieval", tmp_path / "s.h5", "--relevant", r"regex:(\d)", *flags)
         assert done.returncode == 2 and fault in done.stderr
+
+
+def test_a_gallery_that_grows_learns_its_whitening_again(make_store: MakeStore, tmp_path: Path) -> None:
+    """Built from one image and grown, it is whitened as if it had been built of all; components stay."""
+    recipe = Recipe(levels=(3, 1), scales=(64,))
+    rows = np.abs(np.random.default_rng(0).normal(size=(40, 10 * 6)))
+    first = make_store(rows[:1], "a.h5", names=["a.jpg"], recipe=recipe)
+    rest = make_store(rows[1:], "b.h5", names=[f"b{n}.jpg" for n in range(39)], recipe=recipe)
+    every = make_store(rows, "c.h5", names=[f"c{n}.jpg" for n in range(40)], recipe=recipe)
+    for dim in (None, 3):
+        create_gallery(first, tmp_path / "grown", keep_bins=True, bin_dim=dim, overwrite=True)
+        before = open_gallery(tmp_path / "grown").bins
+        add_to_gallery(rest, tmp_path / "grown")
+        create_gallery(every, tmp_path / "whole", keep_bins=True, overwrite=True)
+        grown, whole = open_gallery(tmp_path / "grown").bins, open_gallery(tmp_path / "whole").bins
+        assert before is not None and grown is not None and whole is not None
+        assert not np.allclose(grown.channels.whitening.mean, before.channels.whitening.mean, atol=0.01)
+        if dim is None:
+            assert grown.channels.whitening.mean == pytest.approx(whole.channels.whitening.mean, abs=0.01)
+        else:
+            np.testing.assert_array_equal(grown.channels.components, before.channels.components)
+
+
+def test_notes_of_components(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store(np.abs(np.random.default_rng(0).normal(size=(5, 10 * 6))), recipe=Recipe(levels=(3, 1)))
+    few = create_gallery(store, tmp_path / "few", keep_bins=True, bin_dim=2).notes
+    assert any("bins of 2 values may rank below the plain search" in note for note in few)
+    assert any("learned from 5 images and stay as they are" in note for note in few)
+    many = create_gallery(store, tmp_path / "many", keep_bins=True, bin_dim=50).notes
+    assert many == ["bin_dim is 50, but a bin has 6 channels: they are kept as they are"]
+
+
+def test_levels_with_too_many_rectangles() -> None:
+    assert bin_layout(Recipe(levels=(8,)), 64 * 3).side == 8
+    with pytest.raises(UsageError, match="parts need levels up to 8, found 9: their rectangles would be too many"):
+        bin_layout(Recipe(levels=(9, 1)), 82 * 3)
+
+
+@pytest.mark.parametrize("size", [0, -5, 2**31 - 1])
+def test_sizes_of_images_are_not_trusted(gallery: Path, size: int) -> None:
+    (file,) = gallery.glob("bins-*.h5")
+    with h5py.File(file, "r+") as content:
+        content["image_size"][3] = size
+    with pytest.raises(GalleryError, match=rf"{file.name}: expected widths and heights in pixels"):
+        open_gallery(gallery)
+
+
+@pytest.mark.parametrize(("field", "value"), [("dim", 10**9), ("dim", 1), ("bytes", 7), ("whitened", 10**9)])
+def test_facts_about_bins_are_not_trusted(gallery: Path, field: str, value: int) -> None:
+    document = json.loads((gallery / "gallery.json").read_text())
+    document["bins"][field] = value
+    if (field, value) == ("dim", 1):
+        document["bins"]["bytes"] = document["bins"]["bytes"] // open_gallery(gallery).bins.channels.dim  # type: ignore[union-attr]
+    (gallery / "gallery.json").write_text(json.dumps(document))
+    with pytest.raises(GalleryError) as caught:
+        open_gallery(gallery)
+    assert "\n" not in str(caught.value) and "KeyError" not in str(caught.value)
+
+
+def test_bins_that_another_process_replaces_while_they_are_opened(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed between header and values: the newer gallery is opened instead."""
+    (more := tmp_path / "more").mkdir()
+    Image.new("RGB", (200, 100), "red").save(more / "red.png")
+    extract_folder(more, tmp_path / "m.h5", PARTS, RunOptions(device="cpu"))
+    honest, turns = np.memmap, []
+
+    def mapped(*given: object, **named: object) -> object:
+        if not turns:
+            turns.append(1)
+            monkeypatch.setattr("sppfeat.retrieval.bins.np.memmap", honest)
+            remove_from_gallery(gallery, ["00.png"])
+        return honest(*given, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("sppfeat.retrieval.bins.np.memmap", mapped)
+    assert len(open_gallery(gallery)) == 11 and turns
+
+
+def test_scores_below_zero_are_not_raised_by_weights() -> None:
+    """A small rectangle must not win because its weight brings a poor score nearer to 0."""
+    bins = np.random.default_rng(0).normal(size=(30, 6, 6, 8)).astype(np.float32)
+    query = -cells_of(bins[:1])[0]
+    plain, weighted = rectangles(6, 5), rectangles(6, 5, 0.4)
+    found = align(query, bins[:1], weighted)
+    assert found.scores[0] < 0 and align(query, bins[:1], plain).scores[0] >= found.scores[0]
+
+
+def test_k_is_bounded_where_images_are_compared_with_each_other() -> None:
+    with pytest.raises(UsageError, match="k must be at most 5000 neighbors for rerank expand, found 6000"):
+        SearchOptions(rerank="expand", k=6000)
+    assert SearchOptions(rerank="bins", k=6000).k == 6000
+
+
+def test_the_command_that_keeps_bins(make_store: MakeStore, tmp_path: Path) -> None:
+    """Of all stores, with the projection, and quoted."""
+    rows = np.abs(np.random.default_rng(0).normal(size=(30, 10 * 6)))
+    recipe = Recipe(levels=(3, 1))
+    place = tmp_path / "my gallery"
+    first = make_store(rows, "a b.h5", recipe=recipe)
+    second = make_store(rows[:2] + 1, "c.h5", names=["x.jpg", "y.jpg"], recipe=recipe)
+    create_gallery(first, place, projection=ProjectionOptions(dims=7, whiten=True))
+    add_to_gallery(second, place)
+    with pytest.raises(GalleryError) as caught:
+        require_bins(open_gallery(place))
+    assert (
+        f"sppfeat index '{first.place}' -o '{place}' --project 7 --whiten --keep-bins --overwrite && "
+        f"sppfeat index {second.place} --add-to '{place}'"
+    ) in str(caught.value)
+
+
+def test_a_store_with_values_that_are_not_finite_is_named(make_store: MakeStore) -> None:
+    rows = np.abs(np.random.default_rng(0).normal(size=(5, 10 * 6)))
+    rows[3, 7] = np.inf
+    store = make_store(rows, recipe=Recipe(levels=(3, 1)))
+    with pytest.raises(StoreError, match=rf"{store.path}: expected finite descriptors; `sppfeat inspect --verify`"):
+        learn_from(bin_layout(store.recipe, store.dim), unit_rows(store))
 
 
 def test_damaged_channels(gallery: Path) -> None:

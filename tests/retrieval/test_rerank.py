@@ -134,3 +134,16 @@ def test_an_evaluation(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, r
 def test_options(kind: Callable[..., Any], given: dict[str, Any], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         kind(**given)
+
+
+@pytest.mark.parametrize("name", ["expand", "reciprocal", "diffuse"])
+def test_copies_have_the_score_of_copies(name: str) -> None:
+    """Rounding between equal images is no distance, and most of the images may be copies."""
+    rows = np.random.default_rng(0).normal(size=(9, 16))
+    rows[:6] = rows[0]
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    similar = (units @ units.T + np.random.default_rng(1).uniform(-2e-8, 2e-8, (9, 9))).astype(np.float32)
+    found = reordered(similar, RerankOptions(rerank=name))
+    assert found[:5].min() > 0.9 and found[:5].min() > found[5:].max()
+    alone = reordered(np.ones((3, 3), np.float32), RerankOptions(rerank=name))
+    assert np.isfinite(alone).all() and alone[0] == pytest.approx(alone[1])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from sppfeat.retrieval import create_gallery
 from sppfeat.serve import ServeOptions
 from sppfeat.serve.server import address_of, listen
 from sppfeat.serve.thumbnails import Thumbnails
+from sppfeat.serve.uploads import Uploads
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -118,6 +120,15 @@ class TestThumbnails:
         kept.close()
         assert [Thumbnails(60_000, file).get(item, 160) for item in items] == first
         assert file.stat().st_size < 200_000
+
+    def test_what_was_sent_is_never_on_disk(self, make_images: Callable[..., Path], tmp_path: Path) -> None:
+        uploads = Uploads(1 << 20, 1 << 20)
+        query = uploads.add("x.png", sorted(make_images(1).iterdir())[0].read_bytes())
+        kept = Thumbnails(1 << 20, tmp_path / "t.sqlite")
+        assert kept.get(query.item, 160) == kept.get(query.item, 160)
+        kept.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "t.sqlite")) as held:
+            assert held.execute("SELECT COUNT(*) FROM thumbnails").fetchone() == (0,)
 
     def test_a_changed_image_is_rendered_again(self, make_images: Callable[..., Path], tmp_path: Path) -> None:
         from sppfeat.images import Item
