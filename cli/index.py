@@ -1,5 +1,6 @@
 """`sppfeat index`: build a gallery from a store, or change one."""
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,11 +9,15 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat_cli import options
 from sppfeat_cli.output import byte_count, human_bytes, print_json, printable
+from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Change, ProjectionOptions
 
-_WHICH = "expected index STORE -o GALLERY, index STORE --add-to GALLERY, or index --remove NAMES.txt --from GALLERY"
+_WHICH = (
+    "expected index STORE -o GALLERY, index STORE --add-to GALLERY, index --remove NAMES.txt --from GALLERY, "
+    "or index --map --add-to GALLERY"
+)
 # Options that are fixed once a gallery is built.
 _BUILDING = (
     *("factory", "memory", "recall", "measure_recall", "project", "whiten", "whiten_power", "shrinkage"),
@@ -37,7 +42,7 @@ def index(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Add the store's images to this gallery; a few are written beside it.",
+            help="Add the store's images to this gallery, a few beside it; without a store, add a --map.",
             show_default=False,
         ),
     ] = None,
@@ -76,18 +81,24 @@ def index(
         ),
     ] = False,
     bin_dim: options.BinDim = None,
+    map_: Annotated[
+        bool, typer.Option("--map", help="Lay out all images on a map, in which those that look alike are near.")
+    ] = False,
     device: options.IndexDevice = _INDEX.device,
     seed: options.Seed = _INDEX.seed,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Build a gallery for `sppfeat search`, add images to one, or remove images from one.
+    """Build a gallery for `sppfeat search`, add images to one, remove images from one, or map its images.
 
     The index is chosen by the number of images, their dimensions and the available memory, unless --factory is given.
     If interrupted, the old gallery is unchanged.
     """
-    if [output, add_to, remove].count(None) != 2 or (remove is None) == (store is None):
+    if [output, add_to, remove].count(None) != 2:
+        raise UsageError(_WHICH)
+    only_map = map_ and add_to is not None and store is None
+    if (remove is None) == (store is None) and not only_map:
         raise UsageError(_WHICH)
     if (remove is None) != (remove_from is None):
         raise UsageError(_WHICH)
@@ -96,8 +107,14 @@ def index(
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 raise UsageError(f"--{name.replace('_', '-')}: applies only when a gallery is built with -o")
+    if map_:
+        from sppfeat.retrieval import check_map
+
+        check_map()  # before the work
     done = (
-        _build(
+        None
+        if only_map
+        else _build(
             str(store),
             output,
             {
@@ -117,12 +134,18 @@ def index(
         if output is not None
         else _change(store, add_to, remove, remove_from, device)
     )
+    if map_:
+        done = _mapped(str(output or add_to or remove_from), done, quiet)
+    assert done is not None
     if as_json:
         print_json(_document(done))
     elif not quiet:
         typer.echo(_summary(done))
     if not quiet:
-        for note in done.notes:
+        notes = list(done.notes)
+        if done.map_lost:
+            notes.append(f"the map is gone, since images changed; again: sppfeat index --map --add-to {done.path}")
+        for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr)
 
 
@@ -163,6 +186,18 @@ def _change(
     return remove_from_gallery(str(remove_from), read_names(str(remove)))
 
 
+def _mapped(gallery: str, done: "Change | None", quiet: bool) -> "Change":
+    """Lay out the images of a gallery; what was changed in it before, if anything, and the map."""
+    from sppfeat.retrieval import add_map
+
+    with Progress(quiet=quiet) as progress:
+        mapped = add_map(gallery, progress=progress.part)
+    assert mapped is not None  # nothing stops it but an interrupt
+    if done is None:
+        return mapped
+    return dataclasses.replace(done, notes=done.notes + mapped.notes, about=mapped.about, mapped=True, map_lost=False)
+
+
 def _document(done: "Change") -> dict[str, Any]:
     from msgspec import to_builtins
 
@@ -178,6 +213,7 @@ def _document(done: "Change") -> dict[str, Any]:
         "index": to_builtins(about.index) | {"bytes": about.index_bytes},
         "projection": to_builtins(about.projection),
         "bins": to_builtins(about.bins),
+        "map": about.files.map is not None,
         "seconds": None if built is None else round(built.seconds, 3),
         "queries_per_second": None if built is None else built.queries_per_second,
     }
@@ -195,8 +231,9 @@ def _summary(done: "Change") -> str:
                 (done.removed, "removed"),
                 (done.skipped, "already there"),
             )
-            if count or word == "added" and not done.removed
+            if count or word == "added" and not done.removed and not done.mapped
         ]
+        parts += ["all on the map"] if done.mapped else []
         return printable(f"{done.path}: {done.rows} images now ({', '.join(parts)}); index {index.factory}, {size}")
     lines = [
         f"{done.path}: {done.rows} images of {about.dim} values",
@@ -210,6 +247,8 @@ def _summary(done: "Change") -> str:
         )
     if (bins := about.bins) is not None:
         lines.append(f"  bins     {bins.dim} values each, {human_bytes(bins.bytes)} an image")
+    if done.mapped:
+        lines.append("  map      of all images")
     if built.effort:
         name, value = next(iter(built.effort.items()))
         lines.append(f"  effort   {name} {value}")

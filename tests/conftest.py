@@ -6,6 +6,8 @@ import os
 
 # Tests run small networks: more threads would only wait for each other. The pipeline sets its own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two processes of tests share two cores: threads that spin while they wait take the other's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import subprocess
 import sys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sppfeat.retrieval.changes import Change, add_to_gallery, create_gallery, read_names, remove_from_gallery
+from sppfeat.retrieval.changes import Change, add_map, add_to_gallery, create_gallery, read_names, remove_from_gallery
 from sppfeat.retrieval.crops import Crops, check_crops, find_crops
 from sppfeat.retrieval.duplicates import (
     DEFAULT_THRESHOLD,
@@ -18,6 +18,7 @@ from sppfeat.retrieval.faiss_index import IndexOptions
 from sppfeat.retrieval.gallery import Gallery, describe_gallery, open_gallery, verify_gallery
 from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
+from sppfeat.retrieval.map import check_map, tile_order
 from sppfeat.retrieval.members import Member
 from sppfeat.retrieval.search import (
     Answer,
@@ -52,9 +53,11 @@ __all__ = [
     "RetrievalOptions",
     "SearchOptions",
     "SearchResult",
+    "add_map",
     "add_to_gallery",
     "check_crops",
     "check_duplicates_csv",
+    "check_map",
     "create_gallery",
     "describe_gallery",
     "describer_for",
@@ -73,6 +76,7 @@ __all__ = [
     "search_items",
     "search_store",
     "stream_store",
+    "tile_order",
     "verify_gallery",
     "write_duplicates_csv",
     "write_duplicates_page",

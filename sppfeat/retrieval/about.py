@@ -33,7 +33,7 @@ class AddedEntries(_Document, frozen=True, omit_defaults=True):
 
 
 class FileEntries(_Document, frozen=True, omit_defaults=True):
-    """All files of a gallery: those of the base, what was learned once, and those of added rows."""
+    """All files of a gallery: of the base, what was learned once, of added rows, and the map of all rows."""
 
     index: FileEntry
     rows: FileEntry
@@ -41,6 +41,7 @@ class FileEntries(_Document, frozen=True, omit_defaults=True):
     channels: FileEntry | None = None
     bins: FileEntry | None = None
     regions: FileEntry | None = None
+    map: FileEntry | None = None
     added: AddedEntries | None = None
 
 
@@ -106,6 +107,12 @@ class About(_Document, frozen=True):
         return self.rows if self.files.added is None else self.rows - self.files.added.count
 
     @property
+    def row_state(self) -> int:
+        """A number that changes with the rows, and with nothing else: that of the newest file of names."""
+        kept = [self.files.rows, *([] if self.files.added is None else [self.files.added.rows])]
+        return max(int(entry.file.rpartition("-")[2].partition(".")[0]) for entry in kept)
+
+    @property
     def index_bytes(self) -> int:
         """The size of the index, that of added rows included."""
         return self.files.index.bytes + (0 if self.files.added is None else self.files.added.index.bytes)
@@ -114,7 +121,7 @@ class About(_Document, frozen=True):
     def entries(self) -> list[FileEntry]:
         """All files of the gallery except this one."""
         kept, added = self.files, self.files.added
-        entries = [kept.index, kept.rows, kept.projection, kept.channels, kept.bins, kept.regions]
+        entries = [kept.index, kept.rows, kept.projection, kept.channels, kept.bins, kept.regions, kept.map]
         entries += [] if added is None else [added.index, added.rows, added.bins, added.regions]
         return [entry for entry in entries if entry is not None]
 

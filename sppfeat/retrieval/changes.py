@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +44,9 @@ from sppfeat.retrieval.gallery_files import (
     path_text,
     require_gallery,
     write_generation,
+    write_map_generation,
 )
+from sppfeat.retrieval.map import MOST, SAMPLE, SEED, HeldVectors, check_map, lay_out
 from sppfeat.retrieval.segments import JOIN_PART, JoinedIndex
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
 from sppfeat.store import Store, UnitRows, check_same_recipe, unit_rows
@@ -58,7 +60,7 @@ FEW_IMAGES: Final = 100
 @dataclass(frozen=True)
 class Change:
     """What changed in a gallery: rows in it now, added, skipped (already there, unchanged), removed; the index's own
-    report if one was built; notes for the user."""
+    report if one was built; notes for the user; whether a map of all rows was laid out, or went since rows changed."""
 
     path: str
     rows: int
@@ -68,6 +70,8 @@ class Change:
     built: BuiltIndex | None
     notes: list[str]
     about: About
+    mapped: bool = False
+    map_lost: bool = False
 
 
 def create_gallery(
@@ -170,7 +174,7 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
             _fill(path, index, np.zeros((0, index.d), np.float32), rows, "cpu")
             content = Content(index, old.rows.only(late).followed_by(table), _bin_source(old, late, rows))
             about = write_generation(path, about, old.projection, None, content, previous=old.about)
-        return Change(str(path), about.rows, len(rows), skipped, 0, None, notes, about)
+        return Change(str(path), about.rows, len(rows), skipped, 0, None, notes, about, map_lost=_had_map(old))
 
 
 def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -> Change:
@@ -209,7 +213,43 @@ def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -
                 notes += told
             content = Content(index, old.rows.only(keep), _base_bins(old, keep, None))
             about = write_generation(path, about, old.projection, content, previous=old.about)
-        return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about)
+        return Change(str(path), len(keep), 0, 0, len(gone), None, notes, about, map_lost=_had_map(old))
+
+
+def add_map(
+    gallery: str | os.PathLike[str],
+    *,
+    seed: int = SEED,
+    progress: Callable[[float], None] = lambda part: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Change | None:
+    """Lay out all images of a gallery on a map, from what its index holds, in place of an earlier one; see `lay_out`.
+
+    The gallery cannot be changed meanwhile. progress: called with the fraction of the work done, 0 to 1. stop: asked
+    often; once it is true, the result is None and the gallery stays as it is. Raises GalleryError, MissingExtraError.
+    """
+    path = _folder(gallery)
+    require_gallery(path)
+    check_map()
+    with changing(path):
+        old = open_gallery(path)
+        try:
+            points = lay_out(HeldVectors(old.index), seed=seed, progress=progress, stop=stop)
+        except (UsageError, RuntimeError) as error:
+            raise GalleryError(f"{path}: its images cannot be laid out: {one_line(error)}") from None
+        if points is None:
+            return None
+        notes = []
+        if len(old) > MOST:
+            notes.append(
+                f"{SAMPLE} of the {len(old)} images were laid out; the others were placed among their neighbors"
+            )
+        about = write_map_generation(path, old.about, points)
+        return Change(str(path), len(old), 0, 0, 0, None, notes, about, mapped=True)
+
+
+def _had_map(old: Gallery) -> bool:
+    return old.about.files.map is not None
 
 
 def _parts(gallery: Gallery) -> tuple[Any, Any]:

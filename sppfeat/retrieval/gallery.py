@@ -21,6 +21,7 @@ from sppfeat.retrieval.channels import Channels
 from sppfeat.retrieval.faiss_files import read_index_file
 from sppfeat.retrieval.faiss_index import is_exact, load_faiss, on_device, reconstruct
 from sppfeat.retrieval.gallery_files import GalleryRows, checked_file, read_about, read_rows
+from sppfeat.retrieval.map import read_map
 from sppfeat.retrieval.regions import Regions, read_regions
 from sppfeat.retrieval.segments import JoinedIndex
 from sppfeat.retrieval.whitening import Projection
@@ -34,7 +35,8 @@ class Gallery:
     index: of FAISS, or two of them joined; its row i is row i of `rows`. exact: whether it compares a query with every
     full row.
     about: the contents of the folder's JSON. dim: length of a descriptor before projection. bins: what parts are found
-    in, if they were kept. regions: in which of its images, if there are many.
+    in, if they were kept. regions: in which of its images, if there are many. points: [N, 2] float32 from 0 to 1, where
+    each row is on the map, if there is one.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Gallery:
     about: About
     bins: Bins | None = None
     regions: Regions | None = None
+    points: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows.names)
@@ -134,6 +137,9 @@ def _open(path: Path, about: About, device: str) -> Gallery:
             raise GalleryError(f"{path / added.index.file}: expected an exact index of added rows, found another")
         index, rows = JoinedIndex(index, more), rows.followed_by(more_rows)
         bins = join_bins(bins, more_bins) if bins is not None and more_bins is not None else None
+    points = None
+    if about.files.map is not None:
+        points = read_map(checked_file(path, "map", about.files.map), about.rows)
     return Gallery(
         path,
         recipe,
@@ -147,6 +153,7 @@ def _open(path: Path, about: About, device: str) -> Gallery:
         about,
         bins,
         Regions(in_regions) if any(one is not None for _, one in in_regions) else None,
+        points,
     )
 
 

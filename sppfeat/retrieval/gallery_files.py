@@ -7,6 +7,7 @@
     bins-N.h5             what parts are found in, see `bins`; only if it was asked for, and so are ...
     channels-N.npz        ... what was learned of their channels, see `channels`, and ...
     regions-N.faiss       ... if images are many, which of them are worth a look, see `regions`
+    map-N.npz             a point for each row, see `map`; only if it was asked for, and no longer once rows change
 
 Rows added to a large gallery have an index, rows and bins of their own, which every addition writes again, while those
 of the base stay as they are: see `segments`. Rows of the base come first.
@@ -53,6 +54,7 @@ from sppfeat.retrieval.about import About, AddedEntries, FileEntries, FileEntry,
 from sppfeat.retrieval.arrays import write_arrays
 from sppfeat.retrieval.bins import BinSource, write_bins, write_channels
 from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
+from sppfeat.retrieval.map import write_map
 from sppfeat.retrieval.regions import write_regions
 from sppfeat.retrieval.whitening import Projection
 from sppfeat.store import Box, image_of, lock_store
@@ -63,7 +65,7 @@ FORMAT_VERSION: Final = 1
 ALL_ROWS: Final = 20_000
 DESCRIPTION: Final = "gallery.json"
 _OURS: Final = re.compile(
-    r"\.?(index|rows|projection|bins|channels|regions)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial"
+    r"\.?(index|rows|projection|bins|channels|regions|map)-\d+\.(faiss|h5|npz)(\.partial)?|\.gallery\.json\.partial"
 )
 _LOCK: Final = ".lock"  # of `lock_store`
 _SUFFIXES: Final = {
@@ -73,6 +75,7 @@ _SUFFIXES: Final = {
     "bins": "h5",
     "channels": "npz",
     "regions": "faiss",
+    "map": "npz",
 }
 _LIBRARIES: Final = ("faiss-cpu", "faiss-gpu", "numpy", "h5py")
 
@@ -266,21 +269,18 @@ def write_generation(
     """Write the next generation of files, then let `gallery.json` name them, then remove the others.
 
     Call it within `changing`. base: None: that of `previous` stays as it is. added: rows after it. previous: its
-    projection is kept, and so are its channels unless there is a new base. Returns the description as written.
+    projection is kept, and so are its channels unless there is a new base; its map is not, since it is of other rows.
+    Returns the description as written.
     """
     for content in (base, added):
         if content is not None and not content.index.ntotal == len(content.rows.names) == len(content.rows.root):
             raise GalleryError(
                 f"{path}: {content.index.ntotal} rows in the index, {len(content.rows.names)} names; nothing is written"
             )
-    ours = filter(_OURS.fullmatch, os.listdir(path))
-    numbers = [int(number) for name in ours for number in re.findall(r"-(\d+)\.", name)]
-    generation = max(numbers, default=0) + 1
+    generation = _next_generation(path)
 
     def put(kind: str, write: Callable[[Path], None]) -> FileEntry:
-        file = path / f"{kind}-{generation}.{_SUFFIXES[kind]}"
-        write(file)
-        return FileEntry(file=file.name, bytes=file.stat().st_size, crc32=crc32_of(file))
+        return _put(path, kind, generation, write)
 
     def put_rows(content: Content) -> _RowFiles:
         index = put("index", lambda file: _write_index(file, content.index))
@@ -319,10 +319,37 @@ def write_generation(
         files=FileEntries(**vars(files), projection=learned, channels=channels, added=later),
         versions=_versions(),
     )
+    _publish(path, about)
+    return about
+
+
+def write_map_generation(path: Path, about: About, points: np.ndarray) -> About:
+    """Write a map of a gallery's rows, [N, 2], beside its other files, and let `gallery.json` name it; see
+    `write_generation`."""
+    generation = _next_generation(path)
+    entry = _put(path, "map", generation, lambda file: write_map(file, points))
+    files = msgspec.structs.replace(about.files, map=entry)
+    about = msgspec.structs.replace(about, generation=generation, files=files)
+    _publish(path, about)
+    return about
+
+
+def _next_generation(path: Path) -> int:
+    ours = filter(_OURS.fullmatch, os.listdir(path))
+    return max((int(number) for name in ours for number in re.findall(r"-(\d+)\.", name)), default=0) + 1
+
+
+def _put(path: Path, kind: str, generation: int, write: Callable[[Path], None]) -> FileEntry:
+    file = path / f"{kind}-{generation}.{_SUFFIXES[kind]}"
+    write(file)
+    return FileEntry(file=file.name, bytes=file.stat().st_size, crc32=crc32_of(file))
+
+
+def _publish(path: Path, about: About) -> None:
+    """Let `gallery.json` name a description's files, then remove the others."""
     with appearing(path / DESCRIPTION, GalleryError) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(about), indent=1))
     _remove_others(path, {entry.file for entry in about.entries})
-    return about
 
 
 def path_text(path: str | os.PathLike[str]) -> str:

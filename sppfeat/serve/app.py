@@ -7,8 +7,9 @@ import threading
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from importlib import resources
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
+import numpy as np
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
@@ -16,9 +17,10 @@ from fastapi.staticfiles import StaticFiles
 
 from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, ImageError, SppFeatError, UsageError, one_line
-from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, Member, Neighbor, SearchOptions
+from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, Member, Neighbor, SearchOptions, tile_order
+from sppfeat.serve.charting import chart, is_charted, sheet_of
 from sppfeat.serve.collection import Collection
-from sppfeat.serve.jobs import Jobs
+from sppfeat.serve.jobs import Jobs, Standing
 from sppfeat.serve.models import Models
 from sppfeat.serve.options import ServeOptions
 from sppfeat.serve.pool import BusyError, Pool
@@ -35,6 +37,7 @@ from sppfeat.serve.schemas import (
     ImageInfo,
     Labels,
     LinkInfo,
+    MapAnswer,
     Milliseconds,
     Names,
     Problem,
@@ -45,6 +48,7 @@ from sppfeat.serve.schemas import (
     Twin,
     Why,
 )
+from sppfeat.serve.sheets import COLUMNS, TILE, sheet_count
 from sppfeat.serve.thumbnails import SIDES, Thumbnails
 from sppfeat.serve.uploads import Query as QueryImage
 from sppfeat.serve.uploads import Uploads
@@ -69,6 +73,8 @@ _DOCS_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+# Seconds that the end waits for work in other threads.
+_PATIENCE: Final = 30.0
 # Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
 _GROUPS: Final = 2000
 _STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
@@ -92,11 +98,14 @@ class _Server:
         self.images = Pool(options.workers, 16 * options.waiting, options.seconds, "image")
         self.slow = Pool(1, options.waiting // 4, options.seconds, "models")
         self.duplicates: Jobs[list[list[tuple[int, Member]]]] = Jobs("duplicates")
+        self.charts: Jobs[bool] = Jobs("map")
         self.notes: list[str] = []
 
     def close(self) -> None:
         for pool in (self.searches, self.images, self.slow):
             pool.close()
+        for jobs in (self.duplicates, self.charts):
+            jobs.close(_PATIENCE)
         self.thumbnails.close()
 
     async def gallery(self) -> Gallery:
@@ -126,9 +135,12 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # The page is there at once; the first search waits for the network.
-        threading.Thread(target=collection.warm, args=(server.notes.append,), name="warm", daemon=True).start()
+        warm = threading.Thread(target=collection.warm, args=(server.notes.append,), name="warm", daemon=True)
+        warm.start()
         yield
         server.close()
+        # Python must not end while a library works in another thread.
+        warm.join(_PATIENCE)
 
     app = FastAPI(
         title="sppfeat serve",
@@ -145,6 +157,7 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
     _add_search(app, server)
     _add_images(app, server)
     _add_duplicates(app, server)
+    _add_map(app, server)
     _add_models(app, server)
     static = str(resources.files("sppfeat.serve") / "static")
 
@@ -204,7 +217,7 @@ def _add_gallery(app: FastAPI, server: _Server) -> None:
                 exact=opened.exact,
                 grid=None if opened.bins is None else max(recipe.levels),
                 rerank=rerankings,
-                generation=opened.about.generation,
+                generation=opened.about.row_state,
                 backbone=recipe.backbone,
                 scales=",".join(map(str, recipe.scales)),
                 levels=",".join(map(str, recipe.levels)),
@@ -292,7 +305,7 @@ def _add_images(app: FastAPI, server: _Server) -> None:
             opened = server.collection.current()
             _check_row(opened, row)
             item = server.collection.shown(opened, row).item
-            tag = f'"{opened.about.generation}-{row}-{side}-{"-".join(map(str, item.fingerprint()))}"'
+            tag = f'"{opened.about.row_state}-{row}-{side}-{"-".join(map(str, item.fingerprint()))}"'
             headers = {"etag": tag, "cache-control": "private, no-cache"}
             if request.headers.get("if-none-match") == tag:
                 return Response(status_code=304, headers=headers)
@@ -320,7 +333,7 @@ def _add_duplicates(app: FastAPI, server: _Server) -> None:
     async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
         """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
         opened = await server.gallery()
-        key = opened.about.generation, threshold
+        key = opened.about.row_state, threshold
         job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
         if job.failed is not None:
             return DuplicatesAnswer(state="failed", detail=job.failed)
@@ -342,6 +355,76 @@ def _add_duplicates(app: FastAPI, server: _Server) -> None:
         ]
         more = len(job.result) - len(groups)
         return DuplicatesAnswer(state="ready", done=1, threshold=threshold, groups=groups, more=more)
+
+
+def _add_map(app: FastAPI, server: _Server) -> None:
+    def answer(gallery: Gallery, standing: Standing[bool] | None) -> MapAnswer:
+        state: Literal["absent", "computing", "ready", "failed"] = "computing"
+        if standing is None:
+            state = "ready" if is_charted(gallery) else "absent"
+        elif standing.failed is not None:
+            state = "failed"
+        elif standing.result is not None:
+            state = "ready"
+        return MapAnswer(
+            state=state,
+            done=1.0 if standing is None else standing.done,
+            what="laying out" if gallery.points is None else "thumbnails",
+            detail="" if standing is None else standing.failed or "",
+            images=len(gallery),
+            tile=TILE,
+            columns=COLUMNS,
+            sheets=sheet_count(len(gallery)),
+        )
+
+    def look() -> MapAnswer:
+        gallery = server.collection.current()
+        standing = None if is_charted(gallery) else server.charts.look()
+        return answer(gallery, standing)
+
+    def begin() -> MapAnswer:
+        gallery = server.collection.current()
+        if is_charted(gallery):
+            return answer(gallery, None)
+        return answer(gallery, server.charts.ask("map", lambda tell: chart(server.collection, tell), again=True))
+
+    @app.get("/api/map")
+    async def map_state() -> MapAnswer:
+        """Whether there is a map of all images, or how far it is."""
+        return await server.images.run(look)
+
+    @app.post("/api/map")
+    async def make_map() -> MapAnswer:
+        """Begin to make the map."""
+        return await server.images.run(begin)
+
+    @app.get("/api/map/points", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
+    async def points() -> Response:
+        """Where each row is: little-endian float32 [N, 2] from 0 to 1, x to the right and y down."""
+        found = (await server.gallery()).points
+        if found is None:
+            raise _Refused(404, "there is no map yet")
+        return Response(np.ascontiguousarray(found, "<f4").tobytes(), media_type="application/octet-stream")
+
+    @app.get("/api/map/order", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
+    async def order() -> Response:
+        """Which row each tile of the sheets shows: little-endian uint32 [N]."""
+
+        def work() -> bytes:
+            found = server.collection.current().points
+            if found is None:
+                raise _Refused(404, "there is no map yet")
+            return np.ascontiguousarray(tile_order(found), "<u4").tobytes()
+
+        return Response(await server.images.run(work), media_type="application/octet-stream")
+
+    @app.get("/map/sheets/{number}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    async def sheet(number: Annotated[int, Path(ge=0, le=1 << 32)]) -> Response:
+        """A sheet of tiles, as a JPEG."""
+        file = sheet_of(await server.gallery(), number)
+        if file is None:
+            raise _Refused(404, f"expected the number of a sheet that is there, found {number}")
+        return FileResponse(file, media_type="image/jpeg", headers={"cache-control": "private, no-cache"})
 
 
 def _add_models(app: FastAPI, server: _Server) -> None:

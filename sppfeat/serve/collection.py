@@ -96,6 +96,16 @@ class Collection:
             self._sizes.clear()
             return opened
 
+    def again(self) -> None:
+        """Look at the folder with the next request, however soon."""
+        with self._lock:
+            self._looked = -_LOOK_SECONDS
+
+    @property
+    def path(self) -> Path:
+        """The gallery's folder."""
+        return self._path
+
     def notes(self) -> list[str]:
         """What users should know of the gallery."""
         gallery = self.current()
@@ -136,7 +146,7 @@ class Collection:
         if gallery.bins is not None:
             width, height = gallery.bins.image_size[row].tolist()
             return width, height
-        key = gallery.about.generation, row
+        key = gallery.about.row_state, row
         if (known := self._sizes.get(key)) is None:
             try:
                 known = read_size(self.shown(gallery, row).item, self._max_pixels)

@@ -13,6 +13,10 @@ T = TypeVar("T")
 Work = Callable[[Callable[[float], None]], T]
 
 
+class _Ended(Exception):
+    """Nobody waits for the work any more."""
+
+
 @dataclass(frozen=True)
 class Standing(Generic[T]):
     """How far work is. done: 0 to 1. result: once it is done. failed: why there is none."""
@@ -30,14 +34,17 @@ class Jobs(Generic[T]):
         self._lock = threading.Lock()
         self._standing: dict[Hashable, Standing[T]] = {}
         self._running: Hashable | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
-    def ask(self, key: Hashable, work: Work[T]) -> Standing[T]:
+    def ask(self, key: Hashable, work: Work[T], *, again: bool = False) -> Standing[T]:
         """How far the work for what is asked is, which begins now unless other work is running: then how far that is.
 
-        Why it failed is told once: who asks again begins anew.
+        Why it failed is told once: who asks again begins anew. again: begin anew even if there is a result.
         """
         with self._lock:
-            if (known := self._standing.get(key)) is not None:
+            known = self._standing.get(key)
+            if known is not None and not (again and known.result is not None):
                 if known.failed is not None:
                     del self._standing[key]
                 return known
@@ -47,11 +54,28 @@ class Jobs(Generic[T]):
                 del self._standing[next(iter(self._standing))]
             self._running = key
             begun = self._standing[key] = Standing(0.0)
-            threading.Thread(target=self._run, args=(key, work), name=self._name, daemon=True).start()
+            self._thread = threading.Thread(target=self._run, args=(key, work), name=self._name, daemon=True)
+            self._thread.start()
             return begun
+
+    def look(self) -> Standing[T] | None:
+        """How far the work is that is running, or why the last failed, which is told once; None if there is neither."""
+        with self._lock:
+            if self._running is not None:
+                return self._standing[self._running]
+            failed = next((key for key, one in self._standing.items() if one.failed is not None), None)
+            return None if failed is None else self._standing.pop(failed)
+
+    def close(self, seconds: float) -> None:
+        """End running work the next time that it tells how far it is, and wait so long for that."""
+        self._closed = True
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def _run(self, key: Hashable, work: Work[T]) -> None:
         def tell(part: float) -> None:
+            if self._closed:
+                raise _Ended
             self._standing[key] = Standing(part)
 
         try:

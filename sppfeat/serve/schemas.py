@@ -163,6 +163,20 @@ class DuplicatesAnswer(BaseModel):
     more: int = 0
 
 
+class MapAnswer(BaseModel):
+    """The map: whether it is there, how far its making is, and how its sheets are cut. sheets: of columns x columns
+    tiles of tile x tile pixels."""
+
+    state: Literal["absent", "computing", "ready", "failed"]
+    done: float = 0.0
+    what: str = ""
+    detail: str = ""
+    images: int
+    tile: int
+    columns: int
+    sheets: int
+
+
 class Rows(BaseModel):
     """Rows of the gallery."""
 

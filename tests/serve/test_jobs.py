@@ -58,3 +58,21 @@ def test_few_results_are_kept() -> None:
     for key in range(5):
         assert until_done(lambda key=key: jobs.ask(key, lambda tell: str(key))).result == str(key)  # type: ignore[misc]
     assert len(jobs._standing) == 2
+
+
+def test_the_end_does_not_wait_for_all_of_the_work() -> None:
+    jobs, steps = Jobs[str]("test"), []
+
+    def long(tell: Callable[[float], None]) -> str:
+        for step in range(1000):
+            steps.append(step)
+            tell(step / 1000)
+            time.sleep(0.01)
+        return "done"
+
+    jobs.ask("a", long)
+    time.sleep(0.05)
+    started = time.perf_counter()
+    jobs.close(5)
+    assert time.perf_counter() - started < 1 and len(steps) < 900
+    assert jobs._thread is not None and not jobs._thread.is_alive()
