@@ -230,7 +230,12 @@ VocRoot = Annotated[
     ),
 ]
 Images = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Folder of images, if not in the VOC layout.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of images, if they are not where the VOC layout or the gallery says.",
+        show_default=False,
+    ),
 ]
 Annotations = Annotated[
     str | None,

@@ -23,10 +23,7 @@ def serve(
     classifier: Annotated[
         str | None, typer.Option(metavar="FILE", help="Classifier for the image shown.", show_default=False)
     ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Where the images are now, if their source folder moved.", show_default=False),
-    ] = None,
+    images: options.Images = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = _SERVE.host,
     port: Annotated[int, typer.Option(metavar="N", help="Port to listen on; 0: any free one.")] = _SERVE.port,
     token: Annotated[
