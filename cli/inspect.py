@@ -231,6 +231,7 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
             for key in ("dim", "index", "projection", "bins", "sources", "weights_sha256")
         },
         "recipe": dataclasses.asdict(recipe),
+        "map": found.files.map is not None,
         "versions": found.versions,
     }
     if as_json:
@@ -264,6 +265,8 @@ def _gallery_text(about: dict[str, Any]) -> str:
         )
     if (bins := about["bins"]) is not None:
         lines.append(f"  bins: {bins['dim']} values each, {human_bytes(bins['bytes'])} an image")
+    if about["map"]:
+        lines.append("  map: of all images, for `sppfeat serve`")
     for source in about["sources"]:
         lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
     lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]

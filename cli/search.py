@@ -43,7 +43,11 @@ def search(
         ),
     ] = None,
     parts: Annotated[
-        bool, typer.Option("--parts", help="The query may be a part of a gallery image: find it, and where it is.")
+        bool,
+        typer.Option(
+            "--parts",
+            help="The query is a part of an image: find it, and where it is. Whole images are better located by --rerank bins.",
+        ),
     ] = _SEARCH.parts,
     explain: Annotated[
         bool,

@@ -294,9 +294,11 @@ def test_from_the_command_line(make_store: MakeStore, tmp_path: Path, run_sppfea
     status, out, error = run("a.h5", "-o", "g", "--map")
     assert (status, error) == (0, "") and "  map      of all images" in out
     assert open_gallery(tmp_path / "g").points is not None
+    assert "  map: of all images" in run_sppfeat("inspect", "g", cwd=tmp_path).stdout  # type: ignore[attr-defined]
     status, out, error = run("b.h5", "--add-to", "g")
     assert status == 0 and "note: the map is gone, since images changed; again: sppfeat index --map --add-to g" in error
     assert open_gallery(tmp_path / "g").points is None
+    assert "  map: " not in run_sppfeat("inspect", "g", cwd=tmp_path).stdout  # type: ignore[attr-defined]
     status, out, error = run("--map", "--add-to", "g")
     assert (status, error) == (0, "") and out.startswith("g: 44 images now (all on the map)")
     (tmp_path / "names.txt").write_text("3.jpg\n")
