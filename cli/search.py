@@ -46,7 +46,7 @@ def search(
         bool,
         typer.Option(
             "--parts",
-            help="The query is a part of an image: find it, and where it is. Whole images are better located by --rerank bins.",
+            help="The query is a part of an image: find it and say where. Whole images: --rerank bins.",
         ),
     ] = _SEARCH.parts,
     explain: Annotated[
