@@ -7,9 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from importlib import resources
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
-import numpy as np
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
@@ -17,13 +16,12 @@ from fastapi.staticfiles import StaticFiles
 
 from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, ImageError, SppFeatError, UsageError, one_line
-from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, Member, Neighbor, SearchOptions, tile_order
-from sppfeat.serve.charting import chart, is_charted, sheet_of
+from sppfeat.retrieval import Gallery, Neighbor, SearchOptions
 from sppfeat.serve.collection import Collection
-from sppfeat.serve.jobs import Jobs, Standing
 from sppfeat.serve.models import Models
 from sppfeat.serve.options import ServeOptions
-from sppfeat.serve.pool import BusyError, Pool
+from sppfeat.serve.overviews import add_duplicates, add_map
+from sppfeat.serve.pool import BusyError
 from sppfeat.serve.schemas import (
     ClassifyAnswer,
     ClassScore,
@@ -31,13 +29,11 @@ from sppfeat.serve.schemas import (
     Count,
     DetectAnswer,
     Detected,
-    DuplicatesAnswer,
     GalleryInfo,
     Hit,
     ImageInfo,
     Labels,
     LinkInfo,
-    MapAnswer,
     Milliseconds,
     Names,
     Problem,
@@ -45,13 +41,10 @@ from sppfeat.serve.schemas import (
     Reranking,
     Rows,
     SearchAnswer,
-    Twin,
     Why,
 )
-from sppfeat.serve.sheets import COLUMNS, TILE, sheet_count
-from sppfeat.serve.thumbnails import SIDES, Thumbnails
-from sppfeat.serve.uploads import Query as QueryImage
-from sppfeat.serve.uploads import Uploads
+from sppfeat.serve.state import PATIENCE, Refused, State, sent_by
+from sppfeat.serve.thumbnails import SIDES
 from sppfeat.store import Box
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -73,64 +66,12 @@ _DOCS_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-# Seconds that the end waits for work in other threads.
-_PATIENCE: Final = 30.0
-# Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
-_GROUPS: Final = 2000
 _STATUS: dict[type[SppFeatError], int] = {ImageError: 415, UsageError: 422, GalleryError: 409}
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-class _Server:
-    """What routes share."""
-
-    def __init__(self, collection: Collection, models: Models, options: ServeOptions) -> None:
-        self.collection, self.models, self.options = collection, models, options
-        self.uploads = Uploads(options.uploads, options.max_pixels)
-        self.thumbnails = Thumbnails(options.thumbnails)
-        self.searches = Pool(options.workers, options.waiting, options.seconds, "search")
-        # A page asks for many small images at once: they wait behind each other, not behind searches.
-        self.images = Pool(options.workers, 16 * options.waiting, options.seconds, "image")
-        self.slow = Pool(1, options.waiting // 4, options.seconds, "models")
-        self.duplicates: Jobs[list[list[tuple[int, Member]]]] = Jobs("duplicates")
-        self.charts: Jobs[bool] = Jobs("map")
-        self.notes: list[str] = []
-
-    def close(self) -> None:
-        for pool in (self.searches, self.images, self.slow):
-            pool.close()
-        for jobs in (self.duplicates, self.charts):
-            jobs.close(_PATIENCE)
-        self.thumbnails.close()
-
-    async def gallery(self) -> Gallery:
-        """The gallery; opening a newer one takes a while, and other requests go on."""
-        return await self.images.run(self.collection.current)
-
-    def query(self, gallery: Gallery, image: tuple[str, bytes] | None, key: str | None) -> QueryImage:
-        """The image of a request. Raises _Refused, ImageError."""
-        if (image is None) == (key is None):
-            raise _Refused(400, "expected an image or a query, and not both")
-        if image is not None:
-            return self.uploads.add(*image)
-        assert key is not None
-        if key.startswith("r-") and key[2:].isascii() and key[2:].isdigit() and len(key) < 20:
-            if int(key[2:]) >= len(gallery):
-                raise _Refused(404, f"expected a row from 0 to {len(gallery) - 1}, found {key[2:]}")
-            return self.collection.query(gallery, int(key[2:]))
-        if (found := self.uploads.get(key)) is None:
-            raise _Refused(404, "this image was not kept; send it again")
-        return found
 
 
 def create_app(collection: Collection, models: Models, options: ServeOptions) -> FastAPI:
     """The application, without its guard."""
-    server = _Server(collection, models, options)
+    server = State(collection, models, options)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -140,7 +81,7 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
         yield
         server.close()
         # Python must not end while a library works in another thread.
-        warm.join(_PATIENCE)
+        warm.join(PATIENCE)
 
     app = FastAPI(
         title="sppfeat serve",
@@ -156,8 +97,8 @@ def create_app(collection: Collection, models: Models, options: ServeOptions) ->
     _add_gallery(app, server)
     _add_search(app, server)
     _add_images(app, server)
-    _add_duplicates(app, server)
-    _add_map(app, server)
+    add_duplicates(app, server)
+    add_map(app, server)
     _add_models(app, server)
     static = str(resources.files("sppfeat.serve") / "static")
 
@@ -179,8 +120,8 @@ def _handle_errors(app: FastAPI) -> None:
     def problem(status: int, reason: str) -> JSONResponse:
         return JSONResponse({"detail": reason}, status)
 
-    @app.exception_handler(_Refused)
-    async def refused(request: Request, error: _Refused) -> JSONResponse:
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
         return problem(error.status, str(error))
 
     @app.exception_handler(BusyError)
@@ -197,7 +138,7 @@ def _handle_errors(app: FastAPI) -> None:
         return problem(next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503), str(error))
 
 
-def _add_gallery(app: FastAPI, server: _Server) -> None:
+def _add_gallery(app: FastAPI, server: State) -> None:
     @app.get("/api/gallery")
     async def gallery() -> GalleryInfo:
         """The gallery that is served."""
@@ -218,6 +159,7 @@ def _add_gallery(app: FastAPI, server: _Server) -> None:
                 grid=None if opened.bins is None else max(recipe.levels),
                 rerank=rerankings,
                 generation=opened.about.row_state,
+                max_upload=server.options.max_upload,
                 backbone=recipe.backbone,
                 scales=",".join(map(str, recipe.scales)),
                 levels=",".join(map(str, recipe.levels)),
@@ -234,11 +176,11 @@ def _add_gallery(app: FastAPI, server: _Server) -> None:
         """The names of rows."""
         opened = await server.gallery()
         if asked.rows and not 0 <= min(asked.rows) <= max(asked.rows) < len(opened):
-            raise _Refused(404, f"expected rows from 0 to {len(opened) - 1}")
+            raise Refused(404, f"expected rows from 0 to {len(opened) - 1}")
         return Names(names=[opened.rows.names[row] for row in asked.rows])
 
 
-def _add_search(app: FastAPI, server: _Server) -> None:
+def _add_search(app: FastAPI, server: State) -> None:
     @app.post("/api/search")
     async def search(
         image: Annotated[UploadFile | None, File(description="The image to search with")] = None,
@@ -249,7 +191,7 @@ def _add_search(app: FastAPI, server: _Server) -> None:
         rerank: Annotated[Reranking, Form()] = "none",
     ) -> SearchAnswer:
         """Search with an image, or with a part of it."""
-        sent = await _sent(image)
+        sent = await sent_by(image)
 
         def work() -> SearchAnswer:
             opened = server.collection.current()
@@ -266,6 +208,7 @@ def _add_search(app: FastAPI, server: _Server) -> None:
             return SearchAnswer(
                 query=QueryInfo(id=asked.id, name=asked.name, width=width, height=height, box=_corners(part)),
                 hits=hits,
+                generation=opened.about.row_state,
                 notes=found.notes,
                 milliseconds=Milliseconds(
                     describe=round(1000 * found.describing, 1), search=round(1000 * found.searching, 1)
@@ -275,7 +218,7 @@ def _add_search(app: FastAPI, server: _Server) -> None:
         return await server.searches.run(work)
 
 
-def _add_images(app: FastAPI, server: _Server) -> None:
+def _add_images(app: FastAPI, server: State) -> None:
     @app.get("/api/images/{row}")
     async def about(row: _Row) -> ImageInfo:
         """An image of the gallery."""
@@ -312,7 +255,7 @@ def _add_images(app: FastAPI, server: _Server) -> None:
             try:
                 return Response(server.thumbnails.get(item, side), media_type="image/jpeg", headers=headers)
             except ImageError as error:
-                raise _Refused(410, str(error)) from None
+                raise Refused(410, str(error)) from None
 
         return await server.images.run(work)
 
@@ -328,112 +271,13 @@ def _add_images(app: FastAPI, server: _Server) -> None:
         return await server.images.run(work)
 
 
-def _add_duplicates(app: FastAPI, server: _Server) -> None:
-    @app.get("/api/duplicates")
-    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
-        """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
-        opened = await server.gallery()
-        key = opened.about.row_state, threshold
-        job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
-        if job.failed is not None:
-            return DuplicatesAnswer(state="failed", detail=job.failed)
-        if job.result is None:
-            return DuplicatesAnswer(state="computing", done=job.done)
-        groups = [
-            [
-                Twin(
-                    row=row,
-                    name=one.name,
-                    width=one.size[0],
-                    height=one.size[1],
-                    score=one.score,
-                    there=one.path is not None,
-                )
-                for row, one in group
-            ]
-            for group in job.result[:_GROUPS]
-        ]
-        more = len(job.result) - len(groups)
-        return DuplicatesAnswer(state="ready", done=1, threshold=threshold, groups=groups, more=more)
-
-
-def _add_map(app: FastAPI, server: _Server) -> None:
-    def answer(gallery: Gallery, standing: Standing[bool] | None) -> MapAnswer:
-        state: Literal["absent", "computing", "ready", "failed"] = "computing"
-        if standing is None:
-            state = "ready" if is_charted(gallery) else "absent"
-        elif standing.failed is not None:
-            state = "failed"
-        elif standing.result is not None:
-            state = "ready"
-        return MapAnswer(
-            state=state,
-            done=1.0 if standing is None else standing.done,
-            what="laying out" if gallery.points is None else "thumbnails",
-            detail="" if standing is None else standing.failed or "",
-            images=len(gallery),
-            tile=TILE,
-            columns=COLUMNS,
-            sheets=sheet_count(len(gallery)),
-        )
-
-    def look() -> MapAnswer:
-        gallery = server.collection.current()
-        standing = None if is_charted(gallery) else server.charts.look()
-        return answer(gallery, standing)
-
-    def begin() -> MapAnswer:
-        gallery = server.collection.current()
-        if is_charted(gallery):
-            return answer(gallery, None)
-        return answer(gallery, server.charts.ask("map", lambda tell: chart(server.collection, tell), again=True))
-
-    @app.get("/api/map")
-    async def map_state() -> MapAnswer:
-        """Whether there is a map of all images, or how far it is."""
-        return await server.images.run(look)
-
-    @app.post("/api/map")
-    async def make_map() -> MapAnswer:
-        """Begin to make the map."""
-        return await server.images.run(begin)
-
-    @app.get("/api/map/points", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
-    async def points() -> Response:
-        """Where each row is: little-endian float32 [N, 2] from 0 to 1, x to the right and y down."""
-        found = (await server.gallery()).points
-        if found is None:
-            raise _Refused(404, "there is no map yet")
-        return Response(np.ascontiguousarray(found, "<f4").tobytes(), media_type="application/octet-stream")
-
-    @app.get("/api/map/order", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
-    async def order() -> Response:
-        """Which row each tile of the sheets shows: little-endian uint32 [N]."""
-
-        def work() -> bytes:
-            found = server.collection.current().points
-            if found is None:
-                raise _Refused(404, "there is no map yet")
-            return np.ascontiguousarray(tile_order(found), "<u4").tobytes()
-
-        return Response(await server.images.run(work), media_type="application/octet-stream")
-
-    @app.get("/map/sheets/{number}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
-    async def sheet(number: Annotated[int, Path(ge=0, le=1 << 32)]) -> Response:
-        """A sheet of tiles, as a JPEG."""
-        file = sheet_of(await server.gallery(), number)
-        if file is None:
-            raise _Refused(404, f"expected the number of a sheet that is there, found {number}")
-        return FileResponse(file, media_type="image/jpeg", headers={"cache-control": "private, no-cache"})
-
-
-def _add_models(app: FastAPI, server: _Server) -> None:
+def _add_models(app: FastAPI, server: State) -> None:
     @app.post("/api/detect")
     async def detect(image: Annotated[UploadFile | None, File()] = None, query: _QueryId = None) -> DetectAnswer:
         """Objects in an image, if a detector was given. Takes seconds."""
         if (detector := server.models.detector) is None:
-            raise _Refused(404, "no detector was given; `sppfeat serve --detector FILE` gives one")
-        sent = await _sent(image)
+            raise Refused(404, "no detector was given; `sppfeat serve --detector FILE` gives one")
+        sent = await sent_by(image)
 
         def work() -> DetectAnswer:
             found = server.models.detect(server.query(server.collection.current(), sent, query).item)
@@ -456,8 +300,8 @@ def _add_models(app: FastAPI, server: _Server) -> None:
     async def classify(image: Annotated[UploadFile | None, File()] = None, query: _QueryId = None) -> ClassifyAnswer:
         """The classes of an image, if a classifier was given."""
         if server.models.classifier is None:
-            raise _Refused(404, "no classifier was given; `sppfeat serve --classifier FILE` gives one")
-        sent = await _sent(image)
+            raise Refused(404, "no classifier was given; `sppfeat serve --classifier FILE` gives one")
+        sent = await sent_by(image)
 
         def work() -> ClassifyAnswer:
             found = server.models.classify(server.query(server.collection.current(), sent, query).item)
@@ -466,31 +310,26 @@ def _add_models(app: FastAPI, server: _Server) -> None:
         return await server.searches.run(work)
 
 
-async def _sent(image: UploadFile | None) -> tuple[str, bytes] | None:
-    """The name and bytes of an image that was sent."""
-    return None if image is None else ((image.filename or "image")[:200], await image.read())
-
-
 def _box(text: str, size: tuple[int, int]) -> Box:
-    """A part of an image of this width and height. Raises _Refused."""
+    """A part of an image of this width and height. Raises Refused."""
     try:
         x1, y1, x2, y2 = map(float, text.split(","))
     except ValueError:
-        raise _Refused(422, f"box: expected x1,y1,x2,y2, found {text!r}") from None
+        raise Refused(422, f"box: expected x1,y1,x2,y2, found {text!r}") from None
     width, height = size
     if not (0 <= x1 <= x2 <= width - 1 and 0 <= y1 <= y2 <= height - 1):  # also what is not finite
-        raise _Refused(400, f"box: expected a part of the image of {width} x {height} pixels, found {text}")
+        raise Refused(400, f"box: expected a part of the image of {width} x {height} pixels, found {text}")
     return x1, y1, x2, y2
 
 
 def _check_row(gallery: Gallery, row: int) -> None:
     if row >= len(gallery):
-        raise _Refused(404, f"expected a row from 0 to {len(gallery) - 1}, found {row}")
+        raise Refused(404, f"expected a row from 0 to {len(gallery) - 1}, found {row}")
 
 
 def _check_side(side: int) -> None:
     if side not in SIDES:
-        raise _Refused(422, f"side: expected one of {', '.join(map(str, SIDES))}, found {side}")
+        raise Refused(422, f"side: expected one of {', '.join(map(str, SIDES))}, found {side}")
 
 
 def _corners(box: Box | None) -> Corners | None:

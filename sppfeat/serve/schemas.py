@@ -26,7 +26,8 @@ class Labels(BaseModel):
 
 
 class GalleryInfo(BaseModel):
-    """The gallery that is served. grid: bins along a side; null: none are kept, so no parts and no rerank `bins`."""
+    """The gallery that is served. grid: bins along a side; null: none are kept, so no parts and no rerank `bins`.
+    generation: changes with the rows, which are numbered anew. max_upload: bytes of a request."""
 
     name: str
     images: int
@@ -36,6 +37,7 @@ class GalleryInfo(BaseModel):
     grid: int | None
     rerank: list[Reranking]
     generation: int
+    max_upload: int
     backbone: str
     scales: str
     levels: str
@@ -93,10 +95,11 @@ class Milliseconds(BaseModel):
 
 
 class SearchAnswer(BaseModel):
-    """A query and its hits, the best first."""
+    """A query and its hits, the best first. generation: of the gallery that rows are of, as in GalleryInfo."""
 
     query: QueryInfo
     hits: list[Hit]
+    generation: int
     notes: list[str]
     milliseconds: Milliseconds
 

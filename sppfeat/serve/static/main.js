@@ -104,7 +104,7 @@ function setUpFiles() {
   });
 }
 
-for (const view of Object.values(views)) view.setUp(navigate);
+for (const view of Object.values(views)) view.setUp(navigate, look);
 setUpFiles();
 window.addEventListener("popstate", () => show());
 window.addEventListener("hashchange", () => show());

@@ -8,7 +8,7 @@ import { setUpSelection, showSelection } from "./selection.js";
 import { Sheets } from "./sheets.js";
 
 const canvas = $("map-canvas"), card = $("map-card");
-let go = null, gallery = null, chart = null, waiting = null, lasso = false;
+let go = null, gallery = null, chart = null, waiting = null, lasso = false, wanted = null;
 
 export function setUp(navigate) {
   go = navigate;
@@ -51,10 +51,18 @@ export function leave() {
   showCard(-1, 0, 0);
 }
 
-export async function enter() {
+export async function enter(parameters) {
   tell($("map-fault"), null);
-  if (chart) return chart.resize();
+  const at = (parameters.get("at") ?? "").split(",").map(Number);
+  wanted = at.length === 3 && at.every(Number.isFinite) ? at : null;
+  if (chart) return place();
   await follow(getMap);
+}
+
+/** Show the part of the map that the address says: its middle, and how much larger than all of it. */
+function place() {
+  chart.resize();
+  if (wanted) chart.move({ x: wanted[0], y: wanted[1], scale: wanted[2] * chart.least });
 }
 
 const compute = () => follow(startMap);
@@ -101,12 +109,15 @@ async function load(shape, signal) {
   chart.images = $("map-images").checked;
   chart.onDraw = status;
   $("map-room").hidden = $("map-tools").hidden = $("map-help").hidden = false;
-  chart.resize();
+  place();
 }
 
 // In words, but not with every frame: a screen reader would never end.
 const status = later(() => {
-  if (!chart) return;
+  if (!chart || $("view-map").hidden) return;
+  const { x, y, scale } = chart.camera;
+  const at = [x.toFixed(4), y.toFixed(4), (scale / chart.least).toFixed(2)].join();
+  go("map", { at: at === "0.5000,0.5000,1.00" ? null : at }, true, true);
   const visible = chart.points.inside(chart.view).length;
   const hint = chart.images && chart.far ? ", zoom in to see them" : "";
   const failed = chart.sheets.failed ? ", some thumbnails could not be loaded" : "";

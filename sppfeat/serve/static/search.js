@@ -12,7 +12,7 @@ const DEFAULTS = { k: 24, parts: false, rerank: "none" };
 const SAMPLE = 24;
 
 const view = $("view-search"), stage = $("stage");
-let gallery = null, go = null;
+let gallery = null, go = null, replaced = null;
 let state = { query: null, box: null, ...DEFAULTS };
 let running = null, shown = null, focusFirst = false, preview = null;
 const answers = new Map(); // the last answers by address: back and forward are instant
@@ -25,9 +25,13 @@ const editor = new BoxEditor(stage, (box, how) => {
 const nudge = later((box) => change({ box }, state.box !== null), 400);
 const hits = new Hits($("hits"), stage, { search: searchRow, compare: (index) => openCompare(shown, index) });
 
-/** @param {(view: string, parameters: object, replace?: boolean, quiet?: boolean) => void} navigate */
-export function setUp(navigate) {
+/**
+ * @param {(view: string, parameters: object, replace?: boolean, quiet?: boolean) => void} navigate
+ * @param {() => void} look asks for the gallery again, and shows what the address says
+ */
+export function setUp(navigate, look) {
   go = navigate;
+  replaced = look;
   setUpCompare(searchRow, (index) => hits.focus(index));
   setUpObjects(stage, (box) => change({ box }));
   for (const button of document.querySelectorAll("[data-choose]")) button.addEventListener("click", () => $("file").click());
@@ -99,6 +103,10 @@ function searchRow(row) {
 
 /** Search with a file; its id enters the address when the answer is there. */
 export function searchFile(file) {
+  if (file.size > gallery.max_upload) {
+    const megabytes = (bytes) => `${(bytes / 2 ** 20).toLocaleString("en", { maximumFractionDigits: 1 })} MB`;
+    return tell($("search-fault"), `${file.name}: expected at most ${megabytes(gallery.max_upload)}, found ${megabytes(file.size)}.`);
+  }
   state = { ...state, query: null, box: null };
   if (preview) URL.revokeObjectURL(preview);
   preview = URL.createObjectURL(file);
@@ -134,6 +142,11 @@ async function run(query) {
   try {
     const answer = await search(query, state, mine.signal);
     if (mine !== running) return;
+    if (answer.generation !== gallery.generation) { // its rows are other images than the page knows
+      await replaced();
+      if (typeof query !== "string") searchFile(query); // the address does not name it yet
+      return;
+    }
     state = { ...state, query: answer.query.id };
     answers.set(JSON.stringify(address(state)), answer);
     if (answers.size > 30) answers.delete(answers.keys().next().value);

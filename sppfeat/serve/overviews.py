@@ -1,0 +1,118 @@
+"""Routes of what is computed over all images in the background: duplicates and the map."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import numpy as np
+from fastapi import FastAPI, Path, Query, Response
+from fastapi.responses import FileResponse
+
+from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, tile_order
+from sppfeat.serve.charting import chart, is_charted, sheet_of
+from sppfeat.serve.jobs import Standing
+from sppfeat.serve.schemas import DuplicatesAnswer, MapAnswer, Twin
+from sppfeat.serve.sheets import COLUMNS, TILE, sheet_count
+from sppfeat.serve.state import Refused, State
+
+# Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
+_GROUPS: Final = 2000
+
+
+def add_duplicates(app: FastAPI, server: State) -> None:
+    @app.get("/api/duplicates")
+    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
+        """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
+        opened = await server.gallery()
+        key = opened.about.row_state, threshold
+        job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
+        if job.failed is not None:
+            return DuplicatesAnswer(state="failed", detail=job.failed)
+        if job.result is None:
+            return DuplicatesAnswer(state="computing", done=job.done)
+        groups = [
+            [
+                Twin(
+                    row=row,
+                    name=one.name,
+                    width=one.size[0],
+                    height=one.size[1],
+                    score=one.score,
+                    there=one.path is not None,
+                )
+                for row, one in group
+            ]
+            for group in job.result[:_GROUPS]
+        ]
+        more = len(job.result) - len(groups)
+        return DuplicatesAnswer(state="ready", done=1, threshold=threshold, groups=groups, more=more)
+
+
+def add_map(app: FastAPI, server: State) -> None:
+    def answer(gallery: Gallery, standing: Standing[bool] | None) -> MapAnswer:
+        state: Literal["absent", "computing", "ready", "failed"] = "computing"
+        if standing is None:
+            state = "ready" if is_charted(gallery) else "absent"
+        elif standing.failed is not None:
+            state = "failed"
+        elif standing.result is not None:
+            state = "ready"
+        return MapAnswer(
+            state=state,
+            done=1.0 if standing is None else standing.done,
+            what="laying out" if gallery.points is None else "thumbnails",
+            detail="" if standing is None else standing.failed or "",
+            images=len(gallery),
+            tile=TILE,
+            columns=COLUMNS,
+            sheets=sheet_count(len(gallery)),
+        )
+
+    def look() -> MapAnswer:
+        gallery = server.collection.current()
+        standing = None if is_charted(gallery) else server.charts.look()
+        return answer(gallery, standing)
+
+    def begin() -> MapAnswer:
+        gallery = server.collection.current()
+        if is_charted(gallery):
+            return answer(gallery, None)
+        return answer(gallery, server.charts.ask("map", lambda tell: chart(server.collection, tell), again=True))
+
+    @app.get("/api/map")
+    async def map_state() -> MapAnswer:
+        """Whether there is a map of all images, or how far it is."""
+        return await server.images.run(look)
+
+    @app.post("/api/map")
+    async def make_map() -> MapAnswer:
+        """Begin to make the map."""
+        return await server.images.run(begin)
+
+    @app.get("/api/map/points", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
+    async def points() -> Response:
+        """Where each row is: little-endian float32 [N, 2] from 0 to 1, x to the right and y down."""
+        found = (await server.gallery()).points
+        if found is None:
+            raise Refused(404, "there is no map yet")
+        return Response(np.ascontiguousarray(found, "<f4").tobytes(), media_type="application/octet-stream")
+
+    @app.get("/api/map/order", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
+    async def order() -> Response:
+        """Which row each tile of the sheets shows: little-endian uint32 [N]."""
+
+        def work() -> bytes:
+            found = server.collection.current().points
+            if found is None:
+                raise Refused(404, "there is no map yet")
+            return np.ascontiguousarray(tile_order(found), "<u4").tobytes()
+
+        return Response(await server.images.run(work), media_type="application/octet-stream")
+
+    @app.get("/map/sheets/{number}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    async def sheet(number: Annotated[int, Path(ge=0, le=1 << 32)]) -> Response:
+        """A sheet of tiles, as a JPEG."""
+        file = sheet_of(await server.gallery(), number)
+        if file is None:
+            raise Refused(404, f"expected the number of a sheet that is there, found {number}")
+        return FileResponse(file, media_type="image/jpeg", headers={"cache-control": "private, no-cache"})
