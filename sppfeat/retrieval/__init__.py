@@ -20,6 +20,7 @@ from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.map import check_map, tile_order
 from sppfeat.retrieval.members import Member
+from sppfeat.retrieval.queries import rows_of_image
 from sppfeat.retrieval.search import (
     Answer,
     Neighbor,
@@ -71,6 +72,7 @@ __all__ = [
     "read_ground_truth",
     "read_names",
     "remove_from_gallery",
+    "rows_of_image",
     "search_descriptors",
     "search_images",
     "search_items",

@@ -11,7 +11,7 @@ import numpy as np
 from sppfeat.errors import UsageError
 from sppfeat.images import Item, find_images
 from sppfeat.retrieval.gallery import Gallery
-from sppfeat.store import Box, image_of
+from sppfeat.store import Box, image_of, split_row_name
 
 
 def check_box(box: Box) -> None:
@@ -42,6 +42,15 @@ def own_rows(gallery: Gallery, paths: list[str]) -> np.ndarray:
     for at, rows in enumerate(own):
         found[at, : len(rows)] = rows
     return found
+
+
+def rows_of_image(gallery: Gallery, row: int) -> np.ndarray:
+    """[M] the rows of a row's image, windows included, by their names: wherever the image is now."""
+    table = gallery.rows
+    image, _ = split_row_name(table.names[row])
+    root = table.root[row]
+    near = [at for at, name in enumerate(table.names) if name.startswith(image) and table.root[at] == root]
+    return np.array([at for at in near if at == row or split_row_name(table.names[at])[0] == image], np.int64)
 
 
 def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:

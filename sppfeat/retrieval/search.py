@@ -289,11 +289,12 @@ def search_items(
     box: Box | None = None,
     queries: Sequence[str] | None = None,
     errors: Mapping[int, str] | None = None,
+    own: np.ndarray | None = None,
 ) -> SearchResult:
     """Search with the images of items, from wherever they come; see `search_images`.
 
     describer: for the factors of `part_factors`. queries: what to call them; None: their names. errors: why some cannot
-    be described, by their number.
+    be described, by their number. own: [Q, M] rows to leave out for each, padded with -1; None: as the options say.
     """
     if box is not None:
         check_box(box)
@@ -320,7 +321,10 @@ def search_items(
     if good:
         rows = np.stack([descriptors[at].reshape(-1, gallery.dim) for at in good])
     files = [paths[at] for at in good]
-    own = own_rows(gallery, files) if options.exclude_self else None
+    if own is not None:
+        own = own[good]
+    elif options.exclude_self:
+        own = own_rows(gallery, files)
     result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in problems.items()

@@ -197,7 +197,7 @@ def _add_search(app: FastAPI, server: State) -> None:
             opened = server.collection.current()
             asked = server.query(opened, sent, query)
             part = None if box is None else _box(box, asked.size)
-            options = SearchOptions(k=k, parts=parts, rerank=rerank, exclude_self=asked.id.startswith("r-"))
+            options = SearchOptions(k=k, parts=parts, rerank=rerank)
             options = replace(options, explain=options.aligned)
             found = server.collection.search(opened, asked, options, part)
             (answer,) = found.answers

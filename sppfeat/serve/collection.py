@@ -25,6 +25,7 @@ from sppfeat.retrieval import (
     find_duplicates,
     open_gallery,
     part_factors,
+    rows_of_image,
     search_items,
 )
 from sppfeat.serve.uploads import Query, read_size
@@ -158,7 +159,7 @@ class Collection:
     def query(self, gallery: Gallery, row: int) -> Query:
         """A row's image as a query. Raises ImageError."""
         shown = self.shown(gallery, row)
-        return Query(f"r-{row}", shown.name, shown.item, read_size(shown.item, self._max_pixels))
+        return Query(f"r-{row}", shown.name, shown.item, read_size(shown.item, self._max_pixels), row)
 
     def duplicates(
         self, gallery: Gallery, threshold: float, progress: Callable[[float], None]
@@ -178,9 +179,10 @@ class Collection:
         return [group for group in groups if len(group) > 1]
 
     def search(self, gallery: Gallery, query: Query, options: SearchOptions, box: Box | None) -> SearchResult:
-        """Search with an image, or with a part of it. Raises SppFeatError."""
+        """Search with an image, or with a part of it, but for the gallery's own rows of it. Raises SppFeatError."""
         describer = self.describer(gallery, part_factors(options, box))
-        return search_items(gallery, [replace(query.item, windows=None)], options, describer, box=box)
+        own = None if query.row is None else rows_of_image(gallery, query.row)[None]
+        return search_items(gallery, [replace(query.item, windows=None)], options, describer, box=box, own=own)
 
     def describer(self, gallery: Gallery, factors: tuple[float, ...] | None = None) -> Describer:
         """The gallery's network at parts of its scale, loaded once."""

@@ -30,12 +30,16 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Query:
-    """An image that is searched with: its id, the name to show, the item, and width and height of it upright."""
+    """An image that is searched with: its id, the name to show, the item, and width and height of it upright.
+
+    row: of the gallery, if it is one of its images.
+    """
 
     id: str
     name: str
     item: Item
     size: tuple[int, int]
+    row: int | None = None
 
 
 def read_size(item: Item, max_pixels: int) -> tuple[int, int]:
@@ -61,8 +65,10 @@ class Uploads:
         self._bytes = 0
 
     def add(self, name: str, data: bytes) -> Query:
-        """Keep an image; the same bytes get the same id. Raises ImageError."""
-        key = f"u-{hashlib.sha256(data).hexdigest()[:32]}"
+        """Keep an image; the same bytes of the same name get the same id. Raises ImageError."""
+        told = hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0")
+        told.update(data)
+        key = f"u-{told.hexdigest()[:32]}"
         if (known := self.get(key)) is not None:
             return known
         # A name without a folder: nothing of it is ever used as a path.

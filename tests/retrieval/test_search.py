@@ -14,6 +14,7 @@ from sppfeat import GalleryError, Recipe, UsageError, extract_folder, open_store
 from sppfeat.retrieval.changes import create_gallery
 from sppfeat.retrieval.faiss_index import IndexOptions
 from sppfeat.retrieval.gallery import Gallery, open_gallery
+from sppfeat.retrieval.queries import rows_of_image
 from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_images, search_store
 
 
@@ -109,6 +110,14 @@ def test_own_windows_are_excluded(make_store: MakeStore, tmp_path: Path, rerank:
     for image, answer in zip(images, result.answers, strict=True):
         found = [one.name for one in answer.neighbors]
         assert sorted(found) == sorted(name for name, of in zip(names, images, strict=True) if of != image)
+
+
+def test_rows_of_an_image_by_their_names(make_store: MakeStore, tmp_path: Path) -> None:
+    names = ["1.jpg", "1.jpg#0,0,9,9", "1.jpg#5,5,9,9", "1.jpg.png", "11.jpg", "1.jpg#draft", "2/1.jpg"]
+    create_gallery(make_store(few_values(7), names=names), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    found = [rows_of_image(gallery, row).tolist() for row in range(7)]
+    assert found == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [3], [4], [5], [6]]
 
 
 def test_another_recipe_is_refused(make_store: MakeStore, gallery_of: Callable[..., Gallery]) -> None:

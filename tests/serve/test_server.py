@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -12,12 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from serving import running
 
 from sppfeat import RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import create_gallery
@@ -34,23 +34,6 @@ def gallery(photos: Path, tmp_path: Path) -> Path:
     extract_folder(photos, tmp_path / "f.h5", replace(TINY, scales=(64,)), RunOptions(device="cpu"))
     create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
     return tmp_path / "g"
-
-
-@contextlib.contextmanager
-def running(*given: str | Path) -> Iterator[str]:
-    """The address of a server of its own; it must end without a traceback."""
-    code = "import sys; from sppfeat_cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "serve", *map(str, given), "--port", "0", "--device", "cpu"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    try:
-        line = child.stdout.readline()
-        assert line.startswith(f"{given[0]}: http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), line
-        yield line.split()[1]
-    finally:
-        child.send_signal(signal.SIGINT)
-        _, error = child.communicate(timeout=20)
-    assert "Traceback" not in error and child.returncode in (0, 130), (child.returncode, error)
 
 
 def test_from_the_command_line(gallery: Path) -> None:
