@@ -1,12 +1,14 @@
 """How well parts are found and located, and what re-ranking gains.
 
     python benchmarks/retrieval_quality.py crops VOC2007/JPEGImages [--area 0.1,0.3]
+    python benchmarks/retrieval_quality.py boxes VOC2007/JPEGImages
     python benchmarks/retrieval_quality.py same-object kth-buildings
     python benchmarks/retrieval_quality.py categories caltech101-subset
     python benchmarks/retrieval_quality.py speed VOC2007/JPEGImages
     python benchmarks/retrieval_quality.py million VOC2007/JPEGImages [--rows 1000000]
 
 crops: 200 random parts of images, enlarged 1.6 times and saved as JPEG of quality 70, are looked for among all images.
+boxes: boxes drawn on images of the gallery, which are looked for in it.
 same-object, categories: images whose names or folders say what belongs together. million: parts among as many images,
 of which the first are windows of the images, and the others put together from quarters of those; how many of the first
 ten of an exhaustive search are found, and how fast. speed: of re-ranking. Tables are printed as Markdown.
@@ -30,8 +32,10 @@ from sppfeat.retrieval import (
     RetrievalOptions,
     SearchOptions,
     create_gallery,
+    describer_for,
     evaluate_retrieval,
     open_gallery,
+    part_factors,
     search_descriptors,
     search_images,
 )
@@ -129,6 +133,31 @@ def crops(folder: Path, area: tuple[float, float], scale: int, bin_dim: int | No
                 cells += [f"{firsts:.1f}", f"{100 * np.mean(1 / np.array(ranks)):.1f}"]
             cells += [f"{np.mean(overlaps):.2f}", f"{100 * np.mean(np.array(overlaps) > 0.5):.0f} %"]
             print(f"| {name} | {' | '.join(cells)} | {1000 * done.searching / CROPS:.0f} |", flush=True)
+
+
+def boxes(folder: Path, area: tuple[float, float], scale: int) -> None:
+    """Boxes on images of the gallery: how often the image comes first, and how well the box is found in it."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".png"))
+    with tempfile.TemporaryDirectory() as work:
+        here = Path(work)
+        extract_folder(folder, here / "f.h5", Recipe(scales=(scale,)), CPU)
+        create_gallery(open_store(here / "f.h5"), here / "g", keep_bins=True)
+        gallery, options = open_gallery(here / "g"), SearchOptions(k=len(files), parts=True)
+        dice = random.Random(SEED)
+        describer = None
+        ranks, overlaps = [], []
+        for at in dice.sample(range(len(files)), CROPS):
+            _, box = cut(files[at], area, dice)
+            describer = describer or describer_for(gallery, CPU, factors=part_factors(options, box))
+            done = search_images(gallery, [files[at]], options, CPU, describer=describer, box=box)
+            found = next(one for one in done.answers[0].neighbors if one.name == files[at].name)
+            ranks.append(found.rank)
+            overlaps.append(overlap(found.box or (0, 0, 0, 0), box))
+    print(
+        f"| {area[0]:.0%} to {area[1]:.0%} | {100 * np.mean(np.array(ranks) == 1):.1f} | {np.mean(overlaps):.2f} | "
+        f"{100 * np.mean(np.array(overlaps) > 0.5):.0f} % |",
+        flush=True,
+    )
 
 
 class Collages:
@@ -313,7 +342,7 @@ def speed(folder: Path, scale: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("crops", "same-object", "categories", "million", "speed"))
+    parser.add_argument("what", choices=("crops", "boxes", "same-object", "categories", "million", "speed"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--area", default="0.1,0.3")
     parser.add_argument("--scale", type=int)
@@ -323,6 +352,10 @@ def main() -> None:
     if given.what == "crops":
         low, high = map(float, given.area.split(","))
         crops(given.folder, (low, high), given.scale or 448, given.bin_dim)
+    elif given.what == "boxes":
+        print("| area of the box | recall@1 | mean IoU | IoU over 0.5 |\n|---|---|---|---|")
+        for area in AREAS:
+            boxes(given.folder, area, given.scale or 448)
     elif given.what == "million":
         million(given.folder, given.scale or 448, given.rows, given.bin_dim)
     elif given.what == "same-object":

@@ -21,12 +21,12 @@ from sppfeat.backbones import Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, ImageError, StoreError, UsageError, one_line, unknown_name
 from sppfeat.extraction.stages import Stages
-from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead
+from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead, scaled_size
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
-from sppfeat.windows import map_windows, nearest_scales, outside
+from sppfeat.windows import map_windows, nearest_scales, outside, part_of_image
 
 # Approximate limit of decoded images that wait for the network; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
@@ -165,6 +165,15 @@ class Describer:
                 f"{path}: was made with another recipe ({'; '.join(differences)}); "
                 "choose another output, or use --overwrite"
             )
+
+    def part_of_image(self, part: np.ndarray, size: tuple[int, int], scale: int | str) -> np.ndarray:
+        """[4] what part of an upright image of this size a part of its feature map at a scale shows; both from 0 to 1.
+
+        Raises BackboneError where the geometry of the layer is not known, ImageError for a size that is not described.
+        """
+        input_size = scaled_size(size, scale, self.recipe, minimum=self.minimum_side)
+        rows, columns = self._geometry(input_size[1], input_size[0])
+        return part_of_image(part, input_size, columns, rows)
 
     def load(self) -> Engine:
         """The engine, loaded on first use. Raises BackboneError, DeviceError."""

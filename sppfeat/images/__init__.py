@@ -21,7 +21,7 @@ from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
 from sppfeat.images.read_ahead import read_ahead
 from sppfeat.images.reading import decode, open_image, read_image, upright_size
 from sppfeat.images.remote import fingerprints
-from sppfeat.images.resizing import PreparedImage, decoding, prepare_image
+from sppfeat.images.resizing import PreparedImage, decoding, prepare_image, scaled_size
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
 from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
 
@@ -59,6 +59,7 @@ __all__ = [
     "prepare_image",
     "read_ahead",
     "read_image",
+    "scaled_size",
     "to_builtins",
     "tried",
     "upright_size",

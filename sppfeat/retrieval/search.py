@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -325,7 +325,8 @@ def search_items(
         own = own[good]
     elif options.exclude_self:
         own = own_rows(gallery, files)
-    result = _answer(gallery, rows, [queries[at] for at in good], files, options, own)
+    shown = None if box is None or not options.aligned else _shown_by(describer, gallery)
+    result = _answer(gallery, rows, [queries[at] for at in good], files, options, own, shown)
     answers = dict(zip(good, result.answers, strict=True)) | {
         at: Answer(queries[at], paths[at], error=reason) for at, reason in problems.items()
     }
@@ -404,8 +405,9 @@ def _answer(
     files: list[str],
     options: SearchOptions,
     own: np.ndarray | None,
+    shown: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
 ) -> SearchResult:
-    """Answers to descriptors [Q, F, D] at F scales each."""
+    """Answers to descriptors [Q, F, D] at F scales each. shown: see `_shown_by`."""
     started = time.perf_counter()
     there = [os.path.isdir(root) or is_url(root) for root in gallery.rows.roots]
     neighbors: list[list[Neighbor]] = []
@@ -415,7 +417,7 @@ def _answer(
             mine = None if own is None else own[at : at + 1]
             candidates = _candidates(gallery, descriptors[at], options, mine)
             fewest = min(fewest, len(candidates))
-            neighbors.append(_located(gallery, descriptors[at], candidates, options, there))
+            neighbors.append(_located(gallery, descriptors[at], candidates, options, there, shown))
     else:
         rows, scores = search_units(gallery, _units(gallery, descriptors[:, 0]), options, own_rows=own)
         for near, values in zip(rows, scores, strict=True):
@@ -457,8 +459,24 @@ def _matching(gallery: Gallery, options: SearchOptions) -> Matching:
     return part_matching(layout, channels) if options.parts else whole_matching(layout, channels)
 
 
+def _shown_by(describer: Describer, gallery: Gallery) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+    """What part of an image of a size its bins show, for queries that are parts of images.
+
+    A network's cells are centred up to a stride off where equal shares of the image would be. A part is mapped onto
+    cells by their centres, so what is found is mapped back by them, too; where a whole image is the query, both are
+    off alike.
+    """
+    scale = max(scale for scale in gallery.recipe.scales if isinstance(scale, int))
+    return lambda part, size: describer.part_of_image(part, size, scale)
+
+
 def _located(
-    gallery: Gallery, descriptors: np.ndarray, candidates: np.ndarray, options: SearchOptions, there: list[bool]
+    gallery: Gallery,
+    descriptors: np.ndarray,
+    candidates: np.ndarray,
+    options: SearchOptions,
+    there: list[bool],
+    shown: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None,
 ) -> list[Neighbor]:
     """The best of the candidates [N], with boxes in pixels."""
     bins = require_bins(gallery)
@@ -469,7 +487,10 @@ def _located(
     for rank, row in enumerate(found.rows[: options.k].tolist(), 1):
         one = _neighbor(gallery, row, float(found.scores[rank - 1]), rank, there)
         width, height = bins.image_size[row].tolist()
-        box = in_pixels(found.boxes[rank - 1], one.box or (0, 0, width - 1, height - 1))
+        part = found.boxes[rank - 1]
+        if shown is not None and one.box is None:
+            part = shown(part, (width, height))
+        box = in_pixels(part, one.box or (0, 0, width - 1, height - 1))
         why = None
         if options.explain and rank <= EXPLAINED:
             image, best = bins.take(np.array([row]))[0], int(found.rectangles[rank - 1])

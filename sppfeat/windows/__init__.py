@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps, suppress
-from sppfeat.windows.mapping import map_windows, nearest_scales, outside
+from sppfeat.windows.mapping import map_windows, nearest_scales, outside, part_of_image
 from sppfeat.windows.proposals import Proposals, WindowFile, open_windows, propose_folder, windows_from
 from sppfeat.windows.reading import COLUMNS, read_windows
 from sppfeat.windows.selective_search import ProposalOptions, Proposer, propose
@@ -22,6 +22,7 @@ __all__ = [
     "open_windows",
     "outside",
     "overlaps",
+    "part_of_image",
     "propose",
     "propose_folder",
     "read_windows",

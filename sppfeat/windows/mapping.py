@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -62,6 +62,26 @@ def _map_axis(
     low[between] = high[between] = np.floor((begin + end)[between] / (2 * axis.stride) + 0.5)
     cells = np.clip(np.stack([low, high]), 0, axis.size - 1).astype(np.int64)
     return cells[0], cells[1]
+
+
+def part_of_image(part: np.ndarray, input_size: tuple[int, int], columns: Geometry, rows: Geometry) -> np.ndarray:
+    """[4] what part of an image a part [4] of its feature map is pooled from: the way back from `map_windows`.
+
+    Both are x1, y1, x2, y2, edges from 0 to 1. Two cells meet in the middle between the pixels that they are centred
+    on; the map's border is the image's.
+    """
+    along_x, along_y = (_edges(length, axis) for length, axis in zip(input_size, (columns, rows), strict=True))
+    x1, y1, x2, y2 = part
+    return np.array([along_x(x1), along_y(y1), along_x(x2), along_y(y2)])
+
+
+def _edges(input_length: int, axis: Geometry) -> Callable[[float], float]:
+    """Where along an image, from 0 to 1, a place along its map is."""
+    cells = np.arange(axis.size + 1)
+    # Pixel x reaches from x to x + 1 where edges are counted.
+    places = ((axis.offset + axis.stride * (cells - 0.5) + 0.5) / input_length).clip(0, 1)
+    places[0], places[-1] = 0, 1
+    return lambda edge: float(np.interp(edge * axis.size, cells, places))
 
 
 def nearest_scales(windows: np.ndarray, size: tuple[int, int], input_sizes: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from serving import make_models
 from starlette.testclient import TestClient
 
-from sppfeat import RunOptions, extract_folder, open_store
-from sppfeat.detection import DetectOptions, Detector, DetectorRunner, detection_recipe, open_detector
+from sppfeat import RunOptions
+from sppfeat.detection import DetectOptions, DetectorRunner, open_detector
 from sppfeat.detection.detecting import detected
-from sppfeat.detection.detector import save_detector
-from sppfeat.extraction import Describer
 from sppfeat.images import Item
-from sppfeat.retrieval import create_gallery
 from sppfeat.serve import ServeOptions
 from sppfeat.serve.app import create_app
 from sppfeat.serve.collection import Collection
 from sppfeat.serve.guard import Guard
 from sppfeat.serve.models import Models
-from sppfeat.transfer import open_classifier, predict, save_classifier
-from sppfeat.transfer.train_classifier import train_classifier
-from sppfeat.windows import ProposalOptions
+from sppfeat.transfer import open_classifier, predict
 
 CPU = RunOptions(device="cpu")
 
 
 @pytest.fixture
-def made(photos: Path, make_images, tmp_path: Path) -> tuple[Path, Path, Path]:  # type: ignore[no-untyped-def]
-    """A gallery, a detector with random weights, and a classifier of two folders."""
-    for seed, label in enumerate(("left", "right")):
-        make_images(4, f"classes/{label}", seed=seed)
-    extract_folder(tmp_path / "classes", tmp_path / "f.h5", TINY, CPU)
-    create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
-    save_classifier(train_classifier(open_store(tmp_path / "f.h5")), tmp_path / "c.h5")
-    recipe = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(1,))
-    describer = Describer(recipe, CPU)
-    weights = np.random.default_rng(0).normal(size=(2, describer.dim)).astype(np.float32)
-    detector = Detector(
-        recipe=describer.recipe,
-        weights_sha256=describer.weights_sha256,
-        classes=["cat", "dog"],
-        weights=weights,
-        biases=np.zeros(2, np.float32),
-        box_weights=None,
-        box_biases=None,
-        proposals=ProposalOptions(),
-        training={},
-        versions={},
-    )
-    save_detector(detector, tmp_path / "d.h5")
-    return tmp_path / "g", tmp_path / "d.h5", tmp_path / "c.h5"
+def made(make_images: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    return make_models(make_images, tmp_path)
 
 
 def test_the_image_that_is_looked_at(made: tuple[Path, Path, Path], photos: Path) -> None:

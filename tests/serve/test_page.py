@@ -17,7 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import PHOTOS
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
-from serving import running
+from serving import make_models, running
 
 from sppfeat import Recipe, RunOptions, extract_folder, open_store
 from sppfeat.retrieval import add_map, create_gallery
@@ -317,13 +317,14 @@ def test_a_phone(opened: Open, width: int) -> None:
     page.locator("#sample-list a").first.tap()
     found(page)
     area = page.locator("#stage").bounding_box()
-    assert area is not None and area["width"] > width / 2
+    assert area is not None and area["width"] > width / 4
     # A finger draws a box; the page does not scroll meanwhile.
     touch = page.context.new_cdp_session(page)
     for kind, part in (("touchStart", 0.2), ("touchMove", 0.5), ("touchMove", 0.8), ("touchEnd", None)):
         points = (
             [] if part is None else [{"x": area["x"] + part * area["width"], "y": area["y"] + part * area["height"]}]
         )
+        page.wait_for_timeout(120)  # a finger that flings would swallow the next tap
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
     page.wait_for_url("**box=**")
     assert page.evaluate("scrollY") == 0
@@ -451,6 +452,25 @@ def test_duplicates(opened: Open) -> None:
     assert actions["space/hubble_small.jpg"] == "keep" and actions["space/hubble.jpg"] == "remove"
     hubble.get_by_role("link", name="Search with space/hubble.jpg").click()
     assert found(page)[0] == "space/hubble_small.jpg"
+
+
+def test_objects_and_classes(opened: Open, make_images: Callable[..., Path], tmp_path: Path) -> None:
+    gallery, detector, classifier = make_models(make_images, tmp_path)
+    with running(gallery, "--detector", detector, "--classifier", classifier) as at:
+        page = opened(at=at)
+        drop(page, "cat.jpg", photo("animals/cat.jpg"))
+        found(page)
+        page.get_by_role("button", name="Classify").click()
+        expect(page.locator("#models-status")).to_have_text(re.compile("Best class: (left|right)"))
+        page.get_by_role("button", name="Find objects").click()
+        expect(page.locator("#models-status")).to_contain_text("objects found")
+        objects = page.locator("#models-found button")
+        expect(page.locator("#stage .outline.object")).to_have_count(objects.count())
+        objects.first.click()
+        page.wait_for_url("**box=**")
+        found(page)
+        x1, y1, x2, y2 = box_of(page)
+        assert 0 <= x1 < x2 and 0 <= y1 < y2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -23,7 +23,7 @@ from sppfeat.backbones.geometry import Geometry
 from sppfeat.images import Item
 from sppfeat.pyramid.pooling import pool_rois
 from sppfeat.store.row_names import row_name, split_row_name
-from sppfeat.windows.mapping import map_windows, nearest_scales, outside
+from sppfeat.windows.mapping import map_windows, nearest_scales, outside, part_of_image
 from sppfeat.windows.reading import read_windows
 
 
@@ -42,6 +42,26 @@ def test_mapping_equals_the_naive_reference(data: st.DataObject) -> None:
     assert tuple(map_windows(window, (length, 1), (input_length, 1), axis, axis)[0, ::2]) == expected
     turned = np.array([[0, first, 0, last]])
     assert tuple(map_windows(turned, (1, length), (1, input_length), axis, axis)[0, 1::2]) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_part_of_the_map_is_mapped_back(data: st.DataObject) -> None:
+    """To the window that is pooled from exactly its cells."""
+    stride, size = data.draw(st.sampled_from([1, 8, 16, 32]), "stride"), data.draw(st.integers(1, 30), "size")
+    offset = data.draw(st.integers(0, 2 * stride - 2), "offset") / 2
+    length, input_length = data.draw(st.integers(600, 2000), "length"), stride * size
+    axis = Geometry(size, stride, offset, 1)
+    first = data.draw(st.integers(0, size - 1), "first")
+    last = data.draw(st.integers(first, size - 1), "last")
+    part = np.array([first, 0, last + 1, size]) / size
+    left, top, right, bottom = part_of_image(part, (input_length, input_length), axis, axis)
+    assert (top, bottom) == (0, 1) and left < right
+    window = np.array([[left * length, 0, right * length - 1, length - 1]]) + [[0.01, 0, -0.01, 0]]
+    window = np.where(part[None] == [[0, 0, 1, 1]], [[0, 0, length - 1, length - 1]], window)
+    if offset + stride * (size - 1) < input_length:  # all cells are centred on pixels of the image
+        rois = map_windows(window, (length, length), (input_length, input_length), axis, axis)
+        assert rois.tolist() == [[first, 0, last, size - 1]]
 
 
 def test_mapping_follows_the_paper() -> None:
