@@ -1,5 +1,6 @@
 """`sppfeat evaluate`: evaluate descriptors and detectors."""
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
 
 if TYPE_CHECKING:
-    from sppfeat.transfer.evaluation import Transfer
+    from sppfeat.transfer.evaluation import Comparison, Shots, Transfer
 
 _TRANSFER = options.Defaults("sppfeat.transfer:TransferOptions")
 
@@ -36,13 +37,17 @@ def transfer(
         str,
         typer.Option(
             metavar="NAME",
-            help="Protocol: random, caltech101, split (names in train/... and test/... or val/...) or voc2007.",
+            help="Protocol: random, caltech101, split (names in train/... and test/... or val/...), voc2007, or "
+            "voc2007-vissl (as VISSL evaluates it).",
         ),
     ] = _TRANSFER.protocol,
+    classifier: Annotated[
+        str, typer.Option(metavar="NAME", help="Classifier: svm, knn or logistic (multinomial regression).")
+    ] = _TRANSFER.classifier,
     labels: options.Labels = None,
     voc: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="VOC folder with ImageSets/Main, for protocol voc2007.", show_default=False),
+        typer.Option(metavar="DIR", help="VOC folder with ImageSets/Main, for protocols voc2007.", show_default=False),
     ] = None,
     c: options.Costs = None,
     c_grid: options.CostGrid = None,
@@ -59,15 +64,31 @@ def transfer(
     trials: Annotated[
         int | None, typer.Option(metavar="N", help="Number of random splits.", show_default="by protocol")
     ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Also train with so many images per class, drawn for each trial.",
+            show_default=False,
+        ),
+    ] = None,
+    neighbors: Annotated[
+        int, typer.Option(metavar="N", help="Nearest training images that vote, for knn.")
+    ] = _TRANSFER.neighbors,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Temperature of their votes, exp(similarity / X).")
+    ] = _TRANSFER.temperature,
     seed: options.Seed = _TRANSFER.seed,
     device: options.Device = _TRANSFER.device,
     report: options.Report = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train linear SVMs on some of the images and report mean per-class accuracy, or mAP, on others.
+    """Train a classifier on some of the images and report mean per-class accuracy, or mAP, on others.
 
-    C is chosen by 3-fold cross-validation on the training images. Several stores are compared on the same splits.
+    C of SVMs and of logistic regression is chosen by 3-fold cross-validation on the training images. The interval is
+    that of 95 % of bootstrap draws of test images. Several stores are compared with the first on the same splits: p is
+    that of Nadeau and Bengio's corrected t-test for repeated splits, of McNemar's test for one.
     """
     from sppfeat.errors import ReportError
     from sppfeat.report import check_page
@@ -76,6 +97,10 @@ def transfer(
 
     chosen = TransferOptions(
         protocol=protocol,
+        classifier=classifier,
+        neighbors=neighbors,
+        temperature=temperature,
+        shots=options.shots(shots),
         costs=options.costs(c, c_grid),
         positive_weight=positive_weight,
         levels=options.stored_levels(levels),
@@ -116,6 +141,11 @@ def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str
         "metric": done.metric,
         "value": done.value,
         "std": done.std,
+        "interval": [finite(edge) for edge in done.interval],
+        "top1": finite(done.top1),
+        "top5": finite(done.top5),
+        "shots": [_few(few) for few in done.shots],
+        "comparison": None if done.comparison is None else dataclasses.asdict(done.comparison),
         "trials": done.trials,
         "C": [_costs(done, trial) for trial in range(len(done.trials))],
         "per_class": {name: finite(value) for name, value in done.per_class.items()},
@@ -143,10 +173,21 @@ def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str
     return document
 
 
-def _costs(done: "Transfer", trial: int) -> float | dict[str, float]:
-    """One C, or one per class where they differ."""
+def _few(found: "Shots") -> dict[str, Any]:
+    return {
+        "shots": found.count,
+        "value": found.value,
+        "std": found.std,
+        "trials": found.trials,
+        "C": found.costs,
+        "gap": finite(found.gap),
+    }
+
+
+def _costs(done: "Transfer", trial: int) -> float | dict[str, float] | None:
+    """One C, or one per class where they differ; null where there is none."""
     costs = done.costs[trial].tolist()
-    return costs[0] if len(set(costs)) == 1 else dict(zip(done.per_class, costs, strict=True))
+    return None if not costs else costs[0] if len(set(costs)) == 1 else dict(zip(done.per_class, costs, strict=True))
 
 
 def _table(done: "list[Transfer]") -> str:
@@ -158,17 +199,25 @@ def _table(done: "list[Transfer]") -> str:
         line = f"{printable(one.store)}: {one.value:.2f} %"
         if len(one.trials) > 1:
             line += f" +- {one.std:.2f}"
+        line += f" [{one.interval[0]:.2f}, {one.interval[1]:.2f}]"
         if several:
-            line += f" (11 points; area {one.area:.2f} %)"
-        line += f"  ({one.dim} values, C = {costs}, {one.seconds:.1f} s)"
-        if one is not first:
-            line += f"  {_difference(one, first)}"
+            line += f" ({'area' if one.options.protocol == 'voc2007-vissl' else f'11 points; area {one.area:.2f} %'})"
+        else:
+            line += f"  top-1 {one.top1:.2f} %, top-5 {one.top5:.2f} %"
+        line += f"  ({one.dim} values, {f'C = {costs}, ' if costs else ''}{one.seconds:.1f} s)"
+        if one.comparison is not None:
+            line += f"  {_difference(one.comparison)}"
         lines.append(line)
+        lines += [
+            f"  {counted(few.count, 'image')} per class: {few.value:.2f} % +- {few.std:.2f}"
+            + (f"  (C = {','.join(f'{c:g}' for c in few.costs)})" if few.costs else "")
+            for few in one.shots
+        ]
     lines.append(
         f"{'mAP' if several else 'mean per-class accuracy'}, {counted(len(first.per_class), 'class')}, "
         f"{counted(first.rows, 'image')}: {first.train} for training and {first.test} for testing{_part(first)}"
         f"{', in each trial' * (len(first.trials) > 1)}{_left_out(first)}; protocol {first.options.protocol}, "
-        f"{counted(len(first.trials), 'trial')}; solver: {first.route}"
+        f"{counted(len(first.trials), 'trial')}; {_classifier(first)}"
     )
     known = {name: value for name, value in first.per_class.items() if name not in first.untested}
     worst = sorted(known.items(), key=lambda item: item[1])[:5]
@@ -189,9 +238,13 @@ def _left_out(done: "Transfer") -> str:
     return f"; {done.left_out} skipped ({reasons})" if done.left_out else ""
 
 
-def _difference(one: "Transfer", first: "Transfer") -> str:
-    import statistics
+def _classifier(done: "Transfer") -> str:
+    chosen = done.options
+    if chosen.classifier == "knn":
+        return f"classifier: knn, {chosen.neighbors} neighbors, temperature {chosen.temperature:g}"
+    return f"classifier: {chosen.classifier}, solver: {done.route}"
 
-    pairs = [a - b for a, b in zip(one.trials, first.trials, strict=True)]
-    spread = f" +- {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else ""
-    return f"{statistics.fmean(pairs):+.2f}{spread} compared to the first"
+
+def _difference(found: "Comparison") -> str:
+    spread = "" if found.std is None else f" +- {found.std:.2f}"
+    return f"{found.difference:+.2f}{spread} compared to the first (p = {found.p:.2g}, {found.test})"

@@ -290,6 +290,11 @@ def stored_levels(text: str | None) -> tuple[int, ...] | None:
     return integers("levels", text) if text is not None else None
 
 
+def shots(text: str | None) -> tuple[int, ...]:
+    """The numbers of images per class that --shots names."""
+    return integers("shots", text) if text is not None else ()
+
+
 def projection_options(
     project: int | None, whiten: bool, power: float, shrinkage: float, whitening_from: str | None, seed: int = 0
 ) -> "ProjectionOptions | None":

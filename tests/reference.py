@@ -350,3 +350,19 @@ def complete_linkage(similar: np.ndarray, threshold: float) -> set[frozenset[int
         if best is None:
             return {frozenset(group) for group in groups if len(group) > 1}
         groups[best[2]] |= groups.pop(best[1])
+
+
+def knn_votes(train: np.ndarray, test: np.ndarray, targets: np.ndarray, k: int, temperature: float) -> np.ndarray:
+    """Shares of the votes of each test row's k nearest training rows, one after the other; see `knn_scores`."""
+    scores = np.zeros((len(test), targets.shape[1]))
+    for at, row in enumerate(test.astype(float)):
+        similar = []
+        for other in train.astype(float):
+            lengths = np.linalg.norm(row) * np.linalg.norm(other)
+            similar.append(row @ other / lengths if lengths else 0.0)
+        # Rounded, so that equal similarities are equal whatever their last digits; of equal ones the first count.
+        order = sorted(range(len(train)), key=lambda one: (-round(similar[one], 5), one))[:k]
+        total = sum(np.exp((similar[one] - similar[order[0]]) / temperature) for one in order)
+        for one in order:
+            scores[at] += (targets[one] == 1) * np.exp((similar[one] - similar[order[0]]) / temperature) / total
+    return scores

@@ -37,7 +37,7 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
     classes = np.unique(labels)
     if len(options.costs) == 1:
         return Choice(np.full(len(classes), options.costs[0]), [])
-    fold = _folds((labels[:, None] == classes).argmax(1), options.seed)
+    fold = folds((labels[:, None] == classes).argmax(1), options)
     if not (fold > 0).any():
         raise UsageError(
             f"C cannot be chosen by cross-validation: expected a class with at least 2 training images, found 1 in "
@@ -77,7 +77,7 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
     count = targets.shape[1]
     if len(options.costs) == 1:
         return Choice(np.full(count, options.costs[0]), [])
-    fold = np.stack([_folds(column, options.seed) for column in targets.T], 1)
+    fold = np.stack([folds(column, options) for column in targets.T], 1)
     costs = sorted(options.costs)
     values = np.full((FOLDS, len(costs), count), np.nan)
     start: SvmSolution | None = None
@@ -106,13 +106,21 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
     return Choice(np.array(costs)[best], list(zip(costs, overall.tolist(), strict=True)), start, gap)
 
 
-def _folds(kinds: np.ndarray, seed: int) -> np.ndarray:
-    """[M] fold of each row; every kind of row is spread evenly over the folds."""
-    generator = np.random.default_rng(seed)
+def folds(kinds: np.ndarray, options: SvmOptions) -> np.ndarray:
+    """[M] fold of each row; every kind of row is spread evenly over the folds.
+
+    Without shuffling, they are those of scikit-learn's StratifiedKFold.
+    """
+    generator = np.random.default_rng(options.seed)
     fold = np.empty(len(kinds), int)
+    begin = 0
     for kind in np.unique(kinds):
         members = np.flatnonzero(kinds == kind)
-        fold[generator.permutation(members)] = np.arange(len(members)) % FOLDS
+        if options.shuffle:
+            fold[generator.permutation(members)] = np.arange(len(members)) % FOLDS
+        else:
+            fold[members] = np.sort((begin + np.arange(len(members))) % FOLDS)
+            begin += len(members)
     return fold
 
 

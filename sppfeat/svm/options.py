@@ -25,6 +25,7 @@ class SvmOptions:
 
     costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows
     relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all draws.
+    shuffle: whether folds are drawn, or each takes the next images of a class in their order.
     Raises UsageError, naming the field, for an invalid value.
     """
 
@@ -33,6 +34,7 @@ class SvmOptions:
     levels: tuple[int, ...] | None = None
     seed: int = 0
     device: str = "cpu"
+    shuffle: bool = True
 
     def __post_init__(self) -> None:
         for name, values in (("c", self.costs), ("positive_weight", (self.positive_weight,))):

@@ -1,16 +1,15 @@
-"""Transfer evaluation: how well linear SVMs tell classes apart from a store's descriptors.
+"""Transfer evaluation: how well a simple classifier tells classes apart from a store's descriptors.
 
 A protocol fixes splits into training and test rows. The cost C is chosen by cross-validation within the training rows
-unless it is given. All folds and costs of a split share one `SvmProblem`, of its training rows.
+unless it is given. All folds and costs of a split share one `SvmProblem` or `LogisticProblem`, of its training rows.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -18,26 +17,52 @@ import numpy as np
 from sppfeat.errors import SppFeatWarning, StoreError, UsageError
 from sppfeat.recipe import Recipe
 from sppfeat.store import DescriptorView, Store, require_complete
-from sppfeat.svm import Convergence, accuracy_per_class, average_precisions, mean_over_classes
-from sppfeat.svm.cost_selection import choose_cost, choose_cost_per_class
+from sppfeat.svm import Convergence, LinearSvm
+from sppfeat.svm.cost_selection import FOLDS, choose_cost, choose_cost_per_class
 from sppfeat.svm.solver import SvmProblem, class_targets
-from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels, labels_from_folders
+from sppfeat.transfer.judging import MISTAKES, Mistake, Verdict, judge
+from sppfeat.transfer.knn import knn_scores
+from sppfeat.transfer.labels import Labels, VocLabels, labels_from_folders
+from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
 from sppfeat.transfer.options import TransferOptions
+from sppfeat.transfer.splits import Split, Task, folder_task, voc_task
+from sppfeat.transfer.statistics import corrected_t_test, interval, mcnemar, paired_bootstrap
 
-MISTAKES: Final = 48
+# How often few training images are drawn where the split is fixed.
+_DRAWS: Final = 3
+# C with fewer images of a class than folds.
+_FEW_SHOT_COST: Final = 1.0
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A misclassified test image; margin: by how much the score of `predicted` exceeds that of `label`.
+class Shots:
+    """The value with `count` training images of each class, in each trial; every C used, and the largest gap."""
 
-    With several classes per image, label is empty, and margin is the score of an absent class.
-    """
+    count: int
+    trials: list[float]
+    costs: list[float]
+    gap: float
 
-    name: str
-    label: str
-    predicted: str
-    margin: float
+    @property
+    def value(self) -> float:
+        """Mean over the trials."""
+        return float(np.mean(self.trials))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the trials (n - 1); 0 for one trial."""
+        return float(np.std(self.trials, ddof=1)) if len(self.trials) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """By how many percent points a store is better than the first, over the trials; and the p-value of a test that it
+    is not: `corrected t-test` for several splits, `McNemar` or `bootstrap` over the images of one."""
+
+    difference: float
+    std: float | None
+    test: str
+    p: float
 
 
 @dataclass(frozen=True)
@@ -45,8 +70,11 @@ class Transfer:
     """The result of one store; values in percent.
 
     recipe, weights_sha256: of the descriptors, after cutting levels out, and of the network that made them.
-    metric: `mean_per_class_accuracy`, or `mAP` (11 points, as VOC 2007 counts it). trials: its value in each.
-    costs: [K] C of each class, for each trial. curve: every C of the grid and its mean value in cross-validation.
+    metric: `mean_per_class_accuracy`, or `mAP` (11 points as VOC 2007 counts it, or the area). trials: its values.
+    interval: that 95 % of draws of test images give. top1, top5: images whose class comes first, or among the first
+    five; NaN for mAP. shots: with few training images. comparison: to the first store; None for itself.
+    costs: [K] C of each class, for each trial; empty for knn. curve: every C of the grid and its mean value in
+    cross-validation.
     per_class: mean over the trials, by class; NaN for a class without a test image, which no mean includes.
     area_per_class: for mAP, AP as the area under the curve; else empty.
     confusion: [K, K] test images by class and predicted class, over all trials; empty for mAP.
@@ -63,6 +91,10 @@ class Transfer:
     options: TransferOptions
     metric: str
     trials: list[float]
+    interval: tuple[float, float]
+    top1: float
+    top5: float
+    shots: list[Shots]
     costs: list[np.ndarray]
     curve: list[tuple[float, float]]
     per_class: dict[str, float]
@@ -78,6 +110,7 @@ class Transfer:
     dim: int
     route: str
     seconds: float
+    comparison: Comparison | None = None
 
     @property
     def left_out(self) -> int:
@@ -127,164 +160,22 @@ def evaluate_transfer(
                 f"them, such as {min(other)!r}"
             )
     failed = set().union(*(store.errors() for store in stores))
-    task: _Task
-    if options.protocol == "voc2007":
+    if options.several:
         if not isinstance(labels, VocLabels):
-            raise UsageError("protocol voc2007: expected the lists of a VOC folder (--voc), found none")
-        task = _voc_task(first, failed, labels)
+            raise UsageError(f"protocol {options.protocol}: expected the lists of a VOC folder (--voc), found none")
+        task = voc_task(first, failed, labels, options)
     else:
         if isinstance(labels, VocLabels):
             raise UsageError(f"protocol {options.protocol}: expected no VOC folder; protocol voc2007 takes one")
-        task = _task(first, failed, labels or labels_from_folders(first.names), options)
-    return [_evaluate(store, task, options) for store in stores]
-
-
-def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
-    """The names of a store that have a label and have not failed; warns about classes whose images all failed.
-
-    Raises UsageError for labels that match no row, and if every row with a label failed.
-    """
-    if not any(name in labels.classes for name in store.names):
-        raise UsageError(
-            f"{store.place}: none of its {len(store)} names has a label; use one folder per class, or a labels file"
-        )
-    if unknown := labels.classes.keys() - set(store.names):
-        raise UsageError(f"{len(unknown)} labels match no row of {store.place}, such as {min(unknown)!r}")
-    names = [name for name in store.names if name in labels.classes and name not in failed]
-    if not names:
-        labelled = sum(name in labels.classes for name in store.names)
-        raise UsageError(f"{store.place}: expected described images with a label, found none: all {labelled} failed")
-    known = set(labels.classes.values())
-    if lost := known - {labels.classes[name] for name in names}:
-        shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)
-        warnings.warn(
-            f"{store.place}: {len(lost)} of {len(known)} classes skipped, because all their images failed: {shown}",
-            SppFeatWarning,
-            stacklevel=3,
-        )
-    return names
-
-
-_Split = tuple[np.ndarray, np.ndarray]  # training and test rows, as positions in the names
+        task = folder_task(first, failed, labels or labels_from_folders(first.names), options)
+    return _compared([_evaluate(store, task, options) for store in stores])
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Images, their classes and splits; the same for every store that is compared.
+class _Fitted:
+    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fit."""
 
-    labels: [N] the class of each name; or [N, K] +1, -1 and 0, where an image can have several. left_out, test_part:
-    as in `Transfer`.
-    """
-
-    names: list[str]
-    classes: np.ndarray
-    labels: np.ndarray
-    splits: list[_Split]
-    left_out: Counter[str]
-    test_part: str | None = None
-
-
-def _voc_task(store: Store, failed: set[str], labels: VocLabels) -> _Task:
-    names: dict[str, str] = {}
-    for name in store.names:
-        number = name.rpartition("/")[2].rpartition(".")[0]
-        if number in labels.targets:
-            if number in names:
-                raise UsageError(f"{store.place}: expected one image {number!r}, found {names[number]!r} and {name!r}")
-            names[number] = name
-    if lacking := labels.targets.keys() - names.keys():
-        raise UsageError(
-            f"{len(lacking)} of {len(labels.targets)} images of the VOC lists match no row of {store.place}, such as "
-            f"{min(lacking)!r}"
-        )
-    numbers = [number for number, name in names.items() if name not in failed]
-    parts = np.array([labels.splits[number] for number in numbers])
-    targets = np.stack([labels.targets[number] for number in numbers])
-    train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
-    for part, rows in (("train with", train), ("test", test)):
-        if (lacking_class := ~(targets[rows] == 1).any(0)).any():
-            raise UsageError(f"class {labels.classes[int(lacking_class.argmax())]!r}: has no image to {part}")
-    left_out = Counter("failed" if name in failed else "in no list" for name in set(store.names) - set(names.values()))
-    left_out["failed"] += len(names) - len(numbers)
-    return _Task([names[number] for number in numbers], np.array(labels.classes), targets, [(train, test)], +left_out)
-
-
-def _task(store: Store, failed: set[str], known: Labels, options: TransferOptions) -> _Task:
-    names = labelled_names(store, known, failed)
-    left_out = Counter(
-        "failed" if name in failed else "without a label"
-        for name in store.names
-        if name in failed or name not in known.classes
-    )
-    if options.protocol == "split":
-        return _split_task(names, left_out, known)
-    labels, classes = _labels(names, known)
-    counts = (labels[:, None] == classes).sum(0)
-    caltech = options.protocol == "caltech101"
-    per_class = options.per_class or (30 if caltech else None)
-    max_test = options.max_test or (50 if caltech else None)
-    needed = (per_class or 1) + 1
-    if (few := counts < needed).any():
-        shown = ", ".join(f"{name} {count}" for name, count in zip(classes[few][:5], counts[few][:5], strict=True))
-        raise UsageError(
-            f"protocol {options.protocol}: expected at least {needed} images per class, found fewer in {few.sum()} of "
-            f"{len(classes)} ({shown}); use a smaller per_class"
-        )
-    generator = np.random.default_rng(options.seed)
-    splits = []
-    for _ in range(options.trials or (10 if caltech else 5)):
-        parts_of = [generator.permutation(np.flatnonzero(labels == name)) for name in classes]
-        sizes = [per_class or len(rows) // 2 for rows in parts_of]
-        train = np.concatenate([rows[:size] for rows, size in zip(parts_of, sizes, strict=True)])
-        test = np.concatenate([rows[size:][:max_test] for rows, size in zip(parts_of, sizes, strict=True)])
-        splits.append((np.sort(train), np.sort(test)))
-    return _Task(names, classes, labels, splits, left_out)
-
-
-def _split_task(names: list[str], left_out: Counter[str], known: Labels) -> _Task:
-    part_of = {name: known.splits.get(name, "") for name in names}
-    found = set(part_of.values())
-    test_part = next((part for part in TEST_PARTS if part in found), None)
-    if "train" not in found or test_part is None:
-        lacking = "train" if "train" not in found else f"{', '.join(TEST_PARTS[:-1])} or {TEST_PARTS[-1]}"
-        raise UsageError(f"protocol split: expected names in train/... and test/..., or a split, found no {lacking}")
-    used = [name for name in names if part_of[name] in ("train", test_part)]
-    left_out = left_out + Counter(
-        f"of part {part}" if part else "in neither part"
-        for part in part_of.values()
-        if part not in ("train", test_part)
-    )
-    labels, classes = _labels(used, known)
-    parts = np.array([part_of[name] for name in used])
-    train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == test_part)
-    if untrained := set(labels[test].tolist()) - set(labels[train].tolist()):
-        raise UsageError(f"class {min(untrained)!r}: has {test_part} images, but none to train with")
-    return _Task(used, classes, labels, [(train, test)], left_out, test_part)
-
-
-def _labels(names: list[str], known: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each name [N], and the classes in rising order."""
-    labels = np.array([known.classes[name] for name in names])
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        raise UsageError(f"expected images of at least two classes, found {len(classes)}: {', '.join(classes)}")
-    return labels, classes
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """How good the scores of the test rows are; as in `Transfer`, for one trial."""
-
-    value: float
-    per_class: np.ndarray
-    area_per_class: np.ndarray
-    confusion: np.ndarray
-    mistakes: list[Mistake]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    verdict: _Verdict
+    scores: np.ndarray
     costs: np.ndarray
     curve: list[tuple[float, float]]
     choice_gap: float
@@ -292,37 +183,45 @@ class _Trial:
     route: str
 
 
-def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
+@dataclass(frozen=True)
+class _Trial:
+    verdict: Verdict
+    fitted: _Fitted
+
+
+def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Transfer, list[Verdict]]:
     began = time.perf_counter()
     place = {name: row for row, name in enumerate(store.names)}
     view = DescriptorView(store, np.array([place[name] for name in task.names]), options.levels)
     trials = [_run(view, task, split, options) for split in task.splits]
-    verdicts = [trial.verdict for trial in trials]
+    verdicts, fits = [trial.verdict for trial in trials], [trial.fitted for trial in trials]
     classes = task.classes.tolist()
-    several = task.labels.ndim == 2
     worst = sorted((mistake for verdict in verdicts for mistake in verdict.mistakes), key=lambda one: -one.margin)
-    convergence = Convergence(
-        classes, np.stack([trial.gaps for trial in trials]), max(trial.choice_gap for trial in trials)
-    )
+    convergence = Convergence(classes, np.stack([fit.gaps for fit in fits]), max(fit.choice_gap for fit in fits))
     for text in convergence.warnings():
         warnings.warn(f"{store.place}: {text}", SppFeatWarning, stacklevel=3)
-    return Transfer(
+    shots = [_with_shots(view, task, count, options) for count in options.shots]
+    found = Transfer(
         store=store.place,
         source_root=store.source_root,
         recipe=view.recipe,
         weights_sha256=store.weights_sha256,
         options=options,
-        metric="mAP" if several else "mean_per_class_accuracy",
+        metric="mAP" if task.several else "mean_per_class_accuracy",
         trials=[verdict.value for verdict in verdicts],
-        costs=[trial.costs for trial in trials],
+        interval=interval([(verdict.images, verdict.resampled) for verdict in verdicts]),
+        top1=float(np.mean([verdict.top1 for verdict in verdicts])),
+        top5=float(np.mean([verdict.top5 for verdict in verdicts])),
+        shots=shots,
+        costs=[fit.costs for fit in fits],
         curve=[
-            (trials[0].curve[at][0], float(np.mean([trial.curve[at][1] for trial in trials])))
-            for at in range(len(trials[0].curve))
+            (fits[0].curve[at][0], 100 * float(np.mean([fit.curve[at][1] for fit in fits])))
+            for at in range(len(fits[0].curve))
         ],
         # The test part has the same number of images per class in every trial: if one value is NaN, all are.
         per_class=dict(zip(classes, np.mean([one.per_class for one in verdicts], 0).tolist(), strict=True)),
         area_per_class=dict(zip(classes, np.mean([one.area_per_class for one in verdicts], 0).tolist(), strict=True))
-        if several
+        if task.several
         else {},
         confusion=np.sum([verdict.confusion for verdict in verdicts], 0),
         mistakes=_once(worst)[:MISTAKES],
@@ -333,9 +232,42 @@ def _evaluate(store: Store, task: _Task, options: TransferOptions) -> Transfer:
         left_out_by_reason=dict(sorted(task.left_out.items())),
         convergence=convergence,
         dim=view.shape[1],
-        route=trials[0].route,
+        route=fits[0].route,
         seconds=time.perf_counter() - began,
     )
+    return found, verdicts
+
+
+def _with_shots(view: DescriptorView, task: Task, shots: int, options: TransferOptions) -> Shots:
+    """The value with few training images of each class."""
+    if len(task.splits) == 1:
+        task = replace(task, splits=task.splits * (options.trials or _DRAWS))
+    few = task.with_shots(shots, options.seed)
+    # Cross-validation needs an image of each class in each fold.
+    cost = options.costs[0] if len(options.costs) == 1 else _FEW_SHOT_COST
+    chosen = options if shots >= FOLDS or options.classifier == "knn" else replace(options, costs=(cost,))
+    trials = [_run(view, few, split, chosen) for split in few.splits]
+    values = [trial.verdict.value for trial in trials]
+    costs = sorted({float(cost) for trial in trials for cost in trial.fitted.costs})
+    gap = max(float(max(trial.fitted.gaps.max(initial=0), trial.fitted.choice_gap)) for trial in trials)
+    return Shots(shots, values, costs, gap)
+
+
+def _compared(done: list[tuple[Transfer, list[Verdict]]]) -> list[Transfer]:
+    """The results, each but the first with how it differs from the first."""
+    first, of_first = done[0]
+    found = [first]
+    for one, of_one in done[1:]:
+        pairs = [a - b for a, b in zip(one.trials, first.trials, strict=True)]
+        if len(pairs) > 1:
+            test, p = "corrected t-test", corrected_t_test(pairs, first.train, first.test)
+        elif first.metric == "mAP":
+            test, p = "bootstrap", paired_bootstrap(of_one[0].images, of_one[0].resampled, of_first[0].resampled)
+        else:
+            test, p = "McNemar", mcnemar(of_one[0].right, of_first[0].right)
+        spread = float(np.std(pairs, ddof=1)) if len(pairs) > 1 else None
+        found.append(replace(one, comparison=Comparison(float(np.mean(pairs)), spread, test, p)))
+    return found
 
 
 def _once(mistakes: list[Mistake]) -> list[Mistake]:
@@ -346,64 +278,50 @@ def _once(mistakes: list[Mistake]) -> list[Mistake]:
     return list(seen.values())
 
 
-def _run(view: DescriptorView, task: _Task, split: _Split, options: TransferOptions) -> _Trial:
+def _run(view: DescriptorView, task: Task, split: Split, options: TransferOptions) -> _Trial:
     train, test = split
-    several = task.labels.ndim == 2
-    labels = task.labels[train]
+    fit = {"svm": _fit_svm, "knn": _fit_knn, "logistic": _fit_logistic}[options.classifier]
+    fitted = fit(view, task, train, test, options)
+    return _Trial(judge(fitted.scores, task, test), fitted)
+
+
+def _fit_svm(
+    view: DescriptorView, task: Task, train: np.ndarray, test: np.ndarray, options: TransferOptions
+) -> _Fitted:
+    labels, svm_options = task.labels[train], options.svm
     problem = SvmProblem(view, train, device=options.device, names=task.names)
-    choose = choose_cost_per_class if several else choose_cost
-    choice = choose(problem, labels, np.arange(len(train)), options)
-    targets = labels if several else class_targets(labels, task.classes)[0]
-    solution = problem.solve(targets, c=choice.costs, positive_weight=options.positive_weight, start=choice.start)
+    choose = choose_cost_per_class if task.several else choose_cost
+    choice = choose(problem, labels, np.arange(len(train)), svm_options)
+    targets = labels if task.several else class_targets(labels, task.classes)[0]
+    solution = problem.solve(targets, c=choice.costs, positive_weight=svm_options.positive_weight, start=choice.start)
     scores = problem.svm(solution, task.classes).scores(view, test, device=options.device, names=task.names)
-    judge = _judge_several_classes if several else _judge_one_class
-    return _Trial(
-        verdict=judge(scores, task, test),
-        costs=choice.costs,
-        curve=[(cost, 100 * value) for cost, value in choice.curve],
-        choice_gap=choice.gap,
-        gaps=solution.gaps,
+    return _Fitted(scores, choice.costs, choice.curve, choice.gap, solution.gaps, problem.route)
+
+
+def _fit_knn(
+    view: DescriptorView, task: Task, train: np.ndarray, test: np.ndarray, options: TransferOptions
+) -> _Fitted:
+    labels = task.labels[train]
+    targets = labels if task.several else class_targets(labels, task.classes)[0]
+    scores = knn_scores(view, train, test, targets, neighbors=options.neighbors, temperature=options.temperature)
+    return _Fitted(scores, np.zeros(0), [], 0.0, np.zeros(len(task.classes)), "")
+
+
+def _fit_logistic(
+    view: DescriptorView, task: Task, train: np.ndarray, test: np.ndarray, options: TransferOptions
+) -> _Fitted:
+    labels = np.searchsorted(task.classes, task.labels[train])
+    problem = LogisticProblem(view, train, device=options.device)
+    choice = choose_regularisation(problem, labels, len(task.classes), options)
+    solution = problem.solve(labels, len(task.classes), c=choice.cost, start=choice.start)
+    weights, biases = problem.weights(solution)
+    svm = LinearSvm(
+        weights=weights,
+        biases=biases,
+        classes=task.classes,
+        costs=np.full(len(biases), choice.cost),
         route=problem.route,
+        gaps=np.full(len(biases), solution.gap),
     )
-
-
-def _judge_one_class(scores: np.ndarray, task: _Task, test: np.ndarray) -> _Verdict:
-    classes = task.classes
-    best = scores.argmax(1)
-    right = (task.labels[test][:, None] == classes).argmax(1)
-    per_class = accuracy_per_class(task.labels[test], classes[best], classes)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (right, best), 1)
-    each = np.arange(len(test))
-    margins = scores[each, best] - scores[each, right]
-    mistakes = [
-        Mistake(task.names[test[at]], str(classes[right[at]]), str(classes[best[at]]), float(margins[at]))
-        for at in np.argsort(-margins, kind="stable")[:MISTAKES]
-        if best[at] != right[at]
-    ]
-    return _Verdict(
-        value=100 * mean_over_classes(per_class),
-        per_class=100 * per_class,
-        area_per_class=np.zeros(0),
-        confusion=confusion,
-        mistakes=mistakes,
-    )
-
-
-def _judge_several_classes(scores: np.ndarray, task: _Task, test: np.ndarray) -> _Verdict:
-    targets = task.labels[test]
-    points, areas = (average_precisions(targets, scores, method=method) for method in ("11-point", "area"))
-    wrong = np.where(targets == -1, scores, -np.inf)
-    worst = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
-    mistakes = [
-        Mistake(task.names[test[row]], "", str(task.classes[column]), float(wrong[row, column]))
-        for row, column in zip(*np.unravel_index(worst, wrong.shape), strict=True)
-        if wrong[row, column] > 0
-    ]
-    return _Verdict(
-        value=100 * mean_over_classes(points),
-        per_class=100 * points,
-        area_per_class=100 * areas,
-        confusion=np.zeros((0, 0), np.int64),
-        mistakes=mistakes,
-    )
+    scores = svm.scores(view, test, device=options.device, names=task.names)
+    return _Fitted(scores, svm.costs, choice.curve, choice.gap, svm.gaps, problem.route)

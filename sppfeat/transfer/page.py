@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,11 @@ from sppfeat.transfer.evaluation import Transfer
 
 MISTAKES_SHOWN: Final = 24
 CONFUSIONS_SHOWN: Final = 12
+_CLASSIFIERS: Final = {
+    "svm": "one linear SVM per class, against the rest",
+    "knn": "the votes of the nearest training images",
+    "logistic": "multinomial logistic regression",
+}
 _NAMED_CLASSES: Final = 30  # up to this many, the confusion matrix has room for their names
 
 
@@ -30,21 +34,19 @@ def write_transfer_report(path: Path, done: Sequence[Transfer]) -> None:
         {
             "first": first,
             "metric": "mean average precision" if first.metric == "mAP" else "mean per-class accuracy",
-            "stores": [_about(one, first) for one in done],
+            "classifier": _CLASSIFIERS[first.options.classifier],
+            "stores": [_about(one) for one in done],
         },
     )
 
 
-def _about(done: Transfer, first: Transfer) -> dict[str, Any]:
-    pairs = [a - b for a, b in zip(done.trials, first.trials, strict=True)]
+def _about(done: Transfer) -> dict[str, Any]:
     costs = sorted({float(c) for costs in done.costs for c in costs})
     return {
         "result": done,
         "name": Path(done.store).name,
         "costs": ", ".join(f"{c:g}" for c in costs),
         "levels": ",".join(map(str, done.recipe.levels)),
-        "difference": statistics.fmean(pairs),
-        "spread": statistics.stdev(pairs) if len(pairs) > 1 else None,
         "classes": sorted(done.per_class.items(), key=lambda item: (math.isnan(item[1]), item[1])),
         "curve": plot_line(
             [(math.log10(c), value) for c, value in done.curve],

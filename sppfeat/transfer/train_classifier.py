@@ -12,8 +12,8 @@ from sppfeat.svm import SvmOptions
 from sppfeat.svm.cost_selection import choose_cost
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.classifier import Classifier
-from sppfeat.transfer.evaluation import labelled_names
 from sppfeat.transfer.labels import Labels, labels_from_folders
+from sppfeat.transfer.splits import labelled_names
 
 
 def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:

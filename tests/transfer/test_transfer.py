@@ -32,6 +32,7 @@ from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report
+from sppfeat.transfer.splits import folder_task
 
 DIM = 40
 
@@ -101,23 +102,22 @@ def test_folders_named_train_and_test(make_images: Callable[..., Path], tmp_path
     assert done.value == 100 and done.per_class.keys() == {"a", "b"}  # test images equal training images
 
 
-def test_random_splits(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sppfeat.transfer import evaluation as transfer
+def test_random_splits(make_store: Callable[..., Store]) -> None:
 
     store = make_store(count=9)
     known = np.array([name.split("/")[0] for name in store.names])
     labels = labels_from_folders(store.names)
     options = TransferOptions(per_class=5, max_test=3, trials=4)
-    splits = transfer._task(store, set(), labels, options).splits
+    splits = folder_task(store, set(), labels, options).splits
     assert len(splits) == 4
     for train, test in splits:
         assert not set(train) & set(test)
         assert np.unique(known[train], return_counts=True)[1].tolist() == [5] * 4
         assert np.unique(known[test], return_counts=True)[1].tolist() == [3] * 4
     assert any(not np.array_equal(splits[0][0], train) for train, _ in splits[1:])
-    again = transfer._task(store, set(), labels, options).splits
+    again = folder_task(store, set(), labels, options).splits
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(splits, again, strict=True))
-    other = transfer._task(store, set(), labels, replace(options, seed=1)).splits
+    other = folder_task(store, set(), labels, replace(options, seed=1)).splits
     assert any(not np.array_equal(a[0], b[0]) for a, b in zip(splits, other, strict=True))
 
 
@@ -308,7 +308,7 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
     from sklearn.metrics import average_precision_score
     from sklearn.svm import LinearSVC
 
-    from sppfeat.svm.cost_selection import FOLDS, _folds, choose_cost_per_class
+    from sppfeat.svm.cost_selection import FOLDS, choose_cost_per_class, folds
     from sppfeat.svm.options import SvmOptions
     from sppfeat.svm.solver import SvmProblem
 
@@ -320,7 +320,7 @@ def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str
     values = np.zeros((3, len(costs)))
     for column in range(3):
         wanted = targets[train, column]
-        fold = _folds(wanted, 0)
+        fold = folds(wanted, SvmOptions())
         assert all(abs((wanted[fold == n] == 1).sum() - (wanted == 1).sum() / FOLDS) < 1 for n in range(FOLDS))
         for number in range(FOLDS):
             fit, held = (part & (wanted != 0) for part in (fold != number, fold == number))
