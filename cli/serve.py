@@ -1,6 +1,5 @@
 """`sppfeat serve`: a local page over a gallery."""
 
-import webbrowser
 from typing import Annotated
 
 import typer
@@ -44,14 +43,14 @@ def serve(
     Only this machine can connect, unless --host says otherwise. Ctrl-C ends it.
     """
     from sppfeat.recipe import RunOptions
-    from sppfeat.serve import ServeOptions
+    from sppfeat.serve import ServeOptions, open_in_browser
     from sppfeat.serve import serve as run
 
     def ready(address: str) -> None:
         if not quiet:
             typer.echo(f"{printable(gallery)}: {address}  (Ctrl-C ends it)")
         if open_page:
-            webbrowser.open(address)
+            open_in_browser(address)
 
     run(
         gallery,

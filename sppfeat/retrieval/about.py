@@ -107,10 +107,10 @@ class About(_Document, frozen=True):
         return self.rows if self.files.added is None else self.rows - self.files.added.count
 
     @property
-    def row_state(self) -> int:
-        """A number that changes with the rows, and with nothing else: that of the newest file of names."""
+    def row_state(self) -> str:
+        """A text that changes with the rows alone, also where another gallery took this one's place."""
         kept = [self.files.rows, *([] if self.files.added is None else [self.files.added.rows])]
-        return max(int(entry.file.rpartition("-")[2].partition(".")[0]) for entry in kept)
+        return "-".join(f"{entry.crc32:08x}" for entry in kept)
 
     @property
     def index_bytes(self) -> int:

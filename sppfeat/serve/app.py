@@ -43,7 +43,7 @@ from sppfeat.serve.schemas import (
     SearchAnswer,
     Why,
 )
-from sppfeat.serve.state import PATIENCE, Refused, State, sent_by
+from sppfeat.serve.state import PATIENCE, Of, Refused, State, as_json, check_generation, sent_by
 from sppfeat.serve.thumbnails import SIDES
 from sppfeat.store import Box
 
@@ -169,20 +169,26 @@ def _add_gallery(app: FastAPI, server: State) -> None:
                 notes=[*server.collection.notes(), *server.notes],
             )
 
-        return await server.images.run(look)
+        return await server.quick.run(look)
 
-    @app.post("/api/names")
-    async def names(asked: Rows) -> Names:
+    @app.post("/api/names", response_model=Names)
+    async def names(asked: Rows) -> Response:
         """The names of rows."""
-        opened = await server.gallery()
-        if asked.rows and not 0 <= min(asked.rows) <= max(asked.rows) < len(opened):
-            raise Refused(404, f"expected rows from 0 to {len(opened) - 1}")
-        return Names(names=[opened.rows.names[row] for row in asked.rows])
+
+        def work() -> Response:
+            opened = server.collection.current()
+            check_generation(opened, asked.of)
+            if asked.rows and not 0 <= min(asked.rows) <= max(asked.rows) < len(opened):
+                raise Refused(404, f"expected rows from 0 to {len(opened) - 1}")
+            return as_json(Names(names=[opened.rows.names[row] for row in asked.rows]))
+
+        return await server.quick.run(work)
 
 
 def _add_search(app: FastAPI, server: State) -> None:
     @app.post("/api/search")
     async def search(
+        request: Request,
         image: Annotated[UploadFile | None, File(description="The image to search with")] = None,
         query: _QueryId = None,
         box: Annotated[str | None, Form(max_length=200, description="Part of it: x1,y1,x2,y2 in pixels")] = None,
@@ -215,7 +221,7 @@ def _add_search(app: FastAPI, server: State) -> None:
                 ),
             )
 
-        return await server.searches.run(work)
+        return await server.searches.run(work, request.is_disconnected)
 
 
 def _add_images(app: FastAPI, server: State) -> None:
@@ -240,12 +246,13 @@ def _add_images(app: FastAPI, server: State) -> None:
         return await server.images.run(work)
 
     @app.get("/images/{row}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
-    async def pixels(request: Request, row: _Row, side: _Side = 320) -> Response:
+    async def pixels(request: Request, row: _Row, side: _Side = 320, of: Of = None) -> Response:
         """An image of the gallery, as a JPEG."""
         _check_side(side)
 
         def work() -> Response:
             opened = server.collection.current()
+            check_generation(opened, of)
             _check_row(opened, row)
             item = server.collection.shown(opened, row).item
             tag = f'"{opened.about.row_state}-{row}-{side}-{"-".join(map(str, item.fingerprint()))}"'
@@ -257,15 +264,18 @@ def _add_images(app: FastAPI, server: State) -> None:
             except ImageError as error:
                 raise Refused(410, str(error)) from None
 
-        return await server.images.run(work)
+        return await server.images.run(work, request.is_disconnected)
 
     @app.get("/queries/{key}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
-    async def query_pixels(key: Annotated[str, Path(max_length=64)], side: _Side = 1280) -> Response:
+    async def query_pixels(key: Annotated[str, Path(max_length=64)], side: _Side = 1280, of: Of = None) -> Response:
         """An image that was searched with, as a JPEG."""
         _check_side(side)
 
         def work() -> Response:
-            item = server.query(server.collection.current(), None, key).item
+            opened = server.collection.current()
+            if key.startswith("r-"):
+                check_generation(opened, of)
+            item = server.query(opened, None, key).item
             return Response(server.thumbnails.get(item, side), media_type="image/jpeg")
 
         return await server.images.run(work)
@@ -341,7 +351,7 @@ def _rounded(box: Iterable[float]) -> Corners:
 
 
 def _hit(collection: Collection, gallery: Gallery, one: Neighbor) -> Hit:
-    width, height = collection.size_of(gallery, one.row) or (None, None)
+    width, height = collection.size_of(gallery, one.row, quick=True) or (None, None)
     why = None
     if one.explanation is not None:
         why = Why(

@@ -28,7 +28,7 @@ from sppfeat.retrieval import (
     rows_of_image,
     search_items,
 )
-from sppfeat.serve.uploads import Query, read_size
+from sppfeat.serve.uploads import Query, quick_size, read_size
 from sppfeat.store import Box, item_of, open_store
 
 if TYPE_CHECKING:
@@ -67,35 +67,55 @@ class Collection:
             raise UsageError(f"images: expected a folder, found {images!r}")
         self._path, self._options = Path(path), run_options
         self._images, self._weights, self._max_pixels = images, weights, max_pixels
-        self._lock = threading.RLock()
+        # Of what is known of the gallery; and of the networks, which may take long to load.
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._opening = False
+        # Stamps of what could not be opened, twice and once.
+        self._failed: tuple[int, ...] | None = ()
+        self._tried: tuple[int, ...] | None = ()
         self._seen = self._stamp()
         self._gallery = open_gallery(self._path)
         self._looked = time.monotonic()
         self._fault: str | None = None
         # By recipe, too: a request may still be about the gallery before.
         self._describers: dict[tuple[str, tuple[float, ...] | None], Describer] = {}
-        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._sizes: dict[tuple[str, int], tuple[int, int]] = {}
 
     def current(self) -> Gallery:
-        """The gallery as it is on disk, or the last one that could be opened: see `notes`."""
+        """The gallery as it is on disk, or the last one that could be opened: see `notes`.
+
+        While one request opens a newer one, others get the one before.
+        """
         with self._lock:
-            if time.monotonic() - self._looked < _LOOK_SECONDS:
+            if self._opening or time.monotonic() - self._looked < _LOOK_SECONDS:
                 return self._gallery
             self._looked = time.monotonic()
             stamp = self._stamp()
-            if stamp == self._seen:
+            if stamp == self._seen or stamp == self._failed:
                 return self._gallery
-            try:
-                opened = open_gallery(self._path)
-            except GalleryError as error:
-                # Once more with the next look: it may be just being replaced.
-                self._fault = f"the gallery was changed and cannot be opened: {error}; this is the one before"
+            self._opening = True
+        opened, fault = None, None
+        try:
+            opened = open_gallery(self._path)
+        except GalleryError as error:
+            fault = f"the gallery was changed and cannot be opened: {error}; this is the one before"
+        finally:
+            with self._lock:
+                self._opening = False
+        with self._lock:
+            self._fault = fault
+            if opened is None:
+                # Once more, if it is just being replaced; after that when something changes.
+                self._failed = stamp if self._tried == stamp else ()
+                self._tried = stamp
                 return self._gallery
-            if opened.recipe_hash != self._gallery.recipe_hash:
-                self._describers.clear()
-            self._gallery, self._seen, self._fault = opened, stamp, None
+            other_network = opened.recipe_hash != self._gallery.recipe_hash
+            self._gallery, self._seen, self._failed, self._tried = opened, stamp, (), ()
             self._sizes.clear()
-            return opened
+        if other_network:
+            with self._loading:
+                self._describers.clear()
+        return opened
 
     def again(self) -> None:
         """Look at the folder with the next request, however soon."""
@@ -142,18 +162,19 @@ class Collection:
             raise ImageError("its name is no path on this system") from None
         return Shown(row, name, item, window)
 
-    def size_of(self, gallery: Gallery, row: int) -> tuple[int, int] | None:
-        """Width and height of a row's upright image; None if it cannot be read."""
+    def size_of(self, gallery: Gallery, row: int, *, quick: bool = False) -> tuple[int, int] | None:
+        """Width and height of a row's upright image; None if it cannot be read. quick: None if pixels are decoded."""
         if gallery.bins is not None:
             width, height = gallery.bins.image_size[row].tolist()
             return width, height
         key = gallery.about.row_state, row
         if (known := self._sizes.get(key)) is None:
             try:
-                known = read_size(self.shown(gallery, row).item, self._max_pixels)
+                known = (quick_size if quick else read_size)(self.shown(gallery, row).item, self._max_pixels)
             except ImageError:
                 return None
-            self._sizes[key] = known
+            if known is not None:
+                self._sizes[key] = known
         return known
 
     def query(self, gallery: Gallery, row: int) -> Query:
@@ -186,7 +207,7 @@ class Collection:
 
     def describer(self, gallery: Gallery, factors: tuple[float, ...] | None = None) -> Describer:
         """The gallery's network at parts of its scale, loaded once."""
-        with self._lock:
+        with self._loading:
             key = gallery.recipe_hash, factors
             found = self._describers.get(key)
             if found is None:

@@ -7,6 +7,7 @@ Sec-Fetch-Site), unless the user opens the page itself. Where others can connect
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -35,7 +36,7 @@ _HEADERS: Final = (
 )
 
 
-class _TooLargeError(Exception):
+class _RefusedBodyError(Exception):
     pass
 
 
@@ -66,33 +67,44 @@ class Guard:
         query = parse_qs(scope["query_string"].decode("latin-1"))
         if self._options.token is not None and scope["path"] == "/" and "token" in query:
             # Out of the address bar and of the history.
-            cookie = f"{COOKIE}={self._options.token}; HttpOnly; SameSite=Strict; Path=/"
+            # Lax, since a link in a mail leads here, too; requests that change anything are checked by their Origin.
+            cookie = f"{_cookie_name(headers)}={self._options.token}; HttpOnly; SameSite=Lax; Path=/"
             start = {"type": "http.response.start", "status": 303}
             await guarded(start | {"headers": [(b"location", b"/"), (b"set-cookie", cookie.encode("latin-1"))]})
             await guarded({"type": "http.response.body", "body": b""})
             return
         left = self._options.max_upload
-        begun = False
+        begun = late = False
+        deadline: float | None = asyncio.get_running_loop().time() + self._options.seconds
 
         async def bounded() -> MutableMapping[str, Any]:
-            nonlocal left
-            message = await receive()
+            nonlocal left, late, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = True
+                raise _RefusedBodyError from None
             left -= len(message.get("body", b""))
             if left < 0:
-                raise _TooLargeError
+                raise _RefusedBodyError
+            if not message.get("more_body", False):
+                deadline = None  # what follows is the end of the connection, whenever that is
             return message
 
-        async def unless_too_large(message: MutableMapping[str, Any]) -> None:
+        async def unless_refused(message: MutableMapping[str, Any]) -> None:
             nonlocal begun
-            if begun or left >= 0:
+            if begun or left >= 0 and not late:
                 begun = True
                 await guarded(message)
 
         # The application may make an answer of its own of a body that ends early.
-        with contextlib.suppress(_TooLargeError):
-            await self._app(scope, bounded, unless_too_large)
+        with contextlib.suppress(_RefusedBodyError):
+            await self._app(scope, bounded, unless_refused)
         if left < 0 and not begun:
             await _answer(guarded, 413, self._too_large)
+        elif late and not begun:
+            await _answer(guarded, 408, f"expected the whole request within {self._options.seconds:g} s")
 
     @property
     def _too_large(self) -> str:
@@ -112,7 +124,7 @@ class Guard:
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not opened:
             return 403, "expected a request of this page, found one of another site"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             return 403, f"expected a request of this page, found one of {origin!r}"
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
@@ -130,8 +142,8 @@ class Guard:
             cookies = SimpleCookie(headers.get("cookie", ""))
         except CookieError:
             cookies = SimpleCookie()
-        if COOKIE in cookies:
-            given.append(cookies[COOKIE].value)
+        if (name := _cookie_name(headers)) in cookies:
+            given.append(cookies[name].value)
         wanted = (self._options.token or "").encode()
         return any(hmac.compare_digest(one.encode("utf-8", "surrogateescape"), wanted) for one in given)
 
@@ -142,6 +154,19 @@ def _host_name(host: str) -> str | None:
         return None
     try:
         return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _cookie_name(headers: dict[str, str]) -> str:
+    """Of the token: cookies are one for all ports of a host, and several servers may run."""
+    port = headers.get("host", "").rpartition(":")[2]
+    return f"{COOKIE}_{port}" if port.isascii() and port.isdigit() else COOKIE
+
+
+def _place(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return None
 

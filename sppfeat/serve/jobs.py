@@ -66,9 +66,12 @@ class Jobs(Generic[T]):
             failed = next((key for key, one in self._standing.items() if one.failed is not None), None)
             return None if failed is None else self._standing.pop(failed)
 
-    def close(self, seconds: float) -> None:
-        """End running work the next time that it tells how far it is, and wait so long for that."""
+    def end(self) -> None:
+        """Let running work end the next time that it tells how far it is."""
         self._closed = True
+
+    def join(self, seconds: float) -> None:
+        """Wait so long for running work."""
         if self._thread is not None:
             self._thread.join(seconds)
 

@@ -13,17 +13,21 @@ from sppfeat.serve.charting import chart, is_charted, sheet_of
 from sppfeat.serve.jobs import Standing
 from sppfeat.serve.schemas import DuplicatesAnswer, MapAnswer, Twin
 from sppfeat.serve.sheets import COLUMNS, TILE, sheet_count
-from sppfeat.serve.state import Refused, State
+from sppfeat.serve.state import Of, Refused, State, as_json, check_generation
 
 # Groups that a page is sent: more cannot be looked through, and `sppfeat duplicates --csv` has them all.
 _GROUPS: Final = 2000
+_TWINS: Final = 100
 
 
 def add_duplicates(app: FastAPI, server: State) -> None:
-    @app.get("/api/duplicates")
-    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> DuplicatesAnswer:
+    @app.get("/api/duplicates", response_model=DuplicatesAnswer)
+    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> Response:
         """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
-        opened = await server.gallery()
+        return await server.quick.run(lambda: as_json(ask(threshold)))
+
+    def ask(threshold: float) -> DuplicatesAnswer:
+        opened = server.collection.current()
         key = opened.about.row_state, threshold
         job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
         if job.failed is not None:
@@ -38,14 +42,21 @@ def add_duplicates(app: FastAPI, server: State) -> None:
                     width=one.size[0],
                     height=one.size[1],
                     score=one.score,
-                    there=one.path is not None,
+                    there=server.collection.shown(opened, row).item.is_there(),
                 )
-                for row, one in group
+                for row, one in group[:_TWINS]
             ]
             for group in job.result[:_GROUPS]
         ]
-        more = len(job.result) - len(groups)
-        return DuplicatesAnswer(state="ready", done=1, threshold=threshold, groups=groups, more=more)
+        return DuplicatesAnswer(
+            state="ready",
+            done=1,
+            threshold=threshold,
+            groups=groups,
+            more=len(job.result) - len(groups),
+            cut=sum(max(0, len(group) - _TWINS) for group in job.result[:_GROUPS]),
+            generation=opened.about.row_state,
+        )
 
 
 def add_map(app: FastAPI, server: State) -> None:
@@ -66,6 +77,7 @@ def add_map(app: FastAPI, server: State) -> None:
             tile=TILE,
             columns=COLUMNS,
             sheets=sheet_count(len(gallery)),
+            generation=gallery.about.row_state,
         )
 
     def look() -> MapAnswer:
@@ -82,12 +94,12 @@ def add_map(app: FastAPI, server: State) -> None:
     @app.get("/api/map")
     async def map_state() -> MapAnswer:
         """Whether there is a map of all images, or how far it is."""
-        return await server.images.run(look)
+        return await server.quick.run(look)
 
     @app.post("/api/map")
     async def make_map() -> MapAnswer:
         """Begin to make the map."""
-        return await server.images.run(begin)
+        return await server.quick.run(begin)
 
     @app.get("/api/map/points", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}})
     async def points() -> Response:
@@ -107,12 +119,14 @@ def add_map(app: FastAPI, server: State) -> None:
                 raise Refused(404, "there is no map yet")
             return np.ascontiguousarray(tile_order(found), "<u4").tobytes()
 
-        return Response(await server.images.run(work), media_type="application/octet-stream")
+        return Response(await server.quick.run(work), media_type="application/octet-stream")
 
     @app.get("/map/sheets/{number}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
-    async def sheet(number: Annotated[int, Path(ge=0, le=1 << 32)]) -> Response:
+    async def sheet(number: Annotated[int, Path(ge=0, le=1 << 32)], of: Of = None) -> Response:
         """A sheet of tiles, as a JPEG."""
-        file = sheet_of(await server.gallery(), number)
+        gallery = await server.gallery()
+        check_generation(gallery, of)
+        file = sheet_of(gallery, number)
         if file is None:
             raise Refused(404, f"expected the number of a sheet that is there, found {number}")
         return FileResponse(file, media_type="image/jpeg", headers={"cache-control": "private, no-cache"})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
+
+# How often it is looked whether a client is still there.
+_LOOK_SECONDS: Final = 0.25
 
 T = TypeVar("T")
 
@@ -22,18 +26,27 @@ class Pool:
         self._most, self._seconds = workers + waiting, seconds
         self._inside = 0
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of some work. Raises BusyError, and what the work raises."""
+    async def run(self, work: Callable[[], T], gone: Callable[[], Awaitable[bool]] | None = None) -> T:
+        """The result of some work, which is not begun once nobody waits for it. Raises BusyError, and what it raises.
+
+        gone: whether the client hung up.
+        """
         if self._inside >= self._most:
             raise BusyError("too many requests wait; try again in a moment")
         self._inside += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        # Work that nobody waits for any more still takes its thread.
+        job = self._threads.submit(work)
+        future = asyncio.wrap_future(job)
+        # Work that was begun takes its thread to the end, whoever waits.
         future.add_done_callback(self._left)
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), self._seconds)
-        except TimeoutError:
-            raise BusyError(f"took more than {self._seconds:g} s") from None
+        deadline = time.monotonic() + self._seconds
+        while True:
+            left = deadline - time.monotonic()
+            await asyncio.wait({future}, timeout=max(0.0, left if gone is None else min(left, _LOOK_SECONDS)))
+            if future.done():
+                return future.result()
+            if left <= 0 or gone is not None and await gone():
+                begun = not job.cancel()
+                raise BusyError(f"took more than {self._seconds:g} s" if begun else "too many requests were before it")
 
     def close(self) -> None:
         """Begin nothing more."""

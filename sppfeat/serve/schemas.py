@@ -36,7 +36,7 @@ class GalleryInfo(BaseModel):
     exact: bool
     grid: int | None
     rerank: list[Reranking]
-    generation: int
+    generation: str
     max_upload: int
     backbone: str
     scales: str
@@ -99,7 +99,7 @@ class SearchAnswer(BaseModel):
 
     query: QueryInfo
     hits: list[Hit]
-    generation: int
+    generation: str
     notes: list[str]
     milliseconds: Milliseconds
 
@@ -156,7 +156,8 @@ class Twin(BaseModel):
 
 
 class DuplicatesAnswer(BaseModel):
-    """Groups of duplicates, the largest first; while they are computed, the fraction done. more: groups left out."""
+    """Groups of duplicates, the largest first; while they are computed, the fraction done. more: groups left out.
+    cut: images of the groups told that are left out. generation: as in SearchAnswer."""
 
     state: Literal["computing", "ready", "failed"]
     done: float = 0.0
@@ -164,11 +165,13 @@ class DuplicatesAnswer(BaseModel):
     threshold: float = 0.0
     groups: list[list[Twin]] = []
     more: int = 0
+    cut: int = 0
+    generation: str = ""
 
 
 class MapAnswer(BaseModel):
     """The map: whether it is there, how far its making is, and how its sheets are cut. sheets: of columns x columns
-    tiles of tile x tile pixels."""
+    tiles of tile x tile pixels. generation: as in SearchAnswer."""
 
     state: Literal["absent", "computing", "ready", "failed"]
     done: float = 0.0
@@ -178,12 +181,14 @@ class MapAnswer(BaseModel):
     tile: int
     columns: int
     sheets: int
+    generation: str
 
 
 class Rows(BaseModel):
-    """Rows of the gallery."""
+    """Rows of the gallery. of: the generation that they are of, as in GalleryInfo; another one is refused."""
 
     rows: Annotated[list[int], Field(max_length=1_000_000)]
+    of: Annotated[str | None, Field(max_length=64)] = None
 
 
 class Names(BaseModel):

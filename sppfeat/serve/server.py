@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import html
 import socket
+import tempfile
+import threading
+import webbrowser
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from sppfeat.errors import UsageError, require_extra
@@ -20,6 +26,8 @@ def listen(options: ServeOptions) -> socket.socket:
     """A socket on the port asked for. Raises UsageError, naming the next free port if it is in use."""
     try:
         return _bound(options.host, options.port)
+    except UnicodeError:
+        raise UsageError(f"host {options.host}: expected a name or an address") from None
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             reason = os_reason(error)
@@ -50,6 +58,18 @@ def address_of(options: ServeOptions, listening: socket.socket) -> str:
     text = f"[{host}]" if ":" in host else host
     token = "" if options.token is None else f"?token={options.token}"
     return f"http://{text}:{listening.getsockname()[1]}/{token}"
+
+
+def open_in_browser(address: str) -> None:
+    """Open a page in the user's browser, without waiting for it."""
+    if "token=" in address:
+        # Every user of a machine sees the arguments of all programs: the browser reads the token from a file instead.
+        with tempfile.NamedTemporaryFile("w", prefix="sppfeat-", suffix=".html", delete=False) as file:
+            file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">')
+        atexit.register(lambda: Path(file.name).unlink(missing_ok=True))
+        address = Path(file.name).as_uri()
+    # In a thread: some browsers of terminals are waited for, and ask for the page meanwhile.
+    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def serve(

@@ -45,9 +45,9 @@ class Thumbnails:
         with self._quietly():
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             connection = sqlite3.connect(self._file, check_same_thread=False, timeout=2, isolation_level=None)
+            connection.execute("PRAGMA auto_vacuum=FULL")  # before anything is written, or it is not heard
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=OFF")
-            connection.execute("PRAGMA auto_vacuum=FULL")
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS thumbnails (key TEXT PRIMARY KEY, used REAL, length INTEGER, jpeg BLOB)"
             )
@@ -104,11 +104,16 @@ class Thumbnails:
                 break
             gone.append((key,))
             self._bytes -= length
+        connection.execute("BEGIN")
         connection.executemany("DELETE FROM thumbnails WHERE key = ?", gone)
+        connection.execute("COMMIT")
 
     @contextlib.contextmanager
     def _quietly(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                self._connection = None
         except (sqlite3.Error, OSError):
             self._connection = None  # a damaged file, a full disk: go on without

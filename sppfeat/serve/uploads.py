@@ -1,7 +1,11 @@
-"""Query images that were sent: kept in memory within a bound, the last used the longest, and never on disk."""
+"""Query images that were sent: kept in memory within a bound, the last used the longest.
+
+None is kept on disk: while a request is read, a large one is in a temporary file without a name.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import threading
@@ -9,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from sppfeat.errors import ImageError
-from sppfeat.images import NO_FINGERPRINT, Fingerprint, HeldFile, Item, open_image, upright_size
+from sppfeat.images import NO_FINGERPRINT, Fingerprint, HeldFile, Item, decoding, open_image, upright_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Query:
 
 
 def read_size(item: Item, max_pixels: int) -> tuple[int, int]:
-    """Width and height of the upright image, from its header alone.
+    """Width and height of the upright image, from its header; PNG may say only after its pixels which side is up.
 
     Raises ImageError if it is none, or if it has more than `max_pixels`.
     """
@@ -52,7 +56,17 @@ def read_size(item: Item, max_pixels: int) -> tuple[int, int]:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"expected at most {max_pixels:,} pixels, found {width} x {height}")
-        return upright_size(image, orientation="exif")[0]
+        with decoding(image) if image.format == "PNG" else contextlib.nullcontext():
+            return upright_size(image, orientation="exif")[0]
+
+
+def quick_size(item: Item, max_pixels: int) -> tuple[int, int] | None:
+    """The same, but None where pixels would be decoded for it."""
+    image, _ = open_image(item)
+    with image:
+        if image.format == "PNG" and "exif" not in image.info:
+            return None
+    return read_size(item, max_pixels)
 
 
 class Uploads:

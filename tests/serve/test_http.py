@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -220,13 +222,50 @@ def test_a_gallery_replaced_while_it_is_served(
         extract_folder(more, tmp_path / "m.h5", BINS, CPU)
         add_to_gallery(open_store(tmp_path / "m.h5"), path)
         after = page.get("/api/gallery").json()
-        assert after["images"] == before["images"] + 1 and after["generation"] > before["generation"]
+        assert after["images"] == before["images"] + 1 and after["generation"] != before["generation"]
         found = page.post("/api/search", files=sent((more / "red.png").read_bytes()), data={"k": "1"}).json()
         assert found["hits"][0]["name"] == "red.png"
+        assert page.get(f"/images/0?of={after['generation']}").status_code == 200
+        refused = page.get(f"/images/0?of={before['generation']}")
+        assert refused.status_code == 409 and "the gallery was changed" in refused.json()["detail"]
+        assert page.post("/api/names", json={"rows": [0], "of": before["generation"]}).status_code == 409
         (path / "gallery.json").write_text("{")
         broken = page.get("/api/gallery").json()
         assert broken["images"] == after["images"] and "cannot be opened" in broken["notes"][0]
         assert page.post("/api/search", data={"query": "r-0"}).status_code == 200
+
+
+def test_another_gallery_in_its_place(
+    path: Path, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built anew, its files have the names of those before; its rows are others all the same."""
+    monkeypatch.setattr("sppfeat.serve.collection._LOOK_SECONDS", 0.0)
+    with client(path) as page:
+        before = page.get("/api/gallery").json()
+        extract_folder(photos / "space", tmp_path / "other.h5", BINS, CPU)
+        create_gallery(open_store(tmp_path / "other.h5"), tmp_path / "other", keep_bins=True)
+        path.rename(tmp_path / "old")
+        gone = page.get("/api/gallery").json()
+        assert gone["generation"] == before["generation"] and "cannot be opened" in gone["notes"][0]
+        (tmp_path / "other").rename(path)
+        after = page.get("/api/gallery").json()
+        assert after["images"] == 2 and after["generation"] != before["generation"] and after["notes"] == []
+
+
+def test_the_gallery_is_told_while_a_network_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, loaded = threading.Event(), threading.Event()
+
+    def slow(*given: object, **options: object) -> object:
+        loading.set()
+        loaded.wait(20)
+        raise UsageError("no network")
+
+    monkeypatch.setattr("sppfeat.serve.collection.describer_for", slow)
+    with client(path) as page:
+        assert loading.wait(20)
+        began = time.monotonic()
+        assert page.get("/api/gallery").status_code == 200 and time.monotonic() - began < 10
+        loaded.set()
 
 
 def test_large_uploads(path: Path) -> None:
@@ -298,8 +337,39 @@ class TestGuard:
             assert page.get("/api/gallery", headers={"authorization": "Bearer secret42"}).status_code == 200
             opened = page.get("/?token=secret42", follow_redirects=False)
             assert (opened.status_code, opened.headers["location"]) == (303, "/")
-            assert "HttpOnly" in opened.headers["set-cookie"] and "SameSite=Strict" in opened.headers["set-cookie"]
+            assert "HttpOnly" in opened.headers["set-cookie"] and "SameSite=Lax" in opened.headers["set-cookie"]
             assert page.get("/api/gallery").status_code == 200  # by the cookie
+
+    def test_what_is_no_origin_and_no_name(self, page: TestClient) -> None:
+        assert page.get("/api/gallery", headers={"origin": "http://["}).status_code == 403
+        boundary = "multipart/form-data; charset=utf-7; boundary=x"
+        part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="+2AA-.jpg"\r\n\r\n'
+        body = part + jpeg() + b"\r\n--x--\r\n"
+        done = page.post("/api/search", content=body, headers={"content-type": boundary})
+        assert done.status_code in (200, 415, 422), done.text
+
+    def test_a_body_that_does_not_end(self, path: Path) -> None:
+        """One that trickles in is given up, and answered."""
+
+        async def ask() -> list[dict[str, object]]:
+            options = ServeOptions(seconds=0.2)
+            app = create_app(Collection(path, CPU), Models(None, None, CPU), options)
+            told: list[dict[str, object]] = []
+
+            async def receive() -> dict[str, object]:
+                await asyncio.sleep(0.05)
+                return {"type": "http.request", "body": b"x", "more_body": True}
+
+            async def send(message: dict[str, object]) -> None:
+                told.append(message)
+
+            kind = (b"content-type", b"application/octet-stream")
+            scope = {"type": "http", "method": "POST", "path": "/api/names", "query_string": b"", "http_version": "1.1"}
+            scope |= {"headers": [(b"host", b"127.0.0.1:8000"), kind], "scheme": "http", "root_path": ""}
+            await Guard(app, options)(scope, receive, send)  # type: ignore[arg-type]
+            return told
+
+        assert asyncio.run(ask())[0]["status"] == 408
 
     def test_options(self) -> None:
         made = ServeOptions(host="0.0.0.0").token
@@ -322,6 +392,7 @@ def test_duplicates(page: TestClient, path: Path, tmp_path: Path) -> None:
     assert found["state"] == "ready" and found["threshold"] == 0.99 and found["more"] == 0
     names = open_gallery(path).rows.names
     (copied,) = (group for group in found["groups"] if "<script>alert(1)<.jpg" in [one["name"] for one in group])
+    assert found["generation"] == page.get("/api/gallery").json()["generation"] and found["cut"] == 0
     assert len(copied) == 2 and all(names[one["row"]] == one["name"] and one["there"] for one in copied)
     assert copied[0]["score"] == pytest.approx(1, abs=1e-5) and copied[1]["score"] > 0.99
     (tmp_path / "f.h5").unlink()

@@ -73,6 +73,7 @@ def test_the_end_does_not_wait_for_all_of_the_work() -> None:
     jobs.ask("a", long)
     time.sleep(0.05)
     started = time.perf_counter()
-    jobs.close(5)
+    jobs.end()
+    jobs.join(5)
     assert time.perf_counter() - started < 1 and len(steps) < 900
     assert jobs._thread is not None and not jobs._thread.is_alive()

@@ -153,7 +153,7 @@ def test_an_image_is_dropped_and_its_hits_are_read(opened: Open) -> None:
     assert scores[0] > 0.999 and scores == sorted(scores, reverse=True)
     assert page.title() == "mine.jpg · photographs"
     assert page.locator("#hits > li").first.get_by_role("button").first.get_attribute("aria-label") == (
-        "Hit 1: people/astronaut.jpg, score 1.000. Compare with the query."
+        "Hit 1: people/astronaut.jpg, score 1.000. Space compares it with the query, Enter searches with it."
     )
 
 
@@ -383,6 +383,23 @@ def test_large_uploads(opened: Open) -> None:
     assert asked == []
 
 
+def test_options_changed_while_an_answer_is_on_its_way(opened: Open) -> None:
+    page = opened()
+    waiting: list[Any] = []
+    page.route("**/api/search", lambda route: waiting.append(route) if not waiting else route.continue_())
+    drop(page, "mine.jpg", photo("animals/cat.jpg"))
+    expect(page.locator("#query-name")).to_have_text("mine.jpg")
+    expect(page.get_by_role("button", name="Add box")).to_be_disabled()
+    page.locator("#k").fill("3")
+    page.locator("#k").press("Enter")
+    waiting[0].continue_()
+    page.wait_for_url("**k=3**")
+    expect(page.locator("#hits > li")).to_have_count(3)
+    page.go_back()
+    page.go_forward()
+    expect(page.locator("#hits > li")).to_have_count(3)
+
+
 def test_two_tabs_at_once(opened: Open) -> None:
     wanted = ("people/astronaut.jpg", "space/rocket.jpg", "animals/cat.jpg")
     pages = [opened(), opened()]
@@ -534,22 +551,26 @@ def test_a_gallery_that_is_replaced_or_moved(library: Path, opened: Open, tmp_pa
         assert len(found(page)) == 14
         shutil.rmtree(tmp_path / "photos" / "space")
         shutil.rmtree(tmp_path / "photos" / "textures")
+        shutil.copy(tmp_path / "photos/objects/coins.png", tmp_path / "photos/objects/coins_again.png")
         (tmp_path / "f.h5").unlink()
         extract_folder(tmp_path / "photos", tmp_path / "f.h5", Recipe(), CPU)
         create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g", overwrite=True)
         page.wait_for_timeout(2500)  # the server looks at the folder every two seconds
         page.locator("#k").fill("20")
         page.locator("#k").press("Enter")
-        expect(page.locator("#notes")).to_contain_text("The gallery was changed on disk.")
-        expect(page.locator("#gallery-size")).to_have_text("10 images")
+        expect(page.locator("#changed")).to_contain_text("The gallery was changed on disk.")
+        expect(page.locator("#gallery-size")).to_have_text("11 images")
         drop(page, "mine.jpg", photo("objects/coins.png"), "image/png")
-        expect(page.locator("#hits .name").first).to_have_text("objects/coins.png")
+        expect(page.locator("#hits .name").first).to_have_text(re.compile(r"objects/coins"))
         (tmp_path / "photos").rename(tmp_path / "elsewhere")
         page.reload()
         expect(page.locator("#notes")).to_contain_text("--images DIR")
         expect(page.locator(".gone").first).to_have_text("Image not found")
     with running(tmp_path / "g", "--images", tmp_path / "elsewhere") as at:
+        page = opened("#/duplicates?threshold=0.95", at=at)
+        expect(page.locator("#groups img").first).to_be_visible()
+        expect(page.locator(".gone")).to_have_count(0)
         page = opened("#/search?query=r-0", at=at)
-        assert len(found(page)) == 9
+        assert len(found(page)) == 10
         expect(page.locator(".gone")).to_have_count(0)
         expect(page.locator("#notes p")).to_have_count(0)

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from serving import running
 
 from sppfeat import RunOptions, UsageError, extract_folder, open_store
 from sppfeat.retrieval import create_gallery
-from sppfeat.serve import ServeOptions
+from sppfeat.serve import ServeOptions, open_in_browser
 from sppfeat.serve.server import address_of, listen
 from sppfeat.serve.thumbnails import Thumbnails
 from sppfeat.serve.uploads import Uploads
@@ -66,6 +67,7 @@ def test_what_cannot_be_served(gallery: Path, tmp_path: Path, run_sppfeat: Run) 
         ([gallery, "--classifier", tmp_path / "f.h5"], 1, "expected an SVM"),
         ([gallery, "--port", "99999"], 2, "port must be from 0 to 65535"),
         ([gallery, "--host", "no-such-host.invalid"], 2, "host no-such-host.invalid"),
+        ([gallery, "--host", "a..b"], 2, "host a..b: expected a name or an address"),
     ):
         done = run_sppfeat("serve", *given)
         assert done.returncode == status and fault in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -76,6 +78,20 @@ def test_a_port_in_use() -> None:
         port = busy.getsockname()[1]
         with pytest.raises(UsageError, match=rf"port {port} is in use; \d+ is free: --port \d+"):
             listen(ServeOptions(port=port))
+
+
+def test_the_token_is_no_argument_of_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    done = threading.Event()
+    monkeypatch.setattr("webbrowser.open", lambda address: (opened.append(address), done.set()))
+    open_in_browser("http://127.0.0.1:8000/")
+    assert done.wait(5) and opened == ["http://127.0.0.1:8000/"]
+    done.clear()
+    open_in_browser("http://localhost:8000/?token=12345678")
+    assert done.wait(5) and opened[1].startswith("file://") and "12345678" not in opened[1]
+    file = Path(opened[1].removeprefix("file://"))
+    assert "url=http://localhost:8000/?token=12345678" in file.read_text() and file.stat().st_mode & 0o077 == 0
+    file.unlink()
 
 
 def test_addresses() -> None:

@@ -31,6 +31,10 @@ async function ask(path, options = {}) {
 
 const json = async (...request) => (await ask(...request)).json();
 
+// The gallery that rows are of: where it was replaced, the same numbers are other images.
+let generation = "";
+export const setGeneration = (of) => (generation = of);
+
 export const getGallery = () => json("/api/gallery");
 export const getMap = (signal) => json("/api/map", { signal });
 export const startMap = () => json("/api/map", { method: "POST" });
@@ -39,13 +43,14 @@ export const getBytes = async (path, signal) => (await ask(path, { signal })).ar
 
 /** Names of rows, in their order. */
 export async function getNames(rows, signal) {
-  const body = JSON.stringify({ rows: Array.from(rows) });
+  const body = JSON.stringify({ rows: Array.from(rows), of: generation });
   const headers = { "content-type": "application/json" };
   return (await json("/api/names", { method: "POST", body, headers, signal })).names;
 }
 
-export const imageUrl = (row, side = 320) => `/images/${row}?side=${side}`;
-export const queryUrl = (id, side = 1280) => `/queries/${encodeURIComponent(id)}?side=${side}`;
+export const imageUrl = (row, side = 320) => `/images/${row}?side=${side}&of=${generation}`;
+export const queryUrl = (id, side = 1280) => `/queries/${encodeURIComponent(id)}?side=${side}&of=${generation}`;
+export const sheetUrl = (number) => `/map/sheets/${number}?of=${generation}`;
 
 // The last files that were sent, by id: one that the server no longer keeps is sent again without a word.
 const sent = new Map();

@@ -33,6 +33,12 @@ export class BoxEditor {
     if (this.handle.parentElement !== this.frame) this.frame.append(this.veil, this.handle); // again would take the focus away
   }
 
+  /** The image is not known yet: nothing can be drawn on it. */
+  detach() {
+    this.width = this.height = 0;
+    this.set(null);
+  }
+
   set(box) {
     this.box = box;
     this.handle.hidden = this.veil.hidden = box === null;

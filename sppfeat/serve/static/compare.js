@@ -28,7 +28,9 @@ export function setUpCompare(onSearch, onClose) {
     dialog.returnValue = "";
   });
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // the backdrop
+    const { left, top, right, bottom } = dialog.getBoundingClientRect();
+    const outside = event.clientX < left || event.clientX > right || event.clientY < top || event.clientY > bottom;
+    if (event.target === dialog && outside) dialog.close(); // the backdrop
   });
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") show(index - 1);

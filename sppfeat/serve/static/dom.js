@@ -82,11 +82,14 @@ export function tell(place, error, ...more) {
 
 /** An image that becomes a placeholder if it cannot be loaded. */
 export function thumbnail(src, alt, there = true, lazy = true) {
-  const gone = () => el("span", { className: "gone", role: "img", "aria-label": alt }, "Image not found");
-  if (!there) return gone();
+  const gone = (why) => el("span", { className: "gone", role: "img", "aria-label": alt }, why);
+  if (!there) return gone("Image not found");
   // Lazy before the address: the order matters to browsers.
   const image = el("img", { loading: lazy ? "lazy" : "eager", decoding: "async", alt, draggable: false });
-  image.addEventListener("error", () => image.replaceWith(gone()), { once: true });
+  image.addEventListener("error", () => {
+    image.replaceWith(gone("Image could not be shown"));
+    document.dispatchEvent(new Event("image-failed")); // perhaps since the gallery was replaced
+  }, { once: true });
   image.src = src;
   return image;
 }

@@ -5,16 +5,17 @@ import { shape } from "./heat.js";
 
 const PAGE = 40; // groups in the document with each step
 const DEFAULT = 0.95;
-let go = null, groups = [], keep = new Map(), shown = 0, running = null, threshold = DEFAULT, loaded = null;
+let go = null, replaced = null, groups = [], keep = new Map(), shown = 0, running = null, threshold = DEFAULT, loaded = null, soon = null, gallery = null;
 
-export function setUp(navigate) {
+export function setUp(navigate, look) {
   go = navigate;
+  replaced = look;
   const chosen = () => {
     const value = Number($("threshold").value);
     if (value > 0.5 && value <= 1) go("duplicates", { threshold: value === DEFAULT ? null : value }, true);
     else tell($("duplicates-fault"), "Least similarity: expected a number above 0.5, at most 1.");
   };
-  const soon = later(chosen, 400); // each step of a slider would start a comparison of all images
+  soon = later(chosen, 400); // each step of a slider would start a comparison of all images
   $("threshold").addEventListener("change", chosen);
   $("threshold-range").addEventListener("input", () => {
     $("threshold").value = $("threshold-range").value;
@@ -24,13 +25,15 @@ export function setUp(navigate) {
   $("export").addEventListener("click", () => save("duplicates.csv", table(), "text/csv"));
 }
 
-export function setGallery() {
+export function setGallery(opened) {
+  gallery = opened;
   groups = [];
   loaded = null;
 }
 
 export function leave() {
   running?.abort();
+  soon.cancel();
 }
 
 export async function enter(parameters) {
@@ -51,6 +54,7 @@ export async function enter(parameters) {
     for (;;) {
       const answer = await getDuplicates(threshold, mine.signal);
       if (answer.state === "failed") throw new Error(answer.detail || "The images could not be compared.");
+      if (answer.state === "ready" && answer.generation !== gallery.generation) return replaced();
       if (answer.state === "ready") return show(answer);
       $("duplicates-progress").hidden = false;
       $("duplicates-progress").value = answer.done || 0;
@@ -73,8 +77,9 @@ function show(answer) {
   $("export").disabled = groups.length === 0;
   const removed = groups.reduce((sum, group) => sum + group.length - 1, 0);
   const left = answer.more ? ` The largest groups are shown; ${answer.more.toLocaleString("en")} more are not: \`sppfeat duplicates --csv\` lists all.` : "";
+  const cut = answer.cut ? ` ${count(answer.cut, "image")} of very large groups are not listed.` : "";
   $("duplicates-status").textContent = groups.length
-    ? `${count(groups.length, "group")}: one of each is kept, ${count(removed, "image")} marked to remove.${left}`
+    ? `${count(groups.length, "group")}: one of each is kept, ${count(removed, "image")} marked to remove.${left}${cut}`
     : "No groups at this similarity.";
   more();
 }

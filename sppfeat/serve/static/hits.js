@@ -46,7 +46,7 @@ export class Hits {
     const box = hit.box && hit.width && hit.height ? outline(hit.box, hit.width, hit.height) : null;
     const view = el("button", {
       type: "button", className: "view", tabIndex, disabled: false,
-      "aria-label": `Hit ${hit.rank}: ${hit.name}, score ${decimals(hit.score)}. Compare with the query.`,
+      "aria-label": `Hit ${hit.rank}: ${hit.name}, score ${decimals(hit.score)}. Space compares it with the query, Enter searches with it.`,
     }, matted(imageUrl(hit.row), "", hit.width, hit.height, hit.there, box));
     view.addEventListener("click", () => this.actions.compare(index));
     const next = el("button", {
@@ -91,9 +91,9 @@ export class Hits {
     const item = event.target.closest("li");
     if (!item || event.altKey || event.ctrlKey || event.metaKey) return;
     const index = Number(item.dataset.index);
-    if (event.key === "Enter" && event.target.matches(".view")) {
+    if (event.key === "Enter" && event.target.matches(".view") && this.hits[index].there) {
       event.preventDefault();
-      if (this.hits[index].there) this.actions.search(this.hits[index].row);
+      this.actions.search(this.hits[index].row);
       return;
     }
     const items = [...this.list.children];

@@ -1,6 +1,6 @@
 // Views and the address. The state is in the address, so that back, forward and reload work.
 import { $, count, el, tell } from "./dom.js";
-import { getGallery } from "./api.js";
+import { getGallery, setGeneration } from "./api.js";
 import * as duplicates from "./duplicates.js";
 import * as map from "./map.js";
 import * as search from "./search.js";
@@ -36,25 +36,26 @@ function show(again = false) {
   views[next].enter(new URLSearchParams(query));
 }
 
-/** Ask for the gallery; if it was replaced on disk, rows are numbered anew and everything shown is of the old one. */
+/** Whether the gallery could be asked for; if it was replaced on disk, rows are numbered anew and everything shown is of the old one. */
 async function look() {
   looked = Date.now();
   try {
     const found = await getGallery();
     tell($("fault"), null);
     describe(found);
-    if (gallery?.generation === found.generation) return;
+    if (gallery?.generation === found.generation) return true;
     const before = gallery;
     gallery = found;
+    setGeneration(found.generation);
     for (const view of Object.values(views)) view.setGallery(found);
-    if (before) {
-      $("notes").append(el("p", { className: "note" }, "The gallery was changed on disk. Rows have new numbers; an address that was kept may show another image."));
-    }
+    if (before) tell($("changed"), "The gallery was changed on disk. Rows have new numbers; an address that was kept may show another image.");
     show(true);
+    return true;
   } catch (error) {
     const retry = el("button", { type: "button" }, "Try again");
     retry.addEventListener("click", look);
     tell($("fault"), error, retry);
+    return false;
   }
 }
 
@@ -108,6 +109,9 @@ for (const view of Object.values(views)) view.setUp(navigate, look);
 setUpFiles();
 window.addEventListener("popstate", () => show());
 window.addEventListener("hashchange", () => show());
+document.addEventListener("image-failed", () => {
+  if (Date.now() - looked > 5_000) look();
+});
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && Date.now() - looked > 10_000) look();
 });

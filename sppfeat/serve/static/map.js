@@ -8,10 +8,11 @@ import { setUpSelection, showSelection } from "./selection.js";
 import { Sheets } from "./sheets.js";
 
 const canvas = $("map-canvas"), card = $("map-card");
-let go = null, gallery = null, chart = null, waiting = null, lasso = false, wanted = null;
+let go = null, replaced = null, gallery = null, chart = null, waiting = null, lasso = false, wanted = null;
 
-export function setUp(navigate) {
+export function setUp(navigate, look) {
   go = navigate;
+  replaced = look;
   const tools = { "zoom-in": () => chart.zoom(1.5), "zoom-out": () => chart.zoom(1 / 1.5), "zoom-fit": () => chart.fit() };
   for (const [id, call] of Object.entries(tools)) $(id).addEventListener("click", () => chart && call());
   $("lasso").addEventListener("click", () => setLasso(!lasso));
@@ -43,6 +44,7 @@ export function setUp(navigate) {
 export function setGallery(opened) {
   gallery = opened;
   chart = null;
+  names.clear();
   showSelection([]);
 }
 
@@ -75,6 +77,7 @@ async function follow(ask) {
     let answer = await ask(mine.signal);
     while (!mine.signal.aborted) {
       showState(answer);
+      if (answer.generation !== gallery.generation) return replaced();
       if (answer.state === "ready") return await load(answer, mine.signal);
       if (answer.state !== "computing") return;
       await sleep(700, mine.signal);

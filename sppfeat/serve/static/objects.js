@@ -41,6 +41,7 @@ function clear() {
 }
 
 async function run(what, call, show) {
+  if (current === null) return; // the image is on its way
   running?.abort();
   const mine = (running = new AbortController());
   clear();

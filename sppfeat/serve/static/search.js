@@ -71,6 +71,7 @@ export function setGallery(opened) {
 
 export function leave() {
   running?.abort();
+  nudge.cancel();
   closeCompare();
 }
 
@@ -107,6 +108,9 @@ export function searchFile(file) {
     const megabytes = (bytes) => `${(bytes / 2 ** 20).toLocaleString("en", { maximumFractionDigits: 1 })} MB`;
     return tell($("search-fault"), `${file.name}: expected at most ${megabytes(gallery.max_upload)}, found ${megabytes(file.size)}.`);
   }
+  nudge.cancel();
+  editor.detach();
+  objectsOf(null);
   state = { ...state, query: null, box: null };
   if (preview) URL.revokeObjectURL(preview);
   preview = URL.createObjectURL(file);
@@ -139,11 +143,13 @@ async function run(query) {
   view.dataset.state = "query";
   view.setAttribute("aria-busy", "true");
   $("status").textContent = "Searching …";
+  const asked = state;
   try {
-    const answer = await search(query, state, mine.signal);
+    const answer = await search(query, asked, mine.signal);
     if (mine !== running) return;
+    if (asked !== state) return change({ query: answer.query.id }); // options were changed meanwhile
     if (answer.generation !== gallery.generation) { // its rows are other images than the page knows
-      await replaced();
+      if (!await replaced()) throw new Error("The gallery was changed, and the server does not say how. Try again.");
       if (typeof query !== "string") searchFile(query); // the address does not name it yet
       return;
     }
@@ -208,6 +214,7 @@ function showQuery({ id, name, width, height, box }, src = null) {
 }
 
 function showFailure(error, query) {
+  focusFirst = false;
   hits.show({ query: null, hits: [] });
   $("hits-help").hidden = true;
   $("status").textContent = "";

@@ -1,4 +1,5 @@
 // Sprite sheets of thumbnails, loaded on demand, the last used kept.
+import { sheetUrl } from "./api.js";
 
 const KEPT = 24; // sheets: decoded, one takes 9 MB
 const AT_ONCE = 4;
@@ -44,7 +45,7 @@ export class Sheets {
     this.sheets.set(number, entry);
     this.loading++;
     try {
-      entry.image.src = `/map/sheets/${number}`;
+      entry.image.src = sheetUrl(number);
       await entry.image.decode();
       entry.state = "ready";
     } catch {
