@@ -1,5 +1,6 @@
 """`sppfeat evaluate detection`: evaluate a detector."""
 
+import dataclasses
 import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,6 +104,10 @@ def _document(done: "DetectionEvaluation") -> dict[str, Any]:
         "mAP": _number(done.eleven_point),
         "mAP_area": _number(done.area),
         "mAP_coco": _number(done.coco),
+        "coco": {
+            name: _number(100 * value) if not math.isnan(value) else None
+            for name, value in dataclasses.asdict(done.figures).items()
+        },
         "per_class": {one.name: _number(one.eleven_point) for one in done.classes},
         "per_class_area": {one.name: _number(one.area) for one in done.classes},
         "per_class_coco": {one.name: _number(one.coco) for one in done.classes},
@@ -134,4 +139,11 @@ def _table(done: "DetectionEvaluation") -> str:
         f"average precision in %, IoU {done.overlap:g} (COCO: 0.5 to 0.95); {done.images} images, "
         f"{done.windows} windows, {done.seconds:.1f} s"
     )
+    for kind in ("ap", "ar"):
+        told = [
+            f"{(name.removeprefix(kind).lstrip('_') or 'all')} {'-' if math.isnan(value) else f'{100 * value:.1f}'}"
+            for name, value in dataclasses.asdict(done.figures).items()
+            if name.startswith(kind)
+        ]
+        lines.append(f"COCO {kind.upper()}: " + ", ".join(told))
     return "\n".join(lines)

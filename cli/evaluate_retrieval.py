@@ -183,6 +183,7 @@ def _document(done: "Retrieval") -> dict[str, Any]:
         "gallery": done.gallery,
         **percent(done),
         **({} if done.overlap is None else {"mean_iou": done.overlap}),
+        "interval": list(done.interval),
         "method": done.ap,
         "dim": done.dim,
         "left_out": done.left_out,
@@ -203,7 +204,9 @@ def _text(done: "Retrieval") -> str:
     from sppfeat.retrieval import percent
 
     lines = ["  ".join(f"{name} {value:.2f} %" for name, value in percent(done).items())]
-    about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.ap}"
+    low, high = done.interval
+    about = f"{done.queries} queries, {done.gallery} images, {done.dim} values; average precision: {done.ap}; "
+    about += f"mAP of 95 % of draws of queries: {low:.2f} to {high:.2f} %"
     if done.projection is not None:
         about += f"; {100 * done.projection.kept:.1f} % of the variance kept ({done.projection.route})"
     lines.append(about)

@@ -38,6 +38,7 @@ class Annotation:
 
     boxes: [G, 4] float64 windows, inside the image. labels: [G] class names. difficult: [G] bool, ignored whether found
     or not (VOC's "difficult", COCO's crowds). crowd: [G] bool, difficult ones that hold many objects.
+    areas: [G] pixels of the objects themselves, as COCO files tell; None: those of the boxes.
     size: width and height of the upright image.
     """
 
@@ -46,6 +47,7 @@ class Annotation:
     difficult: np.ndarray
     crowd: np.ndarray
     size: tuple[int, int]
+    areas: np.ndarray | None = None
 
 
 @dataclass
@@ -172,13 +174,16 @@ def read_coco(annotations: str | os.PathLike[str], images: str | os.PathLike[str
                 if not np.isfinite([x, y, width, height]).all():
                     raise ValueError(f"found {entry['bbox']}")
                 crowd = bool(entry.get("iscrowd", 0))
+                told = entry.get("area")
+                known = isinstance(told, (int, float)) and 0 <= told < float("inf")
+                area = float(told) if known else width * height  # type: ignore[arg-type]
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 result.notes.append(f"{name}: annotation {at}: expected bbox and category_id: {one_line(error)}")
                 continue
             if label is None:
                 result.notes.append(f"{name}: annotation {at}: unknown category_id {entry['category_id']!r}; skipped")
                 continue
-            raw.add((x, y, x + width - 1, y + height - 1), label, difficult=crowd, crowd=crowd)
+            raw.add((x, y, x + width - 1, y + height - 1), label, difficult=crowd, crowd=crowd, area=area)
         _add(result, name, raw)
     return _checked_result(result)
 
@@ -219,6 +224,7 @@ def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> Anno
             one.difficult[kept],
             one.crowd[kept],
             one.size,
+            None if one.areas is None else one.areas[kept],
         )
     notes = [f"unknown class {name!r}: its {count} boxes are skipped" for name, count in sorted(others.items())]
     return replace(annotated, images=images, classes=list(classes), notes=[*annotated.notes, *notes])
@@ -253,12 +259,16 @@ class _Raw:
         self.labels: list[str] = []
         self.difficult: list[bool] = []
         self.crowd: list[bool] = []
+        self.areas: list[float | None] = []
 
-    def add(self, box: tuple[float, ...], label: str, *, difficult: bool, crowd: bool = False) -> None:
+    def add(
+        self, box: tuple[float, ...], label: str, *, difficult: bool, crowd: bool = False, area: float | None = None
+    ) -> None:
         self.boxes.append(box)
         self.labels.append(label)
         self.difficult.append(difficult)
         self.crowd.append(crowd)
+        self.areas.append(area)
 
 
 def _read_xml(root: str, sources: Mapping[str, str]) -> AnnotatedImages:
@@ -382,6 +392,7 @@ def _add(result: AnnotatedImages, name: str, raw: _Raw) -> None:
         np.array([raw.difficult[at] for at in kept], bool),
         np.array([raw.crowd[at] for at in kept], bool),
         size,
+        None if None in raw.areas else np.array([raw.areas[at] for at in kept], np.float64),
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from sppfeat.detection.annotations import AnnotatedImages
 from sppfeat.detection.average_precision import (
     COCO_DETECTIONS,
-    COCO_OVERLAPS,
+    CocoFigures,
     Objects,
-    coco_average_precision,
+    coco_figures,
+    coco_means,
     voc_ranking,
 )
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, window_notes
@@ -35,7 +36,8 @@ def complete_options(nms: float = DetectOptions.nms) -> DetectOptions:
 class ClassResult:
     """One class, in percent; NaN if it has no object.
 
-    eleven_point, area: VOC's average precision. coco: COCO's, the mean over overlaps 0.5 .. 0.95.
+    eleven_point, area: VOC's average precision. coco: COCO's, the mean over overlaps 0.5 .. 0.95; figures: all of
+    COCO's, as fractions of 1.
     recall, precision: [R] along the ranking, as fractions of 1.
     """
 
@@ -45,6 +47,7 @@ class ClassResult:
     eleven_point: float
     area: float
     coco: float
+    figures: CocoFigures
     recall: np.ndarray
     precision: np.ndarray
 
@@ -74,6 +77,11 @@ class DetectionEvaluation:
     def area(self) -> float:
         """mAP as defined by VOC 2010 and later."""
         return _mean([one.area for one in self.classes])
+
+    @property
+    def figures(self) -> CocoFigures:
+        """COCO's twelve figures, means over the classes that have them, as fractions of 1."""
+        return coco_means([one.figures for one in self.classes])
 
     @property
     def coco(self) -> float:
@@ -135,8 +143,9 @@ def evaluate_detector(
         for label, known in enumerate(detector.classes):
             of = np.array([each == known for each in one.labels], bool)
             mine = done.labels == label
+            areas = None if one.areas is None else one.areas[of]
             objects[label].append(
-                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine])
+                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine], areas)
             )
         observer.row(name, done.error)
     # In the listed order of the images, not the order they came in: of equal scores the first counts first.
@@ -160,13 +169,15 @@ def _class_result(name: str, images: list[Objects], overlap: float) -> ClassResu
     targets, _, objects = voc_ranking(images, overlap)
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
+    figures = coco_figures(images)
     return ClassResult(
         name=name,
         objects=objects,
         detections=len(targets),
         eleven_point=100 * ranked_average_precision(targets, relevant=objects, method="11-point"),
         area=100 * ranked_average_precision(targets, relevant=objects, method="area"),
-        coco=100 * float(np.mean([coco_average_precision(images, each) for each in COCO_OVERLAPS])),
+        coco=100 * figures.ap,
+        figures=figures,
         recall=found / max(objects, 1),
         precision=found / np.arange(1, len(hits) + 1),
     )

@@ -6,6 +6,7 @@ file. Junk rows are removed from a ranking, and so are all rows of the query's o
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 import re
@@ -24,7 +25,7 @@ from sppfeat.retrieval.rankings import Ranking, rankings
 from sppfeat.retrieval.rerank import RerankOptions
 from sppfeat.retrieval.whitening import Projection, ProjectionOptions, learn_projection
 from sppfeat.store import Box, Store, UnitRows, check_same_recipe, image_of, row_name, split_row_name, unit_rows
-from sppfeat.svm import AP_METHODS, precision_at, ranked_average_precision, recall_at
+from sppfeat.svm import AP_METHODS, interval, precision_at, ranked_average_precision, recall_at
 from sppfeat.windows import overlaps
 
 RECALLS: Final = (1, 5, 10)
@@ -83,6 +84,12 @@ class Retrieval:
     learned_here: bool
     overlap: float | None = None
     located: float | None = None
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of the mean average precision: that of 95 % of bootstrap draws of queries."""
+        values = np.array(list(self.average_precisions.values()))
+        return interval([(len(values), lambda times: float(times @ values / len(values)))])
 
 
 def evaluate_retrieval(

@@ -14,6 +14,7 @@ from sppfeat.svm.metrics import (
 )
 from sppfeat.svm.model import CONVERGED, LinearSvm
 from sppfeat.svm.options import COST_GRIDS, SvmOptions
+from sppfeat.svm.statistics import corrected_t_test, interval, mcnemar, paired_bootstrap
 
 __all__ = [
     "AP_METHODS",
@@ -24,7 +25,11 @@ __all__ = [
     "SvmOptions",
     "accuracy_per_class",
     "average_precisions",
+    "corrected_t_test",
+    "interval",
+    "mcnemar",
     "mean_over_classes",
+    "paired_bootstrap",
     "precision_at",
     "ranked_average_precision",
     "recall_at",

@@ -17,7 +17,7 @@ import numpy as np
 from sppfeat.errors import SppFeatWarning, StoreError, UsageError
 from sppfeat.recipe import Recipe
 from sppfeat.store import DescriptorView, Store, require_complete
-from sppfeat.svm import Convergence, LinearSvm
+from sppfeat.svm import Convergence, LinearSvm, corrected_t_test, interval, mcnemar, paired_bootstrap
 from sppfeat.svm.cost_selection import FOLDS, choose_cost, choose_cost_per_class
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.judging import MISTAKES, Mistake, Verdict, judge
@@ -26,7 +26,6 @@ from sppfeat.transfer.labels import Labels, VocLabels, labels_from_folders
 from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.splits import Split, Task, folder_task, voc_task
-from sppfeat.transfer.statistics import corrected_t_test, interval, mcnemar, paired_bootstrap
 
 # How often few training images are drawn where the split is fixed.
 _DRAWS: Final = 3

@@ -34,7 +34,7 @@ class Verdict:
     value: mean accuracy per class, or mAP. per_class: [K] of each class, NaN for one without a test image.
     area_per_class: [K] AP as the area under the curve, where an image can have several classes; else empty. top1, top5:
     images whose class is the first, or among the first five, of all; NaN with several classes. right: [M] which test
-    images are classified correctly; else empty. resample: what `sppfeat.transfer.statistics.interval` takes.
+    images are classified correctly; else empty. resample: what `sppfeat.svm.statistics.interval` takes.
     """
 
     value: float

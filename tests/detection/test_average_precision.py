@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from sppfeat.detection.average_precision import (
     COCO_OVERLAPS,
     Objects,
     coco_average_precision,
+    coco_figures,
+    coco_means,
     voc_average_precision,
     voc_ranking,
 )
@@ -75,8 +78,8 @@ def test_duplicates_are_wrong_and_difficult_ones_do_not_count() -> None:
     assert targets.tolist() == [1, -1, 0, -1] and objects == 1 and scores.tolist() == [0.9, 0.8, 0.7, 0.6]
 
 
-def coco_reference(images: list[Objects]) -> list[float]:
-    """Average precision at each overlap, by pycocotools."""
+def coco_reference(images: list[Objects]) -> tuple[list[float], list[float]]:
+    """Average precision at each overlap, and the twelve figures, by pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -91,7 +94,8 @@ def coco_reference(images: list[Objects]) -> list[float]:
     }
     results = []
     for number, one in enumerate(images):
-        for box, crowd in zip(one.boxes, one.crowd, strict=True):
+        areas = [None] * len(one.boxes) if one.areas is None else one.areas.tolist()
+        for box, crowd, area in zip(one.boxes, one.crowd, areas, strict=True):
             entry = as_box(box)
             truth["annotations"].append(
                 {
@@ -99,7 +103,7 @@ def coco_reference(images: list[Objects]) -> list[float]:
                     "image_id": number + 1,
                     "category_id": 1,
                     "bbox": entry,
-                    "area": entry[2] * entry[3],
+                    "area": entry[2] * entry[3] if area is None else area,
                     "iscrowd": int(crowd),
                 }
             )
@@ -110,11 +114,11 @@ def coco_reference(images: list[Objects]) -> list[float]:
         ground.dataset = truth
         ground.createIndex()
         evaluation = COCOeval(ground, ground.loadRes(results), "bbox")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
+        evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, 0, 0, -1]
-    return [float(one.mean()) for one in precision]
+    return [float(one.mean()) for one in precision], [float(one) for one in evaluation.stats]
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -123,7 +127,34 @@ def test_coco_equals_pycocotools(seed: int) -> None:
     if not sum(len(one.found) for one in images) or not sum((~one.difficult).sum() for one in images):
         pytest.skip("pycocotools needs objects and detections")
     ours = [coco_average_precision(images, overlap) for overlap in COCO_OVERLAPS]
-    assert ours == pytest.approx(coco_reference(images), abs=1e-9)
+    expected, figures = coco_reference(images)
+    assert ours == pytest.approx(expected, abs=1e-9)
+    # pycocotools says -1 where there is no object of a size.
+    told = [-1 if np.isnan(one) else one for one in astuple(coco_figures(images))]
+    assert told == pytest.approx(figures, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_coco_figures_by_the_areas_of_objects(seed: int) -> None:
+    """Boxes of all sizes, and objects that fill only a part of theirs."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for _ in range(6):
+        count, found = generator.integers(0, 6), generator.integers(1, 140)
+        corners = generator.uniform(0, 300, (count, 2))
+        boxes = np.concatenate([corners, corners + generator.choice([10, 40, 120], (count, 1))], 1)
+        near = np.concatenate([boxes, np.zeros((1, 4))])[generator.integers(0, count + 1, found)]
+        near = near + generator.normal(0, 6, (found, 4))
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+        crowd = generator.random(count) < 0.2
+        areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1) * generator.uniform(0.3, 1, count)
+        images.append(Objects(boxes, crowd, crowd, near, generator.permutation(found) / 10, areas))
+    if not sum((~one.difficult).sum() for one in images):
+        pytest.skip("pycocotools needs objects")
+    told = [-1 if np.isnan(one) else one for one in astuple(coco_figures(images))]
+    assert told == pytest.approx(coco_reference(images)[1], abs=1e-9)
+    twice = coco_means([coco_figures(images), coco_figures(images)])
+    assert astuple(twice) == pytest.approx(astuple(coco_figures(images)), nan_ok=True)
 
 
 def test_coco_takes_the_100_best_of_an_image() -> None:

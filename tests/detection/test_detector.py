@@ -443,12 +443,15 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     found = run_sppfeat("evaluate", "detection", det, voc, "--windows", windows, "--json", "--report", report)
     document = json.loads(found.stdout)
     assert {"mAP", "per_class", "iou", "images"} <= document.keys() and document["mAP"] > 60
+    assert len(document["coco"]) == 12 and document["coco"]["ap"] == document["mAP_coco"] < document["coco"]["ap50"]
+    assert "COCO's figures" in report.read_text()
     assert report.read_text().count("<polyline") == 2
     assert document["options"]["max_detections"] == 100 and document["options"]["windows"] == str(windows)
     assert document["options"]["split"] == "test" and document["seed"] == document["proposals"]["seed"] == 0
     assert document["recipe"]["scales"] == [64, 128] and len(document["weights_sha256"]) == 64
     table = call("evaluate", "detection", det, voc, "--windows", windows).stdout
     assert table.splitlines()[0].split() == ["class", "11-point", "area", "COCO", "objects"]
+    assert "\nCOCO AP: all " in table and ", large " in table.splitlines()[-1]
 
 
 def test_command_line_finds_windows_itself(

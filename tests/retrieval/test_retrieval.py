@@ -327,6 +327,8 @@ def test_command_line(things: Store, tmp_path: Path, run_sppfeat: Callable[..., 
     document = json.loads(done.stdout)
     assert {"queries", "gallery", "mAP", "recall@1", "recall@5", "recall@10"} <= document.keys()
     assert document["dim"] == 8 and 0 < document["mAP"] <= 100 and len(document["per_query"]) == 40
+    low, high = document["interval"]
+    assert 0 < low < document["mAP"] < high < 100
     # What it takes to repeat it, and that the whitening was learned from the evaluated rows.
     assert document["recipe"]["levels"] == [6, 3, 2, 1] and document["seed"] == 0
     assert document["options"]["projection"]["dims"] == 8 and document["options"]["relevant"] == "folder"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sppfeat.transfer.statistics import corrected_t_test, interval, mcnemar, paired_bootstrap, two_sided_t
+from sppfeat.svm.statistics import corrected_t_test, interval, mcnemar, paired_bootstrap, two_sided_t
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 9, 30, 99, 999])
