@@ -29,10 +29,10 @@ TINY = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64
 
 
 def test_options_read_back_from_json(capsys: pytest.CaptureFixture[str]) -> None:
-    options = TransferOptions(costs=(0.5, 2.0), levels=(2, 1), trials=3)
+    options = TransferOptions(costs=(0.5, 2.0), levels=(2, 1), trials=3, shots=(1, 2))
     print_json({"options": options_document(options), "recipe": options_document(Recipe(scales=(224, "native")))})
     document = json.loads(capsys.readouterr().out)
-    lists = {"costs": (0.5, 2.0), "levels": (2, 1)}
+    lists = {"costs": (0.5, 2.0), "levels": (2, 1), "shots": (1, 2)}
     assert TransferOptions(**document["options"] | lists) == options
     assert document["recipe"]["scales"] == [224, "native"] and document["options"]["costs"] == [0.5, 2.0]
 
