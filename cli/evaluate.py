@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sppfeat.errors import UsageError
-from sppfeat_cli import evaluate_detection, options
+from sppfeat_cli import evaluate_all, evaluate_detection, options
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     )
     evaluate.command(epilog="Example: sppfeat evaluate transfer feats.h5 --protocol split --c 1")(transfer)
     evaluate_detection.register(evaluate)
+    evaluate_all.register(evaluate)
     evaluate.command(epilog="Example: sppfeat evaluate retrieval feats.h5 --relevant folder")(retrieval)
     app.add_typer(evaluate, name="evaluate")
 
