@@ -54,7 +54,7 @@ def chart(collection: Collection, tell: Callable[[float], None]) -> bool:
         share = _LAYING_OUT
         add_map(collection.path, progress=lambda part: tell(share * part))
         collection.again()
-        gallery = collection.current()
+        gallery = collection.current(wait=True)
     assert gallery.points is not None
 
     def image(row: int) -> tuple[Item, Box | None]:

@@ -69,6 +69,7 @@ class Collection:
         self._images, self._weights, self._max_pixels = images, weights, max_pixels
         # Of what is known of the gallery; and of the networks, which may take long to load.
         self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._opened = threading.Condition(self._lock)
         self._opening = False
         # Stamps of what could not be opened, twice and once.
         self._failed: tuple[int, ...] | None = ()
@@ -81,12 +82,14 @@ class Collection:
         self._describers: dict[tuple[str, tuple[float, ...] | None], Describer] = {}
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def current(self) -> Gallery:
+    def current(self, *, wait: bool = False) -> Gallery:
         """The gallery as it is on disk, or the last one that could be opened: see `notes`.
 
-        While one request opens a newer one, others get the one before.
+        While one request opens a newer one, others get the one before, unless they wait.
         """
         with self._lock:
+            if wait:
+                self._opened.wait_for(lambda: not self._opening)
             if self._opening or time.monotonic() - self._looked < _LOOK_SECONDS:
                 return self._gallery
             self._looked = time.monotonic()
@@ -100,9 +103,11 @@ class Collection:
         except GalleryError as error:
             fault = f"the gallery was changed and cannot be opened: {error}; this is the one before"
         finally:
-            with self._lock:
-                self._opening = False
+            if opened is None and fault is None:  # something else was raised
+                with self._lock:
+                    self._ended()
         with self._lock:
+            self._ended()
             self._fault = fault
             if opened is None:
                 # Once more, if it is just being replaced; after that when something changes.
@@ -116,6 +121,10 @@ class Collection:
             with self._loading:
                 self._describers.clear()
         return opened
+
+    def _ended(self) -> None:
+        self._opening = False
+        self._opened.notify_all()
 
     def again(self) -> None:
         """Look at the folder with the next request, however soon."""

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +267,28 @@ def test_the_gallery_is_told_while_a_network_is_loaded(path: Path, monkeypatch: 
         began = time.monotonic()
         assert page.get("/api/gallery").status_code == 200 and time.monotonic() - began < 10
         loaded.set()
+
+
+def test_who_waits_gets_the_newest_gallery(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sppfeat.serve.collection._LOOK_SECONDS", 0.0)
+    served = Collection(path, CPU)
+    before, opening, go = served.current(), threading.Event(), threading.Event()
+
+    def slow(at: Path) -> object:
+        opening.set()
+        go.wait(20)
+        return open_gallery(at)
+
+    monkeypatch.setattr("sppfeat.serve.collection.open_gallery", slow)
+    os.utime(path / "gallery.json", ns=(1, 1))
+    with ThreadPoolExecutor(2) as threads:
+        opener = threads.submit(served.current)
+        assert opening.wait(20) and served.current() is before
+        waits = threads.submit(served.current, wait=True)
+        time.sleep(0.05)
+        assert not waits.done()
+        go.set()
+        assert waits.result(20) is opener.result(20) is served.current() is not before
 
 
 def test_large_uploads(path: Path) -> None:
