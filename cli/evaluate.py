@@ -48,7 +48,9 @@ def transfer(
     labels: options.Labels = None,
     voc: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="VOC folder with ImageSets/Main, for protocols voc2007.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="VOC folder with ImageSets/Main, for protocols of VOC 2007.", show_default=False
+        ),
     ] = None,
     c: options.Costs = None,
     c_grid: options.CostGrid = None,

@@ -23,12 +23,13 @@ class Convergence:
     """The relative duality gaps of SVMs; an SVM with a gap above `CONVERGED` did not converge.
 
     classes: [K]. gaps: [T, K] of the SVMs that are used, one row per trial. choice_gap: the largest of those that C was
-    chosen with; 0 where C was given, or is no longer known.
+    chosen with; 0 where C was given, or is no longer known. fits: what they are called.
     """
 
     classes: list[str]
     gaps: np.ndarray
     choice_gap: float = 0.0
+    fits: str = "SVMs"
 
     @property
     def not_converged(self) -> list[Unconverged]:
@@ -49,12 +50,13 @@ class Convergence:
         if wrong := self.not_converged:
             worst = max(wrong, key=lambda one: one.gap)
             lines.append(
-                f"{len(wrong)} of {self.gaps.size} SVMs did not converge (largest relative gap {worst.gap:.2g}, class "
-                f"{worst.label!r}): their scores are not exact; a smaller C or normalized descriptors converge faster"
+                f"{len(wrong)} of {self.gaps.size} {self.fits} did not converge (largest relative gap {worst.gap:.2g}, "
+                f"class {worst.label!r}): their scores are not exact; a smaller C or normalized descriptors converge "
+                "faster"
             )
         if not self.choice_gap <= CONVERGED:
             lines.append(
-                f"SVMs of the cross-validation did not converge (largest relative gap {self.choice_gap:.2g}): "
+                f"{self.fits} of the cross-validation did not converge (largest relative gap {self.choice_gap:.2g}): "
                 "another C might be better"
             )
         return lines

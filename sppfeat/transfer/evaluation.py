@@ -33,14 +33,10 @@ _DRAWS: Final = 3
 _FEW_SHOT_COST: Final = 1.0
 
 
-@dataclass(frozen=True)
-class Shots:
-    """The value with `count` training images of each class, in each trial; every C used, and the largest gap."""
+class _Trials:
+    """Values in percent, one for each trial."""
 
-    count: int
     trials: list[float]
-    costs: list[float]
-    gap: float
 
     @property
     def value(self) -> float:
@@ -51,6 +47,16 @@ class Shots:
     def std(self) -> float:
         """Standard deviation over the trials (n - 1); 0 for one trial."""
         return float(np.std(self.trials, ddof=1)) if len(self.trials) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Shots(_Trials):
+    """The value with `count` training images of each class, in each trial; every C used, and the largest gap."""
+
+    count: int
+    trials: list[float]
+    costs: list[float]
+    gap: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Transfer(_Trials):
     """The result of one store; values in percent.
 
     recipe, weights_sha256: of the descriptors, after cutting levels out, and of the network that made them.
@@ -122,16 +128,6 @@ class Transfer:
         return [name for name, value in self.per_class.items() if np.isnan(value)]
 
     @property
-    def value(self) -> float:
-        """Mean over the trials."""
-        return float(np.mean(self.trials))
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over the trials (n - 1); 0 for one trial."""
-        return float(np.std(self.trials, ddof=1)) if len(self.trials) > 1 else 0.0
-
-    @property
     def area(self) -> float:
         """Mean of `area_per_class`; NaN where that is empty."""
         return float(np.nanmean(list(self.area_per_class.values()))) if self.area_per_class else float("nan")
@@ -172,7 +168,7 @@ def evaluate_transfer(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fit."""
+    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fits, or [1]."""
 
     scores: np.ndarray
     costs: np.ndarray
@@ -196,7 +192,7 @@ def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Trans
     verdicts, fits = [trial.verdict for trial in trials], [trial.fitted for trial in trials]
     classes = task.classes.tolist()
     worst = sorted((mistake for verdict in verdicts for mistake in verdict.mistakes), key=lambda one: -one.margin)
-    convergence = Convergence(classes, np.stack([fit.gaps for fit in fits]), max(fit.choice_gap for fit in fits))
+    convergence = _convergence(fits, classes, options)
     for text in convergence.warnings():
         warnings.warn(f"{store.place}: {text}", SppFeatWarning, stacklevel=3)
     shots = [_with_shots(view, task, count, options) for count in options.shots]
@@ -248,8 +244,21 @@ def _with_shots(view: DescriptorView, task: Task, shots: int, options: TransferO
     trials = [_run(view, few, split, chosen) for split in few.splits]
     values = [trial.verdict.value for trial in trials]
     costs = sorted({float(cost) for trial in trials for cost in trial.fitted.costs})
-    gap = max(float(max(trial.fitted.gaps.max(initial=0), trial.fitted.choice_gap)) for trial in trials)
-    return Shots(shots, values, costs, gap)
+    convergence = _convergence([trial.fitted for trial in trials], task.classes.tolist(), options)
+    for text in convergence.warnings():
+        warnings.warn(f"with {shots} training images per class: {text}", SppFeatWarning, stacklevel=4)
+    return Shots(shots, values, costs, max(convergence.largest_gap, convergence.choice_gap))
+
+
+def _convergence(fits: Sequence[_Fitted], classes: list[str], options: TransferOptions) -> Convergence:
+    """How near all trials came to the optimum. Logistic regression fits all classes at once: one gap a trial."""
+    together = options.classifier == "logistic"
+    return Convergence(
+        ["all classes"] if together else classes,
+        np.stack([fit.gaps for fit in fits]),
+        max(fit.choice_gap for fit in fits),
+        "fits" if together else "SVMs",
+    )
 
 
 def _compared(done: list[tuple[Transfer, list[Verdict]]]) -> list[Transfer]:
@@ -323,4 +332,4 @@ def _fit_logistic(
         gaps=np.full(len(biases), solution.gap),
     )
     scores = svm.scores(view, test, device=options.device, names=task.names)
-    return _Fitted(scores, svm.costs, choice.curve, choice.gap, svm.gaps, problem.route)
+    return _Fitted(scores, svm.costs, choice.curve, choice.gap, svm.gaps[:1], problem.route)

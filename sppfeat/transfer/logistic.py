@@ -14,7 +14,7 @@ since |W|^2 / 2 is strongly convex. That bound is the gap told, with b brought t
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -66,10 +66,12 @@ class LogisticProblem:
         self._rows = Rows(descriptors, np.ascontiguousarray(only, np.int64), place, torch.float64, constant=0.0)
         count, dim = len(self._rows), self._rows.dim
         self._factor: torch.Tensor | None = None
+        self._ridge = 0.0
         if count < dim and 8 * count * count <= _GRAM_BYTES:
             gram = self._rows.gram()
             _require_finite(gram.diagonal())
-            gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=1e-300))
+            self._ridge = _RIDGE * float(gram.diagonal().mean().clamp(min=1e-300))
+            gram.diagonal().add_(self._ridge)
             self._factor = torch.linalg.cholesky(gram)
             self._points = self._factor
         else:
@@ -98,7 +100,24 @@ class LogisticProblem:
         fit = _Fit(points, torch.from_numpy(np.asarray(labels, np.int64)).to(points.device), classes, c)
         weights = points.new_zeros((points.shape[1], classes)) if start is None else start.weights.clone()
         biases = weights.new_zeros(classes) if start is None else start.biases.clone()
-        return fit.minimize(weights, biases, tolerance)
+        found = fit.minimize(weights, biases, tolerance)
+        return found if self._factor is None else self._without_ridge(found, fit, rows)
+
+    def _without_ridge(self, found: LogisticSolution, fit: _Fit, rows: np.ndarray | None) -> LogisticSolution:
+        """The same weights, judged by the rows as they are: inner products of coordinates have a ridge besides."""
+        assert self._factor is not None
+        factors = torch.linalg.solve_triangular(self._factor.T, found.weights, upper=True)
+        mine = slice(None) if rows is None else torch.from_numpy(rows).to(factors.device)
+        products = fit.points @ found.weights - self._ridge * factors[mine]
+        biases, decrement = fit.center(products, found.biases, 1e-8 * found.objective)
+        loss, residual = fit.losses(products + biases)
+        inner = found.weights.square().sum() - self._ridge * factors.square().sum()
+        slope = found.weights + fit.points.T @ residual
+        factors[mine] += residual
+        square = slope.square().sum() - self._ridge * factors.square().sum()
+        objective = inner.clamp(min=0) / 2 + loss
+        gap = float((square.clamp(min=0) / 2 + decrement) / objective.clamp(min=1e-300))
+        return replace(found, biases=biases, objective=float(objective), gap=gap)
 
     def scores(self, solution: LogisticSolution, rows: np.ndarray | None = None) -> np.ndarray:
         """[M, K] float32 scores of rows [M] (None: all) of this problem."""
@@ -119,7 +138,7 @@ class _Fit:
     """The objective on some points [M, P], with labels [M]."""
 
     def __init__(self, points: torch.Tensor, labels: torch.Tensor, classes: int, c: float) -> None:
-        self._points, self._labels, self._c = points, labels, c
+        self.points, self._labels, self._c = points, labels, c
         self._each = torch.arange(len(labels), device=points.device)
         self._counts = torch.bincount(labels, minlength=classes).double()
 
@@ -127,13 +146,19 @@ class _Fit:
         self, weights: torch.Tensor, biases: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The objective, its gradients for weights and biases, and the products of points and weights [M, K]."""
-        products = self._points @ weights
-        logs = torch.log_softmax(products + biases, 1)
-        objective = weights.double().square().sum() / 2 - self._c * logs[self._each, self._labels].double().sum()
+        products = self.points @ weights
+        loss, residual = self.losses(products + biases)
+        objective = weights.double().square().sum() / 2 + loss
+        return objective, torch.addmm(weights, self.points.T, residual), residual.sum(0), products
+
+    def losses(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """C times the sum of the losses of scores [M, K], and its gradient for them [M, K]."""
+        logs = torch.log_softmax(scores, 1)
+        loss = -self._c * logs[self._each, self._labels].double().sum()
         residual = logs.exp_()
         residual[self._each, self._labels] -= 1
         residual *= self._c
-        return objective, torch.addmm(weights, self._points.T, residual), residual.sum(0), products
+        return loss, residual
 
     def center(
         self, products: torch.Tensor, biases: torch.Tensor, tolerance: float

@@ -112,11 +112,32 @@ def test_regression_on_equal_and_empty_rows() -> None:
         LogisticProblem(np.full((3, 5), np.inf, np.float32), np.arange(3))
 
 
+@pytest.mark.parametrize("c", [1.0, 1e4])
+@pytest.mark.parametrize("length", [1.0, 30.0])
+def test_the_gap_is_that_of_the_rows_themselves(c: float, length: float) -> None:
+    """Equal rows of different classes, which nothing may tell apart, coordinates with a ridge least of all."""
+    generator = np.random.default_rng(5)
+    rows = generator.normal(size=(20, 100))
+    rows = np.repeat(length * rows / np.linalg.norm(rows, axis=1, keepdims=True), 3, 0).astype(np.float32)
+    labels = np.arange(60) % 3
+    problem = LogisticProblem(rows, np.arange(60))
+    solution = problem.solve(labels, 3, c=c)
+    weights, biases = problem.weights(solution)
+    ours = objective(weights, biases, rows.astype(float), labels, c)
+    assert problem.route == "gram" and solution.objective == pytest.approx(ours, rel=1e-9)
+    least = c * 60 * np.log(3)  # all weights 0
+    assert ours - least <= solution.gap * ours + 1e-9 * ours and solution.gap <= 1e-4
+
+
 def test_a_fit_that_is_given_up_is_told(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logistic, "_STEPS", 1)
-    with pytest.warns(SppFeatWarning, match="did not converge"):
-        (done,) = evaluate_transfer([three_kinds(make_store)], TransferOptions(classifier="logistic", costs=(100.0,)))
-    assert not done.convergence.largest_gap <= 1e-4
+    options = TransferOptions(classifier="logistic", costs=(100.0,), trials=2, shots=(3,))
+    with pytest.warns(SppFeatWarning) as told:
+        (done,) = evaluate_transfer([three_kinds(make_store)], options)
+    assert not done.convergence.largest_gap <= 1e-4 and not done.shots[0].gap <= 1e-4
+    texts = [str(one.message) for one in told]
+    assert "2 of 2 fits did not converge" in texts[0] and "class 'all classes'" in texts[0]
+    assert texts[1].startswith("with 3 training images per class: 2 of 2 fits did not converge")
 
 
 def test_c_is_chosen_inside(make_store: MakeStore) -> None:
