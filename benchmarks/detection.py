@@ -114,7 +114,7 @@ class WarpingDescriber(Describer):
                 for x1, y1, x2, y2 in part
             ]
             with torch.inference_mode():
-                maps = self._engine.feature_map(torch.from_numpy(np.stack(crops)))
+                maps = self._engine.feature_maps(torch.from_numpy(np.stack(crops)))[0]
                 return pool_pyramid(maps, self.recipe.levels, pooling=self.recipe.pooling).float().numpy()
 
         before = torch.get_num_threads()

@@ -167,7 +167,7 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     paths = Path(listing).read_text().splitlines()
 
     def decode(path: str) -> np.ndarray:
-        return prepare_image(path, network.description.recipe).inputs[0][None]
+        return prepare_image(path, network.descriptions[0].recipe).inputs[0][None]
 
     def forward(image: np.ndarray) -> None:
         with runner.lane():

@@ -101,10 +101,10 @@ def extraction(folder: Path, count: int) -> None:
     recipe = Recipe(precision="bfloat16", size_multiple=224)
     files = sorted(folder.rglob("*.jpg"))[:count]
     backbone = load_backbone(recipe).to(torch.device("cuda"))
-    shape = prepare_image(str(files[0]), backbone.description.recipe).inputs[0].shape
+    shape = prepare_image(str(files[0]), backbone.descriptions[0].recipe).inputs[0].shape
     images = torch.randint(0, 256, (128, *shape), dtype=torch.uint8, device="cuda")
     with torch.inference_mode():
-        eager = len(images) / median(lambda: backbone.feature_map(images))
+        eager = len(images) / median(lambda: backbone.feature_maps(images))
         print(f"| bare network, bfloat16, eager, batches of 128, {shape[0]} x {shape[1]} | {eager:.0f} | |")
         compiled = torch.compile(backbone.trunk, mode="max-autotune-no-cudagraphs")
         inputs = images.permute(0, 3, 1, 2).to(torch.bfloat16)

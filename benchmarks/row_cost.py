@@ -32,7 +32,7 @@ from extract import processor
 
 from sppfeat import Recipe, RunOptions, open_store
 from sppfeat.backbones import Network
-from sppfeat.extraction import pipeline, workers
+from sppfeat.extraction import branch, pipeline, workers
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.plan import Todo
 from sppfeat.extraction.stages import Stages
@@ -58,8 +58,8 @@ class StubEngine:
 
     lane = at_work
 
-    def feature_maps(self, images: np.ndarray) -> np.ndarray:
-        return images
+    def feature_maps(self, images: np.ndarray) -> list[np.ndarray]:
+        return [images]
 
     def pool(self, maps: np.ndarray) -> np.ndarray:
         return self._pooled[: len(maps)].copy()
@@ -95,18 +95,23 @@ class ThreadTimes:
 def stubbed(dim: int) -> Iterator[Describer]:
     """A describer of `dim` values without decoder and network."""
     prepared = np.zeros((8, 8, 3), np.uint8)
+    recipe = Recipe(levels=(1,))
     description = SimpleNamespace(
-        recipe=Recipe(), minimum_side=1, weights_sha256=SHA, dim=dim, geometry=lambda *_: None
+        layer=SimpleNamespace(name="stub"),
+        channels=dim,
+        minimum_side=1,
+        weights_sha256=SHA,
+        geometry=lambda *_: None,
     )
-    network = cast(Network, SimpleNamespace(description=description))
-    real = pipeline.prepare_image, pipeline.load_engine
-    patched = cast(Any, pipeline)
+    network = cast(Network, SimpleNamespace(descriptions=(description,), recipe=recipe))
+    real = pipeline.prepare_image, branch.load_engine
+    patched, loading = cast(Any, pipeline), cast(Any, branch)
     patched.prepare_image = lambda *_, **__: PreparedImage([prepared], (8, 8), Fingerprint(1, 1))
-    patched.load_engine = lambda *_: StubEngine(dim)
+    loading.load_engine = lambda *_: StubEngine(dim)
     try:
-        yield Describer(Recipe(), RunOptions(device="cpu", engine="torch"), network=network)
+        yield Describer(recipe, RunOptions(device="cpu", engine="torch"), network=network)
     finally:
-        patched.prepare_image, patched.load_engine = real
+        patched.prepare_image, loading.load_engine = real
 
 
 def describe_rows(rows: int, dim: int, folder: Path) -> dict[str, float]:

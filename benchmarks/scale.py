@@ -82,7 +82,7 @@ def make(folder: Path, rows: int) -> None:
 
     images = folder.absolute().with_name(folder.name + "-images")
     images.mkdir(exist_ok=True)
-    network = Network(Recipe(**NETWORK)).description  # type: ignore[arg-type]
+    network = Network(Recipe(**NETWORK)).descriptions[0]  # type: ignore[arg-type]
 
     with lock_store(folder, folder=True):
         if (folder / "manifest.json").exists():

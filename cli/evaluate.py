@@ -56,6 +56,7 @@ def transfer(
     c_grid: options.CostGrid = None,
     positive_weight: options.PositiveWeight = _TRANSFER.positive_weight,
     levels: options.StoredLevels = None,
+    only: options.StoredParts = None,
     per_class: Annotated[
         int | None,
         typer.Option(metavar="N", help="Number of training images per class.", show_default="by protocol"),
@@ -107,6 +108,7 @@ def transfer(
         costs=options.costs(c, c_grid),
         positive_weight=positive_weight,
         levels=options.stored_levels(levels),
+        only=options.stored_parts(only),
         per_class=per_class,
         max_test=max_test,
         trials=trials,

@@ -64,6 +64,7 @@ def inspect(
         "weights_sha256": store.weights_sha256,
         "recipe_hash": store.recipe_hash,
         "recipe": dataclasses.asdict(store.recipe),
+        "parts": [dataclasses.asdict(part) for part in store.recipe.parts(store.dim)],
         "versions": store.versions,
     }
     if as_json:
@@ -281,6 +282,7 @@ def _text(about: dict[str, Any]) -> str:
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
         *_folder_lines(about),
         f"  descriptors: {about['dim']} values, {about['dtype']}",
+        *_part_lines(about["parts"]),
         f"  images below: {printable(about['source_root'])}",
         f"  weights: sha256 {printable(about['weights_sha256'][:16])}",
         *_recipe_lines(about["recipe"]),
@@ -289,6 +291,17 @@ def _text(about: dict[str, Any]) -> str:
     if about["pending"] or about.get("building", {}).get("shards"):
         lines.append("  to describe pending images, run the same `sppfeat extract` again")
     return "\n".join(lines)
+
+
+def _part_lines(parts: list[dict[str, Any]]) -> list[str]:
+    if len(parts) == 1:
+        return []
+    return [
+        f"    {part['start']} to {part['end']}: {printable(part['backbone'])}, layer {printable(part['layer'])}"
+        + ("" if part["scale"] is None else f", scale {part['scale']}")
+        + f", {part['channels']} channels"
+        for part in parts
+    ]
 
 
 def _folder_lines(about: dict[str, Any]) -> list[str]:

@@ -118,15 +118,25 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Random seed.")]
 
 Backbone = Annotated[
     str,
-    typer.Option(metavar="NAME", help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME; see `sppfeat models`."),
+    typer.Option(
+        metavar="NAME[+NAME]",
+        help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME, see `sppfeat models`; several are joined by +, "
+        "and NAME@PIXELS has a scale of its own.",
+    ),
 ]
 Weights = Annotated[
-    str, typer.Option(metavar="FILE", help="Weights file (.safetensors or .pth), `pretrained` or `random`.")
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Weights file (.safetensors or .pth), `pretrained` or `random`; one for each backbone, joined by +.",
+    ),
 ]
 Layer = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Layer whose output is pooled; see `sppfeat models NAME`.", show_default="by backbone"
+        metavar="NAME[,NAME]",
+        help="Layers whose outputs are pooled, see `sppfeat models NAME`; those of each backbone are joined by +.",
+        show_default="by backbone",
     ),
 ]
 Scales = Annotated[
@@ -138,6 +148,15 @@ Levels = Annotated[
 StoredLevels = Annotated[
     str | None,
     typer.Option("--levels", metavar="N,...", help="Levels of the stored pyramid to use.", show_default="all"),
+]
+StoredParts = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        metavar="NAME,...",
+        help="Backbones or layers whose parts of the descriptor to use.",
+        show_default="all",
+    ),
 ]
 
 # SVMs.
@@ -288,6 +307,11 @@ def costs(c: str | None, grid: str | None) -> tuple[float, ...]:
 def stored_levels(text: str | None) -> tuple[int, ...] | None:
     """The levels that --levels names; None: all."""
     return integers("levels", text) if text is not None else None
+
+
+def stored_parts(text: str | None) -> tuple[str, ...] | None:
+    """The backbones and layers that --only names; None: all."""
+    return tuple(text.split(",")) if text is not None else None
 
 
 def shots(text: str | None) -> tuple[int, ...]:

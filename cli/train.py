@@ -31,6 +31,7 @@ def svm(
     c_grid: options.CostGrid = None,
     positive_weight: options.PositiveWeight = _SVM.positive_weight,
     levels: options.StoredLevels = None,
+    only: options.StoredParts = None,
     seed: options.Seed = _SVM.seed,
     device: options.Device = _SVM.device,
     overwrite: options.Overwrite = False,
@@ -50,6 +51,7 @@ def svm(
         costs=options.costs(c, c_grid),
         positive_weight=positive_weight,
         levels=options.stored_levels(levels),
+        only=options.stored_parts(only),
         seed=seed,
         device=device,
     )

@@ -52,9 +52,9 @@ def main() -> None:
         photo.thumbnail((box[2] - box[0], box[3] - box[1]))
         canvas.paste(photo, box[:2])
     backbone = load_backbone(Recipe(scales=(448,)))
-    pixels = prepare_image(str(HERE.parent / "photos" / shown[0]), backbone.description.recipe).inputs[0]
+    pixels = prepare_image(str(HERE.parent / "photos" / shown[0]), backbone.descriptions[0].recipe).inputs[0]
     with torch.inference_mode():
-        feature_map = backbone.feature_map(torch.from_numpy(pixels.copy())[None])
+        feature_map = backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0]
     energy = feature_map[0].clamp(min=0).pow(2).mean(0).sqrt().numpy()
 
     arrow(262, "backbone,\ncut at a layer")
@@ -74,11 +74,11 @@ def main() -> None:
 
     arrow(1015, "rows")
     title(1098, "feats.h5", "16,000 values an image")
-    recipe = backbone.description.recipe
+    recipe = backbone.descriptions[0].recipe
     with torch.inference_mode():
         for row, name in enumerate(shown):
             pixels = prepare_image(str(HERE.parent / "photos" / name), recipe).inputs[0]
-            values = pool_pyramid(backbone.feature_map(torch.from_numpy(pixels.copy())[None]), recipe.levels)[0]
+            values = pool_pyramid(backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0], recipe.levels)[0]
             some = values[:6000:60].numpy()[None]
             strip = heat(some, some.min(), some.max())
             canvas.paste(strip.resize((200, 40), Image.Resampling.NEAREST), (1098, 90 + 96 * row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -38,9 +39,15 @@ MAX_SCALE: Final = 4096
 class Recipe:
     """Everything that changes descriptor values; saved as JSON in every file made from it.
 
-    backbone: `efficientnet_lite0|1|2`, `torchvision:NAME` or `timm:NAME`.
-    weights: `pretrained` (the backbone's own), `random` (seeded; for timing and tests) or a file, .safetensors or .pth.
-    layer: dotted name of the module whose output is pooled; None: the backbone's default.
+    Several backbones, joined by `+`, and several layers, joined by `,`, give a descriptor of several parts, each
+    normalised by itself, in the order backbone, scale (if scales are concatenated), layer; see `parts`.
+
+    backbone: `efficientnet_lite0|1|2`, `torchvision:NAME` or `timm:NAME`, or several, such as
+        `efficientnet_lite0+efficientnet_lite2`. One may have scales of its own: `efficientnet_lite0@320`.
+    weights: `pretrained` (the backbone's own), `random` (seeded; for timing and tests) or a file, .safetensors or
+        .pth; for several backbones one for all of them, or one for each, joined by `+`.
+    layer: dotted name of the module whose output is pooled, or several, such as `blocks.4,blocks.6`; for several
+        backbones those of all of them, or of each, joined by `+`; None: the backbone's default.
     scales: short sides in pixels, or `native` (no resizing).
     levels: pyramid levels; level n is an n x n grid over the feature map.
     pooling: `max`, `avg`, or `gem` (generalised mean with exponent `gem_p`).
@@ -52,10 +59,11 @@ class Recipe:
     size_multiple: both sides of the resized image are rounded to a multiple of this; 1 = exact.
     min_side, max_aspect: an image with a shorter side, or a larger long/short ratio, fails.
     max_pixels: an image with more pixels than this once resized fails (bounds memory at `native`).
-    mean, std, interpolation: the network's input; None: what its weights were trained with.
+    mean, std, interpolation: the network's input; None: what its weights were trained with, for each backbone.
     orientation: `exif` turns the image upright; `ignore` takes the pixels as stored.
     jpeg_draft: let the JPEG decoder shrink by 2, 4 or 8 while decoding; faster on large photographs, but
         changes values.
+    channels: of each part, filled in where there are several; not part of the identity, which follows from the rest.
 
     Raises UsageError that names the field for an invalid value.
     """
@@ -81,12 +89,14 @@ class Recipe:
     interpolation: str | None = None
     orientation: str = "exif"
     jpeg_draft: bool = False
+    channels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("backbone", "weights"):
             _require_text(name, getattr(self, name))
         if self.layer is not None:
             _require_text("layer", self.layer)
+            _check_layers(self.layer)
         object.__setattr__(self, "scales", _scales(self.scales))
         object.__setattr__(self, "levels", _levels(self.levels))
         for name, valid in (
@@ -118,19 +128,72 @@ class Recipe:
             raise UsageError("crop 'center' needs a scale in pixels, found 'native'")
         if self.jpeg_draft and NATIVE in self.scales:
             raise UsageError("jpeg_draft needs scales in pixels, found 'native'")
+        self.branches()
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+            for number in self.channels:
+                _require_integer("channels", number, 1, 1 << 20)
+
+    def branches(self) -> tuple[Recipe, ...]:
+        """The recipe of each backbone by itself, with the layers of that backbone."""
+        names = self.backbone.split("+")
+        if len(names) == 1 and "@" not in names[0]:
+            return (self,)
+        weights = _each("weights", self.weights, len(names))
+        layers = [None] * len(names) if self.layer is None else _each("layer", self.layer, len(names))
+        found = []
+        for name, weight, layer in zip(names, weights, layers, strict=True):
+            backbone, _, scales = name.partition("@")
+            own = dataclasses.replace(
+                self,
+                backbone=backbone,
+                weights=weight,
+                layer=layer,
+                scales=tuple(int(s) if s.isdecimal() else s for s in scales.split(",")) if scales else self.scales,
+                channels=None,
+            )
+            if own in found:
+                raise UsageError(f"backbone: expected different ones, found {name} twice, with the same layers")
+            found.append(own)
+        return tuple(found)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of a recipe of one backbone; none if it is the backbone's default."""
+        return () if self.layer is None else tuple(self.layer.split(","))
+
+    def parts(self, dim: int) -> tuple[Part, ...]:
+        """The parts of a descriptor of `dim` values, by a recipe that was filled in. Raises UsageError unless they
+        have that length together."""
+        names = [
+            (branch.backbone, layer, scale)
+            for branch in self.branches()
+            for scale in (branch.scales if self.fuse == "concat" else [None])
+            for layer in branch.layers or ("",)
+        ]
+        if len(names) == 1:
+            return (Part(*names[0], channels=dim // self.bins, start=0, end=dim),)
+        channels = self.channels or (dim // (self.bins * len(names)),) * len(names)
+        lengths = [self.bins * each for each in channels]
+        if len(channels) != len(names) or sum(lengths) != dim:
+            raise UsageError(f"recipe: expected {len(names)} parts of {dim} values, found channels {_show(channels)}")
+        ends = itertools.accumulate(lengths)
+        return tuple(
+            Part(*name, channels=each, start=end - length, end=end)
+            for name, each, length, end in zip(names, channels, lengths, ends, strict=True)
+        )
 
     @property
     def bins(self) -> int:
         """Bins of the pyramid: the sum of n x n over the levels."""
         return sum(level * level for level in self.levels)
 
-    def dimensions(self, channels: int) -> int:
-        """Length of a descriptor made from a feature map of `channels`."""
-        return self.bins * channels * (len(self.scales) if self.fuse == "concat" else 1)
-
     def to_json(self) -> str:
         """The recipe as one JSON object with sorted keys; `Recipe.from_json` reads it back."""
-        return json.dumps({"recipe_version": RECIPE_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if self.channels is None:
+            del fields["channels"]
+        return json.dumps({"recipe_version": RECIPE_VERSION, **fields}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -158,15 +221,32 @@ class Recipe:
     def identity(self, weights_sha256: str) -> str:
         """SHA-256 of everything that determines values: the fields, with the weights by content, not by path."""
         fields = dataclasses.asdict(self) | {"weights": weights_sha256, "recipe_version": RECIPE_VERSION}
+        del fields["channels"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Recipe) -> list[str]:
-        """Fields that differ, except weights (compared by content elsewhere), as `name: ours here, theirs there`."""
+        """Fields that differ, as `name: ours here, theirs there`; except weights, which are compared by content
+        elsewhere, and channels, which follow from them."""
         return [
             f"{field.name}: {_show(getattr(self, field.name))} here, {_show(getattr(other, field.name))} there"
             for field in dataclasses.fields(self)
-            if field.name != "weights" and getattr(self, field.name) != getattr(other, field.name)
+            if field.name not in ("weights", "channels") and getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The values `start` to `end` of a descriptor: the pyramid of one layer of one backbone, normalised by itself.
+
+    scale: None where the scales are fused into one.
+    """
+
+    backbone: str
+    layer: str
+    scale: int | str | None
+    channels: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -222,6 +302,15 @@ def _require_text(name: str, value: object) -> None:
         raise UsageError(f"{name} must be a name, found {value!r}")
 
 
+def _check_layers(layer: str) -> None:
+    for group in layer.split("+"):
+        names = group.split(",")
+        if not all(names):
+            raise UsageError(f"layer must be names, found {layer!r}")
+        if repeated := [name for at, name in enumerate(names) if name in names[:at]]:
+            raise UsageError(f"layer: expected different names, found {repeated[0]} twice")
+
+
 def _require_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in valid:
         raise UsageError(unknown_name(name, str(value), valid))
@@ -245,6 +334,16 @@ def _per_channel(name: str, value: Any) -> tuple[float, ...]:
     ):
         raise UsageError(f"{name} must be three numbers, for red, green and blue, found {value!r}")
     return tuple(float(n) for n in numbers)
+
+
+def _each(name: str, value: str, count: int) -> list[str]:
+    """One value for each of several backbones, joined by `+`, or one for all of them."""
+    values = value.split("+") if count > 1 else [value]
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise UsageError(f"{name}: expected one, or one for each of {count} backbones, found {len(values)}: {value}")
+    return values
 
 
 def _levels(value: Any) -> tuple[int, ...]:

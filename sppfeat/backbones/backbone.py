@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -42,10 +42,10 @@ _LITE_INPUT: Final = InputSpec((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
 
 
 class Backbone:
-    """A network cut at a layer, in evaluation mode, batch norms folded, on one device; `description` says which."""
+    """A network cut at some layers, in evaluation mode, batch norms folded, on one device; `descriptions` say which."""
 
-    def __init__(self, description: Description, trunk: torch.fx.GraphModule) -> None:
-        self.description = description
+    def __init__(self, descriptions: Sequence[Description], trunk: torch.fx.GraphModule) -> None:
+        self.descriptions = tuple(descriptions)
         self._trunk = trunk
         self._scale: torch.Tensor = torch.tensor([])
         self._shift: torch.Tensor = torch.tensor([])
@@ -53,7 +53,7 @@ class Backbone:
 
     def to(self, device: torch.device) -> Backbone:
         """Move to a device, at the recipe's precision; returns itself."""
-        recipe = self.description.recipe
+        recipe = self.descriptions[0].recipe
         dtype: torch.dtype = getattr(torch, recipe.precision)
         self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
         fused = device.type == "cpu" and dtype == torch.float32
@@ -66,18 +66,17 @@ class Backbone:
 
     @property
     def trunk(self) -> torch.fx.GraphModule:
-        """The module from normalised images [N, 3, H, W] to the feature map [N, C, h, w]."""
+        """The module from normalised images [N, 3, H, W] to the list of each layer's feature maps [N, C, h, w]."""
         return self._trunk
 
-    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
-        """Feature map [N, C, h, w], channels last in memory, of uint8 RGB images [N, H, W, 3] on the same device."""
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Each layer's feature maps [N, C, h, w] of uint8 RGB images [N, H, W, 3] on the same device."""
         inputs = images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
-        output: torch.Tensor = self._running(inputs.to(self._dtype))
-        return output
+        return list(self._running(inputs.to(self._dtype)))
 
 
 def load_backbone(recipe: Recipe) -> Backbone:
-    """Build the backbone that a recipe names, with its weights, on the CPU.
+    """Build the backbone that a recipe of one backbone names, with its weights, on the CPU.
 
     Raises UsageError for an unknown name, BackboneError for weights that are missing, damaged or of another network.
     """
@@ -85,9 +84,9 @@ def load_backbone(recipe: Recipe) -> Backbone:
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
     traced = TracedNetwork(recipe.backbone, network)
-    name = recipe.layer or (PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else traced.default_layer())
-    layer = traced.layer(name)
-    trunk = traced.cut(name)
+    default = PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else None
+    names = recipe.layers or (default or traced.default_layer(),)
+    trunk = traced.cut(names)
     path = None
     if recipe.weights not in ("pretrained", "random"):
         path = os.path.abspath(recipe.weights)
@@ -96,21 +95,29 @@ def load_backbone(recipe: Recipe) -> Backbone:
         _load_strictly(recipe.backbone, packaged_weights, trunk.state_dict(), network.state_dict(), into=trunk)
     resolved = replace(
         recipe,
-        layer=name,
         weights=path or recipe.weights,
         mean=recipe.mean or spec.mean,
         std=recipe.std or spec.std,
         interpolation=recipe.interpolation or spec.interpolation,
     )
-    folded = fold_batch_norms(trunk)
+    return Backbone([_describe(traced, name, resolved) for name in names], fold_batch_norms(trunk))
+
+
+def _describe(traced: TracedNetwork, name: str, recipe: Recipe) -> Description:
+    """One layer of a network whose weights are loaded."""
+    layer, trunk = traced.layer(name), traced.cut([name])
     try:
-        steps, no_geometry = tuple(layer_steps(folded)), None
+        steps, no_geometry = tuple(layer_steps(fold_batch_norms(trunk))), None
     except BackboneError as error:
         steps, no_geometry = (), str(error)
-    description = Description(
-        resolved, layer, _sha256(trunk.state_dict()), shortest_side(steps, layer.stride), steps, no_geometry
+    return Description(
+        replace(recipe, layer=name),
+        layer,
+        _sha256(trunk.state_dict()),
+        shortest_side(steps, layer.stride),
+        steps,
+        no_geometry,
     )
-    return Backbone(description, folded)
 
 
 def list_layers(backbone: str) -> list[Layer]:

@@ -60,9 +60,9 @@ PACKAGED: Final[Mapping[str, Packaged]] = {
 
 @dataclass(frozen=True)
 class Description:
-    """A network cut at a layer.
+    """A network cut at one layer.
 
-    recipe: the recipe it was made from, with layer, mean, std and interpolation filled in.
+    recipe: a recipe of this backbone and layer alone, with layer, mean, std and interpolation filled in.
     layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
     minimum_side: shortest side in pixels that gives a whole cell and that every layer accepts.
     steps: the layers along an axis, for the geometry; no_geometry: why there are none.
@@ -79,11 +79,6 @@ class Description:
     def channels(self) -> int:
         """Channels of the feature map."""
         return self.layer.channels
-
-    @property
-    def dim(self) -> int:
-        """Length of a descriptor."""
-        return self.recipe.dimensions(self.channels)
 
     def geometry(self, height: int, width: int) -> tuple[Geometry, Geometry]:
         """Geometry of the feature map's rows and columns for an image of that size. Raises BackboneError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sppfeat.backbones.description import (
@@ -23,23 +24,32 @@ _log = logging.getLogger(__name__)
 
 
 class Network:
-    """A network by its recipe. Its properties raise BackboneError and UsageError, as `load_backbone` does.
+    """A network by a recipe of one backbone. Its properties raise BackboneError and UsageError, as `load_backbone`.
 
     What takes seconds, and only the first time on a machine, is logged before it begins, at level INFO.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._asked = recipe
+        # One recipe for each layer; the only one of a recipe that leaves the layer to the backbone.
+        self._of_layers = [replace(recipe, layer=layer) for layer in recipe.layers or (None,)]
         self._told = False
 
     @functools.cached_property
-    def description(self) -> Description:
-        """The network as plain data; only the first use on a machine builds the network."""
-        if (kept := read_description(self._asked)) is not None:
-            return kept
+    def descriptions(self) -> tuple[Description, ...]:
+        """Each layer of the network as plain data; only the first use on a machine builds the network."""
+        kept = [read_description(one) for one in self._of_layers]
+        found = tuple(one for one in kept if one is not None)
+        if len(found) == len(kept):
+            return found
         check_backbone(self._asked.backbone)
         self.log_preparing()
-        return self.backbone.description
+        return self.backbone.descriptions
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that all layers have in common, filled in."""
+        return self.descriptions[0].recipe
 
     def log_preparing(self) -> None:
         """Log that the network is prepared, once: describing and converting it are one wait."""
@@ -56,13 +66,15 @@ class Network:
             raise BackboneError(f"PyTorch could not be imported: {one_line(error)}") from None
         weights_file = weights_file_of(self._asked)
         built = load_backbone(self._asked)
-        keep_description(self._asked, built.description, weights_file)
-        described = self.__dict__.get("description", built.description)
-        if described.weights_sha256 != built.description.weights_sha256:
-            # Downloaded weights are described without their file, which may have been replaced.
-            raise BackboneError(
-                f"backbone {self._asked.backbone}: its weights have changed since they were described "
-                f"({described.weights_sha256[:12]} then, {built.description.weights_sha256[:12]} now): "
-                "run the command again"
-            )
+        for asked, found in zip(self._of_layers, built.descriptions, strict=True):
+            keep_description(asked, found, weights_file)
+        before = self.__dict__.get("descriptions", built.descriptions)
+        for described, found in zip(before, built.descriptions, strict=True):
+            if described.weights_sha256 != found.weights_sha256:
+                # Downloaded weights are described without their file, which may have been replaced.
+                raise BackboneError(
+                    f"backbone {self._asked.backbone}: its weights have changed since they were described "
+                    f"({described.weights_sha256[:12]} then, {found.weights_sha256[:12]} now): "
+                    "run the command again"
+                )
         return built

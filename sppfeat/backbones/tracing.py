@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,10 +106,11 @@ class TracedNetwork:
                 return layer
         raise UsageError(f"backbone {self.name}: " + unknown_name("layer", name, [layer.name for layer in layers]))
 
-    def cut(self, layer: str) -> fx.GraphModule:
-        """The network up to a layer: a module whose output is that feature map, without what comes after."""
-        end = self._outputs[self.layer(layer).name]
-        needed, waiting = {end}, [end]
+    def cut(self, layers: Sequence[str]) -> fx.GraphModule:
+        """The network up to some layers: a module whose output is the list of their feature maps, without what comes
+        after them."""
+        ends = [self._outputs[self.layer(layer).name] for layer in layers]
+        needed, waiting = set(ends), list(ends)
         while waiting:
             fresh = [node for node in waiting.pop().all_input_nodes if node not in needed]
             needed.update(fresh)
@@ -119,7 +120,7 @@ class TracedNetwork:
         for node in self._graph.nodes:
             if node in needed:
                 kept[node] = graph.node_copy(node, lambda n: kept[n])
-        graph.output(kept[end])
+        graph.output([kept[end] for end in ends])
         return fx.GraphModule(self._network, graph)
 
 

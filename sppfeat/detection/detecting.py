@@ -88,7 +88,7 @@ class DetectorRunner:
                 f"the detector was trained with other weights of {detector.recipe.backbone}: expected sha256 "
                 f"{detector.weights_sha256[:12]}, found {self._describer.weights_sha256[:12]}"
             )
-        dim = detector.recipe.bins * (self._describer.dim // detector.recipe.dimensions(1))
+        dim = self._describer.nearest_dim
         if detector.weights.shape[1] != dim:
             raise ModelError(f"the detector expects descriptors of {detector.weights.shape[1]} values, found {dim}")
         self._score_seconds = self._suppress_seconds = 0.0

@@ -83,7 +83,7 @@ class Trainer:
             raise UsageError(f"expected windows of the images, found none; the first image is {names[0]}")
         for name in sorted(bare):
             self._note(f"{name}: has no windows; only its objects are used")
-        dim = describer.recipe.bins * (describer.dim // describer.recipe.dimensions(1))
+        dim = describer.nearest_dim
         wanted = sum(self.positives.values())
         capacity = min(options.memory // (2 * (dim + 1)), 1 << 22)
         if wanted > capacity // 2:

@@ -16,7 +16,7 @@ import torch
 
 from sppfeat.errors import SppFeatWarning, one_line
 
-Pass = Callable[[torch.Tensor], torch.Tensor]
+Pass = Callable[[torch.Tensor], list[torch.Tensor]]
 Capture = Callable[[Pass, torch.Tensor], Pass]
 
 # Batches of a shape until it counts as recurring; the most shapes with a graph; the most shapes counted.
@@ -45,7 +45,7 @@ class RecurringPasses:
         self._recorded: dict[torch.Size, Pass] = {}
         self._records = True
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         shape = images.shape
         recorded = self._recorded.pop(shape, None)
         if recorded is not None:
@@ -68,15 +68,16 @@ class RecurringPasses:
         self._seen.clear()
         self._capture = None
 
-    def _record(self, images: torch.Tensor, expected: torch.Tensor) -> None:
+    def _record(self, images: torch.Tensor, expected: list[torch.Tensor]) -> None:
         while len(self._recorded) >= MOST_SHAPES:
             del self._recorded[next(iter(self._recorded))]
         try:
             self._capture = self._capture or self._new_capture()
             recorded = self._capture(self._run, images)
-            difference = (recorded(images).float() - expected.float()).norm() / expected.float().norm().clamp(1e-30)
-            if not bool(difference <= _TOLERANCE) and bool(expected.isfinite().all()):
-                raise RuntimeError(f"values differ from the recorded pass by {float(difference):.1e}")
+            for found, wanted in zip(recorded(images), expected, strict=True):
+                difference = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(1e-30)
+                if not bool(difference <= _TOLERANCE) and bool(wanted.isfinite().all()):
+                    raise RuntimeError(f"values differ from the recorded pass by {float(difference):.1e}")
         except torch.OutOfMemoryError:
             self._records = False
         except RuntimeError as error:
@@ -108,12 +109,12 @@ def capture_into_one_pool() -> Capture:
             with torch.cuda.graph(
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
-                output = run(still)
+                outputs = run(still)
 
-        def replay(images: torch.Tensor) -> torch.Tensor:
+        def replay(images: torch.Tensor) -> list[torch.Tensor]:
             still.copy_(images, non_blocking=True)
             graph.replay()
-            return output.clone()  # the next replay overwrites it
+            return [output.clone() for output in outputs]  # the next replay overwrites them
 
         return replay
 

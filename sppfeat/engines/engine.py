@@ -53,15 +53,16 @@ class Engine(Protocol):
     def lane(self) -> contextlib.AbstractContextManager[object]:
         """A context for each thread, from images to rows, in which the device overlaps it with other threads."""
 
-    def feature_maps(self, images: np.ndarray) -> Any:
-        """Feature maps of uint8 RGB images [N, H, W, 3], in the engine's own form: N maps that the caller owns.
+    def feature_maps(self, images: np.ndarray) -> list[Any]:
+        """Each layer's feature maps of uint8 RGB images [N, H, W, 3], in the engine's own form: N maps that the caller
+        owns.
 
         Raises ImageRefusedError for images that the network cannot take, MemoryError when out of memory, and
         RuntimeError for any other failure.
         """
 
     def pool(self, maps: Any) -> np.ndarray:
-        """[N, bins * C] float32 of N feature maps, by the recipe's pyramid."""
+        """[N, bins * C] float32 of N feature maps of one layer, by the recipe's pyramid."""
 
     def pool_windows(self, feature_map: Any, rois: np.ndarray) -> np.ndarray:
         """[K, bins * C] float32 of windows of one feature map, rois [K, 4] int64 in cells, inclusive ends."""
@@ -97,7 +98,7 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     is asked for by name never falls back. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
     options = options or RunOptions()
-    if choose_engine(network.description.recipe, options) == "openvino":
+    if choose_engine(network.recipe, options) == "openvino":
         from sppfeat.engines.openvino_engine import OpenVinoEngine
 
         try:

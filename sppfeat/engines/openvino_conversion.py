@@ -21,7 +21,8 @@ from sppfeat.engines.torch_engine import told_apart
 
 
 class _Served(nn.Module):
-    """The module that OpenVINO converts: uint8 images [N, H, W, 3] to cells [N, h, w, C], with normalisation."""
+    """The module that OpenVINO converts: uint8 images [N, H, W, 3] to each layer's cells [N, h, w, C], with
+    normalisation."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -32,15 +33,14 @@ class _Served(nn.Module):
         for name, module in list(self.trunk.named_modules()):
             if type(module).__name__ == "Conv2dSame":
                 self.trunk.set_submodule(name, _MarkedConvolution(module))
-        recipe = backbone.description.recipe
+        recipe = backbone.descriptions[0].recipe
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.mean, recipe.std))
         self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        output: torch.Tensor = self.trunk(inputs).permute(0, 2, 3, 1)
-        return output
+        return tuple(output.permute(0, 2, 3, 1) for output in self.trunk(inputs))
 
 
 class _MarkedConvolution(nn.Module):
@@ -134,17 +134,17 @@ def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) 
         model.reshape(openvino.PartialShape([-1, -1, -1, 3]))
         return openvino.Core().compile_model(model, "CPU", options)
     except Exception as error:  # tracing, converting and compiling can fail in any way
-        raise failure(backbone.description, error) from None
+        raise failure(backbone.descriptions, error) from None
 
 
-def expected_cells(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """[N, h, w, C] float32, the cells that torch gives for images [N, H, W, 3]."""
+def expected_cells(backbone: Backbone, images: np.ndarray) -> list[np.ndarray]:
+    """[N, h, w, C] float32, the cells of each layer that torch gives for images [N, H, W, 3]."""
     with torch.inference_mode():
-        cells: np.ndarray = backbone.feature_map(torch.from_numpy(images)).float().permute(0, 2, 3, 1).numpy()
-        return cells
+        maps = backbone.feature_maps(torch.from_numpy(images))
+        return [cells.float().permute(0, 2, 3, 1).numpy() for cells in maps]
 
 
 def say_why(backbone: Backbone, images: np.ndarray) -> None:
     """Raise torch's error for images that OpenVINO failed on, if torch fails on them, too."""
     with told_apart(), torch.inference_mode():
-        backbone.feature_map(torch.from_numpy(images))
+        backbone.feature_maps(torch.from_numpy(images))

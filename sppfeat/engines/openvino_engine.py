@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,9 +78,9 @@ class OpenVinoEngine:
         import_openvino()
         self.streams, self.threads = streams, threads
         self._network = network
-        self._description = network.description
+        self._descriptions = network.descriptions
+        self._recipe = recipe = network.recipe
         self._local = threading.local()
-        recipe = self._description.recipe
         options: dict[str, Any] = {
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams * threads,
@@ -87,23 +88,24 @@ class OpenVinoEngine:
             # Decoding needs the cores between passes.
             "ENABLE_CPU_PINNING": False,
         }
-        entry = _entry(self._description)
+        entry = _entry(self._descriptions)
+        odd_size = _odd_size(self._descriptions)
         self._compiled = _read_entry(entry, options)
         if self._compiled is None:
             network.log_preparing()
             backbone = network.backbone
             from sppfeat.engines.openvino_conversion import convert
 
-            self._compiled = convert(backbone, options, _odd_size(self._description))
+            self._compiled = convert(backbone, options, odd_size)
             self._check_values()
             _write_entry(entry, self._compiled)
         else:
             # At its first pass the binding fills tables of its own, and two threads that do so at once wait for each
             # other for ever, one for the table and one for the interpreter: so the first pass is this thread's.
             try:
-                self._infer(np.zeros((1, *_odd_size(self._description), 3), np.uint8))
+                self._infer(np.zeros((1, *odd_size, 3), np.uint8))
             except RuntimeError as error:
-                raise failure(self._description, error) from None
+                raise failure(self._descriptions, error) from None
 
     def at_work(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -111,8 +113,8 @@ class OpenVinoEngine:
     def lane(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def feature_maps(self, images: np.ndarray) -> np.ndarray:
-        """[N, h, w, C] float32; see `Engine.feature_maps`."""
+    def feature_maps(self, images: np.ndarray) -> list[np.ndarray]:
+        """[N, h, w, C] float32 of each layer; see `Engine.feature_maps`."""
         try:
             return self._infer(images)
         except RuntimeError as error:
@@ -125,64 +127,67 @@ class OpenVinoEngine:
             raise RuntimeError(f"OpenVINO: {_reason(error)}; --engine torch runs it") from None
 
     def pool(self, maps: np.ndarray) -> np.ndarray:
-        recipe = self._description.recipe
+        recipe = self._recipe
         return pool_maps(maps, recipe.levels, recipe.pooling, recipe.gem_p)
 
     def pool_windows(self, feature_map: np.ndarray, rois: np.ndarray) -> np.ndarray:
-        recipe = self._description.recipe
+        recipe = self._recipe
         return pool_windows(feature_map, rois, recipe.levels, recipe.pooling, recipe.gem_p)
 
     def release(self) -> None:
         self._local = threading.local()  # requests keep the maps of the largest image they have seen
 
-    def _infer(self, images: np.ndarray) -> np.ndarray:
+    def _infer(self, images: np.ndarray) -> list[np.ndarray]:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()
-        cells: np.ndarray | None = None
+        cells: list[np.ndarray] = []
         for at, image in enumerate(images):
-            one: np.ndarray = request.infer([image[None]], share_inputs=True, share_outputs=True)[0]
-            if cells is None:
-                cells = np.empty((len(images), *one.shape[1:]), np.float32)
+            outputs = request.infer([image[None]], share_inputs=True, share_outputs=True)
+            ones = [outputs[number] for number in range(len(self._descriptions))]
+            if not cells:
+                cells = [np.empty((len(images), *one.shape[1:]), np.float32) for one in ones]
             # Copied: the request's own memory is overwritten by its next pass.
-            cells[at] = one[0]
-        assert cells is not None
+            for layer, one in zip(cells, ones, strict=True):
+                layer[at] = one[0]
         return cells
 
     def _check_values(self) -> None:
         """Compare with torch on two images of a size that is no multiple of any stride, or raise BackboneError."""
         from sppfeat.engines.openvino_conversion import expected_cells
 
-        tolerance = TOLERANCE[self._description.recipe.precision]
-        height, width = _odd_size(self._description)
+        tolerance = TOLERANCE[self._recipe.precision]
+        height, width = _odd_size(self._descriptions)
         images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
         expected = expected_cells(self._network.backbone, images)
         try:
             found = self._infer(images)
         except RuntimeError as error:
-            raise failure(self._description, error) from None
-        if found.shape != expected.shape:
-            difference = f"maps of {list(found.shape)} where torch gives {list(expected.shape)}"
-        else:
-            relative = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
-            if relative <= tolerance:
-                return
-            difference = f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
-        raise BackboneError(f"{_who(self._description)} gives {difference}, on images of {width} x {height}") from None
+            raise failure(self._descriptions, error) from None
+        for ours, theirs in zip(found, expected, strict=True):
+            if ours.shape != theirs.shape:
+                difference = f"maps of {list(ours.shape)} where torch gives {list(theirs.shape)}"
+            else:
+                relative = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+                if relative <= tolerance:
+                    continue
+                difference = f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
+            raise BackboneError(f"{_who(self._descriptions)} gives {difference}, on images of {width} x {height}")
 
 
-def _odd_size(description: Description) -> tuple[int, int]:
+def _odd_size(descriptions: Sequence[Description]) -> tuple[int, int]:
     """Height and width of a small image that is no multiple of any stride."""
-    side = max(97, description.minimum_side + 1)
+    side = max(97, max(each.minimum_side for each in descriptions) + 1)
     return side, side + 34
 
 
-def _who(description: Description) -> str:
-    return f"engine openvino: backbone {description.recipe.backbone} up to layer {description.layer.name}"
+def _who(descriptions: Sequence[Description]) -> str:
+    layers = ", ".join(each.layer.name for each in descriptions)
+    return f"engine openvino: backbone {descriptions[0].recipe.backbone} up to layer {layers}"
 
 
-def failure(description: Description, error: Exception) -> BackboneError:
-    return BackboneError(f"{_who(description)} cannot be run ({_reason(error)})")
+def failure(descriptions: Sequence[Description], error: Exception) -> BackboneError:
+    return BackboneError(f"{_who(descriptions)} cannot be run ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
@@ -195,13 +200,12 @@ def _reason(error: Exception) -> str:
     return telling[0] if telling else one_line(error)
 
 
-def _entry(description: Description) -> Path:
+def _entry(descriptions: Sequence[Description]) -> Path:
     """The file that holds this network compiled for this machine, by these versions."""
-    recipe = description.recipe
+    recipe = descriptions[0].recipe
     made_from: dict[str, object] = {
         "backbone": recipe.backbone,
-        "layer": description.layer.name,
-        "weights_sha256": description.weights_sha256,
+        "layers": [[each.layer.name, each.weights_sha256] for each in descriptions],
         "input": [recipe.mean, recipe.std, recipe.precision],
         "versions": {"sppfeat": __version__, "openvino": import_openvino().__version__} | network_versions(),
         "machine": _machine(),

@@ -48,10 +48,10 @@ class TorchEngine:
         try:
             self._backbone = backbone.to(self._place)
         except RuntimeError as error:
-            name = backbone.description.recipe.backbone
+            name = backbone.descriptions[0].recipe.backbone
             raise DeviceError(f"device {device}: cannot hold {name} ({one_line(error)})") from None
         self.device = device
-        self._recipe = backbone.description.recipe
+        self._recipe = backbone.descriptions[0].recipe
         self._local = threading.local()
         self._all_passes: list[RecurringPasses] = []
         self.batch_size = CPU_BATCH_SIZE if device == "cpu" else CUDA_BATCH_SIZE
@@ -82,20 +82,20 @@ class TorchEngine:
             with torch.cuda.stream(self._local.stream):
                 yield
 
-    def feature_maps(self, images: np.ndarray) -> torch.Tensor:
-        """[N, C, h, w], channels last in memory, on the device; see `Engine.feature_maps`."""
+    def feature_maps(self, images: np.ndarray) -> list[torch.Tensor]:
+        """[N, C, h, w] of each layer, on the device; see `Engine.feature_maps`."""
         with told_apart():
             pixels = torch.from_numpy(images)
             if self._place.type != "cuda":
-                return self._backbone.feature_map(pixels)
+                return self._backbone.feature_maps(pixels)
             # Only a copy from pinned memory runs beside another thread's pass.
             pixels = pixels.pin_memory().to(self._place, non_blocking=True)
             if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
-                return self._backbone.feature_map(pixels)
+                return self._backbone.feature_maps(pixels)
             if not hasattr(self._local, "passes"):
-                self._local.passes = RecurringPasses(self._backbone.feature_map, capture_into_one_pool)
+                self._local.passes = RecurringPasses(self._backbone.feature_maps, capture_into_one_pool)
                 self._all_passes.append(self._local.passes)
-            output: torch.Tensor = self._local.passes(pixels)
+            output: list[torch.Tensor] = self._local.passes(pixels)
             return output
 
     def pool(self, maps: torch.Tensor) -> np.ndarray:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from sppfeat.backbones import Network
-from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
-from sppfeat.errors import BackboneError, ImageError, StoreError, UsageError, one_line, unknown_name
+from sppfeat.engines import Engine
+from sppfeat.errors import ImageError, StoreError, UsageError, unknown_name
+from sppfeat.extraction.branch import Branch, Gate, Windowed
 from sppfeat.extraction.stages import Stages
+from sppfeat.extraction.values import fuse, to_stored
 from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead, scaled_size
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
-from sppfeat.windows import map_windows, nearest_scales, outside, part_of_image
+from sppfeat.windows import nearest_scales, outside, part_of_image
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # Approximate limit of decoded images that wait for the network; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
@@ -64,55 +68,36 @@ class _Unreadable(NamedTuple):
 
 @dataclass
 class _Row:
-    """An image in the pipeline, with the results of its scales so far.
+    """An image in the pipeline, with the results of its passes so far.
 
-    windows: [K, 4], or None if the whole image is described. scale_of: [K] the scale of each window, or None if every
-    window is pooled at every scale.
+    windows: [K, 4], or None if the whole image is described. nearest: for each pass, [K] whether a window is pooled
+    from it; None if every window is pooled from every pass.
     """
 
     prepared: PreparedImage
     windows: np.ndarray | None
-    scale_of: np.ndarray | None
-    parts: list[np.ndarray | None]
+    nearest: list[np.ndarray] | None
+    results: list[np.ndarray | None]
     left: int = 0
     error: str | None = None
 
-    def rois_at(self, scale: int) -> np.ndarray | None:
-        """[K] which windows are pooled at a scale; None: the whole image."""
+    def windowed(self, at: int) -> Windowed | None:
+        """The windows that are pooled from a pass; None: the whole image."""
         if self.windows is None:
             return None
-        return np.ones(len(self.windows), bool) if self.scale_of is None else self.scale_of == scale
+        return Windowed(self.windows if self.nearest is None else self.windows[self.nearest[at]], self.prepared.size)
 
 
-_Input = tuple[int, int]  # which image, which scale
+class _Pass(NamedTuple):
+    """A backbone at a scale."""
+
+    branch: Branch
+    scale: int | str
+
+
+_Input = tuple[int, int]  # which image, which pass
+_Results = list[tuple[_Input, "np.ndarray | str"]]
 _Decoding = tuple[int, Item, "Future[PreparedImage | _Unreadable]"]
-
-
-class _Gate:
-    """Passes run concurrently, or one alone: it waits for running passes to end, and blocks all others."""
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._changed = threading.Condition()
-        self._inside = 0
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._turn, self._changed:
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._turn:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._inside)
-            yield
 
 
 def check_windows(recipe: Recipe) -> None:
@@ -122,38 +107,53 @@ def check_windows(recipe: Recipe) -> None:
 
 
 class Describer:
-    """Describes images by a recipe, which it completes (layer, mean, ...). The network is loaded on first use.
+    """Describes images by a recipe, which it completes (layer, mean, ...). Networks are loaded on first use.
 
-    dim: length of a descriptor. device: where the network runs. weights_sha256: of the network up to the layer.
-    workers: decoding threads. network: the recipe's, if it is at hand.
+    dim: length of a descriptor; nearest_dim: of a window at its nearest scale. device: where networks run.
+    weights_sha256: of the network up to the layer, or of each part, joined by `+`. workers: decoding threads.
+    network: the recipe's, if it is of one backbone and at hand.
     Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions | None = None, *, network: Network | None = None) -> None:
-        self._options = options or RunOptions()
-        choose_engine(recipe, self._options)  # report invalid options before any work
-        self._network = network or Network(recipe)
-        description = self._network.description
-        self.device = resolve_device(self._options.device)
-        self.recipe = description.recipe
-        self.minimum_side = description.minimum_side
-        for scale in self.recipe.scales:
-            if isinstance(scale, int) and scale < self.minimum_side:
-                raise UsageError(
-                    f"scale {scale}: backbone {recipe.backbone} needs at least {self.minimum_side} pixels per side"
-                )
-        self.weights_sha256 = description.weights_sha256
-        self.dim = description.dim
+        options = options or RunOptions()
         self.times = Stages()
-        self._geometry = functools.lru_cache(maxsize=1024)(description.geometry)
-        self._gate = _Gate()
-        self._most_pixels = 0  # that went through the network in one pass
-        self.workers = self._options.num_workers or available_cores()
-        self._engine: Engine | None = None
-        self._loading = threading.Lock()
-        self._batch_size = 1
-        # Batch sizes by shape, where memory is short.
-        self._fitting: dict[tuple[int, ...], int] = {}
+        branches, gate = recipe.branches(), Gate()
+        whole = len(branches) == 1 and len(branches[0].scales) == 1
+        self._branches = [Branch(each, options, network, gate=gate, times=self.times, whole=whole) for each in branches]
+        self._recipes = [branch.recipe for branch in self._branches]
+        self._passes = [_Pass(branch, scale) for branch in self._branches for scale in branch.recipe.scales]
+        self.device = self._branches[0].device
+        self.minimum_side = max(branch.minimum_side for branch in self._branches)
+        self.weights_sha256 = "+".join(each.weights_sha256 for b in self._branches for each in b.descriptions)
+        channels = tuple(
+            each.channels
+            for branch in self._branches
+            for _ in (branch.recipe.scales if recipe.fuse == "concat" else [None])
+            for each in branch.descriptions
+        )
+        self.recipe = self._completed(recipe, channels)
+        self.dim = recipe.bins * sum(channels)
+        self.nearest_dim = sum(branch.dim for branch in self._branches)
+        self.workers = options.num_workers or available_cores()
+
+    def _completed(self, recipe: Recipe, channels: tuple[int, ...]) -> Recipe:
+        recipes = self._recipes
+        completed = recipes[0]
+        if len(recipes) > 1:
+            # Their means, deviations and interpolations are their own.
+            layer, weights = "+".join(each.layer or "" for each in recipes), [each.weights for each in recipes]
+            completed = replace(
+                recipe, layer=layer, weights=weights[0] if len(set(weights)) == 1 else "+".join(weights)
+            )
+            differ = {each.interpolation for each in recipes}
+            if len(differ) > 1:
+                each = ", ".join(f"{one.backbone} by {one.interpolation}" for one in recipes)
+                _log.info("the backbones were trained with different resizing, and each gets its own: %s", each)
+        several = len(recipes) > 1 or len(recipes[0].layers) > 1
+        if several and recipe.channels not in (None, channels):
+            raise UsageError(f"channels: expected {channels}, found {recipe.channels}")
+        return replace(completed, channels=channels if several else None)
 
     def check_made(self, path: Path, recipe: Recipe, weights_sha256: str) -> None:
         """Raise StoreError, with the fields that differ, unless an output was made with this network and recipe."""
@@ -172,26 +172,22 @@ class Describer:
         Raises BackboneError where the geometry of the layer is not known, ImageError for a size that is not described.
         """
         input_size = scaled_size(size, scale, self.recipe, minimum=self.minimum_side)
-        rows, columns = self._geometry(input_size[1], input_size[0])
+        rows, columns = self._branches[0].geometries[0](input_size[1], input_size[0])
         return part_of_image(part, input_size, columns, rows)
 
-    def load(self) -> Engine:
-        """The engine, loaded on first use. Raises BackboneError, DeviceError."""
-        with self._loading:
-            if self._engine is None:
-                self._engine = load_engine(self._network, self._options)
-                self._batch_size = self._options.batch_size or self._engine.batch_size
-            return self._engine
+    def load(self) -> list[Engine]:
+        """The engine of each backbone, loaded on first use. Raises BackboneError, DeviceError."""
+        return [branch.load() for branch in self._branches]
 
     @property
     def engine(self) -> str:
-        """The engine that runs the network, or will run it once loaded: `openvino` or `torch`."""
-        return choose_engine(self.recipe, self._options) if self._engine is None else self._engine.name
+        """The engines that run the networks, or will run them once loaded: `openvino`, `torch`, or both."""
+        return "+".join(dict.fromkeys(branch.engine for branch in self._branches))
 
     @property
     def streams(self) -> int:
-        """Threads that run the network; 0 before it is loaded."""
-        return self._engine.streams if self._engine is not None else 0
+        """Threads that run networks; 0 before they are loaded."""
+        return max(branch.streams for branch in self._branches)
 
     def describe(
         self,
@@ -232,21 +228,21 @@ class Describer:
             begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
             if not begun:
                 return
-            engine = self.load()
-            forwarders = ThreadPoolExecutor(engine.streams, thread_name_prefix="forward")
-            try:
-                with engine.at_work():
-                    yield from self._pipeline(engine, numbered, begun, scales, decoders, forwarders, stop)
-            finally:
-                forwarders.shutdown(cancel_futures=True)
+            with contextlib.ExitStack() as stack:
+                for engine in self.load():
+                    stack.enter_context(engine.at_work())
+                forwarders = ThreadPoolExecutor(self.streams, thread_name_prefix="forward")
+                stack.callback(forwarders.shutdown, cancel_futures=True)
+                yield from self._pipeline(numbered, begun, scales, decoders, forwarders, stop)
         finally:
             read_ahead.forget()
             decoders.shutdown(cancel_futures=True)
 
     def _ahead(self, passes: int) -> int:
         """How many images may be decoded ahead of the network, which processes `passes` of them at a time."""
-        largest = max(self.recipe.max_pixels if isinstance(s, str) else 2 * s * s for s in self.recipe.scales)
-        return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * largest * len(self.recipe.scales))))
+        most = self.recipe.max_pixels
+        pixels = sum(most if isinstance(scale, str) else min(most, 2 * scale * scale) for _, scale in self._passes)
+        return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * pixels)))
 
     def _begin(self, items: Iterable[tuple[int, Item]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
         for index, item in items:
@@ -257,7 +253,6 @@ class Describer:
 
     def _pipeline(
         self,
-        engine: Engine,
         items: Iterator[tuple[int, Item]],
         decoding: deque[_Decoding],
         window_scales: str,
@@ -265,28 +260,26 @@ class Describer:
         forwarders: ThreadPoolExecutor,
         stop: Callable[[], bool],
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
-        ahead = self._ahead(engine.streams * self._batch_size)
-        forwarding: deque[Future[list[tuple[_Input, np.ndarray | str]]]] = deque()
-        batcher: ShapeBatcher[_Input] = ShapeBatcher(
-            self._batch_size,
-            patience=engine.patience * self._batch_size * len(self.recipe.scales),
-            most=self._fitting,
-        )
+        streams = self.streams
+        ahead = self._ahead(streams * max(branch.batch_size for branch in self._branches))
+        forwarding: deque[Future[_Results]] = deque()
+        batchers = {branch: self._batcher(branch) for branch in self._branches}
         ending = False
         rows: dict[int, _Row] = {}
 
         def submit(batch: list[tuple[_Input, np.ndarray]]) -> None:
-            forwarding.append(forwarders.submit(self._forward, batch, [rows[index] for (index, _), _ in batch]))
+            index, at = batch[0][0]
+            forwarding.append(forwarders.submit(self._forward, batch, rows[index].windowed(at)))
 
         def collect(most: int) -> Iterator[tuple[int, _Row]]:
             while len(forwarding) > most or (forwarding and forwarding[0].done()):
-                for (index, scale), part in forwarding.popleft().result():
+                for (index, at), result in forwarding.popleft().result():
                     row = rows[index]
                     row.left -= 1
-                    if isinstance(part, str):
-                        row.error = row.error or part
+                    if isinstance(result, str):
+                        row.error = row.error or result
                     else:
-                        row.parts[scale] = part
+                        row.results[at] = result
                     if not row.left:
                         yield index, rows.pop(index)
 
@@ -303,31 +296,45 @@ class Describer:
                 continue
             row = rows[index] = self._row(prepared, item.windows, window_scales)
             # A scale without windows needs no pass.
-            wanted = [s for s in range(len(row.parts)) if (chosen := row.rois_at(s)) is None or chosen.any()]
+            windowed = [row.windowed(at) for at in range(len(self._passes))]
+            wanted = [at for at, chosen in enumerate(windowed) if chosen is None or len(chosen.windows)]
             row.left = len(wanted)
             if not wanted:
                 yield index, rows.pop(index)
             # Batches become smaller towards the end, so that every stream gets work.
-            share = -(-(1 + len(decoding)) // (2 * engine.streams)) if ending and engine.device == "cpu" else None
-            for scale in wanted:
+            share = -(-(1 + len(decoding)) // (2 * streams)) if ending and self.device == "cpu" else None
+            for at in wanted:
                 if item.windows is not None:
-                    submit([((index, scale), prepared.inputs[scale])])
+                    submit([((index, at), prepared.inputs[at])])
                     continue
-                for batch in batcher.add((index, scale), prepared.inputs[scale], share=share):
+                for batch in batchers[self._passes[at].branch].add((index, at), prepared.inputs[at], share=share):
                     submit(batch)
             prepared.inputs.clear()
-            yield from collect(2 * engine.streams)
-        for batch in batcher.flush():
-            submit(batch)
-            yield from collect(2 * engine.streams)
+            yield from collect(2 * streams)
+        for batcher in batchers.values():
+            for batch in batcher.flush():
+                submit(batch)
+                yield from collect(2 * streams)
         yield from collect(0)
 
+    @staticmethod
+    def _batcher(branch: Branch) -> ShapeBatcher[_Input]:
+        patience = branch.load().patience * branch.batch_size * len(branch.recipe.scales)
+        return ShapeBatcher(branch.batch_size, patience=patience, most=branch.fitting)
+
     def _row(self, prepared: PreparedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
-        scale_of = None
+        nearest: list[np.ndarray] | None = None
         if windows is not None and window_scales == "nearest":
-            sizes = [(pixels.shape[1], pixels.shape[0]) for pixels in prepared.inputs]
-            scale_of = nearest_scales(windows, prepared.size, sizes)
-        return _Row(prepared, windows, scale_of, [None] * len(prepared.inputs))
+            nearest, sizes = [], [(pixels.shape[1], pixels.shape[0]) for pixels in prepared.inputs]
+            for branch in self._branches:
+                count = len(branch.recipe.scales)
+                scale_of = nearest_scales(windows, prepared.size, sizes[len(nearest) : len(nearest) + count])
+                nearest += [scale_of == scale for scale in range(count)]
+        return _Row(prepared, windows, nearest, [None] * len(prepared.inputs))
+
+    def _forward(self, batch: list[tuple[_Input, np.ndarray]], windowed: Windowed | None) -> _Results:
+        keys, images = zip(*batch, strict=True)
+        return list(zip(keys, self._passes[keys[0][1]].branch.forward(images, windowed), strict=True))
 
     def _prepare(self, item: Item) -> PreparedImage | _Unreadable:
         start = time.perf_counter()
@@ -337,7 +344,7 @@ class Describer:
             return _Unreadable(item.problem, early or item.fingerprint())
         try:
             with quiet_pillow:
-                return prepare_image(item, self.recipe, minimum=self.minimum_side)
+                return prepare_image(item, *self._recipes, minimum=self.minimum_side)
         except ImageError as error:
             return _Unreadable(str(error), early or item.fingerprint())
         except MemoryError:
@@ -345,120 +352,14 @@ class Describer:
         finally:
             self.times.spend("decode", time.perf_counter() - start)
 
-    def _forward(
-        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> list[tuple[_Input, np.ndarray | str]]:
-        start = time.perf_counter()
-        try:
-            return self._attempt(batch, rows)
-        finally:
-            self.times.spend("forward", time.perf_counter() - start)
-
-    def _attempt(
-        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> list[tuple[_Input, np.ndarray | str]]:
-        """The results of one batch; if memory is short, it is tried again without other passes."""
-        with self._gate.shared():
-            found = self._pass(batch, rows)
-        if isinstance(found, str):
-            with self._gate.alone():
-                return self._attempt_alone(batch, rows)
-        return found
-
-    def _attempt_alone(
-        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> list[tuple[_Input, np.ndarray | str]]:
-        """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
-        self.load().release()
-        found = self._pass(batch, rows)
-        if not isinstance(found, str):
-            return found
-        if len(batch) == 1:
-            height, width = batch[0][1].shape[:2]
-            if height * width <= self._most_pixels:
-                raise BackboneError(
-                    f"device {self.device}: out of memory ({found}): an image of {width} x {height} does not fit, "
-                    f"although {self._most_pixels:,} pixels did before; the remaining rows stay pending"
-                )
-            reason = (
-                f"one image of {width} x {height} does not fit into the memory of {self.device} ({found}); "
-                "use a smaller scale, or a lower max_pixels"
-            )
-            return [(batch[0][0], reason)]
-        half = len(batch) // 2
-        shape = batch[0][1].shape
-        self._fitting[shape] = min(half, self._fitting.get(shape, half))  # for later batches, too
-        return self._attempt_alone(batch[:half], rows[:half]) + self._attempt_alone(batch[half:], rows[half:])
-
-    def _pass(
-        self, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> list[tuple[_Input, np.ndarray | str]] | str:
-        """The results of one batch; a message if it ran out of memory. Raises BackboneError."""
-        keys = [key for key, _ in batch]
-        height, width = batch[0][1].shape[:2]
-        engine = self.load()
-        try:
-            with engine.lane():
-                described: list[tuple[_Input, np.ndarray | str]] = list(
-                    zip(keys, self._descriptors(engine, batch, rows), strict=True)
-                )
-            self._most_pixels = max(self._most_pixels, len(batch) * height * width)
-            return described
-        except MemoryError as error:
-            return one_line(error)  # not the error itself, which keeps the memory of the failed pass
-        except ImageRefusedError as error:
-            reason = f"the network rejected an image of {width} x {height}: {one_line(error)}"
-            return [(key, reason) for key in keys]
-        except (RuntimeError, AssertionError) as error:
-            # A lost GPU, for example: not these images' fault, so their rows stay pending.
-            raise BackboneError(
-                f"backbone {self.recipe.backbone}: failed on a batch of {len(batch)} images of {width} x {height} "
-                f"on {self.device} ({one_line(error)})"
-            ) from None
-
-    def _descriptors(
-        self, engine: Engine, batch: list[tuple[_Input, np.ndarray]], rows: list[_Row]
-    ) -> Sequence[np.ndarray | str]:
-        """The descriptor [D] of each image, or those of its windows [k, D]; or why an image has none."""
-        maps = engine.feature_maps(np.stack([pixels for _, pixels in batch]))
-        if rows[0].windows is not None:
-            return [
-                self._pool_windows(engine, one, row, key[1], pixels)
-                for one, row, (key, pixels) in zip(maps, rows, batch, strict=True)
-            ]
-        described = normalize(engine.pool(maps), self.recipe.normalize)
-        # Of several scales, the stored values are known when all are fused.
-        return to_stored(described, self.recipe.dtype) if len(self.recipe.scales) == 1 else list(described)
-
-    def _pool_windows(self, engine: Engine, feature_map: Any, row: _Row, scale: int, pixels: np.ndarray) -> np.ndarray:
-        """[k, D] descriptors of the windows that one image has at one scale."""
-        start = time.perf_counter()
-        assert row.windows is not None
-        height, width = pixels.shape[:2]
-        rows, columns = self._geometry(height, width)
-        rois = map_windows(row.windows[row.rois_at(scale)], row.prepared.size, (width, height), columns, rows)
-        descriptors = normalize(engine.pool_windows(feature_map, rois), self.recipe.normalize)
-        self.times.spend("pool", time.perf_counter() - start)
-        return descriptors
-
     def _fused(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
         if row.error is not None:
             return Described(index, None, size, fingerprint, row.error, {})
         if row.windows is None:
             return self._fused_whole(index, row)
-        dim = self.dim if row.scale_of is None else self.recipe.bins * self._network.description.channels
-        parts = [part for part in row.parts if part is not None]
         with np.errstate(over="ignore"):
-            if not parts:
-                stored = np.zeros((len(row.windows), dim), self.recipe.dtype)
-            elif row.scale_of is None or len(parts) == 1:
-                stored = fuse(parts, self.recipe.fuse).astype(self.recipe.dtype, copy=False)
-            else:
-                stored = np.empty((len(row.windows), dim), self.recipe.dtype)
-                for scale, part in enumerate(row.parts):
-                    if part is not None:
-                        stored[row.scale_of == scale] = part
+            stored = self._of_windows(row).astype(self.recipe.dtype, copy=False)
         errors = {
             int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
@@ -469,47 +370,41 @@ class Describer:
                 errors.setdefault(int(at), f"the descriptor is not finite as {self.recipe.dtype}")
         return Described(index, stored, size, fingerprint, None, errors)
 
+    def _of_windows(self, row: _Row) -> np.ndarray:
+        """[K, D] float32 of the windows of an image."""
+        assert row.windows is not None
+        if not len(row.windows):
+            return np.zeros((0, self.dim if row.nearest is None else self.nearest_dim), np.float32)
+        chosen_by = [None] * len(self._branches) if row.nearest is None else self._by_branch(row.nearest)
+        parts = []
+        for results, chosen in zip(self._by_branch(row.results), chosen_by, strict=True):
+            found = [each for each in results if each is not None]
+            if chosen is None:
+                parts.append(fuse(found, self.recipe.fuse))
+            elif len(found) == 1:
+                parts.append(found[0])
+            else:
+                part = np.empty((len(row.windows), found[0].shape[1]), np.float32)
+                for which, each in zip(chosen, results, strict=True):
+                    if each is not None:
+                        part[which] = each
+                parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+
     def _fused_whole(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint
-        parts = [part for part in row.parts if part is not None]
-        stored: np.ndarray | str = parts[0]
-        if len(parts) > 1:
-            stored = to_stored(fuse(parts, self.recipe.fuse)[None], self.recipe.dtype)[0]
+        results = [each for each in row.results if each is not None]
+        stored: np.ndarray | str = results[0]
+        if len(results) > 1:
+            fused = [fuse(of_branch, self.recipe.fuse) for of_branch in self._by_branch(results)]
+            stored = to_stored(np.concatenate(fused)[None], self.recipe.dtype)[0]
         if isinstance(stored, str):
             return Described(index, None, size, fingerprint, stored, {})
         return Described(index, stored[None], size, fingerprint, None, {})
 
-
-def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
-    """Normalise rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
-    if kind == "none":
-        return descriptors
-    if kind == "signed-sqrt-l2":
-        descriptors = np.copysign(np.sqrt(np.abs(descriptors)), descriptors)
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller that stores rows reports values that are not finite
-        lengths = np.sqrt(np.einsum("nd,nd->n", descriptors, descriptors))
-        unit: np.ndarray = descriptors / np.maximum(lengths, 1e-12)[:, None]
-    return unit
-
-
-def fuse(parts: list[np.ndarray], kind: str) -> np.ndarray:
-    """Fuse the descriptors [.., D] of one image or its windows at each scale, by `mean`, `max` or `concat`."""
-    if len(parts) == 1:
-        return parts[0]
-    if kind == "concat":
-        return np.concatenate(parts, axis=-1)
-    together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
-    return together
-
-
-def to_stored(descriptors: np.ndarray, dtype: str) -> list[np.ndarray | str]:
-    """Rows [N, D] of float32 in the store's type; for a row that is not finite in it, the reason instead."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = descriptors.astype(dtype, copy=False)
-        # Rounding keeps order: all values are finite if the largest is.
-        largest = np.maximum(descriptors.max(1), -descriptors.min(1))
-        finite = np.isfinite(largest.astype(dtype))
-    rows: list[np.ndarray | str] = list(stored)
-    for at in np.flatnonzero(~finite):
-        rows[at] = f"the descriptor is not finite as {dtype} (largest value {largest[at]:.3g})"
-    return rows
+    def _by_branch(self, of_passes: Sequence[T]) -> Iterator[Sequence[T]]:
+        """What there is for each pass, branch by branch."""
+        at = 0
+        for recipe in self._recipes:
+            yield of_passes[at : at + len(recipe.scales)]
+            at += len(recipe.scales)

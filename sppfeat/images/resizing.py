@@ -40,9 +40,9 @@ def decoding(image: Image.Image) -> contextlib.AbstractContextManager[None]:
 
 
 class PreparedImage(NamedTuple):
-    """One image at every scale of a recipe.
+    """One image at every scale of one or several recipes.
 
-    inputs: uint8 arrays [height, width, 3], in the order of the recipe's scales.
+    inputs: uint8 arrays [height, width, 3], in the order of the recipes and their scales.
     size: width and height of the upright original.
     """
 
@@ -85,37 +85,42 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
     return new_width, new_height
 
 
-def prepare_image(source: Item | str, recipe: Recipe, *, minimum: int = 1) -> PreparedImage:
-    """Read one image, an item's or a file's, and resize it to every scale of a resolved recipe. Raises ImageError."""
+def prepare_image(source: Item | str, *recipes: Recipe, minimum: int = 1) -> PreparedImage:
+    """Read one image, an item's or a file's, and resize it to every scale of a resolved recipe, or of several that
+    differ in the network alone: scales, mean, std, interpolation. Raises ImageError."""
+    recipe = recipes[0]
+    views = [(each, scale) for each in recipes for scale in each.scales]
     image, fingerprint = open_image(source)
     with image, contextlib.ExitStack() as stack:
-        for scale in recipe.scales:
-            scaled_size(image.size, scale, recipe, minimum=minimum)  # the limits, before any pixel is decoded
+        for one, scale in views:
+            scaled_size(image.size, scale, one, minimum=minimum)  # the limits, before any pixel is decoded
         drafted = recipe.jpeg_draft and image.format in ("JPEG", "MPO")
         if not drafted:
             # Before `upright_size`, which decodes some PNGs; only it knows whether the image is turned.
             stack.enter_context(decoding(image))
         size, turn = upright_size(image, orientation=recipe.orientation)
-        targets = [scaled_size(size, scale, recipe, minimum=minimum) for scale in recipe.scales]
+        targets = [scaled_size(size, scale, one, minimum=minimum) for one, scale in views]
         if drafted:
             # The decoder keeps at least this size, so resizing only ever shrinks the draft.
             needed = (max(w for w, _ in targets), max(h for _, h in targets))
             image.draft(None, needed if image.size == size else needed[::-1])
             stack.enter_context(decoding(image))
         pixels = decode(image, turn, orientation=recipe.orientation)
-        return PreparedImage(_resized(pixels, targets, recipe), size, fingerprint)
+        made: dict[tuple[object, ...], np.ndarray] = {}
+        for (one, scale), target in zip(views, targets, strict=True):
+            if (key := (target, one.interpolation, scale)) not in made:
+                made[key] = _resized(pixels, target, one, scale)
+        inputs = [made[target, one.interpolation, scale] for (one, scale), target in zip(views, targets, strict=True)]
+        return PreparedImage(inputs, size, fingerprint)
 
 
-def _resized(pixels: Image.Image, targets: list[tuple[int, int]], recipe: Recipe) -> list[np.ndarray]:
-    resample = _RESAMPLING[recipe.interpolation or "bicubic"]
-    inputs = []
-    for scale, target in zip(recipe.scales, targets, strict=True):
-        try:
-            resized = pixels if pixels.size == target else pixels.resize(target, resample)
-        except Exception as error:  # out of memory, for example
-            raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
-        inputs.append(np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale))))
-    return inputs
+def _resized(pixels: Image.Image, target: tuple[int, int], recipe: Recipe, scale: int | str) -> np.ndarray:
+    try:
+        resampling = _RESAMPLING[recipe.interpolation or "bicubic"]
+        resized = pixels if pixels.size == target else pixels.resize(target, resampling)
+    except Exception as error:  # out of memory, for example
+        raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
+    return np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale)))
 
 
 def _center_square(image: Image.Image, side: int) -> Image.Image:

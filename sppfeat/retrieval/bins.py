@@ -85,6 +85,10 @@ def bin_layout(recipe: Recipe, dim: int) -> BinLayout:
         raise UsageError(
             f"parts need one scale, or scales fused by max, found {len(recipe.scales)} scales fused by {recipe.fuse!r}"
         )
+    if recipe.channels is not None:
+        raise UsageError(
+            f"parts need one layer of one backbone, found backbone {recipe.backbone!r} with layer {recipe.layer!r}"
+        )
     if recipe.crop != "none":
         raise UsageError(f"parts need whole images, found crop {recipe.crop!r}")
     side = max(recipe.levels)

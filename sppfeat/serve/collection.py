@@ -228,9 +228,9 @@ class Collection:
         """Load what the first search needs, with a search for nothing in particular."""
         try:
             gallery = self.current()
-            engine = self.describer(gallery).load()
             scale = max((one for one in gallery.recipe.scales if isinstance(one, int)), default=224)
-            engine.feature_maps(np.zeros((1, scale, scale, 3), np.uint8))
+            for engine in self.describer(gallery).load():
+                engine.feature_maps(np.zeros((1, scale, scale, 3), np.uint8))
         except SppFeatError as error:
             failed(str(error))
 

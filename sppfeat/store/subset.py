@@ -1,4 +1,4 @@
-"""Some rows and levels of a store's descriptors, read block by block and never copied whole."""
+"""Some rows, parts and levels of a store's descriptors, read block by block and never copied whole."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sppfeat.errors import UsageError
-from sppfeat.recipe import Recipe
+from sppfeat.errors import UsageError, unknown_name
+from sppfeat.recipe import Part, Recipe
 from sppfeat.store.reading import Store
 
 
@@ -23,57 +23,108 @@ class Matrix(Protocol):
 
 
 class DescriptorView:
-    """Rows of a store, in the order given, reduced to some of its levels; indexed like an array, by a slice or rows.
+    """Rows of a store, in the order given, reduced to some parts and levels; indexed like an array, by a slice or rows.
 
-    rows: [N], None: all. levels: some of the recipe's, in any order; None: all. A reduced descriptor is normalised
-    again, and equals, up to the store's rounding, the descriptor of a recipe with these levels alone: `recipe`.
-    Raises UsageError for levels that the store does not have, and for several scales that were fused by mean or max
-    after each was normalised over all levels.
+    rows: [N], None: all. levels: some of the recipe's, in any order; None: all. only: backbones and layers whose parts
+    are taken, see `Recipe.parts`; None: all. A part that loses levels is normalised again, and the reduced descriptor
+    equals, up to the store's rounding, that of a recipe with these levels and parts alone: `recipe`, with the weights
+    `weights_sha256`.
+    Raises UsageError for levels and parts that the store does not have, and for several scales that were fused by mean
+    or max after each was normalised over all levels.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray | None = None, levels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rows: np.ndarray | None = None,
+        levels: Sequence[int] | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
         self._descriptors = store.descriptors
         # All rows in order are read in slices, which needs no gathering.
         self._rows = None if rows is not None and np.array_equal(rows, np.arange(len(store))) else rows
-        self._bins: list[slice] | None = None
-        self.recipe = store.recipe
-        if levels is not None and tuple(levels) != store.recipe.levels:
-            self.recipe = _sliced_recipe(store, levels)
-            self._bins = _places(store.recipe, self.recipe.levels)
-            self._parts = len(store.recipe.scales) if store.recipe.fuse == "concat" else 1
-            self._channels = store.dim // (self._parts * store.recipe.bins)
-        dim = store.dim if self._bins is None else self._parts * self._channels * self.recipe.bins
+        self.recipe, self.weights_sha256 = store.recipe, store.weights_sha256
+        self._parts: list[list[slice]] | None = None
+        self._again = levels is not None and tuple(levels) != store.recipe.levels
+        dim = store.dim
+        if self._again or only is not None:
+            parts: Sequence[Part] = store.recipe.parts(store.dim)
+            if only is not None:
+                parts, self.recipe, self.weights_sha256 = _some_parts(store, parts, only)
+            if self._again:
+                assert levels is not None
+                _check_levels(store, levels)
+                self.recipe = dataclasses.replace(self.recipe, levels=tuple(levels))
+            places = _places(store.recipe, self.recipe.levels)
+            self._parts = [
+                [slice(part.start + a * part.channels, part.start + b * part.channels) for a, b in places]
+                for part in parts
+            ]
+            dim = self.recipe.bins * sum(part.channels for part in parts)
         self.shape = (len(store) if rows is None else len(rows), dim)
 
     def __getitem__(self, index: slice | np.ndarray, /) -> np.ndarray:
         """[B, D] rows, in the store's type, or float32 if reduced."""
         block: np.ndarray = self._descriptors[index if self._rows is None else self._rows[index]]
-        if self._bins is None:
+        if self._parts is None:
             return block
-        bins = block.reshape(len(block), self._parts, -1, self._channels)
-        cut = np.concatenate([bins[:, :, place] for place in self._bins], 2, dtype=np.float32)
-        if self.recipe.normalize != "none":
-            length = np.sqrt(np.square(cut).sum((2, 3), keepdims=True))
-            cut /= np.maximum(length, 1e-12)  # zeros stay zeros
-        return cut.reshape(len(block), -1)
+        reduced = np.empty((len(block), self.shape[1]), np.float32)
+        start = 0
+        for places in self._parts:
+            end = start + sum(place.stop - place.start for place in places)
+            part = reduced[:, start:end]
+            np.concatenate([block[:, place] for place in places], 1, out=part, casting="same_kind")
+            if self._again and self.recipe.normalize != "none":
+                part /= np.maximum(np.sqrt(np.square(part).sum(1, keepdims=True)), 1e-12)  # zeros stay zeros
+            start = end
+        return reduced
 
 
-def _sliced_recipe(store: Store, levels: Sequence[int]) -> Recipe:
+def _check_levels(store: Store, levels: Sequence[int]) -> None:
     held = store.recipe.levels
     if lacking := [level for level in levels if level not in held]:
         raise UsageError(
             f"{store.place}: expected levels among its {','.join(map(str, held))}, found {','.join(map(str, lacking))}"
         )
-    if len(store.recipe.scales) > 1 and store.recipe.fuse != "concat" and store.recipe.normalize != "none":
+    scales = max(len(branch.scales) for branch in store.recipe.branches())
+    if scales > 1 and store.recipe.fuse != "concat" and store.recipe.normalize != "none":
         raise UsageError(
-            f"{store.place}: its {len(store.recipe.scales)} scales were fused by {store.recipe.fuse} over all levels, "
+            f"{store.place}: its {scales} scales were fused by {store.recipe.fuse} over all levels, "
             "which cannot be separated; extract again with these levels"
         )
-    return dataclasses.replace(store.recipe, levels=tuple(levels))
 
 
-def _places(recipe: Recipe, levels: Sequence[int]) -> list[slice]:
-    """The slices of a pyramid's bins that belong to some levels."""
+def _some_parts(store: Store, parts: Sequence[Part], only: Sequence[str]) -> tuple[list[Part], Recipe, str]:
+    """The parts of some backbones and layers, with the recipe and the weights of these alone."""
+    known = list(dict.fromkeys(name for part in parts for name in (part.backbone, part.layer)))
+    for name in only:
+        if name not in known:
+            raise UsageError(f"{store.place}: " + unknown_name("part", name, known))
+    branches, hashes = store.recipe.branches(), iter(store.weights_sha256.split("+"))
+    texts = store.recipe.backbone.split("+")
+    kept, weights = [], []
+    for text, branch in zip(texts, branches, strict=True):
+        taken = {layer: branch.backbone in only or layer in only for layer in branch.layers}
+        weights += [each for is_taken, each in zip(taken.values(), hashes, strict=False) if is_taken]
+        if any(taken.values()):
+            layer = ",".join(layer for layer, is_taken in taken.items() if is_taken)
+            kept.append((text, dataclasses.replace(branch, layer=layer)))
+    chosen = [part for part in parts if part.backbone in only or part.layer in only]
+    recipe = kept[0][1]
+    if len(kept) > 1:
+        recipe = dataclasses.replace(
+            store.recipe,
+            backbone="+".join(text for text, _ in kept),
+            layer="+".join(branch.layer or "" for _, branch in kept),
+            weights="+".join(branch.weights for _, branch in kept),
+            channels=None,
+        )
+    channels = tuple(part.channels for part in chosen) if len(kept) > 1 or len(recipe.layers) > 1 else None
+    return chosen, dataclasses.replace(recipe, channels=channels), "+".join(weights)
+
+
+def _places(recipe: Recipe, levels: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and one-past-last bins of a pyramid that belong to each of some levels."""
     ends = np.cumsum([level * level for level in recipe.levels])
-    place = {level: slice(int(end) - level * level, int(end)) for level, end in zip(recipe.levels, ends, strict=True)}
+    place = {level: (int(end) - level * level, int(end)) for level, end in zip(recipe.levels, ends, strict=True)}
     return [place[level] for level in levels]

@@ -24,7 +24,8 @@ class SvmOptions:
     """How SVMs are trained on a store.
 
     costs: one C, or a grid to choose from by 3-fold cross-validation. positive_weight: of a class's own rows
-    relative to the rest. levels: of the stored pyramid, None: all (see `sppfeat.store.subset`). seed: of all draws.
+    relative to the rest. levels: of the stored pyramid, only: backbones and layers whose parts are used, None: all (see
+    `sppfeat.store.subset`). seed: of all draws.
     shuffle: whether folds are drawn, or each takes the next images of a class in their order.
     Raises UsageError, naming the field, for an invalid value.
     """
@@ -32,6 +33,7 @@ class SvmOptions:
     costs: tuple[float, ...] = COST_GRIDS["decades"]
     positive_weight: float = 1.0
     levels: tuple[int, ...] | None = None
+    only: tuple[str, ...] | None = None
     seed: int = 0
     device: str = "cpu"
     shuffle: bool = True
@@ -42,6 +44,8 @@ class SvmOptions:
                 raise UsageError(f"{name} must be above 0, found {','.join(map(str, values))}")
         if self.levels is not None and (not self.levels or len(set(self.levels)) != len(self.levels)):
             raise UsageError(f"levels must be different, found {','.join(map(str, self.levels)) or 'none'}")
+        if self.only is not None and not (self.only and all(self.only)):
+            raise UsageError(f"only must be names of backbones or layers, found {','.join(self.only) or 'none'!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UsageError(f"seed must be a whole number from 0, found {self.seed!r}")
         RunOptions(device=self.device)

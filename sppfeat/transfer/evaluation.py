@@ -187,7 +187,7 @@ class _Trial:
 def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Transfer, list[Verdict]]:
     began = time.perf_counter()
     place = {name: row for row, name in enumerate(store.names)}
-    view = DescriptorView(store, np.array([place[name] for name in task.names]), options.levels)
+    view = DescriptorView(store, np.array([place[name] for name in task.names]), options.levels, options.only)
     trials = [_run(view, task, split, options) for split in task.splits]
     verdicts, fits = [trial.verdict for trial in trials], [trial.fitted for trial in trials]
     classes = task.classes.tolist()
@@ -200,7 +200,7 @@ def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Trans
         store=store.place,
         source_root=store.source_root,
         recipe=view.recipe,
-        weights_sha256=store.weights_sha256,
+        weights_sha256=view.weights_sha256,
         options=options,
         metric="mAP" if task.several else "mean_per_class_accuracy",
         trials=[verdict.value for verdict in verdicts],

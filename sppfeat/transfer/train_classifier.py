@@ -31,7 +31,7 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
     if len(classes) < 2:
         raise UsageError(f"expected images of at least two classes, found {len(classes)}: {', '.join(classes)}")
     place = {name: row for row, name in enumerate(store.names)}
-    view = DescriptorView(store, np.array([place[name] for name in names]), options.levels)
+    view = DescriptorView(store, np.array([place[name] for name in names]), options.levels, options.only)
     problem = SvmProblem(view, device=options.device, names=names)
     choice = choose_cost(problem, known, np.arange(len(names)), options)
     targets, _ = class_targets(known, classes)
@@ -39,7 +39,7 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
     classifier = Classifier(
         svm=problem.svm(solution, classes),
         recipe=view.recipe,
-        weights_sha256=store.weights_sha256,
+        weights_sha256=view.weights_sha256,
         images=len(names),
         positive_weight=options.positive_weight,
         curve=[(cost, 100 * value) for cost, value in choice.curve],

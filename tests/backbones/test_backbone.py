@@ -75,16 +75,16 @@ def test_the_whole_network_with_packaged_weights_sees_the_cat(lite0: Backbone) -
     with torch.inference_mode():
         maps = network.blocks(network.bn1(network.conv_stem((inputs - 0.5) / 0.5)))
         scores = network.forward_head(network.bn2(network.conv_head(maps)))
-        found = lite0.feature_map(torch.from_numpy(pixels.copy())[None])
+        found = lite0.feature_maps(torch.from_numpy(pixels.copy())[None])[0]
     assert int(scores.argmax()) in range(281, 286)
     # The loaded backbone is the same network up to there: normalised inside, batch norms folded.
     assert (found - maps).abs().max() < 1e-4 * maps.abs().max()
 
 
 def test_the_loaded_recipe_says_what_was_left_open(lite0: Backbone) -> None:
-    recipe = lite0.description.recipe
+    recipe = lite0.descriptions[0].recipe
     assert (recipe.layer, recipe.mean, recipe.std) == ("blocks", (0.5,) * 3, (0.5,) * 3)
-    assert (recipe.interpolation, recipe.weights, lite0.description.channels) == ("bicubic", "pretrained", 320)
+    assert (recipe.interpolation, recipe.weights, lite0.descriptions[0].channels) == ("bicubic", "pretrained", 320)
 
 
 def test_what_a_recipe_gives_is_kept() -> None:
@@ -93,12 +93,12 @@ def test_what_a_recipe_gives_is_kept() -> None:
     )
     loaded = load_backbone(given)
     # A complete recipe, as a store holds it, is not completed any further.
-    assert loaded.description.recipe == given
-    assert load_backbone(loaded.description.recipe).description.weights_sha256 == loaded.description.weights_sha256
+    assert loaded.descriptions[0].recipe == given
+    assert load_backbone(given).descriptions == loaded.descriptions
     grey = torch.full((1, 40, 48, 3), 128, dtype=torch.uint8)
     normalised = torch.tensor([128 / 255, 128 / 255 / 2, 128 / 255 - 1]).view(1, 3, 1, 1).expand(1, 3, 40, 48)
     with torch.inference_mode():
-        torch.testing.assert_close(loaded.feature_map(grey), loaded.trunk(normalised))
+        torch.testing.assert_close(loaded.feature_maps(grey)[0], loaded.trunk(normalised)[0])
 
 
 def test_packaged_backbones_are_described() -> None:
@@ -137,13 +137,13 @@ def test_weights_from_a_file(
     else:
         save_file(content, path)
     loaded = load_backbone(Recipe(backbone=TINY, weights=str(path)))
-    assert loaded.description.recipe.weights == str(path)
-    assert loaded.description.weights_sha256 == tiny.description.weights_sha256
-    found = loaded.description
+    assert loaded.descriptions[0].recipe.weights == str(path)
+    assert loaded.descriptions[0].weights_sha256 == tiny.descriptions[0].weights_sha256
+    found = loaded.descriptions[0]
     assert found.recipe.identity(found.weights_sha256) != found.recipe.identity("other")
     images = random_images(1, 64, 96)
     with torch.inference_mode():
-        assert torch.equal(loaded.feature_map(images), tiny.feature_map(images))
+        assert torch.equal(loaded.feature_maps(images)[0], tiny.feature_maps(images)[0])
 
 
 def test_other_weights_have_another_sha256(
@@ -152,31 +152,31 @@ def test_other_weights_have_another_sha256(
     def changed(key: str) -> str:
         path = tmp_path / "weights.safetensors"
         save_file(tiny_weights | {key: tiny_weights[key] * (1 + 1e-6) + 1e-6}, path)
-        return load_backbone(Recipe(backbone=TINY, weights=str(path))).description.weights_sha256
+        return load_backbone(Recipe(backbone=TINY, weights=str(path))).descriptions[0].weights_sha256
 
-    assert changed(next(iter(tiny_weights))) != tiny.description.weights_sha256
-    assert changed("bn1.running_var") != tiny.description.weights_sha256
+    assert changed(next(iter(tiny_weights))) != tiny.descriptions[0].weights_sha256
+    assert changed("bn1.running_var") != tiny.descriptions[0].weights_sha256
     # What lies behind the cut does not count.
-    assert changed("fc.weight") == tiny.description.weights_sha256
+    assert changed("fc.weight") == tiny.descriptions[0].weights_sha256
 
 
 def test_squeezenet_from_a_real_file(shared: Path) -> None:
     path = shared / "weights" / "squeezenet1_1.safetensors"
     loaded = load_backbone(Recipe(backbone="torchvision:squeezenet1_1", weights=str(path)))
-    assert (loaded.description.layer.name, loaded.description.channels) == ("features", 512)
+    assert (loaded.descriptions[0].layer.name, loaded.descriptions[0].channels) == ("features", 512)
     weights = read_weights(str(path))
     assert torch.equal(loaded.trunk.state_dict()["features.0.weight"], weights["features.0.weight"])
     with torch.inference_mode():
-        found = loaded.feature_map(random_images(1, 64, 96))
+        found = loaded.feature_maps(random_images(1, 64, 96))[0]
     assert found.isfinite().all() and found.max() > 0
 
 
 def test_mobilenet_from_a_real_file_without_its_classifier(shared: Path) -> None:
     path = shared / "weights" / "mobilenet_v2_features_fp32.safetensors"
     loaded = load_backbone(Recipe(backbone="torchvision:mobilenet_v2", weights=str(path)))
-    assert (loaded.description.layer.name, loaded.description.channels) == ("features", 1280)
+    assert (loaded.descriptions[0].layer.name, loaded.descriptions[0].channels) == ("features", 1280)
     with torch.inference_mode():
-        found = loaded.feature_map(random_images(1, 64, 96))
+        found = loaded.feature_maps(random_images(1, 64, 96))[0]
     assert found.isfinite().all() and found.max() > 0
     # The same file for another network.
     with pytest.raises(BackboneError) as caught:
@@ -302,7 +302,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generator_alone(
     for seed in (1, 2):
         torch.default_generator.manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(load_backbone(Recipe(backbone=name, weights="random")).description.weights_sha256)
+        found.append(load_backbone(Recipe(backbone=name, weights="random")).descriptions[0].weights_sha256)
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
     assert not seeded_gpus
@@ -340,9 +340,9 @@ def test_unknown_layer() -> None:
 def test_a_descriptor_does_not_depend_on_its_batch(lite0: Backbone, size: tuple[int, int]) -> None:
     images = random_images(5, *size)
     with torch.inference_mode():
-        together = pool_pyramid(lite0.feature_map(images), (6, 3, 2, 1))
+        together = pool_pyramid(lite0.feature_maps(images)[0], (6, 3, 2, 1))
         for i in range(5):
-            alone = pool_pyramid(lite0.feature_map(images[i : i + 1]), (6, 3, 2, 1))[0]
+            alone = pool_pyramid(lite0.feature_maps(images[i : i + 1])[0], (6, 3, 2, 1))[0]
             assert (alone - together[i]).norm() < 1e-5 * alone.norm()
 
 
@@ -350,9 +350,9 @@ def test_a_descriptor_does_not_depend_on_its_batch(lite0: Backbone, size: tuple[
 def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: str) -> None:
     loaded = load_backbone(Recipe(backbone=TINY, weights="random", precision=precision))
     with torch.inference_mode():
-        found = loaded.feature_map(random_images(2, 96, 128))
+        found = loaded.feature_maps(random_images(2, 96, 128))[0]
     assert found.dtype == getattr(torch, precision)
-    assert found.shape[1] == loaded.description.channels
+    assert found.shape[1] == loaded.descriptions[0].channels
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -361,10 +361,10 @@ def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: 
 )
 def test_minimum_side_is_where_the_network_begins_to_work(name: str, layer: str | None) -> None:
     loaded = load_backbone(Recipe(backbone=name, layer=layer, weights="random"))
-    least = loaded.description.minimum_side
-    assert least >= loaded.description.layer.stride
+    least = loaded.descriptions[0].minimum_side
+    assert least >= loaded.descriptions[0].layer.stride
     with torch.inference_mode():
-        assert min(loaded.feature_map(random_images(1, least, least)).shape[2:]) >= 1
-        if least > loaded.description.layer.stride:
+        assert min(loaded.feature_maps(random_images(1, least, least))[0].shape[2:]) >= 1
+        if least > loaded.descriptions[0].layer.stride:
             with pytest.raises(RuntimeError):
-                loaded.feature_map(random_images(1, least - 1, least - 1))
+                loaded.feature_maps(random_images(1, least - 1, least - 1))

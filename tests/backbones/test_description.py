@@ -32,20 +32,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=["tiny", "default", "another layer", "no geometry"],
 )
 def test_what_is_read_back_is_what_was_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Network(recipe).description
+    found = Network(recipe).descriptions[0]
     monkeypatch.setattr(backbone_module, "load_backbone", None)  # it would fail
-    assert Network(recipe).description == found
+    assert Network(recipe).descriptions[0] == found
     # A store holds the recipe filled in; and what is done with the maps makes no other network.
-    assert Network(found.recipe).description == found
+    assert Network(found.recipe).descriptions[0] == found
     other = replace(recipe, levels=(2, 1), scales=(96, 128), pooling="avg")
-    again = Network(other).description
+    again = Network(other).descriptions[0]
     assert again.recipe == replace(found.recipe, levels=(2, 1), scales=(96, 128), pooling="avg")
     assert again.weights_sha256 == found.weights_sha256
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "flipped", "foreign", "folder"])
 def test_one_that_does_not_hold_is_made_anew(own_cache: Path, damage: str) -> None:
-    found = Network(TINY).description
+    found = Network(TINY).descriptions[0]
     for kept in own_cache.glob("*.json"):
         good = kept.read_bytes()
         half = len(good) // 2
@@ -59,7 +59,7 @@ def test_one_that_does_not_hold_is_made_anew(own_cache: Path, damage: str) -> No
             flipped = good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :]
             kept.write_bytes({"empty": b"", "cut": good[:half], "flipped": flipped}.get(damage, b"foreign"))
     assert read_description(TINY) is None
-    assert Network(TINY).description == found
+    assert Network(TINY).descriptions[0] == found
     assert damage == "folder" or read_description(TINY) == found
 
 
@@ -68,16 +68,16 @@ def test_a_file_of_weights_that_changed_is_another_network(tmp_path: Path) -> No
     recipe = Recipe(backbone="timm:test_resnet", weights=str(path), layer="layer1")
     state = {name: value.contiguous() for name, value in create_model("test_resnet").state_dict().items()}
     save_file(state, path)
-    first = Network(recipe).description
+    first = Network(recipe).descriptions[0]
     assert read_description(recipe) == first
     name = next(iter(state))
     save_file({**state, name: torch.flip(state[name], [0]).contiguous()}, path)
     assert read_description(recipe) is None
-    assert Network(recipe).description.weights_sha256 != first.weights_sha256
+    assert Network(recipe).descriptions[0].weights_sha256 != first.weights_sha256
 
 
 def test_other_versions_are_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    Network(TINY).description  # noqa: B018
+    Network(TINY).descriptions  # noqa: B018
     monkeypatch.setattr("sppfeat.backbones.description.network_versions", lambda: {"torch": "0"})
     assert read_description(TINY) is None
 
@@ -85,7 +85,7 @@ def test_other_versions_are_other_networks(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert Network(TINY).description == Network(TINY).description
+    assert Network(TINY).descriptions[0] == Network(TINY).descriptions[0]
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ def test_a_file_that_is_replaced_while_it_is_read_is_not_kept(tmp_path: Path, mo
         return fold(trunk)
 
     monkeypatch.setattr(backbone_module, "fold_batch_norms", replaced)
-    first = Network(recipe).description
+    first = Network(recipe).descriptions[0]
     monkeypatch.setattr(backbone_module, "fold_batch_norms", fold)
     assert read_description(recipe) is None
-    assert Network(recipe).description.weights_sha256 != first.weights_sha256
+    assert Network(recipe).descriptions[0].weights_sha256 != first.weights_sha256
 
 
 def test_a_copy_with_the_size_and_time_of_the_old_file_is_another_network(tmp_path: Path) -> None:
@@ -115,33 +115,33 @@ def test_a_copy_with_the_size_and_time_of_the_old_file_is_another_network(tmp_pa
     save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()}, new)
     os.utime(path, (1000, 1000))
     os.utime(new, (1000, 1000))
-    first = Network(recipe).description
+    first = Network(recipe).descriptions[0]
     os.replace(new, path)
-    assert read_description(recipe) is None and Network(recipe).description.weights_sha256 != first.weights_sha256
+    assert read_description(recipe) is None and Network(recipe).descriptions[0].weights_sha256 != first.weights_sha256
 
 
 def test_weights_that_are_not_those_described_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Network(TINY).description
+    found = Network(TINY).descriptions[0]
     described = Network(TINY)
-    assert described.description == found
+    assert described.descriptions[0] == found
     load = backbone_module.load_backbone
 
     def changed(recipe: Recipe) -> backbone_module.Backbone:
         built = load(recipe)
-        built.description = replace(built.description, weights_sha256="0" * 64)
+        built.descriptions = (replace(built.descriptions[0], weights_sha256="0" * 64),)
         return built
 
     monkeypatch.setattr(backbone_module, "load_backbone", changed)
     with pytest.raises(BackboneError, match="its weights have changed since they were described"):
         described.backbone  # noqa: B018
-    assert Network(TINY).description.weights_sha256 == "0" * 64, "the next run is of the new weights"
+    assert Network(TINY).descriptions[0].weights_sha256 == "0" * 64, "the next run is of the new weights"
 
 
 def test_weights_in_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
     path = os.path.join(tmp_path, os.fsdecode(b"w\xff.pth"))
     torch.save(create_model("test_resnet").state_dict(), path)
     recipe = Recipe(backbone="timm:test_resnet", weights=path, layer="layer1")
-    assert Network(recipe).description == Network(recipe).description
+    assert Network(recipe).descriptions[0] == Network(recipe).descriptions[0]
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +151,12 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", none)
-    assert Network(TINY).description == Network(TINY).description
+    assert Network(TINY).descriptions[0] == Network(TINY).descriptions[0]
     assert read_description(TINY) is None
 
 
 def test_a_pipe_is_no_entry(own_cache: Path) -> None:
-    Network(TINY).description  # noqa: B018
+    Network(TINY).descriptions  # noqa: B018
     for kept in own_cache.glob("*.json"):
         kept.unlink()
         os.mkfifo(kept)
@@ -166,7 +166,7 @@ def test_a_pipe_is_no_entry(own_cache: Path) -> None:
 def test_a_name_of_no_kind_is_refused_without_torch() -> None:
     code = (
         "import sys; from sppfeat import Recipe, UsageError\nfrom sppfeat.backbones import Network\n"
-        "try: Network(Recipe(backbone='nope')).description\nexcept UsageError as e: print(e, 'torch' in sys.modules)"
+        "try: Network(Recipe(backbone='nope')).descriptions\nexcept UsageError as e: print(e, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("unknown backbone 'nope'") and done.stdout.endswith("False\n")

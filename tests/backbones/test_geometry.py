@@ -72,13 +72,18 @@ class Probe(fx.Interpreter):
 Pixels = tuple[list[int], list[int]]
 
 
+def _listed(output: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    """A backbone's trunk gives a list of maps, one that is traced here a map."""
+    return [output] if isinstance(output, torch.Tensor) else output
+
+
 def reached_by(
     trunk: fx.GraphModule, height: int, width: int, rows: list[int]
 ) -> tuple[list[int], Pixels, list[Pixels]]:
     """Size of the map; the pixel rows and columns that reach it; those that reach each of `rows`, middle column."""
     # Small values: sums along residual branches must stay below 6, where ReLU6 ends.
     image = torch.full((1, 3, height, width), 1e-9, dtype=torch.float64, requires_grad=True)
-    output = Probe(trunk).run(image)
+    (output,) = _listed(Probe(trunk).run(image))
     assert output.dim() == 4
 
     def pixels(cells: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -128,7 +133,7 @@ def test_a_cell_depends_on_exactly_the_pixels_that_its_geometry_names(name: str,
     told_apart = False
     # Odd lengths and lengths that strides do not divide: "SAME" padding depends on them.
     for height, width in ((224, 225), (231, 320), (1001, 97)):
-        rows, columns = loaded.description.geometry(height, width)
+        rows, columns = loaded.descriptions[0].geometry(height, width)
         cells = [0, rows.size // 2, rows.size - 1]
         size, (used_rows, used_columns), reached = reached_by(loaded.trunk, height, width, cells)
         assert [rows.size, columns.size] == size
@@ -147,13 +152,13 @@ def test_size_is_that_of_the_real_map(name: str) -> None:
     loaded = backbone(name, "blocks" if name == "efficientnet_lite0" else None)
     for height, width in ((64, 97), (131, 75)):
         with torch.inference_mode():
-            shape = loaded.feature_map(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape
-        assert list(shape[2:]) == [axis.size for axis in loaded.description.geometry(height, width)]
+            shape = loaded.feature_maps(torch.zeros(1, height, width, 3, dtype=torch.uint8))[0].shape
+        assert list(shape[2:]) == [axis.size for axis in loaded.descriptions[0].geometry(height, width)]
 
 
 def test_a_known_network() -> None:
     """ResNet-18 by hand: strides 2 five times, paddings floor(k/2), so cell i is centred on pixel 32 i."""
-    assert backbone("torchvision:resnet18").description.geometry(224, 225) == (
+    assert backbone("torchvision:resnet18").descriptions[0].geometry(224, 225) == (
         Geometry(size=7, stride=32, offset=0.0, receptive_field=435),
         Geometry(size=8, stride=32, offset=0.0, receptive_field=435),
     )
@@ -161,7 +166,7 @@ def test_a_known_network() -> None:
 
 def test_same_padding_moves_with_the_size() -> None:
     """224 pixels leave the odd pixel of padding at the end; 225 pad evenly."""
-    even, odd = backbone("efficientnet_lite0", "blocks").description.geometry(224, 225)
+    even, odd = backbone("efficientnet_lite0", "blocks").descriptions[0].geometry(224, 225)
     assert (even.stride, odd.stride) == (32, 32) and even.offset != odd.offset
 
 
@@ -311,7 +316,7 @@ def test_branches_that_meet_see_the_union() -> None:
 @pytest.mark.parametrize("name", ["timm:resnetblur18", "timm:hrnet_w18_small"])
 def test_unknown_networks(name: str) -> None:
     with pytest.raises(BackboneError, match="geometry"):
-        backbone(name).description.geometry(224, 224)
+        backbone(name).descriptions[0].geometry(224, 224)
 
 
 class Blur(nn.Module):

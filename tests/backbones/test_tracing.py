@@ -105,12 +105,12 @@ def small() -> nn.Module:
 
 def test_nothing_behind_the_cut_is_run_or_kept(small: nn.Module) -> None:
     traced = TracedNetwork("small", small)
-    trunk, whole = traced.cut("stage"), traced.cut("head")
+    trunk, whole = traced.cut(["stage"]), traced.cut(["head"])
     small.head.fails = True  # type: ignore[assignment]
-    assert trunk(random_images(2, 3, 17, 23)).shape == (2, 6, 5, 6)
+    assert trunk(random_images(2, 3, 17, 23))[0].shape == (2, 6, 5, 6)
     assert {key.split(".")[0] for key in trunk.state_dict()} == {"stem", "stage"}
     assert not any("head" in name for name, _ in trunk.named_modules())
-    assert {key.split(".")[0] for key in traced.cut("stem").state_dict()} == {"stem"}
+    assert {key.split(".")[0] for key in traced.cut(["stem"]).state_dict()} == {"stem"}
     # So that the test can fail: a trunk that holds the layer does run it.
     with pytest.raises(AssertionError, match="behind the cut"):
         whole(random_images(1, 3, 8, 8))
@@ -125,7 +125,7 @@ def test_branches_that_the_layer_does_not_need_are_not_run() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.side(x) + self.main(x)
 
-    assert set(TracedNetwork("side", Side()).cut("main").state_dict()) == {"main.weight", "main.bias"}
+    assert set(TracedNetwork("side", Side()).cut(["main"]).state_dict()) == {"main.weight", "main.bias"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_cut_gives_what_the_whole_network_computes_there(name: str, layers: li
     inputs = random_images(2, 3, 97, 130)
     for layer in layers:
         with torch.inference_mode():
-            found = traced.cut(layer)(inputs)
+            (found,) = traced.cut([layer])(inputs)
         # A layer that works in place on the output of another (relu after bn1) is behind the cut, and must not show.
         assert relative_difference(found, hooked(network, layer, inputs)) < 1e-5
         assert found.shape[1] == traced.layer(layer).channels
@@ -154,12 +154,12 @@ def test_a_cut_gives_what_the_whole_network_computes_there(name: str, layers: li
     [("torchvision:resnet18", "layer4"), ("timm:tf_efficientnet_lite0", "blocks"), ("timm:test_resnet", "layer4")],
 )
 def test_folding_keeps_values(name: str, layer: str) -> None:
-    trunk = traced_of(name).cut(layer)
+    trunk = traced_of(name).cut([layer])
     before = copy.deepcopy(trunk.state_dict())
     folded = fold_batch_norms(trunk)
     inputs = random_images(2, 3, 97, 130)
     with torch.inference_mode():
-        assert relative_difference(folded(inputs), trunk(inputs)) < 1e-4
+        assert relative_difference(folded(inputs)[0], trunk(inputs)[0]) < 1e-4
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
     # The trunk that was given stays as it was.
     assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
@@ -232,11 +232,11 @@ class Standardized(nn.Module):
 def test_what_cannot_be_folded_is_left(build: Any, norms_left: int) -> None:
     network = with_statistics(seeded(build))
     traced = TracedNetwork("odd", network)
-    trunk = traced.cut(traced.layers()[-1].name)
+    trunk = traced.cut([traced.layers()[-1].name])
     folded = fold_batch_norms(trunk)
     inputs = random_images(2, 3, 12, 15)
     with torch.inference_mode():
-        assert relative_difference(folded(inputs), trunk(inputs)) < 1e-5
+        assert relative_difference(folded(inputs)[0], trunk(inputs)[0]) < 1e-5
     left = [m for m in folded.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(left) == norms_left and not any(norm.training for norm in left)
 
@@ -245,10 +245,10 @@ def test_folding_keeps_the_activation_inside_a_norm() -> None:
     from timm.layers import BatchNormAct2d
 
     trunk = TracedNetwork("act", with_statistics(seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)))))
-    folded = fold_batch_norms(trunk.cut("1"))
+    folded = fold_batch_norms(trunk.cut(["1"]))
     with torch.inference_mode():
-        found = folded(random_images(1, 3, 9, 9))
-        assert relative_difference(found, trunk.cut("1")(random_images(1, 3, 9, 9))) < 1e-5
+        found = folded(random_images(1, 3, 9, 9))[0]
+        assert relative_difference(found, trunk.cut(["1"])(random_images(1, 3, 9, 9))[0]) < 1e-5
     assert found.min() == 0
 
 
@@ -282,7 +282,7 @@ def test_layers_are_in_the_order_of_the_computation(small: nn.Module) -> None:
 
 def test_unknown_layer_names_the_nearest(small: nn.Module) -> None:
     with pytest.raises(UsageError, match="backbone small: unknown layer 'stages': did you mean stage"):
-        TracedNetwork("small", small).cut("stages")
+        TracedNetwork("small", small).cut(["stages"])
 
 
 def test_pooled_vectors_are_not_layers() -> None:
@@ -334,7 +334,7 @@ def test_network_without_maps() -> None:
 )
 def test_fusing_activations_keeps_values_and_weights(name: str) -> None:
     """ReLU6 in place, one ReLU module called many times, and none at all behind some convolutions."""
-    trunk = fold_batch_norms(traced_of(name).cut(traced_of(name).default_layer()))
+    trunk = fold_batch_norms(traced_of(name).cut([traced_of(name).default_layer()]))
     trunk.to(memory_format=torch.channels_last)
     fused = fuse_activations(trunk)
     if fused is trunk:
@@ -345,4 +345,4 @@ def test_fusing_activations_keeps_values_and_weights(name: str) -> None:
     for size in ((1, 3, 96, 96), (2, 3, 97, 131)):
         inputs = random_images(*size).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            assert relative_difference(fused(inputs), trunk(inputs)) < 1e-5
+            assert relative_difference(fused(inputs)[0], trunk(inputs)[0]) < 1e-5

@@ -89,7 +89,7 @@ def test_detecting_needs_no_torch(sandbox: Sandbox) -> None:
 
     description = Network(
         detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(1,))
-    ).description
+    ).descriptions[0]
     random = np.random.default_rng(0)
     detector = Detector(
         recipe=description.recipe,

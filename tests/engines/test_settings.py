@@ -47,14 +47,14 @@ def test_descriptions_that_overlap_leave_the_settings_as_they_were(
 ) -> None:
     paths = [str(path) for path in sorted(make_images(6).iterdir())]
     during: list[bool] = []
-    feature_map = Backbone.feature_map
+    feature_maps = Backbone.feature_maps
 
-    def watched(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def watched(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         cudnn: Any = torch.backends.cudnn
         during.append(cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32)
-        return feature_map(self, images)
+        return feature_maps(self, images)
 
-    monkeypatch.setattr(Backbone, "feature_map", watched)
+    monkeypatch.setattr(Backbone, "feature_maps", watched)
     describers = [Describer(TINY, OPTIONS) for _ in range(2)]  # these load modules that set warnings for good
     before = settings()
     first, second = (describer.describe(paths) for describer in describers)

@@ -80,7 +80,7 @@ def test_values_are_those_of_one_image_at_a_time(make_images: MakeImages, tmp_pa
         parts = []
         for pixels in prepare_image(str(folder / name), store.recipe).inputs:
             with torch.no_grad():
-                row = pool_pyramid(backbone.feature_map(torch.from_numpy(pixels.copy())[None]), recipe.levels)[0]
+                row = pool_pyramid(backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0], recipe.levels)[0]
             parts.append(row / row.norm())
         expected = torch.stack(parts).mean(0).numpy()
         assert np.linalg.norm(values - expected) < 1e-5 * np.linalg.norm(expected)
@@ -336,7 +336,7 @@ def test_a_failing_network_is_not_the_fault_of_the_images(
     def fail(*arguments: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: unspecified launch failure\nMore text")
 
-    monkeypatch.setattr("sppfeat.backbones.backbone.Backbone.feature_map", fail)
+    monkeypatch.setattr("sppfeat.backbones.backbone.Backbone.feature_maps", fail)
     with pytest.raises(BackboneError, match=r"failed on a batch of \d images .* \(CUDA error: unsp.*failure") as e:
         extract_folder(folder, output, TINY, RunOptions(engine="torch"))
     assert "\n" not in str(e.value)
@@ -353,15 +353,15 @@ def test_out_of_memory_halves_batches_and_loses_no_row(
     folder, output, options = make_images(40), tmp_path / "f.h5", RunOptions(engine="torch", batch_size=16)
     recipe = replace(TINY, size_multiple=64)
     extract_folder(folder, tmp_path / "whole.h5", recipe, RunOptions(engine="torch"))
-    feature_map, sizes = Backbone.feature_map, []
+    feature_maps, sizes = Backbone.feature_maps, []
 
-    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         sizes.append(len(images))
         if len(images) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
-        return feature_map(self, images)
+        return feature_maps(self, images)
 
-    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(Backbone, "feature_maps", small)
     if not fits:
         assert extract_folder(folder, output, recipe, options).failed == 40
         assert open_store(output).counts() == {"pending": 0, "done": 0, "failed": 40}
@@ -383,16 +383,16 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
     folder.mkdir()
     for i in range(96):
         Image.new("RGB", (640, 64) if i < 48 else (64, 64), (i, i, i)).save(folder / f"{i:02}.png")
-    feature_map, passes = Backbone.feature_map, list[tuple[int, int]]()
+    feature_maps, passes = Backbone.feature_maps, list[tuple[int, int]]()
 
-    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         passes.append((images.shape[2], len(images)))
         time.sleep(0.05)  # decoding stays ahead, also on a busy machine
         if images.shape[2] > 64 and len(images) > 1:
             raise MemoryError
-        return feature_map(self, images)
+        return feature_maps(self, images)
 
-    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(Backbone, "feature_maps", small)
     monkeypatch.setattr("sppfeat.engines.engine.cpu_streams", lambda: (1, 1))
     options = RunOptions(device="cpu", engine="torch", batch_size=8)
     assert extract_folder(folder, tmp_path / "f.h5", TINY, options).described == 96
@@ -409,19 +409,19 @@ def test_an_image_that_does_not_fit_fails_alone(
 ) -> None:
     folder, output = make_images(12), tmp_path / "f.h5"
     Image.new("RGB", (640, 64)).save(folder / "wide.png")
-    feature_map = Backbone.feature_map
+    feature_maps = Backbone.feature_maps
 
-    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         if images.shape[2] >= 500:
             raise error
-        return feature_map(self, images)
+        return feature_maps(self, images)
 
-    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(Backbone, "feature_maps", small)
     done = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
     assert (done.described, done.failed, done.pending) == (12, 1, 0)
     assert "does not fit into the memory of cpu" in open_store(output).errors()["wide.png"]
     before = output.read_bytes()
-    monkeypatch.setattr(Backbone, "feature_map", None)  # a resume has nothing to compute
+    monkeypatch.setattr(Backbone, "feature_maps", None)  # a resume has nothing to compute
     again = extract_folder(folder, output, TINY, RunOptions(device="cpu", engine="torch"))
     assert (again.described, again.failed, again.pending) == (0, 1, 0) and output.read_bytes() == before
 
@@ -430,22 +430,22 @@ def test_memory_that_others_take_costs_no_row(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images of a size that did fit are not at fault: their rows stay pending."""
-    folder, feature_map, passes = make_images(24), Backbone.feature_map, 0
+    folder, feature_maps, passes = make_images(24), Backbone.feature_maps, 0
 
-    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         nonlocal passes
         passes += 1
         if passes > 4:
             raise MemoryError
-        return feature_map(self, images)
+        return feature_maps(self, images)
 
-    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(Backbone, "feature_maps", small)
     options = RunOptions(device="cpu", engine="torch", batch_size=4)
     with pytest.raises(BackboneError, match="out of memory .* the remaining rows stay pending"):
         extract_folder(folder, tmp_path / "f.h5", TINY, options)
     counts = open_store(tmp_path / "f.h5").counts()
     assert counts["failed"] == 0 and counts["pending"] > 0
-    monkeypatch.setattr(Backbone, "feature_map", feature_map)
+    monkeypatch.setattr(Backbone, "feature_maps", feature_maps)
     assert extract_folder(folder, tmp_path / "f.h5", TINY, options).pending == 0
 
 
@@ -471,10 +471,10 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
     make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_images(24)
-    feature_map, release = Backbone.feature_map, TorchEngine.release
+    feature_maps, release = Backbone.feature_maps, TorchEngine.release
     lock, inside, beside = threading.Lock(), 0, list[int]()
 
-    def small(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def small(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
         nonlocal inside
         with lock:
             inside += 1
@@ -482,7 +482,7 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
             time.sleep(0.005)
             if len(images) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return feature_map(self, images)
+            return feature_maps(self, images)
         finally:
             with lock:
                 inside -= 1
@@ -491,7 +491,7 @@ def test_a_batch_is_tried_again_with_no_other_pass_beside_it(
         beside.append(inside)
         release(self)
 
-    monkeypatch.setattr(Backbone, "feature_map", small)
+    monkeypatch.setattr(Backbone, "feature_maps", small)
     monkeypatch.setattr(TorchEngine, "release", watched)
     monkeypatch.setattr("sppfeat.engines.torch_engine.cpu_streams", lambda: (4, 1))
     done = extract_folder(folder, tmp_path / "f.h5", TINY, RunOptions(device="cpu", engine="torch", batch_size=8))

@@ -113,7 +113,7 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
     for name, values in loaded.trunk.named_parameters():
         values.data.fill_(1 / values[0].numel() if values.dim() == 4 else float(name.endswith("gamma")))
     height, width = 224, 256
-    rows, columns = loaded.description.geometry(height, width)
+    rows, columns = loaded.descriptions[0].geometry(height, width)
     stride = rows.stride
     # As many places left of the middle as right, and odd as even: borders cut the humps alike, and rounding cancels.
     steps = [(stride // 8 | 1) * step for step in range(-4, 4)]
@@ -122,7 +122,7 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
     for image, (x, y) in zip(images, places, strict=True):
         image[:, y, x] = 1e6
     with torch.inference_mode():
-        maps = loaded.trunk(images).double().sum(1, keepdim=True)
+        maps = loaded.trunk(images)[0].double().sum(1, keepdim=True)
     shifts = []
     for heights, (x, y) in zip(maps, places, strict=True):
         reach = 0.95 * stride  # contains one cell per side, or two

@@ -1,0 +1,201 @@
+"""One backbone of a recipe at work: batches of images to the descriptors of its layers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sppfeat.backbones import Network
+from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
+from sppfeat.errors import BackboneError, UsageError, one_line
+from sppfeat.extraction.stages import Stages
+from sppfeat.extraction.values import normalize, to_stored
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.windows import map_windows
+
+
+class Gate:
+    """Passes run concurrently, or one alone: it waits for running passes to end, and blocks all others."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._turn:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._inside)
+            yield
+
+
+class Windowed(NamedTuple):
+    """The windows [k, 4] of one image of `size`, width and height, that are pooled from a pass."""
+
+    windows: np.ndarray
+    size: tuple[int, int]
+
+
+class Branch:
+    """A recipe of one backbone, which it completes (layer, mean, ...). The network is loaded on first use.
+
+    network: the recipe's, if it is at hand. gate, times: of all branches. whole: whether a pass gives the whole
+    descriptor of an image, in the stored type. dim: values of a pass, normalised layer by layer.
+    Raises BackboneError, DeviceError, UsageError, MissingExtraError.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: RunOptions,
+        network: Network | None,
+        *,
+        gate: Gate,
+        times: Stages,
+        whole: bool,
+    ) -> None:
+        choose_engine(recipe, options)  # report invalid options before any work
+        self._options = options
+        self._network = network or Network(recipe)
+        self.descriptions = self._network.descriptions
+        first = self._network.recipe
+        self.recipe = replace(first, layer=",".join(each.layer.name for each in self.descriptions))
+        self.minimum_side = max(each.minimum_side for each in self.descriptions)
+        for scale in recipe.scales:
+            if isinstance(scale, int) and scale < self.minimum_side:
+                raise UsageError(
+                    f"scale {scale}: backbone {recipe.backbone} needs at least {self.minimum_side} pixels per side"
+                )
+        self._lengths = [recipe.bins * each.channels for each in self.descriptions]
+        self.dim = sum(self._lengths)
+        self.device = resolve_device(options.device)
+        self.geometries = [functools.lru_cache(maxsize=1024)(each.geometry) for each in self.descriptions]
+        self._gate, self._times, self._whole = gate, times, whole
+        self._most_pixels = 0  # that went through the network in one pass
+        self._engine: Engine | None = None
+        self._loading = threading.Lock()
+        self.batch_size = 1
+        # Batch sizes by shape, where memory is short.
+        self.fitting: dict[tuple[int, ...], int] = {}
+
+    def load(self) -> Engine:
+        """The engine, loaded on first use. Raises BackboneError, DeviceError."""
+        with self._loading:
+            if self._engine is None:
+                self._engine = load_engine(self._network, self._options)
+                self.batch_size = self._options.batch_size or self._engine.batch_size
+            return self._engine
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs the network, or will run it once loaded: `openvino` or `torch`."""
+        return choose_engine(self.recipe, self._options) if self._engine is None else self._engine.name
+
+    @property
+    def streams(self) -> int:
+        """Threads that run the network; 0 before it is loaded."""
+        return self._engine.streams if self._engine is not None else 0
+
+    def forward(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str]:
+        """The descriptor [D] of each image of a batch, or of the windows [k, D] of the only one; or why it has none.
+
+        If memory is short, the batch is tried again without other passes, and in halves. Raises BackboneError.
+        """
+        start = time.perf_counter()
+        try:
+            with self._gate.shared():
+                found = self._pass(images, windowed)
+            if isinstance(found, str):
+                with self._gate.alone():
+                    return self._forward_alone(images, windowed)
+            return found
+        finally:
+            self._times.spend("forward", time.perf_counter() - start)
+
+    def _forward_alone(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str]:
+        """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
+        self.load().release()
+        found = self._pass(images, windowed)
+        if not isinstance(found, str):
+            return found
+        shape = images[0].shape
+        height, width = shape[:2]
+        if len(images) == 1:
+            if height * width <= self._most_pixels:
+                raise BackboneError(
+                    f"device {self.device}: out of memory ({found}): an image of {width} x {height} does not fit, "
+                    f"although {self._most_pixels:,} pixels did before; the remaining rows stay pending"
+                )
+            reason = (
+                f"one image of {width} x {height} does not fit into the memory of {self.device} ({found}); "
+                "use a smaller scale, or a lower max_pixels"
+            )
+            return [reason]
+        half = len(images) // 2
+        self.fitting[shape] = min(half, self.fitting.get(shape, half))  # for later batches, too
+        return self._forward_alone(images[:half], windowed) + self._forward_alone(images[half:], windowed)
+
+    def _pass(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str] | str:
+        """The results of one batch; a message if it ran out of memory. Raises BackboneError."""
+        height, width = images[0].shape[:2]
+        engine = self.load()
+        try:
+            with engine.lane():
+                found = self._descriptors(engine, images, windowed)
+            self._most_pixels = max(self._most_pixels, len(images) * height * width)
+            return found
+        except MemoryError as error:
+            return one_line(error)  # not the error itself, which keeps the memory of the failed pass
+        except ImageRefusedError as error:
+            return [f"the network rejected an image of {width} x {height}: {one_line(error)}"] * len(images)
+        except (RuntimeError, AssertionError) as error:
+            # A lost GPU, for example: not these images' fault, so their rows stay pending.
+            raise BackboneError(
+                f"backbone {self.recipe.backbone}: failed on a batch of {len(images)} images of {width} x {height} "
+                f"on {self.device} ({one_line(error)})"
+            ) from None
+
+    def _descriptors(
+        self, engine: Engine, images: Sequence[np.ndarray], windowed: Windowed | None
+    ) -> list[np.ndarray | str]:
+        maps = engine.feature_maps(np.stack(images))
+        kind = self.recipe.normalize
+        if windowed is not None:
+            start = time.perf_counter()
+            rois = [self._rois(geometry, images[0], windowed) for geometry in self.geometries]
+            pooled = [engine.pool_windows(of_layer[0], each) for of_layer, each in zip(maps, rois, strict=True)]
+            rows = _joined([normalize(each, kind) for each in pooled])
+            self._times.spend("pool", time.perf_counter() - start)
+            return [rows]
+        described = _joined([normalize(engine.pool(of_layer), kind) for of_layer in maps])
+        # Of several passes, the stored values are known when all are joined.
+        return to_stored(described, self.recipe.dtype) if self._whole else list(described)
+
+    @staticmethod
+    def _rois(geometry: Any, pixels: np.ndarray, windowed: Windowed) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        rows, columns = geometry(height, width)
+        return map_windows(windowed.windows, windowed.size, (width, height), columns, rows)
+
+
+def _joined(layers: list[np.ndarray]) -> np.ndarray:
+    return layers[0] if len(layers) == 1 else np.concatenate(layers, axis=-1)

@@ -1,0 +1,42 @@
+"""The arithmetic of rows: normalising the descriptor of each part, fusing scales, and rounding to the stored type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
+    """Normalise rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
+    if kind == "none":
+        return descriptors
+    if kind == "signed-sqrt-l2":
+        descriptors = np.copysign(np.sqrt(np.abs(descriptors)), descriptors)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller that stores rows reports values that are not finite
+        lengths = np.sqrt(np.einsum("nd,nd->n", descriptors, descriptors))
+        unit: np.ndarray = descriptors / np.maximum(lengths, 1e-12)[:, None]
+    return unit
+
+
+def fuse(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
+    """Fuse the descriptors [.., D] of one image or its windows at each scale, by `mean`, `max` or `concat`."""
+    if len(parts) == 1:
+        return parts[0]
+    if kind == "concat":
+        return np.concatenate(parts, axis=-1)
+    together: np.ndarray = np.max(parts, axis=0) if kind == "max" else np.mean(parts, axis=0)
+    return together
+
+
+def to_stored(descriptors: np.ndarray, dtype: str) -> list[np.ndarray | str]:
+    """Rows [N, D] of float32 in the store's type; for a row that is not finite in it, the reason instead."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = descriptors.astype(dtype, copy=False)
+        # Rounding keeps order: all values are finite if the largest is.
+        largest = np.maximum(descriptors.max(1), -descriptors.min(1))
+        finite = np.isfinite(largest.astype(dtype))
+    rows: list[np.ndarray | str] = list(stored)
+    for at in np.flatnonzero(~finite):
+        rows[at] = f"the descriptor is not finite as {dtype} (largest value {largest[at]:.3g})"
+    return rows
