@@ -10,14 +10,17 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side, unknown_backbone
+from sppfeat.backbones.geometry import Step
+from sppfeat.backbones.hooking import HookedNetwork
 from sppfeat.backbones.layer_steps import layer_steps
+from sppfeat.backbones.layers import NamedLayers
 from sppfeat.backbones.tracing import TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
 from sppfeat.recipe import Recipe
@@ -44,7 +47,7 @@ _LITE_INPUT: Final = InputSpec((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
 class Backbone:
     """A network cut at some layers, in evaluation mode, batch norms folded, on one device; `descriptions` say which."""
 
-    def __init__(self, descriptions: Sequence[Description], trunk: torch.fx.GraphModule) -> None:
+    def __init__(self, descriptions: Sequence[Description], trunk: nn.Module) -> None:
         self.descriptions = tuple(descriptions)
         self._trunk = trunk
         self._scale: torch.Tensor = torch.tensor([])
@@ -56,8 +59,9 @@ class Backbone:
         recipe = self.descriptions[0].recipe
         dtype: torch.dtype = getattr(torch, recipe.precision)
         self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
-        fused = device.type == "cpu" and dtype == torch.float32
-        self._running = fuse_activations(self._trunk) if fused else self._trunk
+        self._running = self._trunk
+        if device.type == "cpu" and dtype == torch.float32 and isinstance(self._trunk, torch.fx.GraphModule):
+            self._running = fuse_activations(self._trunk)
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.mean, recipe.std))
         self._scale = (1 / (255 * std)).to(device, torch.float32).view(1, 3, 1, 1)
         self._shift = (-mean / std).to(device, torch.float32).view(1, 3, 1, 1)
@@ -65,7 +69,7 @@ class Backbone:
         return self
 
     @property
-    def trunk(self) -> torch.fx.GraphModule:
+    def trunk(self) -> nn.Module:
         """The module from normalised images [N, 3, H, W] to the list of each layer's feature maps [N, C, h, w]."""
         return self._trunk
 
@@ -83,16 +87,15 @@ def load_backbone(recipe: Recipe) -> Backbone:
     # torch.hub reports downloads on standard output, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
-    traced = TracedNetwork(recipe.backbone, network)
+    cuttable = _cuttable(recipe.backbone, network, recipe.layers)
     default = PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else None
-    names = recipe.layers or (default or traced.default_layer(),)
-    trunk = traced.cut(names)
+    names = recipe.layers or (default or cuttable.default_layer(),)
     path = None
     if recipe.weights not in ("pretrained", "random"):
         path = os.path.abspath(recipe.weights)
-        _load_strictly(path, read_weights(path), needed=trunk.state_dict(), known=network.state_dict(), into=trunk)
+        _load_strictly(path, read_weights(path), cuttable, names, known=network.state_dict())
     elif packaged_weights is not None:
-        _load_strictly(recipe.backbone, packaged_weights, trunk.state_dict(), network.state_dict(), into=trunk)
+        _load_strictly(recipe.backbone, packaged_weights, cuttable, names, known=network.state_dict())
     resolved = replace(
         recipe,
         weights=path or recipe.weights,
@@ -100,30 +103,66 @@ def load_backbone(recipe: Recipe) -> Backbone:
         std=recipe.std or spec.std,
         interpolation=recipe.interpolation or spec.interpolation,
     )
-    return Backbone([_describe(traced, name, resolved) for name in names], fold_batch_norms(trunk))
+    trunk = cuttable.cut(names)
+    if isinstance(cuttable, HookedNetwork):
+        cuttable.check_order(names)
+    return Backbone(
+        [_describe(cuttable, name, resolved) for name in names],
+        fold_batch_norms(trunk) if isinstance(trunk, torch.fx.GraphModule) else trunk,
+    )
 
 
-def _describe(traced: TracedNetwork, name: str, recipe: Recipe) -> Description:
-    """One layer of a network whose weights are loaded."""
-    layer, trunk = traced.layer(name), traced.cut([name])
+def _cuttable(backbone: str, network: nn.Module, layers: Sequence[str]) -> NamedLayers:
+    """The network as it can be cut at these layers, or at its default one: traced if possible, which other engines can
+    run, too; else by hooks."""
     try:
-        steps, no_geometry = tuple(layer_steps(fold_batch_norms(trunk))), None
-    except BackboneError as error:
-        steps, no_geometry = (), str(error)
+        traced = TracedNetwork(backbone, network)
+    except BackboneError:
+        return HookedNetwork(backbone, network)
+    known = {layer.name for layer in traced.layers()}
+    if known.issuperset(layers) and (layers or backbone in PACKAGED):
+        return traced
+    try:
+        hooked = HookedNetwork(backbone, network)
+    except BackboneError:
+        return traced
+    others = {layer.name for layer in hooked.layers()}
+    # The layers that a transformer's tokens pass through come after the only maps that can be traced.
+    return hooked if (others.issuperset(layers) if layers else hooked.lays_out) else traced
+
+
+def _describe(cuttable: NamedLayers, name: str, recipe: Recipe) -> Description:
+    """One layer of a network whose weights are loaded."""
+    layer = cuttable.layer(name)
+    steps: tuple[Step, ...] = ()
+    no_geometry, fixed = None, None
+    if isinstance(cuttable, HookedNetwork):
+        fixed = cuttable.fixed
+        if cuttable.tiles(name):
+            steps = (Step(name=name, inputs=(0,), extent=layer.stride, stride=layer.stride),)
+        else:
+            no_geometry = f"backbone {recipe.backbone}: the geometry of layer {name} is not known: it is cut by hooks"
+    else:
+        try:
+            steps = tuple(layer_steps(fold_batch_norms(cast(torch.fx.GraphModule, cuttable.cut([name])))))
+        except BackboneError as error:
+            no_geometry = str(error)
     return Description(
         replace(recipe, layer=name),
         layer,
-        _sha256(trunk.state_dict()),
-        shortest_side(steps, layer.stride),
+        _sha256(cuttable.weights_of([name])),
+        fixed or shortest_side(steps, layer.stride),
         steps,
         no_geometry,
+        isinstance(cuttable, HookedNetwork),
+        fixed,
     )
 
 
 def list_layers(backbone: str) -> list[Layer]:
     """Every layer of a backbone that can be pooled, in order; needs no weights. Raises UsageError."""
     network, _, _ = _build(backbone, "random")
-    return TracedNetwork(backbone, network).layers()
+    return _cuttable(backbone, network, ()).layers()
 
 
 @dataclass(frozen=True)
@@ -184,9 +223,10 @@ def _check_claims(path: str) -> None:
             raise ValueError(f"it claims {claimed} bytes, more than the size of the file")
 
 
-def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weights, *, into: nn.Module) -> None:
-    """Load what the trunk needs. Weights of layers after the cut are optional; any others are unexpected."""
+def _load_strictly(source: str, weights: Weights, into: NamedLayers, layers: Sequence[str], *, known: Weights) -> None:
+    """Load what the layers need. Weights of what comes after them are optional; any others are unexpected."""
     counter = "num_batches_tracked"  # of no use in evaluation, and left out by some programs
+    needed = into.weights_of(layers)
     missing = [k for k in needed if k not in weights and not k.endswith(counter)]
     unexpected = [k for k in weights if k not in known and not k.endswith(counter)]
     if missing or unexpected:
@@ -198,7 +238,7 @@ def _load_strictly(source: str, weights: Weights, needed: Weights, known: Weight
             raise BackboneError(
                 f"{source}: {key}: expected shape {list(value.shape)}, found {list(weights[key].shape)}"
             )
-    into.load_state_dict({k: weights[k] for k in needed if k in weights}, strict=False)
+    into.load({k: weights[k] for k in needed if k in weights})
 
 
 def _first(keys: list[str]) -> str:
@@ -262,7 +302,10 @@ def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
     if base not in timm.list_models():
         raise UsageError(unknown_name("timm backbone", name, timm.list_models()))
     try:
-        network = timm.create_model(name, pretrained=pretrained)
+        try:  # positions that are interpolated to the size of the image, where timm can
+            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+        except TypeError:
+            network = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # whatever the download or the hub cache raises
         raise BackboneError(_no_weights(f"timm:{name}", error)) from None
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]

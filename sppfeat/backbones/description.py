@@ -66,6 +66,8 @@ class Description:
     layer: where it is cut. weights_sha256: of the weights up to there, whatever file they came from.
     minimum_side: shortest side in pixels that gives a whole cell and that every layer accepts.
     steps: the layers along an axis, for the geometry; no_geometry: why there are none.
+    hooked: cut by hooks, which only PyTorch runs. fixed_side: of the only images that the network takes, squares; None:
+    it takes images of any size.
     """
 
     recipe: Recipe
@@ -74,6 +76,8 @@ class Description:
     minimum_side: int
     steps: tuple[Step, ...]
     no_geometry: str | None = None
+    hooked: bool = False
+    fixed_side: int | None = None
 
     @property
     def channels(self) -> int:
@@ -142,6 +146,8 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     minimum_side: int
     steps: tuple[Step, ...]
     no_geometry: str | None
+    hooked: bool
+    fixed_side: int | None
 
 
 class _Unusable(SppFeatError):
@@ -159,7 +165,16 @@ def read_description(recipe: Recipe) -> Description | None:
         resolved = replace(recipe, layer=kept.layer.name, **filled)  # type: ignore[arg-type]
     except SppFeatError:
         return None
-    return Description(resolved, kept.layer, kept.weights_sha256, kept.minimum_side, kept.steps, kept.no_geometry)
+    return Description(
+        resolved,
+        kept.layer,
+        kept.weights_sha256,
+        kept.minimum_side,
+        kept.steps,
+        kept.no_geometry,
+        kept.hooked,
+        kept.fixed_side,
+    )
 
 
 def keep_description(asked: Recipe, found: Description, weights_file: list[object]) -> None:
@@ -176,6 +191,8 @@ def keep_description(asked: Recipe, found: Description, weights_file: list[objec
         minimum_side=found.minimum_side,
         steps=found.steps,
         no_geometry=found.no_geometry,
+        hooked=found.hooked,
+        fixed_side=found.fixed_side,
     )
     try:
         body = msgspec.json.encode(kept)

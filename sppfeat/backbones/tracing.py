@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from sppfeat.backbones.description import PROBE, Layer
-from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
+from sppfeat.backbones.layers import NamedLayers, without_values
+from sppfeat.errors import BackboneError, one_line
 
 
 class _Tracer(fx.Tracer):
@@ -51,7 +52,7 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-class TracedNetwork:
+class TracedNetwork(NamedLayers):
     """A traced network in evaluation mode. Raises BackboneError if its code cannot be traced."""
 
     # The probe is 64 pixels wider than high: the extra cells give the stride, and tell rows and columns from channels
@@ -59,11 +60,11 @@ class TracedNetwork:
     _WIDER = 64
 
     def __init__(self, name: str, network: nn.Module) -> None:
-        self.name = name
+        super().__init__(name)
         tracer = _Tracer()
         try:
             self._graph = tracer.trace(network.eval())
-            probe = _Shapes(fx.GraphModule(_without_values(network), self._graph))
+            probe = _Shapes(fx.GraphModule(without_values(network), self._graph))
             probe.run(torch.zeros(1, 3, PROBE, PROBE + self._WIDER, device="meta"))
         except Exception as error:  # tracing runs the network's own code, which can fail in any way
             raise BackboneError(f"backbone {name}: cannot be cut at a layer ({one_line(error)})") from None
@@ -72,7 +73,6 @@ class TracedNetwork:
         self._shapes = probe.shapes
 
     def layers(self) -> list[Layer]:
-        """Every layer with a feature map of more than one cell, in the order of the computation."""
         order = {node: position for position, node in enumerate(self._graph.nodes)}
         names = sorted(self._outputs, key=lambda name: (order[self._outputs[name]], name.count("."), name))
         found = []
@@ -98,13 +98,11 @@ class TracedNetwork:
             (layer.name for layer in layers if self._outputs[layer.name] is last), key=lambda n: (n.count("."), n)
         )
 
-    def layer(self, name: str) -> Layer:
-        """The layer of that name. Raises UsageError with the nearest names if there is none."""
-        layers = self.layers()
-        for layer in layers:
-            if layer.name == name:
-                return layer
-        raise UsageError(f"backbone {self.name}: " + unknown_name("layer", name, [layer.name for layer in layers]))
+    def weights_of(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        return self.cut(layers).state_dict()
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        self._network.load_state_dict(weights, strict=False)
 
     def cut(self, layers: Sequence[str]) -> fx.GraphModule:
         """The network up to some layers: a module whose output is the list of their feature maps, without what comes
@@ -122,13 +120,6 @@ class TracedNetwork:
                 kept[node] = graph.node_copy(node, lambda n: kept[n])
         graph.output([kept[end] for end in ends])
         return fx.GraphModule(self._network, graph)
-
-
-def _without_values(network: nn.Module) -> nn.Module:
-    """A copy whose tensors are shapes without values: running it takes no arithmetic and no memory."""
-    empty: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in network.parameters()}
-    empty |= {id(b): b.to("meta") for b in network.buffers()}
-    return copy.deepcopy(network, empty)
 
 
 def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:

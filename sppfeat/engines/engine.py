@@ -98,7 +98,13 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     is asked for by name never falls back. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
     options = options or RunOptions()
-    if choose_engine(network.recipe, options) == "openvino":
+    hooked = any(each.hooked for each in network.descriptions)
+    if hooked and options.engine == "openvino":
+        raise BackboneError(
+            f"engine openvino: backbone {network.recipe.backbone} is cut by hooks, which only PyTorch runs: "
+            "use --engine torch or auto"
+        )
+    if not hooked and choose_engine(network.recipe, options) == "openvino":
         from sppfeat.engines.openvino_engine import OpenVinoEngine
 
         try:

@@ -138,8 +138,11 @@ def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) 
 
 
 def expected_cells(backbone: Backbone, images: np.ndarray) -> list[np.ndarray]:
-    """[N, h, w, C] float32, the cells of each layer that torch gives for images [N, H, W, 3]."""
-    with torch.inference_mode():
+    """[N, h, w, C] float32, the cells of each layer that torch gives for images [N, H, W, 3].
+
+    Raises ImageRefusedError for images that the network cannot take.
+    """
+    with told_apart(), torch.inference_mode():
         maps = backbone.feature_maps(torch.from_numpy(images))
         return [cells.float().permute(0, 2, 3, 1).numpy() for cells in maps]
 

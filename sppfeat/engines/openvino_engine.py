@@ -21,6 +21,7 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.backbones import Description, Network, network_versions
+from sppfeat.engines.engine import ImageRefusedError
 from sppfeat.errors import BackboneError, one_line, require_extra
 from sppfeat.files import cache_folder, cache_key, read_entry, write_entry
 from sppfeat.pyramid import pool_maps, pool_windows
@@ -153,32 +154,50 @@ class OpenVinoEngine:
         return cells
 
     def _check_values(self) -> None:
-        """Compare with torch on two images of a size that is no multiple of any stride, or raise BackboneError."""
+        """Compare with torch on images of several sizes, or raise BackboneError: what was computed in Python while the
+        network was converted holds for the size of the example alone."""
         from sppfeat.engines.openvino_conversion import expected_cells
 
+        for number, (height, width) in enumerate(_sizes_to_check(self._descriptions)):
+            images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+            try:
+                expected = expected_cells(self._network.backbone, images)
+            except ImageRefusedError:
+                continue
+            try:
+                found = self._infer(images)
+            except RuntimeError as error:
+                if number:
+                    continue  # such images have an error of their own
+                raise failure(self._descriptions, error) from None
+            for ours, theirs in zip(found, expected, strict=True):
+                if difference := self._difference(ours, theirs):
+                    raise BackboneError(
+                        f"{_who(self._descriptions)} gives {difference}, on images of {width} x {height}"
+                    )
+
+    def _difference(self, ours: np.ndarray, theirs: np.ndarray) -> str | None:
+        """What is wrong with OpenVINO's cells, where torch has others."""
+        if ours.shape != theirs.shape:
+            return f"maps of {list(ours.shape)} where torch gives {list(theirs.shape)}"
         tolerance = TOLERANCE[self._recipe.precision]
-        height, width = _odd_size(self._descriptions)
-        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
-        expected = expected_cells(self._network.backbone, images)
-        try:
-            found = self._infer(images)
-        except RuntimeError as error:
-            raise failure(self._descriptions, error) from None
-        for ours, theirs in zip(found, expected, strict=True):
-            if ours.shape != theirs.shape:
-                difference = f"maps of {list(ours.shape)} where torch gives {list(theirs.shape)}"
-            else:
-                relative = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
-                if relative <= tolerance:
-                    continue
-                difference = f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
-            raise BackboneError(f"{_who(self._descriptions)} gives {difference}, on images of {width} x {height}")
+        relative = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+        if relative <= tolerance:
+            return None
+        return f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
 
 
 def _odd_size(descriptions: Sequence[Description]) -> tuple[int, int]:
     """Height and width of a small image that is no multiple of any stride."""
     side = max(97, max(each.minimum_side for each in descriptions) + 1)
     return side, side + 34
+
+
+def _sizes_to_check(descriptions: Sequence[Description]) -> list[tuple[int, int]]:
+    """Heights and widths: that of the example, a larger and the smallest one."""
+    height, width = _odd_size(descriptions)
+    least = max(each.minimum_side for each in descriptions)
+    return [(height, width), (2 * height + 30, width + 29), (least, least)]
 
 
 def _who(descriptions: Sequence[Description]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppfeat.backbones import Network
+from sppfeat.backbones import Description, Network
 from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
 from sppfeat.errors import BackboneError, UsageError, one_line
 from sppfeat.extraction.stages import Stages
@@ -79,14 +79,15 @@ class Branch:
         self.descriptions = self._network.descriptions
         first = self._network.recipe
         self.recipe = replace(first, layer=",".join(each.layer.name for each in self.descriptions))
+        for each in self.descriptions:
+            _check_images(each, recipe)
         self.minimum_side = max(each.minimum_side for each in self.descriptions)
         for scale in recipe.scales:
             if isinstance(scale, int) and scale < self.minimum_side:
                 raise UsageError(
                     f"scale {scale}: backbone {recipe.backbone} needs at least {self.minimum_side} pixels per side"
                 )
-        self._lengths = [recipe.bins * each.channels for each in self.descriptions]
-        self.dim = sum(self._lengths)
+        self.dim = recipe.bins * sum(each.channels for each in self.descriptions)
         self.device = resolve_device(options.device)
         self.geometries = [functools.lru_cache(maxsize=1024)(each.geometry) for each in self.descriptions]
         self._gate, self._times, self._whole = gate, times, whole
@@ -195,6 +196,27 @@ class Branch:
         height, width = pixels.shape[:2]
         rows, columns = geometry(height, width)
         return map_windows(windowed.windows, windowed.size, (width, height), columns, rows)
+
+
+def _check_images(description: Description, recipe: Recipe) -> None:
+    """Raise UsageError for a recipe whose images the network does not take, or whose pyramid has one cell alone."""
+    name, side = recipe.backbone, description.fixed_side
+    if side is not None and (recipe.crop != "center" or recipe.scales != (side,)):
+        raise UsageError(
+            f"backbone {name} takes images of {side} x {side} pixels only: expected --crop center --scales {side}, "
+            f"found crop {recipe.crop!r}, scales {','.join(map(str, recipe.scales))}"
+        )
+    stride = description.layer.stride
+    if description.hooked and description.steps and recipe.crop == "none" and recipe.size_multiple % stride:
+        raise UsageError(
+            f"backbone {name} takes whole patches of {stride} pixels: expected a size_multiple that {stride} divides, "
+            f"found {recipe.size_multiple}; use --size-multiple {stride}"
+        )
+    if description.layer.cells == 1 and recipe.levels != (1,):
+        raise UsageError(
+            f"layer {description.layer.name} of backbone {name} is of the whole image: expected --levels 1, found "
+            f"{','.join(map(str, recipe.levels))}"
+        )
 
 
 def _joined(layers: list[np.ndarray]) -> np.ndarray:

@@ -95,7 +95,7 @@ def test_detecting_needs_no_torch(sandbox: Sandbox) -> None:
         recipe=description.recipe,
         weights_sha256=description.weights_sha256,
         classes=["a", "b"],
-        weights=random.normal(size=(2, description.dim)).astype(np.float32),
+        weights=random.normal(size=(2, description.channels)).astype(np.float32),
         biases=np.full(2, 9, np.float32),
         box_weights=None,
         box_biases=None,
