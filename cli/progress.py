@@ -91,7 +91,7 @@ class Progress(Observer):
             self.say(f"gone: {name} (its row is kept)")
         if len(gone) > LISTED:
             self.say(f"... and {len(gone) - LISTED:,} more gone")
-        self._bar = _new_bar(todo, self._unit)
+        self._bar = new_bar(todo, self._unit)
 
     def planned(self, todo: int) -> None:
         """More work is known: `todo` items in all."""
@@ -115,7 +115,7 @@ class Progress(Observer):
         if self._quiet:
             return
         if self._bar is None:
-            self._bar = _new_bar(100, "%", leave=False)
+            self._bar = new_bar(100, "%", leave=False)
         self._bar.update(100 * done - self._bar.n)
 
     def note(self, text: str) -> None:
@@ -139,7 +139,7 @@ class Progress(Observer):
             print(printable(text), file=sys.stderr)
 
 
-def _new_bar(total: int, unit: str, *, leave: bool = True) -> Any:
+def new_bar(total: int, unit: str, *, leave: bool = True) -> Any:
     """A bar on standard error, shown only if that is a terminal."""
     from tqdm import tqdm
 

@@ -87,7 +87,7 @@ def load_backbone(recipe: Recipe) -> Backbone:
     # torch.hub reports downloads on standard output, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
-    cuttable = _cuttable(recipe.backbone, network, recipe.layers)
+    cuttable = cuttable_of(recipe.backbone, network, recipe.layers)
     default = PACKAGED[recipe.backbone].layer if recipe.backbone in PACKAGED else None
     names = recipe.layers or (default or cuttable.default_layer(),)
     path = None
@@ -105,14 +105,14 @@ def load_backbone(recipe: Recipe) -> Backbone:
     )
     trunk = cuttable.cut(names)
     if isinstance(cuttable, HookedNetwork):
-        cuttable.check_order(names)
+        cuttable.check(names)
     return Backbone(
         [_describe(cuttable, name, resolved) for name in names],
         fold_batch_norms(trunk) if isinstance(trunk, torch.fx.GraphModule) else trunk,
     )
 
 
-def _cuttable(backbone: str, network: nn.Module, layers: Sequence[str]) -> NamedLayers:
+def cuttable_of(backbone: str, network: nn.Module, layers: Sequence[str]) -> NamedLayers:
     """The network as it can be cut at these layers, or at its default one: traced if possible, which other engines can
     run, too; else by hooks."""
     try:
@@ -159,10 +159,14 @@ def _describe(cuttable: NamedLayers, name: str, recipe: Recipe) -> Description:
     )
 
 
+def build_network(backbone: str) -> nn.Module:
+    """A network with random weights, whole. Raises UsageError, BackboneError."""
+    return _build(backbone, "random")[0]
+
+
 def list_layers(backbone: str) -> list[Layer]:
     """Every layer of a backbone that can be pooled, in order; needs no weights. Raises UsageError."""
-    network, _, _ = _build(backbone, "random")
-    return _cuttable(backbone, network, ()).layers()
+    return cuttable_of(backbone, build_network(backbone), ()).layers()
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,7 @@ def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, InputSpe
     try:
         return models.get_model(name, weights=best if pretrained else None, **options), spec
     except Exception as error:  # whatever the download or the hub cache raises
-        raise BackboneError(_no_weights(f"torchvision:{name}", error)) from None
+        raise BackboneError(_not_built(f"torchvision:{name}", pretrained, error)) from None
 
 
 def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
@@ -307,7 +311,7 @@ def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
         except TypeError:
             network = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # whatever the download or the hub cache raises
-        raise BackboneError(_no_weights(f"timm:{name}", error)) from None
+        raise BackboneError(_not_built(f"timm:{name}", pretrained, error)) from None
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     return network, InputSpec(tuple(config["mean"]), tuple(config["std"]), _interpolation(config["interpolation"]))
 
@@ -316,7 +320,9 @@ def _interpolation(name: str) -> str:
     return name if name in ("bicubic", "bilinear", "lanczos") else "bicubic"
 
 
-def _no_weights(backbone: str, error: Exception) -> str:
+def _not_built(backbone: str, pretrained: bool, error: Exception) -> str:
+    if not pretrained:
+        return f"backbone {backbone}: cannot be built ({one_line(error)})"
     return (
         f"backbone {backbone}: its pretrained weights could not be obtained ({one_line(error)}); "
         "when offline, pass them as a file with --weights"

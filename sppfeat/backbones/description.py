@@ -24,7 +24,7 @@ from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, 
 from sppfeat.recipe import Recipe
 
 # A few kB each.
-_KEPT_ENTRIES: Final = 256
+KEPT_DESCRIPTIONS: Final = 256
 # Height of the image that runs through a network once, to find channels and strides.
 PROBE: Final = 256
 
@@ -203,7 +203,7 @@ def keep_description(asked: Recipe, found: Description, weights_file: list[objec
     # A file that was replaced meanwhile has another network.
     if weights_file_of(asked) == weights_file:
         for entry in entries:
-            write_entry(entry, body, kept=_KEPT_ENTRIES)
+            write_entry(entry, body, kept=KEPT_DESCRIPTIONS)
 
 
 def _entry(recipe: Recipe) -> Path:

@@ -22,8 +22,10 @@ from sppfeat.errors import BackboneError, one_line
 
 # The tokens of the whole image, under this name behind that of the layer.
 CLASS: Final = ":class"
-# What follows the features: some classify every token.
-_HEADS: Final = frozenset({"head", "aux_head", "classifier", "fc"})
+# What comes before the features, and what follows them: some heads classify every token.
+_NO_FEATURES: Final = frozenset({"patch_embed", "head", "aux_head", "classifier", "fc"})
+# Where an image is changed to see which cells change: by chance, more than half are in place once in 70 networks.
+_PLACES: Final = 9
 # Sides of the images that fixed networks are made for, where they do not say it.
 _USUAL_SIDES: Final = (224, 256, 384, 448, 240, 192, 299)
 
@@ -131,14 +133,19 @@ class HookedNetwork(NamedLayers):
 
     def default_layer(self) -> str:
         grids = [layer.name for layer in self._layers if not layer.name.endswith(CLASS)]
-        if not grids:
-            raise BackboneError(f"backbone {self.name}: has no layer with a feature map")
-        return next((name for name in reversed(grids) if name.split(".")[0] not in _HEADS), grids[-1])
+        features = [name for name in grids if name.split(".")[0] not in _NO_FEATURES]
+        if not features:
+            others = f" but {', '.join(grids[:3])}" if grids else ""
+            raise BackboneError(f"backbone {self.name}: has no layer with a feature map{others}")
+        return features[-1]
 
     @property
     def lays_out(self) -> bool:
         """Whether the last layer is not a map [N, C, h, w], which only hooks can cut."""
-        return bool(self._layers) and self._layouts[self.default_layer()].kind != "map"
+        try:
+            return self._layouts[self.default_layer()].kind != "map"
+        except BackboneError:
+            return False
 
     def weights_of(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         entered = set().union(*(self._entered[layer.removesuffix(CLASS)] for layer in layers))
@@ -154,35 +161,38 @@ class HookedNetwork(NamedLayers):
 
     def tiles(self, name: str) -> bool:
         """Whether the cells of a layer are patches that cover the image without overlap: those of tokens are."""
-        return self._layouts[name].kind == "tokens"
+        layout = self._layouts[name]
+        return layout.kind == "tokens" or (layout.kind == "last" and layout.stride in _patches(self._network))
 
-    def check_order(self, layers: Sequence[str]) -> None:
-        """Raise BackboneError unless the cells of a layer are in the order of the image: what changes in one place of
-        the image changes the cell of this place most."""
-        side = self.fixed or PROBE
-        laid_out = [name for name in layers if self._layouts[name].kind in ("tokens", "last")]
-        if not laid_out:
+    def check(self, layers: Sequence[str]) -> None:
+        """Run the network once: shapes alone do not tell all.
+
+        Sets `fixed` if it takes squares of one side only. Raises BackboneError if it cannot run, or if the cells of a
+        layer are not in the order of the image: what changes in one place must change the cell of this place most.
+        """
+        strides = [self._layouts[name].stride for name in layers]
+        largest = max(strides)
+        tries = [(8 * largest, 10 * largest)] if self.fixed is None else [(self.fixed, self.fixed)]
+        tries += [size for size in _probe_sizes(self._network) if size[0] == size[1]]
+        reason = ""
+        for height, width in tries:
+            images, places = _changed(height, width, largest)
+            try:
+                with torch.inference_mode():
+                    maps = self.cut(layers)(images)
+            except Exception as error:  # the network's own code can fail in any way
+                reason = reason or one_line(error)
+                continue
+            self.fixed = height if height == width else None
+            for name, stride, cells in zip(layers, strides, maps, strict=True):
+                changes = (cells[1:] - cells[:1]).norm(dim=1)
+                if self._layouts[name].kind in ("tokens", "last") and not _in_place(changes, places, stride, largest):
+                    raise BackboneError(
+                        f"backbone {self.name}: the cells of layer {name} are not in the order of the image: "
+                        "what changes in one place changes the cells of others"
+                    )
             return
-        strides = [self._layouts[name].stride for name in laid_out]
-        if self.fixed is None:
-            side = 8 * max(strides) if max(strides) % 32 else max(PROBE, 8 * max(strides))
-        images = torch.zeros(2, 3, side, side)
-        place = side // 8, side * 5 // 8  # not on the diagonal, and in no corner
-        size = max(strides)
-        top, left = (at // size * size for at in place)
-        images[1, :, top : top + size, left : left + size] = torch.randn(
-            3, size, size, generator=torch.Generator().manual_seed(0)
-        )
-        with torch.inference_mode():
-            maps = self.cut(laid_out)(images)
-        for name, stride, (before, after) in zip(laid_out, strides, maps, strict=True):
-            change = (after - before).norm(dim=0) / before.norm(dim=0).clamp(min=1e-12)
-            row, column = divmod(int(change.argmax()), change.shape[1])
-            if not (top <= row * stride < top + size and left <= column * stride < left + size):
-                raise BackboneError(
-                    f"backbone {self.name}: the cells of layer {name} are not in the order of the image: what changed "
-                    f"at row {top}, column {left} was found at {row * stride}, {column * stride}"
-                )
+        raise BackboneError(f"backbone {self.name}: cannot be cut at layer {layers[0]} ({reason})")
 
     def _find(self, outputs: dict[str, torch.Size], height: int, width: int) -> None:
         prefixes = _prefixes(self._network)
@@ -198,18 +208,44 @@ class HookedNetwork(NamedLayers):
                 self._layers.append(Layer(name + CLASS, int(channels), layout.stride, 1))
 
 
+def _changed(height: int, width: int, size: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """[1 + P, 3, height, width] of one image, and the same with a square changed in each of P places, top and left."""
+    random = torch.Generator().manual_seed(0)
+    rows, columns = height // size, width // size
+    # Spread over the image, and never symmetric.
+    cells = [((3 * at + 1) % rows, (5 * at + 2) % columns) for at in range(_PLACES)]
+    places = [(row * size, column * size) for row, column in cells]
+    images = torch.randn(1, 3, height, width, generator=random).repeat(1 + _PLACES, 1, 1, 1)
+    for image, (top, left) in zip(images[1:], places, strict=True):
+        image[:, top : top + size, left : left + size] = 3 * torch.randn(3, size, size, generator=random)
+    return images, places
+
+
+def _in_place(changes: torch.Tensor, places: list[tuple[int, int]], stride: int, size: int) -> bool:
+    """Whether most of the changes [P, h, w] are largest in their places, or next to them: patches may overlap."""
+    near = 0
+    for change, place in zip(changes, places, strict=True):
+        found = [stride * int(at) for at in divmod(int(change.argmax()), change.shape[1])]
+        near += all(start - stride <= at < start + size + stride for start, at in zip(place, found, strict=True))
+    return 2 * near > len(places)
+
+
 def _probe_sizes(network: nn.Module) -> Iterator[tuple[int, int]]:
     """Heights and widths to try: oblong ones, which tell rows from columns, then squares that it may be made for."""
     yield PROBE, PROBE + PROBE // 4
     yield 7 * PROBE // 8, 7 * PROBE // 8 + 7 * PROBE // 32  # for patches of 7 and 14 pixels
-    patches = {_side(getattr(module, "patch_size", None)) for module in network.modules()} - {None}
-    for patch in sorted(each for each in patches if each is not None and PROBE % each):
+    for patch in sorted(each for each in _patches(network) if PROBE % each):
         yield 16 * patch, 20 * patch
     config = getattr(network, "pretrained_cfg", None) or {}
     sides = [getattr(network, "image_size", None), (config.get("input_size") or (0, 0, 0))[1], *_USUAL_SIDES]
     for side in dict.fromkeys(_side(each) for each in sides):
         if side:
             yield side, side
+
+
+def _patches(network: nn.Module) -> set[int]:
+    """The sides of the patches that a transformer cuts images into."""
+    return {side for module in network.modules() if (side := _side(getattr(module, "patch_size", None)))}
 
 
 def _side(value: object) -> int | None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sppfeat.engines.devices import resolve_device
-from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, load_engine
+from sppfeat.engines.engine import Engine, ImageRefusedError, choose_engine, engine_of, load_engine
 
-__all__ = ["Engine", "ImageRefusedError", "choose_engine", "load_engine", "resolve_device"]
+__all__ = ["Engine", "ImageRefusedError", "choose_engine", "engine_of", "load_engine", "resolve_device"]

@@ -91,6 +91,22 @@ def choose_engine(recipe: Recipe, options: RunOptions) -> str:
     return "openvino" if suits else "torch"
 
 
+def engine_of(network: Network, options: RunOptions) -> str:
+    """The name of the engine that these options select for a network; see `choose_engine`.
+
+    Raises BackboneError if the one that is asked for by name does not run it.
+    """
+    chosen = choose_engine(network.recipe, options)
+    if chosen == "torch" or not any(each.hooked for each in network.descriptions):
+        return chosen
+    if options.engine == "openvino":
+        raise BackboneError(
+            f"engine openvino: backbone {network.recipe.backbone} is cut by hooks, which only PyTorch runs: "
+            "use --engine torch or auto"
+        )
+    return "torch"
+
+
 def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     """The engine that runs a network under these options; see `choose_engine`.
 
@@ -98,13 +114,7 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     is asked for by name never falls back. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
     options = options or RunOptions()
-    hooked = any(each.hooked for each in network.descriptions)
-    if hooked and options.engine == "openvino":
-        raise BackboneError(
-            f"engine openvino: backbone {network.recipe.backbone} is cut by hooks, which only PyTorch runs: "
-            "use --engine torch or auto"
-        )
-    if not hooked and choose_engine(network.recipe, options) == "openvino":
+    if engine_of(network, options) == "openvino":
         from sppfeat.engines.openvino_engine import OpenVinoEngine
 
         try:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sppfeat.backbones import Description, Network
-from sppfeat.engines import Engine, ImageRefusedError, choose_engine, load_engine, resolve_device
+from sppfeat.engines import Engine, ImageRefusedError, choose_engine, engine_of, load_engine, resolve_device
 from sppfeat.errors import BackboneError, UsageError, one_line
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import normalize, to_stored
@@ -109,7 +109,7 @@ class Branch:
     @property
     def engine(self) -> str:
         """The engine that runs the network, or will run it once loaded: `openvino` or `torch`."""
-        return choose_engine(self.recipe, self._options) if self._engine is None else self._engine.name
+        return engine_of(self._network, self._options) if self._engine is None else self._engine.name
 
     @property
     def streams(self) -> int:
