@@ -16,6 +16,7 @@ from sppfeat.recipe import (
     ORIENTATIONS,
     POOLINGS,
     PRECISIONS,
+    SIFT_BOW,
     Recipe,
     RunOptions,
 )
@@ -51,6 +52,7 @@ def extract(
     ],
     backbone: options.Backbone = Recipe.backbone,
     weights: options.Weights = Recipe.weights,
+    vocabulary: options.VocabularyFile = None,
     layer: options.Layer = Recipe.layer,
     scale_list: options.Scales = _RECIPE.scales,
     level_list: options.Levels = _RECIPE.levels,
@@ -145,7 +147,7 @@ def extract(
     """
     recipe = Recipe(
         backbone=backbone,
-        weights=weights,
+        weights=_weights(backbone, weights, vocabulary),
         layer=layer,
         scales=scales(scale_list),
         levels=integers("levels", level_list),
@@ -210,6 +212,18 @@ def extract(
         raise typer.Exit(3)
 
 
+def _weights(backbone: str, weights: str, vocabulary: str | None) -> str:
+    """The weights of each backbone, of which sift-bow has the vocabulary."""
+    if vocabulary is None:
+        return weights
+    names = [name.partition("@")[0] for name in backbone.split("+")]
+    if SIFT_BOW not in names:
+        raise UsageError(f"--vocabulary: expected backbone {SIFT_BOW} with it, found {backbone}")
+    if "+" in weights or (weights != Recipe.weights and set(names) == {SIFT_BOW}):
+        raise UsageError(f"--vocabulary: expected no weights of backbone {SIFT_BOW} beside it, found {weights}")
+    return "+".join(vocabulary if name == SIFT_BOW else weights for name in names)
+
+
 def _part(text: str) -> tuple[int, int]:
     """`3/64` as numbers."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
@@ -259,6 +273,8 @@ def _bottleneck(done: "Extraction") -> str:
         return "decoding; more cores would help, or --jpeg-draft, which changes values"
     if on_cpu and done.engine == "torch" and importlib.util.find_spec("openvino") is None:
         return "the network; a GPU or OpenVINO (pip install 'sppfeat[cpu]') would help"
+    if "sift" in (engines := done.engine.split("+")):  # on the processor, and in float32 alone
+        return f"{'SIFT' if len(engines) == 1 else 'the network, or SIFT'}; more cores would help"
     helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
     return f"the network; {helps}, or --precision bfloat16, which changes values"
 

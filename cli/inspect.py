@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 def inspect(
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="Store, model, file of windows, or gallery.", show_default=False),
+        typer.Argument(
+            metavar="FILE", help="Store, model, vocabulary, file of windows, or gallery.", show_default=False
+        ),
     ],
     failures: Annotated[bool, typer.Option("--failures", help="List failed images, with reasons.")] = False,
     verify: Annotated[
@@ -28,9 +30,9 @@ def inspect(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a store, model, file of windows or gallery holds: recipe, counts, failures."""
+    """Show what a store, model, vocabulary, file of windows or gallery holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
-    from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, WINDOWS, format_of
+    from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, VOCABULARY, WINDOWS, format_of
     from sppfeat.store import open_store, store_bytes, verify_store
 
     kind = format_of(file)
@@ -44,6 +46,9 @@ def inspect(
         return
     if kind == DETECTOR:
         _inspect_detector(file, as_json)
+        return
+    if kind == VOCABULARY:
+        _inspect_vocabulary(file, as_json)
         return
     if kind == WINDOWS:
         _inspect_windows(file, failures, as_json)
@@ -163,6 +168,35 @@ def _inspect_detector(file: str, as_json: bool) -> None:
         f"{model.proposals.max_windows} per image",
         f"  weights: sha256 {printable(model.weights_sha256[:16])}",
         *_recipe_lines(about["recipe"]),
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _inspect_vocabulary(file: str, as_json: bool) -> None:
+    from sppfeat.backbones import open_vocabulary
+
+    found = open_vocabulary(file)
+    about: dict[str, Any] = {
+        "file": file,
+        "format": "vocabulary",
+        "words": found.words,
+        "dim": found.centres.shape[1],
+        "images": found.images,
+        "descriptors": found.descriptors,
+        "seed": found.seed,
+        "objective": found.objective,
+        "weights_sha256": found.sha256,
+        "versions": found.versions,
+    }
+    if as_json:
+        print_json(about)
+        return
+    lines = [
+        f"{printable(file)}: vocabulary of {counted(found.words, 'word')}, {about['dim']} values each",
+        f"  learned from {counted(found.descriptors, 'SIFT descriptor')} of {counted(found.images, 'image')}, "
+        f"seed {found.seed}; mean squared distance {found.objective:.0f}",
+        f"  weights: sha256 {printable(found.sha256[:16])}",
+        "  made with: " + _versions(found.versions),
     ]
     typer.echo("\n".join(lines))
 

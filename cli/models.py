@@ -77,7 +77,8 @@ def models(
             typer.echo(f"  {layer.name:<10} {layer.channels:>5} channels, stride {layer.stride}{mark}")
     typer.echo(
         "torchvision:NAME, timm:NAME: most networks of these libraries, see `sppfeat models --all`; weights are\n"
-        "  downloaded, or read from the file given by --weights. `sppfeat models NAME` lists the layers of one."
+        "  downloaded, or read from the file given by --weights. `sppfeat models NAME` lists the layers of one.\n"
+        "sift-bow: bags of visual words of SIFT, no network; its vocabulary is made by `sppfeat train vocabulary`."
     )
 
 

@@ -120,8 +120,8 @@ Backbone = Annotated[
     str,
     typer.Option(
         metavar="NAME[+NAME]",
-        help="efficientnet_lite0|1|2, torchvision:NAME or timm:NAME, see `sppfeat models`; several are joined by +, "
-        "and NAME@PIXELS has a scale of its own.",
+        help="efficientnet_lite0|1|2, torchvision:NAME, timm:NAME or sift-bow, see `sppfeat models`; several are "
+        "joined by +, and NAME@PIXELS has a scale of its own.",
     ),
 ]
 Weights = Annotated[
@@ -129,6 +129,15 @@ Weights = Annotated[
     typer.Option(
         metavar="FILE",
         help="Weights file (.safetensors or .pth), `pretrained` or `random`; one for each backbone, joined by +.",
+    ),
+]
+VocabularyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary",
+        metavar="FILE",
+        help="Vocabulary of backbone sift-bow, made by `sppfeat train vocabulary`.",
+        show_default=False,
     ),
 ]
 Layer = Annotated[

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sppfeat_cli import options, train_detector
+from sppfeat_cli import options, train_detector, train_vocabulary
 from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable
 
 _SVM = options.Defaults("sppfeat.svm:SvmOptions")
@@ -12,12 +12,13 @@ _SVM = options.Defaults("sppfeat.svm:SvmOptions")
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(
-        help="Train models that classify images or detect objects in them.",
+        help="Train models that classify images or detect objects in them, and vocabularies that describe images.",
         epilog="Example: sppfeat train svm feats.h5 -o animals.h5",
         no_args_is_help=True,
     )
     train.command(epilog="Example: sppfeat train svm feats.h5 -o animals.h5")(svm)
     train_detector.register(train)
+    train_vocabulary.register(train)
     app.add_typer(train, name="train")
 
 

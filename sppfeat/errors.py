@@ -7,7 +7,7 @@
     ├── ImageError          one image that cannot be described; its row is marked failed and the run continues
     ├── StoreError          a store that cannot be opened, written or trusted
     │   └── StoreBusyError  another process is writing to this store
-    ├── ModelError          an SVM or a detector that cannot be opened, written or trusted
+    ├── ModelError          an SVM, a detector or a vocabulary that cannot be opened, written or trusted
     ├── WindowsError        a file of windows that cannot be made, opened, written or trusted
     ├── GalleryError        a gallery that cannot be opened, written or trusted
     ├── ReportError         a page that cannot be written
@@ -57,7 +57,7 @@ class StoreBusyError(StoreError):
 
 
 class ModelError(SppFeatError):
-    """An SVM or a detector that cannot be opened, written or trusted."""
+    """An SVM, a detector or a vocabulary that cannot be opened, written or trusted."""
 
 
 class WindowsError(SppFeatError):

@@ -16,6 +16,8 @@ from sppfeat.errors import UsageError, unknown_name
 T = TypeVar("T")
 RECIPE_VERSION: Final = 1
 NATIVE: Final = "native"
+# The backbone that is no network: bags of visual words made of SIFT descriptors.
+SIFT_BOW: Final = "sift-bow"
 
 POOLINGS: Final = ("max", "avg", "gem")
 FUSIONS: Final = ("mean", "max", "concat")
@@ -42,10 +44,12 @@ class Recipe:
     Several backbones, joined by `+`, and several layers, joined by `,`, give a descriptor of several parts, each
     normalised by itself, in the order backbone, scale (if scales are concatenated), layer; see `parts`.
 
-    backbone: `efficientnet_lite0|1|2`, `torchvision:NAME` or `timm:NAME`, or several, such as
-        `efficientnet_lite0+efficientnet_lite2`. One may have scales of its own: `efficientnet_lite0@320`.
+    backbone: `efficientnet_lite0|1|2`, `torchvision:NAME`, `timm:NAME` or `sift-bow` (bags of visual words, see
+        `sppfeat.engines.sift_engine`), or several, such as `efficientnet_lite0+efficientnet_lite2`. One may have scales
+        of its own: `efficientnet_lite0@320`.
     weights: `pretrained` (the backbone's own), `random` (seeded; for timing and tests) or a file, .safetensors or
-        .pth; for several backbones one for all of them, or one for each, joined by `+`.
+        .pth, or for `sift-bow` its vocabulary; for several backbones one for all of them, or one for each, joined by
+        `+`.
     layer: dotted name of the module whose output is pooled, or several, such as `blocks.4,blocks.6`; for several
         backbones those of all of them, or of each, joined by `+`; None: the backbone's default.
     scales: short sides in pixels, or `native` (no resizing).
@@ -128,11 +132,26 @@ class Recipe:
             raise UsageError("crop 'center' needs a scale in pixels, found 'native'")
         if self.jpeg_draft and NATIVE in self.scales:
             raise UsageError("jpeg_draft needs scales in pixels, found 'native'")
+        if self.backbone == SIFT_BOW:
+            self._check_bag_of_words()
         self.branches()
         if self.channels is not None:
             object.__setattr__(self, "channels", tuple(self.channels))
             for number in self.channels:
                 _require_integer("channels", number, 1, 1 << 20)
+
+    def _check_bag_of_words(self) -> None:
+        if self.weights in ("pretrained", "random"):
+            raise UsageError(
+                f"backbone {SIFT_BOW}: expected a vocabulary, with --vocabulary FILE (see `sppfeat train vocabulary`), "
+                f"found weights {self.weights!r}"
+            )
+        for name, expected in (("pooling", ("avg", "max")), ("precision", ("float32",))):
+            if (found := getattr(self, name)) not in expected:
+                raise UsageError(f"{name}: expected {' or '.join(expected)} for backbone {SIFT_BOW}, found {found!r}")
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name}: expected none for backbone {SIFT_BOW}, found {_show(getattr(self, name))}")
 
     def branches(self) -> tuple[Recipe, ...]:
         """The recipe of each backbone by itself, with the layers of that backbone."""

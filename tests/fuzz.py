@@ -28,8 +28,10 @@ import h5py
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
+from textures import save_random
 
 from sppfeat import Recipe, SppFeatError, open_store, verify_store
+from sppfeat.backbones import open_vocabulary
 from sppfeat.detection.annotations import read_coco, read_voc, read_voc_files
 from sppfeat.detection.detector import Detector, open_detector, save_detector
 from sppfeat.detection.row_cache import read_state, save_state
@@ -102,6 +104,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         versions={"sppfeat": "0"},
     )
     save_detector(detector, folder / "detector.h5")
+    save_random(folder / "vocabulary.h5")
     with h5py.File(folder / "windows.h5", "w") as file:
         file.attrs.update({"format": WINDOWS, "format_version": 1, "source_root": np.void(b"/nowhere")})
         file.attrs.update({"options": json.dumps({"seed": 1}), "versions": json.dumps({"sppfeat": "0"})})
@@ -195,6 +198,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "manifest": ("shards/manifest.json", folder_of),
         "svm": ("svm.h5", open_classifier),
         "detector": ("detector.h5", open_detector),
+        "vocabulary": ("vocabulary.h5", open_vocabulary),
         "windows-h5": ("windows.h5", lambda path: dict(open_windows(path))),
         "training-state": ("state.h5", lambda path: read_state(path, "id")),
         "gallery-rows": ("rows.h5", lambda path: read_rows(path, 5)),

@@ -57,6 +57,36 @@ def pool_windows(
     )
 
 
+def one_hot(word_map: np.ndarray, words: int) -> np.ndarray:
+    """The map [words, H, W] of a map of words [H, W]: 1 at each cell's word, else 0."""
+    height, width = word_map.shape
+    found = np.zeros((words, height, width))
+    for y in range(height):
+        for x in range(width):
+            found[word_map[y, x], y, x] = 1
+    return found
+
+
+def level_weights(levels: Sequence[int]) -> list[float]:
+    """The weight of each level in pyramid matching: half of a finer one's, and the coarsest as much as the next."""
+    falling = sorted(levels, reverse=True)
+    weights, weight = {}, 1.0
+    for n in falling[:-1]:
+        weight /= 2
+        weights[n] = weight
+    weights[falling[-1]] = weight
+    return [weights[n] for n in levels]
+
+
+def pool_words(word_map: np.ndarray, words: int, levels: Sequence[int], pooling: str) -> np.ndarray:
+    """Pool a map of words [H, W] into [bins * words]; with avg, each level by its weight, shared among its bins."""
+    rows = []
+    for level, weight in zip(levels, level_weights(levels), strict=True):
+        pooled = pool_map(one_hot(word_map, words), [level], pooling)
+        rows.append(pooled * (weight / (level * level) if pooling == "avg" else 1))
+    return np.concatenate(rows).reshape(-1)
+
+
 def normalize(descriptor: Sequence[float], kind: str) -> list[float]:
     """One descriptor, normalised by `l2`, `signed-sqrt-l2` or `none`; one of zeros stays as it is."""
     values = [float(v) for v in descriptor]

@@ -10,7 +10,7 @@ import fuzz
 import pytest
 
 NAMES = [
-    *("store", "manifest", "svm", "detector", "windows-h5", "training-state", "gallery-rows"),
+    *("store", "manifest", "svm", "detector", "vocabulary", "windows-h5", "training-state", "gallery-rows"),
     *("windows-csv", "windows-json"),
     *("labels", "image-list", "coco", "ground-truth", "voc-xml", "voc-labels", "voc-list"),
     *("windows-journal", "gone-names", "oxford-query", "oxford-list", "cache-entry", "safetensors", "pth"),

@@ -306,7 +306,7 @@ def test_one_value_stands_for_all_backbones() -> None:
         ({"backbone": "a+b", "layer": "x+y+z"}, "layer: expected one, or one for each of 2 backbones, found 3: x.y.z"),
         (
             {"backbone": "a+b+c", "weights": "1+2"},
-            "weights: expected one, or one for each of 3 backbones, found 2: 1+2",
+            "weights: expected one, or one for each of 3 backbones, found 2: 1.2",
         ),
         ({"backbone": "a+a"}, "backbone: expected different ones, found a twice, with the same layers"),
         ({"backbone": "a+"}, "backbone must be a name, found ''"),

@@ -21,9 +21,10 @@ from sppfeat.backbones.geometry import Step
 from sppfeat.backbones.hooking import HookedNetwork
 from sppfeat.backbones.layer_steps import layer_steps
 from sppfeat.backbones.layers import NamedLayers
+from sppfeat.backbones.sift import SPACING
 from sppfeat.backbones.tracing import TracedNetwork, fold_batch_norms, fuse_activations
 from sppfeat.errors import BackboneError, UsageError, one_line, unknown_name
-from sppfeat.recipe import Recipe
+from sppfeat.recipe import SIFT_BOW, Recipe
 
 Weights = dict[str, torch.Tensor]
 
@@ -166,6 +167,11 @@ def build_network(backbone: str) -> nn.Module:
 
 def list_layers(backbone: str) -> list[Layer]:
     """Every layer of a backbone that can be pooled, in order; needs no weights. Raises UsageError."""
+    if backbone == SIFT_BOW:
+        raise UsageError(
+            f"backbone {SIFT_BOW}: its only layer, words, has a channel per word of its vocabulary, and stride "
+            f"{SPACING}: see `sppfeat inspect` of the vocabulary"
+        )
     return cuttable_of(backbone, build_network(backbone), ()).layers()
 
 

@@ -21,7 +21,7 @@ from sppfeat._version import __version__
 from sppfeat.backbones.geometry import Geometry, Step, follow
 from sppfeat.errors import BackboneError, SppFeatError, UsageError, unknown_name
 from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, write_entry
-from sppfeat.recipe import Recipe
+from sppfeat.recipe import SIFT_BOW, Recipe
 
 # A few kB each.
 KEPT_DESCRIPTIONS: Final = 256
@@ -111,13 +111,13 @@ def shortest_side(steps: tuple[Step, ...], stride: int) -> int:
 
 def check_backbone(name: str) -> None:
     """Raise UsageError for a name of none of the kinds of backbones."""
-    if name not in PACKAGED and not name.startswith(("torchvision:", "timm:")):
+    if name not in (*PACKAGED, SIFT_BOW) and not name.startswith(("torchvision:", "timm:")):
         raise UsageError(unknown_backbone(name))
 
 
 def unknown_backbone(name: str) -> str:
     """The message for a name of no backbone."""
-    return unknown_name("backbone", name, [*PACKAGED, "torchvision:NAME", "timm:NAME"])
+    return unknown_name("backbone", name, [*PACKAGED, SIFT_BOW, "torchvision:NAME", "timm:NAME"])
 
 
 def package_file(package: str) -> str | None:

@@ -14,8 +14,9 @@ from sppfeat.backbones.description import (
     read_description,
     weights_file_of,
 )
-from sppfeat.errors import BackboneError, one_line
-from sppfeat.recipe import Recipe
+from sppfeat.backbones.vocabulary import Vocabulary, describe_words, open_vocabulary
+from sppfeat.errors import BackboneError, ModelError, one_line
+from sppfeat.recipe import SIFT_BOW, Recipe
 
 if TYPE_CHECKING:
     from sppfeat.backbones.backbone import Backbone
@@ -38,6 +39,8 @@ class Network:
     @functools.cached_property
     def descriptions(self) -> tuple[Description, ...]:
         """Each layer of the network as plain data; only the first use on a machine builds the network."""
+        if self._asked.backbone == SIFT_BOW:
+            return tuple(describe_words(one, self.vocabulary) for one in self._of_layers)
         kept = [read_description(one) for one in self._of_layers]
         found = tuple(one for one in kept if one is not None)
         if len(found) == len(kept):
@@ -58,8 +61,20 @@ class Network:
             _log.info("preparing %s for this processor, once", self._asked.backbone)
 
     @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The words of backbone sift-bow, which is no network."""
+        if self._asked.backbone != SIFT_BOW:
+            raise BackboneError(f"backbone {self._asked.backbone}: has no vocabulary: expected {SIFT_BOW}")
+        try:
+            return open_vocabulary(self._asked.weights)
+        except ModelError as error:
+            raise BackboneError(f"backbone {SIFT_BOW}: {error}") from None
+
+    @functools.cached_property
     def backbone(self) -> Backbone:
         """The network itself, on the CPU: takes seconds, and imports torch."""
+        if self._asked.backbone == SIFT_BOW:
+            raise BackboneError(f"backbone {SIFT_BOW}: is no network: expected one, for PyTorch")
         try:
             from sppfeat.backbones.backbone import load_backbone
         except (ImportError, OSError, MemoryError) as error:

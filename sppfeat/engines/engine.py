@@ -1,7 +1,8 @@
 """Engines: how feature maps are computed and pooled. Every engine gives the values that the recipe determines.
 
 `torch` runs on every device. `openvino` is faster on x86 and ARM CPUs, and needs the extra `cpu`. It computes float32
-within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself.
+within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself. `sift` is for backbone sift-bow
+alone, which no other engine runs; it needs the extra `detect`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from sppfeat.backbones import Network
+from sppfeat.backbones import Network, import_cv2
 from sppfeat.engines.devices import resolve_device
 from sppfeat.errors import BackboneError, MissingExtraError, SppFeatWarning, UsageError
 from sppfeat.machine import available_cores
-from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.recipe import SIFT_BOW, Recipe, RunOptions
 
 # Beyond this many concurrent forward passes, memory grows faster than speed; more cores then share each pass.
 MAX_STREAMS: Final = 16
@@ -34,7 +35,7 @@ class ImageRefusedError(RuntimeError):
 class Engine(Protocol):
     """A network ready to describe images; values depend on the `Recipe`, not on the engine.
 
-    name: `torch` or `openvino`. device: where it computes, such as `cpu` or `cuda:0`.
+    name: `torch`, `openvino` or `sift`. device: where it computes, such as `cpu` or `cuda:0`.
     streams: best number of threads that call it concurrently. threads: cores that each of these calls uses.
     batch_size: best number of images of one shape per call. patience: how long an incomplete batch may wait, in
     batches' worth of other images.
@@ -77,7 +78,13 @@ def choose_engine(recipe: Recipe, options: RunOptions) -> str:
     `auto` selects OpenVINO if it is installed and has fast code for this CPU. Raises DeviceError, UsageError and
     MissingExtraError for invalid choices; loads no network.
     """
-    device = resolve_device(options.device)
+    device = engine_device(recipe, options)
+    if recipe.backbone == SIFT_BOW:
+        if options.engine != "auto":
+            raise UsageError(f"engine {options.engine}: expected auto for backbone {SIFT_BOW}, which is no network")
+        if importlib.util.find_spec("cv2") is None:
+            import_cv2()  # says how to install it; importing it takes long for a run with nothing to do
+        return "sift"
     if options.engine == "openvino":
         _check_openvino(recipe, options.device, device)
         return "openvino"
@@ -97,7 +104,7 @@ def engine_of(network: Network, options: RunOptions) -> str:
     Raises BackboneError if the one that is asked for by name does not run it.
     """
     chosen = choose_engine(network.recipe, options)
-    if chosen == "torch" or not any(each.hooked for each in network.descriptions):
+    if chosen != "openvino" or not any(each.hooked for each in network.descriptions):
         return chosen
     if options.engine == "openvino":
         raise BackboneError(
@@ -107,6 +114,18 @@ def engine_of(network: Network, options: RunOptions) -> str:
     return "torch"
 
 
+def engine_device(recipe: Recipe, options: RunOptions) -> str:
+    """The device that a recipe of one backbone is computed on: `cpu` or `cuda:N`; see `resolve_device`.
+
+    Bags of SIFT words are computed on the processor, without looking for a GPU. Raises DeviceError, UsageError.
+    """
+    if recipe.backbone != SIFT_BOW:
+        return resolve_device(options.device)
+    if options.device not in ("auto", "cpu"):
+        raise UsageError(f"backbone {SIFT_BOW} runs on the CPU: expected --device cpu or auto, found {options.device}")
+    return "cpu"
+
+
 def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     """The engine that runs a network under these options; see `choose_engine`.
 
@@ -114,7 +133,12 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
     is asked for by name never falls back. Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
     options = options or RunOptions()
-    if engine_of(network, options) == "openvino":
+    chosen = engine_of(network, options)
+    if chosen == "sift":
+        from sppfeat.engines.sift_engine import SiftEngine
+
+        return SiftEngine(network, *cpu_streams())
+    if chosen == "openvino":
         from sppfeat.engines.openvino_engine import OpenVinoEngine
 
         try:

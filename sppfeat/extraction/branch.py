@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sppfeat.backbones import Description, Network
-from sppfeat.engines import Engine, ImageRefusedError, choose_engine, engine_of, load_engine, resolve_device
+from sppfeat.engines import Engine, ImageRefusedError, choose_engine, engine_device, engine_of, load_engine
 from sppfeat.errors import BackboneError, UsageError, one_line
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import normalize, to_stored
@@ -88,7 +88,7 @@ class Branch:
                     f"scale {scale}: backbone {recipe.backbone} needs at least {self.minimum_side} pixels per side"
                 )
         self.dim = recipe.bins * sum(each.channels for each in self.descriptions)
-        self.device = resolve_device(options.device)
+        self.device = engine_device(recipe, options)
         self.geometries = [functools.lru_cache(maxsize=1024)(each.geometry) for each in self.descriptions]
         self._gate, self._times, self._whole = gate, times, whole
         self._most_pixels = 0  # that went through the network in one pass
@@ -108,7 +108,7 @@ class Branch:
 
     @property
     def engine(self) -> str:
-        """The engine that runs the network, or will run it once loaded: `openvino` or `torch`."""
+        """The engine that runs the network, or will run it once loaded: `openvino`, `torch` or `sift`."""
         return engine_of(self._network, self._options) if self._engine is None else self._engine.name
 
     @property

@@ -123,7 +123,8 @@ class Describer:
         self._branches = [Branch(each, options, network, gate=gate, times=self.times, whole=whole) for each in branches]
         self._recipes = [branch.recipe for branch in self._branches]
         self._passes = [_Pass(branch, scale) for branch in self._branches for scale in branch.recipe.scales]
-        self.device = self._branches[0].device
+        # A backbone that runs on the processor alone does not keep the others from a GPU.
+        self.device = next((b.device for b in self._branches if b.device != "cpu"), "cpu")
         self.minimum_side = max(branch.minimum_side for branch in self._branches)
         self.weights_sha256 = "+".join(each.weights_sha256 for b in self._branches for each in b.descriptions)
         channels = tuple(
@@ -181,7 +182,7 @@ class Describer:
 
     @property
     def engine(self) -> str:
-        """The engines that run the networks, or will run them once loaded: `openvino`, `torch`, or both."""
+        """The engines that run the networks, or will: `openvino`, `torch`, `sift`, or several joined by `+`."""
         return "+".join(dict.fromkeys(branch.engine for branch in self._branches))
 
     @property

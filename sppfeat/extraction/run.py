@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sppfeat.engines import resolve_device
+from sppfeat.engines import engine_device
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer, check_windows
 from sppfeat.extraction.plan import Job, WithWindows, make_plan, with_windows
@@ -134,9 +134,10 @@ def extract_folder(
     began = time.perf_counter()
     observer = observer or Observer()
     options = options or RunOptions()
-    for each in options.devices():
-        resolve_device(each)
     recipe = recipe or Recipe()
+    for each in options.devices():
+        for branch in recipe.branches():
+            engine_device(branch, replace(options, device=each))
     if windows is not None:
         check_windows(recipe)
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)

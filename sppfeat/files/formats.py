@@ -25,10 +25,18 @@ SVM = "sppfeat-svm"
 DETECTOR = "sppfeat-detector"
 WINDOWS = "sppfeat-windows"
 GALLERY = "sppfeat-gallery"
+VOCABULARY = "sppfeat-vocabulary"
 # What h5py, NumPy and conversions raise for a file with unexpected content.
 DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 # Their names in messages.
-NOUNS = {STORE: "a store", SVM: "an SVM", DETECTOR: "a detector", WINDOWS: "a file of windows", GALLERY: "a gallery"}
+NOUNS = {
+    STORE: "a store",
+    SVM: "an SVM",
+    DETECTOR: "a detector",
+    WINDOWS: "a file of windows",
+    GALLERY: "a gallery",
+    VOCABULARY: "a vocabulary",
+}
 
 
 class _Format(msgspec.Struct):

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from sppfeat.pyramid.cpu import pool_maps, pool_windows
+from sppfeat.pyramid.words import level_weights, pool_word_windows, pool_words
 
-__all__ = ["pool_maps", "pool_windows"]
+__all__ = ["level_weights", "pool_maps", "pool_windows", "pool_word_windows", "pool_words"]

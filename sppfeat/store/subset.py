@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.recipe import Part, Recipe
+from sppfeat.pyramid import level_weights
+from sppfeat.recipe import SIFT_BOW, Part, Recipe
 from sppfeat.store.reading import Store
 
 
@@ -44,7 +45,7 @@ class DescriptorView:
         # All rows in order are read in slices, which needs no gathering.
         self._rows = None if rows is not None and np.array_equal(rows, np.arange(len(store))) else rows
         self.recipe, self.weights_sha256 = store.recipe, store.weights_sha256
-        self._parts: list[list[slice]] | None = None
+        self._parts: list[list[tuple[slice, np.float32]]] | None = None
         self._again = levels is not None and tuple(levels) != store.recipe.levels
         dim = store.dim
         if self._again or only is not None:
@@ -57,7 +58,13 @@ class DescriptorView:
                 self.recipe = dataclasses.replace(self.recipe, levels=tuple(levels))
             places = _places(store.recipe, self.recipe.levels)
             self._parts = [
-                [slice(part.start + a * part.channels, part.start + b * part.channels) for a, b in places]
+                [
+                    (
+                        slice(part.start + a * part.channels, part.start + b * part.channels),
+                        _factor(self.recipe, part, store.recipe.levels, level),
+                    )
+                    for level, (a, b) in zip(self.recipe.levels, places, strict=True)
+                ]
                 for part in parts
             ]
             dim = self.recipe.bins * sum(part.channels for part in parts)
@@ -71,13 +78,25 @@ class DescriptorView:
         reduced = np.empty((len(block), self.shape[1]), np.float32)
         start = 0
         for places in self._parts:
-            end = start + sum(place.stop - place.start for place in places)
+            end = start + sum(place.stop - place.start for place, _ in places)
             part = reduced[:, start:end]
-            np.concatenate([block[:, place] for place in places], 1, out=part, casting="same_kind")
+            levels = [
+                block[:, place] if factor == 1 else np.multiply(block[:, place], factor, dtype=np.float32)
+                for place, factor in places
+            ]
+            np.concatenate(levels, 1, out=part, casting="same_kind")
             if self._again and self.recipe.normalize != "none":
                 part /= np.maximum(np.sqrt(np.square(part).sum(1, keepdims=True)), 1e-12)  # zeros stay zeros
             start = end
         return reduced
+
+
+def _factor(recipe: Recipe, part: Part, before: Sequence[int], level: int) -> np.float32:
+    """What the values of a level are multiplied by, because its weight depends on the levels beside it; usually 1."""
+    if part.backbone != SIFT_BOW or recipe.pooling != "avg":
+        return np.float32(1)
+    factor = level_weights(recipe.levels)[level] / level_weights(before)[level]
+    return np.float32(factor**0.5 if recipe.normalize == "signed-sqrt-l2" else factor)
 
 
 def _check_levels(store: Store, levels: Sequence[int]) -> None:

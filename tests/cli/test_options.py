@@ -116,6 +116,7 @@ def test_defaults_are_those_of_the_library() -> None:
         "windows none -o f.h5",
         "train detector none -o f.h5 --windows w.csv",
         "train svm none.h5 -o f.h5",
+        "train vocabulary none -o f.h5",
         "predict none.h5 .",
         "detect none.h5 .",
         "detect none.h5 none",
