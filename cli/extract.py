@@ -20,6 +20,7 @@ from sppfeat.recipe import (
     Recipe,
     RunOptions,
 )
+from sppfeat.recipes import NAMED, named_recipe
 from sppfeat_cli import options
 from sppfeat_cli.options import one_of
 from sppfeat_cli.output import counted, integers, numbers, print_json, printable, scales
@@ -50,6 +51,16 @@ def extract(
             show_default=False,
         ),
     ],
+    context: typer.Context,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="Recipe to start from: " + "; ".join(f"`{name}` ({one.use})" for name, one in NAMED.items()) + ".",
+            show_default="the default of each option",
+        ),
+    ] = None,
     backbone: options.Backbone = Recipe.backbone,
     weights: options.Weights = Recipe.weights,
     vocabulary: options.VocabularyFile = None,
@@ -145,29 +156,34 @@ def extract(
     Run the same command again to resume: described images are kept, changed and new ones are described. An image that
     cannot be described is reported and marked failed, and never stops the run.
     """
-    recipe = Recipe(
-        backbone=backbone,
-        weights=_weights(backbone, weights, vocabulary),
-        layer=layer,
-        scales=scales(scale_list),
-        levels=integers("levels", level_list),
-        pooling=pooling,
-        gem_p=gem_p,
-        fuse=fuse,
-        normalize=normalize,
-        precision=precision,
-        dtype=dtype,
-        crop=crop,
-        size_multiple=size_multiple,
-        min_side=min_side,
-        max_aspect=max_aspect,
-        max_pixels=max_pixels,
-        mean=numbers("mean", mean) if mean is not None else None,  # type: ignore[arg-type]
-        std=numbers("std", std) if std is not None else None,  # type: ignore[arg-type]
-        interpolation=interpolation,
-        orientation=orientation,
-        jpeg_draft=jpeg_draft,
-    )
+    fields: dict[str, Any] = {
+        "backbone": backbone,
+        "weights": weights if vocabulary is None else _weights(backbone, weights, vocabulary),
+        "layer": layer,
+        "scales": scales(scale_list),
+        "levels": integers("levels", level_list),
+        "pooling": pooling,
+        "gem_p": gem_p,
+        "fuse": fuse,
+        "normalize": normalize,
+        "precision": precision,
+        "dtype": dtype,
+        "crop": crop,
+        "size_multiple": size_multiple,
+        "min_side": min_side,
+        "max_aspect": max_aspect,
+        "max_pixels": max_pixels,
+        "mean": numbers("mean", mean) if mean is not None else None,
+        "std": numbers("std", std) if std is not None else None,
+        "interpolation": interpolation,
+        "orientation": orientation,
+        "jpeg_draft": jpeg_draft,
+    }
+    if recipe_name is None:
+        recipe = Recipe(**fields)
+    else:
+        given = options.given(context)
+        recipe = named_recipe(recipe_name, **{name: value for name, value in fields.items() if name in given})
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     options.check_sources(sources)
 
@@ -212,10 +228,8 @@ def extract(
         raise typer.Exit(3)
 
 
-def _weights(backbone: str, weights: str, vocabulary: str | None) -> str:
+def _weights(backbone: str, weights: str, vocabulary: str) -> str:
     """The weights of each backbone, of which sift-bow has the vocabulary."""
-    if vocabulary is None:
-        return weights
     names = [name.partition("@")[0] for name in backbone.split("+")]
     if SIFT_BOW not in names:
         raise UsageError(f"--vocabulary: expected backbone {SIFT_BOW} with it, found {backbone}")

@@ -353,3 +353,10 @@ def check_proposals(windows: str | None) -> None:
     """Raise MissingExtraError if windows are to be proposed and OpenCV is not installed."""
     if windows is None:
         require_extra("cv2", "detect", "selective search")
+
+
+def given(context: typer.Context) -> set[str]:
+    """The fields of a recipe that the command line gives, as opposed to their defaults."""
+    fields = {"scale_list": "scales", "level_list": "levels", "vocabulary": "weights"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {fields.get(name, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"}

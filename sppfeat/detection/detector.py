@@ -16,6 +16,7 @@ from sppfeat._version import __version__
 from sppfeat.errors import ModelError
 from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5, read_document
 from sppfeat.recipe import Recipe
+from sppfeat.recipes import named_recipe
 from sppfeat.windows import ProposalOptions
 
 FORMAT_VERSION: Final = 1
@@ -27,16 +28,7 @@ def detection_recipe(**changes: Any) -> Recipe:
     Scales and levels are those with the best accuracy for their time in benchmarks/results/detection.md. Descriptors
     are scored as pooled, so there is nothing to normalise and nothing to fuse.
     """
-    return Recipe(
-        **{
-            "scales": (480,),
-            "levels": (3, 2, 1),
-            "normalize": "none",
-            "dtype": "float32",
-            "max_pixels": 16_000_000,
-            **changes,
-        }
-    )
+    return named_recipe("detection", **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from sppfeat.errors import UsageError, one_line, unknown_name
 from sppfeat.files import os_reason
 from sppfeat.recipe import Recipe
+from sppfeat.recipes import named_recipe
 from sppfeat.retrieval import RetrievalOptions
 from sppfeat.transfer import TransferOptions
 
@@ -44,13 +45,17 @@ class DataSet:
 
 
 def read_recipes(path: str | os.PathLike[str]) -> dict[str, Recipe]:
-    """Recipes by name: a table for each, with fields of `Recipe`. Raises UsageError, naming the table and the key."""
+    """Recipes by name: a table for each, with fields of `Recipe`, and `recipe`, the name of one to start from.
+
+    Raises UsageError, naming the table and the key.
+    """
     recipes = {}
     for name, fields in _tables(path).items():
-        known = {field.name for field in dataclasses.fields(Recipe)}
+        known = {"recipe"} | {field.name for field in dataclasses.fields(Recipe)}
         _check_keys(f"{os.fspath(path)}: [{name}]", fields, known)
         try:
-            recipes[name] = Recipe(**{key: _plain(one) for key, one in fields.items()})
+            values = {key: _plain(one) for key, one in fields.items() if key != "recipe"}
+            recipes[name] = named_recipe(fields["recipe"], **values) if "recipe" in fields else Recipe(**values)
         except UsageError as error:
             raise UsageError(f"{os.fspath(path)}: [{name}]: {error}") from None
     return recipes
