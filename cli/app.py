@@ -16,7 +16,7 @@ from sppfeat_cli.output import printable, results_alone
 
 COMMANDS: Final = (
     *("extract", "inspect", "models", "evaluate", "train", "predict", "windows", "detect", "index", "search"),
-    *("duplicates", "serve", "export", "merge"),
+    *("duplicates", "serve", "tune", "export", "merge"),
 )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side, unknown_backbone
 from sppfeat.backbones.geometry import Step
-from sppfeat.backbones.hooking import HookedNetwork
+from sppfeat.backbones.hooking import HookedNetwork, HookedTrunk
 from sppfeat.backbones.layer_steps import layer_steps
 from sppfeat.backbones.layers import NamedLayers
 from sppfeat.backbones.sift import SPACING
@@ -80,8 +80,51 @@ class Backbone:
         return list(self._running(inputs.to(self._dtype)))
 
 
-def load_backbone(recipe: Recipe) -> Backbone:
-    """Build the backbone that a recipe of one backbone names, with its weights, on the CPU.
+@dataclass(frozen=True)
+class Trunk:
+    """A network up to some layers with its weights as they were trained: what is tuned. In evaluation mode, on the CPU.
+
+    module: from normalised images [N, 3, H, W] to the list of each layer's feature maps. recipe: filled in.
+    """
+
+    recipe: Recipe
+    layers: tuple[str, ...]
+    cuttable: NamedLayers
+    module: nn.Module
+
+    def parameters_from(self, layer: str | None) -> list[nn.Parameter]:
+        """The parameters of a layer and of what is computed after it; None: all. Raises UsageError for none."""
+        names = self.cuttable.modules_of(self.layers)
+        start = 0
+        if layer is not None:
+            inside = [at for at, name in enumerate(names) if name == layer or name.startswith(f"{layer}.")]
+            if not inside:
+                parents = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+                raise UsageError(
+                    f"backbone {self.recipe.backbone}: " + unknown_name("layer", layer, sorted(parents | set(names)))
+                )
+            start = inside[0]
+        modules = dict(self._network.named_modules())
+        found = [p for name in names[start:] for p in modules[name].parameters(recurse=False)]
+        if not found:
+            raise UsageError(
+                f"backbone {self.recipe.backbone}: expected a layer with parameters at or after {layer}, found none "
+                f"up to {', '.join(self.layers)}"
+            )
+        return list(dict.fromkeys(found))
+
+    def weights(self) -> Weights:
+        """The weights as a file of them holds them, by the network's own names."""
+        held = self._network.state_dict()
+        return {name: held[name] for name in self.cuttable.weights_of(self.layers)}
+
+    @property
+    def _network(self) -> nn.Module:
+        return self.module.network if isinstance(self.module, HookedTrunk) else self.module
+
+
+def load_trunk(recipe: Recipe) -> Trunk:
+    """Build the network that a recipe of one backbone names, with its weights, on the CPU, up to the recipe's layers.
 
     Raises UsageError for an unknown name, BackboneError for weights that are missing, damaged or of another network.
     """
@@ -99,17 +142,24 @@ def load_backbone(recipe: Recipe) -> Backbone:
         _load_strictly(recipe.backbone, packaged_weights, cuttable, names, known=network.state_dict())
     resolved = replace(
         recipe,
+        layer=",".join(names),
         weights=path or recipe.weights,
         mean=recipe.mean or spec.mean,
         std=recipe.std or spec.std,
         interpolation=recipe.interpolation or spec.interpolation,
     )
-    trunk = cuttable.cut(names)
-    if isinstance(cuttable, HookedNetwork):
-        cuttable.check(names)
+    return Trunk(resolved, names, cuttable, cuttable.cut(names))
+
+
+def load_backbone(recipe: Recipe) -> Backbone:
+    """`load_trunk`, with batch norms folded: a network to describe images with."""
+    trunk = load_trunk(recipe)
+    if isinstance(trunk.cuttable, HookedNetwork):
+        trunk.cuttable.check(trunk.layers)
+    module = trunk.module
     return Backbone(
-        [_describe(cuttable, name, resolved) for name in names],
-        fold_batch_norms(trunk) if isinstance(trunk, torch.fx.GraphModule) else trunk,
+        [_describe(trunk.cuttable, name, trunk.recipe) for name in trunk.layers],
+        fold_batch_norms(module) if isinstance(module, torch.fx.GraphModule) else module,
     )
 
 
@@ -151,7 +201,7 @@ def _describe(cuttable: NamedLayers, name: str, recipe: Recipe) -> Description:
     return Description(
         replace(recipe, layer=name),
         layer,
-        _sha256(cuttable.weights_of([name])),
+        weights_sha256(cuttable.weights_of([name])),
         fixed or shortest_side(steps, layer.stride),
         steps,
         no_geometry,
@@ -255,7 +305,8 @@ def _first(keys: list[str]) -> str:
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
-def _sha256(weights: Weights) -> str:
+def weights_sha256(weights: Weights) -> str:
+    """What tells these weights from any others, whatever file they came from."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         if not key.endswith("num_batches_tracked"):

@@ -113,7 +113,7 @@ class HookedNetwork(NamedLayers):
         self.fixed: int | None = None
         self._layouts: dict[str, _Layout] = {}
         self._layers: list[Layer] = []
-        self._entered: dict[str, set[str]] = {}
+        self._entered: dict[str, list[str]] = {}
         reason = ""
         for height, width in _probe_sizes(network):
             try:
@@ -148,8 +148,12 @@ class HookedNetwork(NamedLayers):
             return False
 
     def weights_of(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-        entered = set().union(*(self._entered[layer.removesuffix(CLASS)] for layer in layers))
+        entered = set(self.modules_of(layers))
         return {key: value for key, value in self._network.state_dict().items() if key.rpartition(".")[0] in entered}
+
+    def modules_of(self, layers: Sequence[str]) -> list[str]:
+        entered = [self._entered[layer.removesuffix(CLASS)] for layer in layers]
+        return list(dict.fromkeys(name for names in entered for name in names))
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         self._network.load_state_dict(weights, strict=False)
@@ -259,7 +263,7 @@ def _prefixes(network: nn.Module) -> list[int]:
     return [found] if isinstance(found, int) else [0, 1, 2]
 
 
-def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.Size], dict[str, set[str]]]:
+def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.Size], dict[str, list[str]]]:
     """The shape that each module returns, in the order in which they return, and the modules entered until then."""
     network = without_values(network)
     outputs: dict[str, torch.Size] = {}
@@ -285,7 +289,7 @@ def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.S
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         network(torch.zeros(1, 3, height, width, device="meta"))
-    return outputs, {name: set(entered[:count]) for name, count in until.items()}
+    return outputs, {name: entered[:count] for name, count in until.items()}
 
 
 def _layout(shape: torch.Size, height: int, width: int, prefixes: Sequence[int]) -> _Layout | None:

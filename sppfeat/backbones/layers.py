@@ -33,6 +33,10 @@ class NamedLayers(ABC):
         """The weights that these layers depend on, by name."""
 
     @abstractmethod
+    def modules_of(self, layers: Sequence[str]) -> list[str]:
+        """The modules that these layers depend on, by name, in the order in which they begin to compute."""
+
+    @abstractmethod
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Replace the weights of these names."""
 

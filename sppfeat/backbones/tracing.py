@@ -101,12 +101,24 @@ class TracedNetwork(NamedLayers):
     def weights_of(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         return self.cut(layers).state_dict()
 
+    def modules_of(self, layers: Sequence[str]) -> list[str]:
+        names = []
+        for node in self._cut(layers).nodes:
+            if node.op == "call_module":
+                names.append(str(node.target))
+            elif node.op == "get_attr":
+                names.append(str(node.target).rpartition(".")[0])
+        return list(dict.fromkeys(names))
+
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         self._network.load_state_dict(weights, strict=False)
 
     def cut(self, layers: Sequence[str]) -> fx.GraphModule:
         """The network up to some layers: a module whose output is the list of their feature maps, without what comes
         after them."""
+        return fx.GraphModule(self._network, self._cut(layers))
+
+    def _cut(self, layers: Sequence[str]) -> fx.Graph:
         ends = [self._outputs[self.layer(layer).name] for layer in layers]
         needed, waiting = set(ends), list(ends)
         while waiting:
@@ -119,7 +131,7 @@ class TracedNetwork(NamedLayers):
             if node in needed:
                 kept[node] = graph.node_copy(node, lambda n: kept[n])
         graph.output([kept[end] for end in ends])
-        return fx.GraphModule(self._network, graph)
+        return graph
 
 
 def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:

@@ -23,7 +23,10 @@ from sppfeat_cli import main
 from sppfeat_cli.app import build
 
 # Names whose values, or what they are of, differ by command, which their texts say.
-VARIED = {"--output", "--device", "--levels", "--windows", "--c", "--weights", "--threshold", "--parts", "--classifier"}
+VARIED = {
+    *("--output", "--device", "--levels", "--windows", "--c", "--weights", "--threshold", "--parts", "--classifier"),
+    *("--batch-size", "--scales", "--precision"),
+}
 
 
 def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,236 @@
+"""Tuning a network on the classes of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from sppfeat._version import __version__
+from sppfeat.backbones.backbone import load_trunk, weights_sha256
+from sppfeat.engines import resolve_device
+from sppfeat.errors import ModelError, UsageError
+from sppfeat.extraction import Describer
+from sppfeat.files import appearing, cache_key, check_new_file
+from sppfeat.images import find_images
+from sppfeat.progress import Observer
+from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.svm import SvmOptions
+from sppfeat.training.learning import learn
+from sppfeat.transfer import Labels, labels_from_folders
+from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
+from sppfeat.tuning.classes import ClassLearner, Examples
+from sppfeat.tuning.options import TuningOptions
+from sppfeat.tuning.result import Tuned
+
+Source = str | os.PathLike[str]
+WEIGHTS: Final = "a file of weights"
+# Costs of the logistic regression that the head starts from: on unit descriptors the best one lies among them.
+_COSTS: Final = (1.0, 10.0, 100.0)
+# Classes without this many images have none to spare for holding out.
+_LEAST_TO_HOLD_OUT: Final = 3
+
+
+def tune(
+    sources: Source | Sequence[Source],
+    output: Source,
+    recipe: Recipe | None = None,
+    options: TuningOptions | None = None,
+    *,
+    labels: Labels | None = None,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tuned:
+    """Tune the network of a recipe on the classes of images; writes its weights to `output`, a .safetensors file.
+
+    labels: None: the folder that holds an image is its class. Images of parts named test or val are left out. An
+    interrupted run resumes from OUTPUT.checkpoint, which is deleted at the end. The recipe's scales are not used.
+    Raises UsageError, BackboneError, ModelError, DeviceError. An image that cannot be read is noted and left out.
+    """
+    began = time.perf_counter()
+    recipe, options, observer = recipe or Recipe(), options or TuningOptions(), observer or Observer()
+    _check_recipe(recipe)
+    path = _check_output(output, overwrite=overwrite)
+    checkpoint = path.with_name(f"{path.name}.checkpoint")
+    if overwrite:
+        checkpoint.unlink(missing_ok=True)
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    classes, train, held = _examples(several, labels, options, observer)
+    device = torch.device(resolve_device(options.device))
+    trunk = load_trunk(recipe)
+    trunk.parameters_from(options.from_layer)  # before anything takes long
+    failed: dict[str, str] = {}
+
+    def fail(name: str, reason: str) -> None:
+        if name not in failed:
+            failed[name] = reason
+            observer.note(f"{name}: {reason}; left out")
+
+    key = cache_key(
+        {
+            "weights": weights_sha256(trunk.weights()),
+            "recipe": json.loads(replace(trunk.recipe, weights="pretrained").to_json()),
+            "options": asdict(replace(options, checkpoint_minutes=1.0, device="auto")),
+            "images": [[item.name, int(label)] for item, label in zip(train.items, train.labels, strict=True)],
+            "held_out": [item.name for item in held.items],
+            "versions": {"sppfeat": __version__, "torch": torch.__version__},
+        }
+    )
+    head = nn.Linear(recipe.bins * sum(trunk.cuttable.layer(name).channels for name in trunk.layers), len(classes))
+    learner = ClassLearner(
+        trunk, head, train, held, options, device, fail, lambda name: observer.row(name, failed.get(name))
+    )
+    if not checkpoint.exists():
+        observer.say(f"describing {len(train)} images with the untuned network, for the head to start from")
+        _start_head(head, trunk.recipe, train, len(classes), options, fail)
+    observer.started(todo=options.epochs * len(train), reused=0, device=str(device))
+    learned = learn(learner, options, checkpoint, key, observer=observer, stop=stop)
+    done = Tuned(
+        file=None,
+        recipe=trunk.recipe,
+        options=options,
+        classes=classes,
+        images=len(train),
+        held_out=len(held),
+        failed=failed,
+        history=learned.history,
+        best=learned.best,
+        diverged=learned.diverged,
+        weights_sha256=None,
+        seconds=time.perf_counter() - began,
+        peak_bytes=_peak_bytes(),
+    )
+    if not learned.finished:
+        return done
+    weights = {name: value.detach().cpu().contiguous() for name, value in trunk.weights().items()}
+    about = {
+        "sppfeat": __version__,
+        "recipe": trunk.recipe.to_json(),
+        "options": json.dumps(asdict(options)),
+        "classes": json.dumps(classes),
+        "best": str(learned.best),
+        "history": json.dumps([[one.number, one.loss, one.held_out] for one in learned.history]),
+    }
+    with appearing(path, ModelError) as partial:
+        try:
+            save_file(weights, partial, about)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+    checkpoint.unlink(missing_ok=True)
+    return replace(done, file=str(path), weights_sha256=weights_sha256(weights))
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    if len(recipe.branches()) > 1:
+        raise UsageError(f"backbone: expected one to tune, found {recipe.backbone}")
+    if recipe.crop != "none":
+        raise UsageError(f"crop: expected none for tuning, which sees whole images, found {recipe.crop!r}")
+
+
+def _check_output(output: Source, *, overwrite: bool) -> Path:
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: expected a name that ends with .safetensors")
+    return check_new_file(path, overwrite=overwrite, error=ModelError, kind=WEIGHTS, other=_other_than_weights)
+
+
+def _other_than_weights(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np"):
+            return None
+    except Exception:  # whatever the reader says of another file
+        return "another file"
+
+
+def _examples(
+    sources: list[Source], labels: Labels | None, options: TuningOptions, observer: Observer
+) -> tuple[list[str], Examples, Examples]:
+    """The classes, the images to train on and those held out: a share of each class, drawn by the seed."""
+    found = find_images(sources)
+    names = [item.name for item in found.items]
+    known = labels or labels_from_folders(names)
+    items = [
+        item for item in found.items if item.name in known.classes and known.splits.get(item.name, "train") == "train"
+    ]
+    if not items:
+        example = next(iter(known.classes), None)
+        told = f" (an image is named {names[0]!r}, a label is for {example!r})" if names and example else ""
+        raise UsageError(f"expected images with a class, found none among {len(names)}{told}")
+    if left := len(names) - len(items):
+        observer.note(f"{left} of {len(names)} images have no class, or are of a part for testing: left out")
+    classes = sorted({known.classes[item.name] for item in items})
+    if len(classes) < 2:
+        raise UsageError(f"expected images of at least two classes, found {len(classes)}: {classes[0]}")
+    labels_of = np.array([classes.index(known.classes[item.name]) for item in items])
+    random = np.random.default_rng([options.seed, 0])
+    held: list[int] = []
+    few = []
+    for label, name in enumerate(classes):
+        mine = random.permutation(np.flatnonzero(labels_of == label))
+        if len(mine) < _LEAST_TO_HOLD_OUT:
+            few.append(name)
+        elif options.held_out:
+            held += mine[: max(1, round(options.held_out * len(mine)))].tolist()
+    if few and options.held_out:
+        shown = ", ".join(few[:5]) + ", ..." * (len(few) > 5)
+        observer.note(f"{len(few)} classes of fewer than {_LEAST_TO_HOLD_OUT} images are not held out: {shown}")
+    is_held = np.zeros(len(items), bool)
+    is_held[held] = True
+
+    def some(which: np.ndarray) -> Examples:
+        return Examples([items[at] for at in np.flatnonzero(which)], labels_of[which])
+
+    return classes, some(~is_held), some(is_held)
+
+
+def _start_head(
+    head: nn.Linear,
+    recipe: Recipe,
+    train: Examples,
+    classes: int,
+    options: TuningOptions,
+    fail: Callable[[str, str], None],
+) -> None:
+    """Logistic regression on the descriptors of the untuned network: a head drawn at random would first spoil the
+    network that it learns on (Kumar et al., ICLR 2022)."""
+    describer = Describer(
+        replace(recipe, scales=(options.test_scale,), dtype="float32", channels=None),
+        RunOptions(device=options.device),
+    )
+    rows = np.zeros((len(train), head.in_features), np.float32)
+    readable = np.zeros(len(train), bool)
+    for done in describer.describe(train.items):
+        row, error = done.row()
+        if row is None:
+            fail(train.items[done.position].name, error or "")
+        else:
+            rows[done.position], readable[done.position] = row, True
+    which = np.flatnonzero(readable)
+    problem, labels = LogisticProblem(rows, which), train.labels[which]
+    enough = np.bincount(labels, minlength=classes).max() > 1
+    costs = _COSTS if enough else (_COSTS[1],)
+    choice = choose_regularisation(problem, labels, classes, SvmOptions(costs=costs, seed=options.seed))
+    weights, biases = problem.weights(problem.solve(labels, classes, c=choice.cost, start=choice.start))
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weights))
+        head.bias.copy_(torch.from_numpy(biases))
+
+
+def _peak_bytes() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
