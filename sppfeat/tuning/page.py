@@ -19,7 +19,7 @@ def write_tuning_page(path: Path, done: Tuned) -> None:
         "tuning.html",
         {
             "done": done,
-            "loss": plot_line(losses, ticks=ticks, unit="") if losses else None,
+            "loss": plot_line(losses, ticks=[tick for tick in ticks if tick[0] > 0], unit="") if losses else None,
             "held_out": plot_line(values, ticks=ticks, unit=" %") if values else None,
         },
     )

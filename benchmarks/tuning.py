@@ -1,0 +1,102 @@
+"""A network tuned on Caltech-101 at several sizes, against one size, against none: accuracy at several test scales.
+
+    python benchmarks/tuning.py DATA -o FOLDER [--from blocks.5] [--epochs 10] [--scales 160,224,288]
+
+DATA holds `caltech101-subset` (train/CLASS, test/CLASS). Each network is tuned on train/, then all images are described
+at each test scale, and linear SVMs are trained and tested on the fixed split, C chosen inside the training part.
+FOLDER keeps weights, stores and results: a second run only does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from extract import processor
+
+from sppfeat.machine import available_cores
+from sppfeat.matrix import DataSet, evaluate_matrix
+from sppfeat.progress import Observer
+from sppfeat.recipe import Recipe
+from sppfeat.transfer import TransferOptions
+from sppfeat.tuning import TuningOptions
+from sppfeat.tuning.tune import tune
+
+WAYS = {"frozen": (), "one size": (224,), "several sizes": (192, 224, 256)}
+
+
+class Told(Observer):
+    def say(self, text: str) -> None:
+        print(f"    {text}", flush=True)
+
+    note = say
+
+
+def tuned(name: str, scales: tuple[int, ...], arguments: argparse.Namespace) -> Recipe:
+    """The recipe with the weights of a network that was tuned at these scales."""
+    recipe = Recipe(backbone=arguments.backbone)
+    if not scales:
+        return recipe
+    weights = arguments.output / f"{name.replace(' ', '-')}.safetensors"
+    if not weights.exists():
+        options = TuningOptions(
+            scales=scales,
+            epochs=arguments.epochs,
+            from_layer=arguments.from_layer,
+            learning_rate=arguments.learning_rate,
+        )
+        print(f"  {name}", flush=True)
+        done = tune(arguments.data / "caltech101-subset" / "train", weights, recipe, options, observer=Told())
+        seconds = [one.seconds for one in done.history[1:]]
+        about = {"seconds": sum(seconds) / len(seconds), "best": done.best, "peak": done.peak_bytes}
+        weights.with_suffix(".json").write_text(json.dumps(about))
+    return replace(recipe, weights=str(weights))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of weights, stores and results")
+    parser.add_argument("--backbone", default=Recipe.backbone)
+    parser.add_argument("--from", dest="from_layer", default="blocks.5", help="first layer that is tuned")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=TuningOptions.learning_rate)
+    parser.add_argument("--scales", default="160,224,288", help="test scales")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    scales = [int(text) for text in arguments.scales.split(",")]
+    data = [DataSet("caltech101", arguments.data / "caltech101-subset", None, False, TransferOptions(protocol="split"))]
+    rows = []
+    for name, sizes in WAYS.items():
+        recipe = tuned(name, sizes, arguments)
+        cells = evaluate_matrix(
+            {f"{name.replace(' ', '-')}-{scale}": replace(recipe, scales=(scale,)) for scale in scales},
+            data,
+            arguments.output,
+        )
+        about = {"seconds": 0, "best": 0, "peak": 0}
+        if sizes:
+            about = json.loads(Path(recipe.weights).with_suffix(".json").read_text())
+        rows.append((name, [cell.value for cell in cells], about))
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "openvino"))
+    print(f"\n{processor()}, {available_cores()} cores, Python {platform.python_version()}, {libraries}")
+    print(f"{arguments.backbone}, tuned from {arguments.from_layer} on, {arguments.epochs} epochs\n")
+    print(
+        "| tuned at | "
+        + " | ".join(f"tested at {scale}" for scale in scales)
+        + " | epoch kept | s an epoch | peak, MB |"
+    )
+    print("|---|" + "---|" * (len(scales) + 3))
+    for name, values, about in rows:
+        figures = (
+            f"{about['best']} | {about['seconds']:.0f} | {about['peak'] / 1e6:.0f}" if about["peak"] else "- | - | -"
+        )
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + f" | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
