@@ -165,15 +165,23 @@ def _row_item(store: Store, name: str) -> _RowItem:
 
 def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
     """The store's descriptors as the classifier takes them, or the reason why they do not fit."""
-    if store.weights_sha256 != classifier.weights_sha256:
-        return "was made with other weights"
-    try:
-        view = DescriptorView(store, levels=classifier.recipe.levels)
-    except UsageError:
-        view = DescriptorView(store)
-    if differences := classifier.recipe.differences(view.recipe):
-        return f"was made with another recipe ({'; '.join(differences)})"
-    return view
+    recipe, reason = classifier.recipe, "was made with other weights"
+    branches = recipe.branches()
+    # All parts, or those of some layers or backbones.
+    parts = [None, [name for one in branches for name in one.layers], [one.backbone for one in branches]]
+    for only in parts:
+        try:
+            view = DescriptorView(store, levels=recipe.levels, only=only)
+        except UsageError:
+            if only is not None:
+                continue
+            view = DescriptorView(store)
+        if view.weights_sha256 == classifier.weights_sha256:
+            differences = recipe.differences(view.recipe)
+            if not differences:
+                return view
+            reason = f"was made with another recipe ({'; '.join(differences)})"
+    return reason
 
 
 def _predict_rows(classifier: Classifier, store: Store, view: DescriptorView) -> Iterator[Prediction]:

@@ -174,3 +174,23 @@ def test_backbones_that_resize_in_different_ways_are_told(
 def test_each_backbone_is_checked(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SppFeatError, match=message):
         Describer(replace(SEVERAL, **changes))  # type: ignore[arg-type]
+
+
+def test_a_classifier_of_a_part_takes_the_rows_of_a_store(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was trained on need not be described again."""
+    from sppfeat.svm import SvmOptions
+    from sppfeat.transfer import Labels, predict
+    from sppfeat.transfer.train_classifier import train_classifier
+
+    folder = make_images(6)
+    store = described(folder, tmp_path / "all.h5", replace(SEVERAL, fuse="concat"))
+    labels = Labels({name: "ab"[at % 2] for at, name in enumerate(store.names)}, {})
+    monkeypatch.setattr("sppfeat.transfer.prediction.Describer", None)
+    for only in (("layer4",), (VIT,), ("layer2", VIT), None):
+        options = SvmOptions(costs=(1.0,), only=only, levels=(1,))
+        classifier = train_classifier(store, options, labels=labels)
+        notes: list[str] = []
+        found = list(predict(classifier, [tmp_path / "all.h5"], note=notes.append))
+        assert len(found) == 6 and notes == []
