@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
@@ -16,10 +14,11 @@ from torch.nn import functional as F  # noqa: N812
 from sppfeat.backbones.backbone import Trunk
 from sppfeat.errors import ImageError
 from sppfeat.images import Item, prepare_image
-from sppfeat.machine import available_cores
 from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
+from sppfeat.training.ahead import ahead
+from sppfeat.training.trunks import TunedTrunk
 from sppfeat.tuning.options import TuningOptions
 
 # Images of one pass on a processor: activations of a batch are kept for its gradient, some 60 MB an image at 224.
@@ -34,28 +33,10 @@ class Pixels(NamedTuple):
     label: int
 
 
-class Network(nn.Module):
-    """From uint8 images [N, H, W, 3] of one size to descriptors [N, D] as the recipe makes them, in float32."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, trunk: nn.Module, recipe: Recipe) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self._recipe = recipe
-        mean, std = (torch.tensor(each, dtype=torch.float64) for each in (recipe.mean, recipe.std))
-        self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        inputs = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        recipe = self._recipe
-        rows = [
-            pool_pyramid(one.float(), recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p)
-            for one in self.trunk(inputs)
-        ]
-        return torch.cat([_normalized(one, recipe.normalize) for one in rows], 1)
+def descriptors(maps: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """[N, D] of each layer's maps [N, C, h, w], as the recipe makes them, in float32."""
+    rows = [pool_pyramid(one, recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p) for one in maps]
+    return torch.cat([_normalized(one, recipe.normalize) for one in rows], 1)
 
 
 def _normalized(rows: torch.Tensor, kind: str) -> torch.Tensor:
@@ -96,17 +77,12 @@ class ClassLearner:
         failed: Callable[[str, str], None],
         seen: Callable[[str], None],
     ) -> None:
-        self._recipe = replace(trunk.recipe, scales=(options.test_scale,))
-        self.network = Network(trunk.module, trunk.recipe)
-        self.module: nn.Module = nn.ModuleDict({"network": self.network, "head": head}).to(device).eval()
-        tuned = trunk.parameters_from(options.from_layer)
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(False)
-        for parameter in (*tuned, *head.parameters()):
-            parameter.requires_grad_(True)
+        self._recipe = trunk.recipe
+        self.network = TunedTrunk(trunk, options.from_layer)
+        self.module: nn.Module = nn.ModuleDict({"network": self.network, "head": head}).to(device)
         rate = options.learning_rate
         self.groups: Sequence[dict[str, Any]] = [
-            {"params": tuned, "lr": rate},
+            {"params": self.network.tuned, "lr": rate},
             {"params": list(head.parameters()), "lr": rate * options.head_rate},
         ]
         self._train, self._held, self._options, self._device = train, held, options, device
@@ -155,8 +131,8 @@ class ClassLearner:
     def _scores(self, images: torch.Tensor) -> torch.Tensor:
         half = self._device.type == "cuda" and self._options.precision != "float32"
         with torch.autocast("cuda", getattr(torch, self._options.precision), enabled=half):
-            rows = self.network(images)
-        scores: torch.Tensor = self._head(rows.float())
+            maps = self.network(images)
+        scores: torch.Tensor = self._head(descriptors(maps, self._recipe))
         return scores
 
     def _passes(self, batch: list[Pixels]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -185,28 +161,13 @@ class ClassLearner:
             except ImageError as error:
                 return str(error)
 
-        waiting: deque[tuple[np.ndarray, list[Future[Pixels | str]]]] = deque()
-        with ThreadPoolExecutor(available_cores(), thread_name_prefix="decode") as decoders:
-            try:
-                for number, chunk in enumerate([*chunks, None, None]):
-                    if chunk is not None:
-                        waiting.append((chunk, [decoders.submit(prepared, int(at)) for at in chunk]))
-                    if waiting and (number >= 2 or len(waiting) > 2):
-                        yield self._finished(examples, *waiting.popleft(), told=told)
-                while waiting:
-                    yield self._finished(examples, *waiting.popleft(), told=told)
-            finally:
-                decoders.shutdown(cancel_futures=True)
-
-    def _finished(
-        self, examples: Examples, chunk: np.ndarray, futures: list[Future[Pixels | str]], *, told: bool
-    ) -> list[Pixels | None]:
-        found: list[Pixels | None] = []
-        for at, future in zip(chunk, futures, strict=True):
-            result, name = future.result(), examples.items[int(at)].name
-            if isinstance(result, str):
-                self._failed(name, result)
-            if told:
-                self._seen(name)
-            found.append(None if isinstance(result, str) else result)
-        return found
+        for chunk, results in zip(chunks, ahead((chunk.tolist() for chunk in chunks), prepared), strict=True):
+            found: list[Pixels | None] = []
+            for at, result in zip(chunk, results, strict=True):
+                name = examples.items[int(at)].name
+                if isinstance(result, str):
+                    self._failed(name, result)
+                if told:
+                    self._seen(name)
+                found.append(None if isinstance(result, str) else result)
+            yield found

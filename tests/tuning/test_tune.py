@@ -47,7 +47,7 @@ def textures(tmp_path: Path) -> Path:
 
 def test_a_tuned_network_is_used_like_any_weights(textures: Path, tmp_path: Path) -> None:
     output = tmp_path / "tuned.safetensors"
-    done = tune(textures, output, TINY, FAST)
+    done = tune(textures, output, TINY, replace(FAST, scales=(64,), learning_rate=1e-3))
     assert done.file == str(output) and done.classes == ["coarse", "fine", "middle"]
     assert (done.images, done.held_out, done.failed, done.diverged) == (24, 6, {}, None)
     assert [one.number for one in done.history] == [0, 1, 2, 3] and done.history[0].loss is None
@@ -79,7 +79,7 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_images(textures: Path) -> Non
     from torch.nn import functional as F  # noqa: N812
 
     from sppfeat.images import find_images, prepare_image
-    from sppfeat.tuning.classes import ClassLearner, Examples
+    from sppfeat.tuning.classes import ClassLearner, Examples, descriptors
 
     items = find_images([textures]).items
     labels = np.array([("coarse", "fine", "middle").index(item.name.split("/")[0]) for item in items])
@@ -96,7 +96,7 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_images(textures: Path) -> Non
     learner.module.zero_grad()
     total = 0.0
     for each in batch:
-        scores = head(learner.network(torch.from_numpy(each.pixels.copy())[None]))
+        scores = head(descriptors(learner.network(torch.from_numpy(each.pixels.copy())[None]), trunk.recipe))
         one = F.cross_entropy(scores, torch.tensor([each.label]))
         (one / len(batch)).backward()  # type: ignore[no-untyped-call]
         total += float(one.detach())
@@ -115,15 +115,17 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_images(textures: Path) -> Non
 
 def test_descriptors_are_those_of_an_extraction(textures: Path, tmp_path: Path) -> None:
     from sppfeat.images import find_images, prepare_image
-    from sppfeat.tuning.classes import Network
+    from sppfeat.training.trunks import TunedTrunk
+    from sppfeat.tuning.classes import descriptors
 
     recipe = replace(TINY, scales=(64,), dtype="float32", normalize="signed-sqrt-l2")
     extract_folder(textures, tmp_path / "f.h5", recipe)
     store, trunk = open_store(tmp_path / "f.h5"), load_trunk(recipe)
-    network = Network(trunk.module, trunk.recipe)
+    network = TunedTrunk(trunk)
     for item, expected in list(zip(find_images([textures]).items, store.descriptors, strict=True))[::7]:
         with torch.no_grad():
-            row = network(torch.from_numpy(prepare_image(item, trunk.recipe).inputs[0].copy())[None])[0]
+            maps = network(torch.from_numpy(prepare_image(item, trunk.recipe).inputs[0].copy())[None])
+            row = descriptors(maps, trunk.recipe)[0]
         np.testing.assert_allclose(row.numpy(), expected, rtol=2e-3, atol=2e-3)
 
 
