@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.errors import UsageError
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat_cli import options
 from sppfeat_cli.output import byte_count, counted, integers, print_json, printable, scales
@@ -12,9 +13,11 @@ from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.detection.train_detector import Training
+    from sppfeat.detection.tune_detector import TunedDetector
 
 _RECIPE = options.Defaults("sppfeat.detection:detection_recipe")
 _TRAINING = options.Defaults("sppfeat.detection:TrainingOptions")
+_LEARNING = options.Defaults("sppfeat.training:LearningOptions")
 
 
 def register(train: typer.Typer) -> None:
@@ -22,6 +25,7 @@ def register(train: typer.Typer) -> None:
 
 
 def detector(
+    context: typer.Context,
     output: options.Output,
     voc: options.VocRoot = None,
     split: Annotated[str | None, options.split("trainval")] = None,
@@ -46,6 +50,17 @@ def detector(
         bool, typer.Option("--box-regression/--no-box-regression", help="Learn to move windows onto objects.")
     ] = _TRAINING.box_regression,
     memory: Annotated[str | None, options.memory("1 GiB, for rows of windows")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Tune the network with the detector, as Fast R-CNN, instead of training SVMs on its output."
+        ),
+    ] = False,
+    from_layer: options.FromLayer = None,
+    epochs: options.Epochs = _LEARNING.epochs,
+    learning_rate: options.LearningRate = _LEARNING.learning_rate,
+    held_out: options.HeldOut = _LEARNING.held_out,
+    checkpoint_minutes: options.CheckpointMinutes = _LEARNING.checkpoint_minutes,
     seed: options.Seed = _TRAINING.seed,
     device: options.Device = RunOptions.device,
     engine: options.Engine = RunOptions.engine,
@@ -60,8 +75,10 @@ def detector(
     Invalid annotations are reported and skipped, and the exit code is 3.
     """
     run = RunOptions(device=device, engine=engine)
+    _check_given(options.given(context), tune)
 
     from sppfeat.detection import TrainingOptions, detection_recipe, read_annotations, select_classes
+    from sppfeat.training import LearningOptions
     from sppfeat.windows import windows_from
 
     recipe = detection_recipe(
@@ -88,20 +105,29 @@ def detector(
             progress.note(f"skipped: {name}: {reason}")
         for note in annotated.notes:
             progress.note(note)
-        # It imports torch, so annotations are checked first.
-        from sppfeat.detection.train_detector import train_detector
+        # They import torch, so annotations are checked first.
+        proposed = windows_from(windows) if windows is not None else None
+        watched: dict[str, Any] = {"overwrite": overwrite, "observer": progress, "stop": progress.stop.is_set}
+        if tune:
+            from sppfeat.detection.tune_detector import tune_detector
 
-        done = train_detector(
-            annotated,
-            windows_from(windows) if windows is not None else None,
-            output,
-            recipe,
-            chosen,
-            run,
-            overwrite=overwrite,
-            observer=progress,
-            stop=progress.stop.is_set,
-        )
+            learning = LearningOptions(
+                from_layer=from_layer,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                held_out=held_out,
+                checkpoint_minutes=checkpoint_minutes,
+                seed=seed,
+                device=device,
+            )
+            tuned = tune_detector(annotated, proposed, output, recipe, learning, **watched)
+        else:
+            from sppfeat.detection.train_detector import train_detector
+
+            done = train_detector(annotated, proposed, output, recipe, chosen, run, **watched)
+    if tune:
+        _end_tuning(tuned, as_json, quiet)
+        return
     if as_json:
         print_json(_document(done))
     elif not quiet:
@@ -113,6 +139,58 @@ def detector(
             file=sys.stderr,
         )
         raise typer.Exit(130)
+    if done.failed or done.notes:
+        raise typer.Exit(3)
+
+
+def _check_given(given: set[str], tune: bool) -> None:
+    """Raise UsageError for options of the one way to train that come with the other."""
+    svms = {"c", "positive_weight", "passes", "box_regression", "memory", "engine"}
+    learning = {"from_layer", "epochs", "learning_rate", "held_out", "checkpoint_minutes"}
+    if wrong := sorted(given & (svms if tune else learning)):
+        name = {"from_layer": "from"}.get(wrong[0], wrong[0].replace("_", "-"))
+        raise UsageError(
+            f"--{name}: expected {'no --tune' if tune else '--tune'} with it, found {'it' if tune else 'none'}"
+        )
+
+
+def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "detector": done.file,
+                "weights": done.weights,
+                "images": done.images,
+                "held_out": done.held_out,
+                "classes": done.classes,
+                "positives": done.positives,
+                "failed": done.failed,
+                "notes": done.notes,
+                "best": done.best,
+                "diverged": done.diverged,
+                "history": [
+                    {"epoch": one.number, "loss": one.loss, "held_out": one.held_out, "seconds": one.seconds}
+                    for one in done.history
+                ],
+                "seconds": round(done.seconds, 3),
+                "device": done.device,
+            }
+        )
+    elif not quiet and done.file is not None and done.weights is not None:
+        held = done.history[done.best].held_out
+        shown = "" if held is None else f", mAP {held:.1f} on {counted(done.held_out, 'held-out image')}"
+        typer.echo(
+            f"{printable(done.file)}: tuned detector of {counted(len(done.classes), 'class')}, "
+            f"{counted(sum(done.positives.values()), 'object')} in {counted(done.images, 'image')}; "
+            f"epoch {done.best} of {len(done.history) - 1} kept{shown}\n"
+            f"{printable(done.weights)}: its network\n{done.seconds:.1f} s on {done.device}"
+        )
+    if done.file is None:
+        print(f"sppfeat: interrupted in epoch {len(done.history)}; the same command resumes", file=sys.stderr)
+        raise typer.Exit(130)
+    if done.diverged is not None:
+        print(f"sppfeat: diverged: {done.diverged}; the best weights before are kept", file=sys.stderr)
+        raise typer.Exit(1)
     if done.failed or done.notes:
         raise typer.Exit(3)
 

@@ -36,25 +36,16 @@ def tune(
             "--scales", metavar="PIXELS,...", help="Short sides of the images, one after the other from epoch to epoch."
         ),
     ] = _TUNING.scales,
-    from_layer: Annotated[
-        str | None,
-        typer.Option("--from", metavar="LAYER", help="First layer that is tuned.", show_default="the first of all"),
-    ] = None,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the images.")] = _TUNING.epochs,
+    from_layer: options.FromLayer = None,
+    epochs: options.Epochs = _TUNING.epochs,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", metavar="N", help="Images of a step.")
     ] = _TUNING.batch_size,
-    learning_rate: Annotated[
-        float, typer.Option(metavar="R", help="Highest learning rate of the network; the head's is ten times that.")
-    ] = _TUNING.learning_rate,
+    learning_rate: options.LearningRate = _TUNING.learning_rate,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="Optimizer: adamw or sgd.")] = _TUNING.optimizer,
     weight_decay: Annotated[float, typer.Option(metavar="X", help="Weight decay.")] = _TUNING.weight_decay,
-    held_out: Annotated[
-        float, typer.Option(metavar="X", help="Share of each class's images that the best epoch is chosen by.")
-    ] = _TUNING.held_out,
-    checkpoint_minutes: Annotated[
-        float, typer.Option(metavar="N", help="Minutes between checkpoints: as much as a lost job loses.")
-    ] = _TUNING.checkpoint_minutes,
+    held_out: options.HeldOut = _TUNING.held_out,
+    checkpoint_minutes: options.CheckpointMinutes = _TUNING.checkpoint_minutes,
     precision: Annotated[
         str, typer.Option(metavar="NAME", help="Precision of the arithmetic on a GPU: float32, bfloat16 or float16.")
     ] = _TUNING.precision,

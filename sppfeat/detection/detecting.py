@@ -137,31 +137,51 @@ class DetectorRunner:
     def _found(
         self, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        detector = self.detector
         start = time.perf_counter()
-        scores = descriptors @ detector.weights.T + detector.biases
-        labels, chosen = [], []
-        for label in range(len(detector.classes)):
-            above = np.flatnonzero(scores[:, label] >= options.threshold)
-            best = above[np.argsort(-scores[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
-            labels.append(np.full(len(best), label))
-            chosen.append(best)
-        boxes = []
-        for label, rows in enumerate(chosen):
-            if detector.box_weights is None or detector.box_biases is None:
-                boxes.append(windows[rows])
-            else:
-                moves = descriptors[rows] @ detector.box_weights[label].T + detector.box_biases[label]
-                boxes.append(moved_boxes(windows[rows], moves, size))
-        all_labels, all_boxes = np.concatenate(labels), np.concatenate(boxes)
-        all_scores = scores[np.concatenate(chosen), all_labels]
+        labels, scores, boxes = _scored(self.detector, descriptors, windows, size, options)
         middle = time.perf_counter()
-        kept = suppress(all_boxes, all_scores, all_labels, options.nms)
-        # Each class keeps its best detections, whatever the others score.
-        kept = kept[_ranks(all_labels[kept]) < options.max_detections]
+        kept = _kept(labels, scores, boxes, options)
         self._score_seconds += middle - start
         self._suppress_seconds += time.perf_counter() - middle
-        return all_labels[kept], all_scores[kept], all_boxes[kept]
+        return labels[kept], scores[kept], boxes[kept]
+
+
+def find_in(
+    detector: Detector, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels [n], scores [n] and boxes [n, 4] of what is detected in windows [K, 4] with descriptors [K, D], the best
+    first. size: width and height of the image."""
+    labels, scores, boxes = _scored(detector, descriptors, windows, size, options)
+    kept = _kept(labels, scores, boxes, options)
+    return labels[kept], scores[kept], boxes[kept]
+
+
+def _scored(
+    detector: Detector, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scores = detector.scores(descriptors)
+    labels, chosen = [], []
+    for label in range(len(detector.classes)):
+        above = np.flatnonzero(scores[:, label] >= options.threshold)
+        best = above[np.argsort(-scores[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
+        labels.append(np.full(len(best), label))
+        chosen.append(best)
+    boxes = []
+    for label, rows in enumerate(chosen):
+        if detector.box_weights is None or detector.box_biases is None:
+            boxes.append(windows[rows])
+        else:
+            moves = descriptors[rows] @ detector.box_weights[label].T + detector.box_biases[label]
+            boxes.append(moved_boxes(windows[rows], moves, size))
+    all_labels = np.concatenate(labels)
+    return all_labels, scores[np.concatenate(chosen), all_labels], np.concatenate(boxes)
+
+
+def _kept(labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray, options: DetectOptions) -> np.ndarray:
+    kept = suppress(boxes, scores, labels, options.nms)
+    # Each class keeps its best detections, whatever the others score.
+    found: np.ndarray = kept[_ranks(labels[kept]) < options.max_detections]
+    return found
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:

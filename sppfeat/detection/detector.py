@@ -36,6 +36,8 @@ class Detector:
     """A trained detector of K classes.
 
     recipe: of the descriptors, of D values. weights: [K, D] float32, biases: [K]; a score above 0 means: of that class.
+    background: [D + 1] float32, weights and bias of the background, if the detector was tuned: then scores are the
+    shares of the classes in a softmax over them and the background. None: of SVMs.
     box_weights: [K, 4, D] float32, box_biases: [K, 4], from descriptors to `box_targets`; None without box regression.
     proposals: how its training windows were found. training: its options and data.
     """
@@ -50,6 +52,19 @@ class Detector:
     proposals: ProposalOptions
     training: dict[str, Any]
     versions: dict[str, str]
+    background: np.ndarray | None = None
+
+    def scores(self, descriptors: np.ndarray) -> np.ndarray:
+        """[N, K] float32 of descriptors [N, D]."""
+        found: np.ndarray = descriptors @ self.weights.T + self.biases
+        if self.background is None:
+            return found
+        other = descriptors @ self.background[:-1] + self.background[-1]
+        most = np.maximum(found.max(1, initial=-np.inf), other)
+        shares: np.ndarray = np.exp(found - most[:, None])
+        total = shares.sum(1) + np.exp(other - most)
+        shares /= total[:, None]
+        return shares
 
 
 class _Training(msgspec.Struct):
@@ -76,6 +91,8 @@ def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
         file.create_dataset("classes", data=np.asarray(detector.classes, dtype=object), dtype=h5py.string_dtype())
         file.create_dataset("weights", data=detector.weights)
         file.create_dataset("biases", data=detector.biases)
+        if detector.background is not None:
+            file.create_dataset("background", data=detector.background)
         if detector.box_weights is not None and detector.box_biases is not None:
             file.create_dataset("box_weights", data=detector.box_weights)
             file.create_dataset("box_biases", data=detector.box_biases)
@@ -89,7 +106,7 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
         classes = file["classes"].asstr()[:].tolist()
         arrays = {
             name: np.asarray(file[name][:], np.float32)
-            for name in ("weights", "biases", "box_weights", "box_biases")
+            for name in ("weights", "biases", "background", "box_weights", "box_biases")
             if name in file
         }
         detector = Detector(
@@ -103,9 +120,11 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
             proposals=ProposalOptions(**read_document(file, "proposals", dict[str, Any], ModelError)),
             training=read_document(file, "training", dict[str, Any], ModelError),
             versions=read_document(file, "versions", dict[str, str], ModelError),
+            background=arrays.get("background"),
         )
         count, dim = len(classes), arrays["weights"].shape[-1]
-        shapes = {"weights": (count, dim), "biases": (count,), "box_weights": (count, 4, dim), "box_biases": (count, 4)}
+        shapes = {"weights": (count, dim), "biases": (count,), "background": (dim + 1,)}
+        shapes |= {"box_weights": (count, 4, dim), "box_biases": (count, 4)}
         for name, values in arrays.items():
             if values.shape != shapes[name] or not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers {list(shapes[name])}, found {list(values.shape)}")

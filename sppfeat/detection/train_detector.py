@@ -87,7 +87,7 @@ def train_detector(
         if describer.recipe.dtype != "float32" or describer.recipe.fuse == "concat":
             raise UsageError("a detector needs dtype 'float32', and a fuse other than 'concat'")
         if windows is None:
-            windows = _windows_beside(path, annotated, proposals, observer, stop)
+            windows = windows_beside(path, annotated, proposals, observer, stop)
             if windows is None:
                 return _stopped_before(annotated, describer, time.perf_counter() - began)
         if isinstance(windows, WindowFile):
@@ -119,7 +119,7 @@ def train_detector(
     )
 
 
-def _windows_beside(
+def windows_beside(
     output: Path,
     annotated: AnnotatedImages,
     options: ProposalOptions | None,

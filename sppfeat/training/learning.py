@@ -57,16 +57,18 @@ def learn(
     checkpoint: Path,
     key: str,
     *,
+    measure: str = "of held-out images right",
     observer: Observer | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Learned:
     """Tune until the last epoch, and leave the module with the best weights.
 
+    measure: what `Learner.held_out` tells, for messages.
     checkpoint: a file that holds the state of the run every few minutes, and when it is stopped; a run with the same
     key resumes from it, and ends in the same weights on the same machine. A checkpoint that cannot be written is
     noted, and the run goes on. Raises ModelError for a checkpoint of another run.
     """
-    return _Run(learner, options, checkpoint, key, observer or Observer(), stop).run()
+    return _Run(learner, options, checkpoint, key, measure, observer or Observer(), stop).run()
 
 
 class _Run:
@@ -76,11 +78,12 @@ class _Run:
         options: LearningOptions,
         checkpoint: Path,
         key: str,
+        measure: str,
         observer: Observer,
         stop: Callable[[], bool],
     ) -> None:
         self._learner, self._options, self._checkpoint = learner, options, checkpoint
-        self._observer, self._stop = observer, stop
+        self._measure, self._observer, self._stop = measure, observer, stop
         groups = [dict(group) for group in learner.groups]
         self._highest = [float(group["lr"]) for group in groups]
         if options.optimizer == "adamw":
@@ -156,7 +159,7 @@ class _Run:
         if epoch.held_out is None or before is None or epoch.held_out >= before:
             self._progress.best = epoch.number
             self._best = {name: value.detach().clone() for name, value in self._weights.items()}
-        shown = "" if epoch.held_out is None else f", {epoch.held_out:.2f} % of held-out images right"
+        shown = "" if epoch.held_out is None else f", {epoch.held_out:.2f} % {self._measure}"
         loss = "before tuning" if epoch.loss is None else f"loss {epoch.loss:.4f}"
         self._observer.say(f"epoch {epoch.number} of {self._options.epochs}: {loss}{shown}")
 
