@@ -4,8 +4,8 @@
 
 DATA holds `caltech101-subset` (train/CLASS, test/CLASS), `voc2007-subset/VOC2007` and `kth-buildings` (server, client;
 images of one object are named alike). FOLDER keeps stores and results: a second run only does what is missing.
-Images/s in the first table is of the extraction, over all three data sets. With --rounds, a second table tells the speed
-on a quarter of the Caltech test images, recipes in turn, medians.
+Images/s in the first table is of the extraction, over all three data sets. With --rounds, a second table tells the
+speed on a quarter of the Caltech test images, recipes in turn, medians.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def tuned(name: str, scales: tuple[int, ...], arguments: argparse.Namespace) -> 
     recipe = Recipe(backbone=arguments.backbone)
     if not scales:
         return recipe
-    weights = arguments.output / f"{name.replace(' ', '-')}.safetensors"
+    way = f"{name.replace(' ', '-')}-{arguments.epochs}-{arguments.learning_rate:g}-{arguments.from_layer}"
+    weights = arguments.output / f"{way}.safetensors"
     if not weights.exists():
         options = TuningOptions(
             scales=scales,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sppfeat.recipe import short_sha
 from sppfeat_cli import options
 from sppfeat_cli.output import convergence_document, counted, human_bytes, print_json, printable
 
@@ -132,7 +133,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
         f"trained on {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         *(f"  warning: {printable(text)}" for text in model.convergence.warnings()),
-        f"  weights: sha256 {printable(model.weights_sha256[:16])}",
+        f"  weights: sha256 {printable(short_sha(model.weights_sha256))}",
         *_recipe_lines(about["recipe"]),
     ]
     typer.echo("\n".join(lines))
@@ -166,7 +167,7 @@ def _inspect_detector(file: str, as_json: bool) -> None:
         f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}",
         f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, at most "
         f"{model.proposals.max_windows} per image",
-        f"  weights: sha256 {printable(model.weights_sha256[:16])}",
+        f"  weights: sha256 {printable(short_sha(model.weights_sha256))}",
         *_recipe_lines(about["recipe"]),
     ]
     typer.echo("\n".join(lines))
@@ -304,7 +305,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
         lines.append("  map: of all images, for `sppfeat serve`")
     for source in about["sources"]:
         lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
-    lines += [f"  weights: sha256 {about['weights_sha256'][:16]}", *_recipe_lines(about["recipe"])]
+    lines += [f"  weights: sha256 {short_sha(about['weights_sha256'])}", *_recipe_lines(about["recipe"])]
     lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
     # The texts of a gallery of unknown origin may hold anything, terminal commands included.
     return "\n".join(map(printable, lines))
@@ -318,7 +319,7 @@ def _text(about: dict[str, Any]) -> str:
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         *_part_lines(about["parts"]),
         f"  images below: {printable(about['source_root'])}",
-        f"  weights: sha256 {printable(about['weights_sha256'][:16])}",
+        f"  weights: sha256 {printable(short_sha(about['weights_sha256']))}",
         *_recipe_lines(about["recipe"]),
     ]
     lines.append("  made with: " + _versions(about["versions"]))

@@ -126,7 +126,7 @@ def detector(
 
             done = train_detector(annotated, proposed, output, recipe, chosen, run, **watched)
     if tune:
-        _end_tuning(tuned, as_json, quiet)
+        _end_tuning(tuned, as_json, quiet, overwrite)
         return
     if as_json:
         print_json(_document(done))
@@ -154,7 +154,7 @@ def _check_given(given: set[str], tune: bool) -> None:
         )
 
 
-def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool) -> None:
+def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bool) -> None:
     if as_json:
         print_json(
             {
@@ -186,7 +186,8 @@ def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool) -> None:
             f"{printable(done.weights)}: its network\n{done.seconds:.1f} s on {done.device}"
         )
     if done.file is None:
-        print(f"sppfeat: interrupted in epoch {len(done.history)}; the same command resumes", file=sys.stderr)
+        how = "without --overwrite, " if overwrite else ""
+        print(f"sppfeat: interrupted in epoch {len(done.history)}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.diverged is not None:
         print(f"sppfeat: diverged: {done.diverged}; the best weights before are kept", file=sys.stderr)

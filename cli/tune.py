@@ -47,7 +47,7 @@ def tune(
     held_out: options.HeldOut = _TUNING.held_out,
     checkpoint_minutes: options.CheckpointMinutes = _TUNING.checkpoint_minutes,
     precision: Annotated[
-        str, typer.Option(metavar="NAME", help="Precision of the arithmetic on a GPU: float32, bfloat16 or float16.")
+        str, typer.Option(metavar="NAME", help="Precision of the arithmetic on a GPU: float32 or bfloat16.")
     ] = _TUNING.precision,
     seed: options.Seed = _TUNING.seed,
     device: options.Device = _TUNING.device,
@@ -139,7 +139,8 @@ def tune(
             print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
     if done.file is None:
-        print(f"sppfeat: interrupted in epoch {len(done.history)}; the same command resumes", file=sys.stderr)
+        how = "without --overwrite, " if overwrite else ""
+        print(f"sppfeat: interrupted in epoch {len(done.history)}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if done.diverged is not None:
         print(f"sppfeat: diverged: {done.diverged}; the best weights before are kept", file=sys.stderr)

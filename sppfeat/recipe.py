@@ -134,7 +134,7 @@ class Recipe:
             raise UsageError("jpeg_draft needs scales in pixels, found 'native'")
         if self.backbone == SIFT_BOW:
             self._check_bag_of_words()
-        self.branches()
+        self._settle_scales()
         if self.channels is not None:
             object.__setattr__(self, "channels", tuple(self.channels))
             for number in self.channels:
@@ -153,11 +153,24 @@ class Recipe:
             if getattr(self, name) is not None:
                 raise UsageError(f"{name}: expected none for backbone {SIFT_BOW}, found {_show(getattr(self, name))}")
 
+    def _settle_scales(self) -> None:
+        """Where every backbone has scales of its own, `scales` says nothing, and is those of the first."""
+        branches = self.branches()
+        if "@" in self.backbone and all("@" in name for name in self.backbone.split("+")):
+            if self.scales not in (Recipe.scales, branches[0].scales):
+                raise UsageError(
+                    f"scales: expected none beside backbones that have their own ({self.backbone}), found "
+                    f"{_show(self.scales)}"
+                )
+            object.__setattr__(self, "scales", branches[0].scales)
+
     def branches(self) -> tuple[Recipe, ...]:
         """The recipe of each backbone by itself, with the layers of that backbone."""
         names = self.backbone.split("+")
         if len(names) == 1 and "@" not in names[0]:
             return (self,)
+        if len(names) > 1 and self.jpeg_draft:
+            raise UsageError("jpeg_draft needs one backbone: a draft for one would change what another sees")
         weights = _each("weights", self.weights, len(names))
         layers = [None] * len(names) if self.layer is None else _each("layer", self.layer, len(names))
         found = []
@@ -307,6 +320,11 @@ class RunOptions:
         return _devices(self.device)
 
 
+def short_sha(weights_sha256: str) -> str:
+    """The beginning of a SHA-256 of weights, or of those of each part, for messages."""
+    return "+".join(one[:12] for one in weights_sha256.split("+"))
+
+
 def _devices(device: str) -> list[str]:
     kind, _, numbers = device.partition(":")
     return [f"{kind}:{int(number)}" for number in numbers.split(",")] if "," in numbers else [device]
@@ -361,7 +379,10 @@ def _each(name: str, value: str, count: int) -> list[str]:
     if len(values) == 1:
         return values * count
     if len(values) != count:
-        raise UsageError(f"{name}: expected one, or one for each of {count} backbones, found {len(values)}: {value}")
+        raise UsageError(
+            f"{name}: expected one, or one for each of {count} backbones, found {len(values)}: {value} (a path cannot "
+            "hold +)"
+        )
     return values
 
 

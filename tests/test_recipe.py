@@ -296,6 +296,8 @@ def test_one_value_stands_for_all_backbones() -> None:
     ]
     (alone,) = Recipe(backbone="a@320").branches()
     assert (alone.backbone, alone.scales) == ("a", (320,))
+    # What says nothing is not part of the identity.
+    assert Recipe(backbone="a@320+b@256").scales == (320,)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +316,8 @@ def test_one_value_stands_for_all_backbones() -> None:
         ({"backbone": "a@x"}, "scales must be .*, found 'x'"),
         ({"backbone": "a@native+b", "crop": "center"}, "crop 'center' needs a scale in pixels, found 'native'"),
         ({"channels": (0,)}, "channels must be a whole number from 1"),
+        ({"backbone": "a+b", "jpeg_draft": True}, "jpeg_draft needs one backbone"),
+        ({"backbone": "a@320+b@256", "scales": (128,)}, "scales: expected none beside backbones that have their own"),
     ],
 )
 def test_bad_sources_are_named(fields: dict[str, Any], message: str) -> None:

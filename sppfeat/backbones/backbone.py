@@ -89,6 +89,7 @@ class Trunk:
 
     recipe: Recipe
     layers: tuple[str, ...]
+    network: nn.Module
     cuttable: NamedLayers
     module: nn.Module
 
@@ -128,6 +129,7 @@ def load_trunk(recipe: Recipe) -> Trunk:
 
     Raises UsageError for an unknown name, BackboneError for weights that are missing, damaged or of another network.
     """
+    (recipe,) = recipe.branches()
     # torch.hub reports downloads on standard output, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)
@@ -148,7 +150,7 @@ def load_trunk(recipe: Recipe) -> Trunk:
         std=recipe.std or spec.std,
         interpolation=recipe.interpolation or spec.interpolation,
     )
-    return Trunk(resolved, names, cuttable, cuttable.cut(names))
+    return Trunk(resolved, names, network, cuttable, cuttable.cut(names))
 
 
 def load_backbone(recipe: Recipe) -> Backbone:
@@ -158,7 +160,13 @@ def load_backbone(recipe: Recipe) -> Backbone:
         trunk.cuttable.check(trunk.layers)
     module = trunk.module
     return Backbone(
-        [_describe(trunk.cuttable, name, trunk.recipe) for name in trunk.layers],
+        # Each as if it were the only one: what is known of a layer does not depend on those that are asked with it.
+        [
+            _describe(cuttable_of(recipe.backbone, trunk.network, (name,)), name, trunk.recipe)
+            if len(trunk.layers) > 1
+            else _describe(trunk.cuttable, name, trunk.recipe)
+            for name in trunk.layers
+        ],
         fold_batch_norms(module) if isinstance(module, torch.fx.GraphModule) else module,
     )
 

@@ -6,7 +6,6 @@ channels last, or the tokens of a transformer, which are the cells of a grid aft
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -66,15 +65,21 @@ class _Caught(Exception):  # noqa: N818: it is no error
 
 class HookedTrunk(nn.Module):
     """A network up to some layers: from images [N, 3, H, W] to the list of their feature maps; several threads may call
-    it at a time."""
+    it at a time. `close` takes its hooks off the network."""
 
     def __init__(self, network: nn.Module, layouts: Sequence[tuple[str, _Layout]]) -> None:
         super().__init__()
         self.network = network
         self._layouts = list(layouts)
         self._local = threading.local()
-        for name in {name for name, _ in self._layouts}:
+        self._hooks = [
             network.get_submodule(name).register_forward_hook(self._catching(name))
+            for name in {name for name, _ in self._layouts}
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         caught: dict[str, torch.Tensor] = {}
@@ -94,7 +99,8 @@ class HookedTrunk(nn.Module):
         def catch(module: nn.Module, inputs: Any, output: Any) -> None:
             caught = getattr(self._local, "caught", None)
             if caught is not None:
-                caught[name] = output
+                # What comes after a layer may write into its output.
+                caught[name] = output.clone() if wanted > 1 else output
                 if len(caught) == wanted:
                     raise _Caught
 
@@ -113,11 +119,13 @@ class HookedNetwork(NamedLayers):
         self.fixed: int | None = None
         self._layouts: dict[str, _Layout] = {}
         self._layers: list[Layer] = []
-        self._entered: dict[str, list[str]] = {}
+        # When each module that is called begins, and when each output is there, both counted in calls.
+        self._entered: dict[str, int] = {}
+        self._until: dict[str, int] = {}
         reason = ""
         for height, width in _probe_sizes(network):
             try:
-                outputs, self._entered = _run(network, height, width)
+                outputs, self._entered, self._until = _run(network, height, width)
             except Exception as error:  # the network's own code can fail in any way
                 reason = reason or one_line(error)
                 continue
@@ -148,12 +156,19 @@ class HookedNetwork(NamedLayers):
             return False
 
     def weights_of(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-        entered = set(self.modules_of(layers))
-        return {key: value for key, value in self._network.state_dict().items() if key.rpartition(".")[0] in entered}
+        owners = set(self.modules_of(layers))
+        return {key: value for key, value in self._network.state_dict().items() if key.rpartition(".")[0] in owners}
 
     def modules_of(self, layers: Sequence[str]) -> list[str]:
-        entered = [self._entered[layer.removesuffix(CLASS)] for layer in layers]
-        return list(dict.fromkeys(name for names in entered for name in names))
+        end = max(self._until[layer.removesuffix(CLASS)] for layer in layers)
+        begins: dict[str, int] = {}
+        for name, _ in self._network.named_modules():
+            # Weights may be read by the code of a parent, without a call of the module that holds them.
+            caller = name
+            while caller not in self._entered:
+                caller = caller.rpartition(".")[0]
+            begins[name] = self._entered[caller]
+        return sorted((name for name, begin in begins.items() if begin < end), key=begins.__getitem__)
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         self._network.load_state_dict(weights, strict=False)
@@ -161,7 +176,7 @@ class HookedNetwork(NamedLayers):
     def cut(self, layers: Sequence[str]) -> HookedTrunk:
         """The network up to some layers, with the weights that it has now."""
         layouts = [(self.layer(name).name.removesuffix(CLASS), self._layouts[name]) for name in layers]
-        return HookedTrunk(copy.deepcopy(self._network), layouts)
+        return HookedTrunk(self._network, layouts)
 
     def tiles(self, name: str) -> bool:
         """Whether the cells of a layer are patches that cover the image without overlap: those of tokens are."""
@@ -181,12 +196,15 @@ class HookedNetwork(NamedLayers):
         reason = ""
         for height, width in tries:
             images, places = _changed(height, width, largest)
+            trunk = self.cut(layers)
             try:
                 with torch.inference_mode():
-                    maps = self.cut(layers)(images)
+                    maps = trunk(images)
             except Exception as error:  # the network's own code can fail in any way
                 reason = reason or one_line(error)
                 continue
+            finally:
+                trunk.close()
             self.fixed = height if height == width else None
             for name, stride, cells in zip(layers, strides, maps, strict=True):
                 changes = (cells[1:] - cells[:1]).norm(dim=1)
@@ -263,22 +281,31 @@ def _prefixes(network: nn.Module) -> list[int]:
     return [found] if isinstance(found, int) else [0, 1, 2]
 
 
-def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.Size], dict[str, list[str]]]:
-    """The shape that each module returns, in the order in which they return, and the modules entered until then."""
+def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.Size], dict[str, int], dict[str, int]]:
+    """The shape that each module returns, in the order in which they return, and the numbers of calls when each module
+    begins and when its output is there. Modules that are called several times have no output of their own."""
     network = without_values(network)
     outputs: dict[str, torch.Size] = {}
-    entered: list[str] = [""]
+    entered: dict[str, int] = {"": 0}
     until: dict[str, int] = {}
+    calls = 1
+    again: set[str] = set()
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, inputs: entered.append(name)
+        def entering(module: nn.Module, inputs: Any) -> None:
+            nonlocal calls
+            if name in entered:
+                again.add(name)
+            entered.setdefault(name, calls)
+            calls += 1
+
+        return entering
 
     def leave(name: str) -> Callable[..., None]:
         def left(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                outputs.pop(name, None)  # of a module that runs several times, the last output counts
                 outputs[name] = output.shape
-                until[name] = len(entered)
+                until[name] = calls
 
         return left
 
@@ -289,7 +316,7 @@ def _run(network: nn.Module, height: int, width: int) -> tuple[dict[str, torch.S
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         network(torch.zeros(1, 3, height, width, device="meta"))
-    return outputs, {name: entered[:count] for name, count in until.items()}
+    return {name: shape for name, shape in outputs.items() if name not in again}, entered, until
 
 
 def _layout(shape: torch.Size, height: int, width: int, prefixes: Sequence[int]) -> _Layout | None:

@@ -127,10 +127,14 @@ class TracedNetwork(NamedLayers):
             waiting.extend(fresh)
         graph = fx.Graph()
         kept: dict[fx.Node, fx.Node] = {}
+        outputs: dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
             if node in needed:
                 kept[node] = graph.node_copy(node, lambda n: kept[n])
-        graph.output([kept[end] for end in ends])
+                if node in ends:
+                    # What comes after a layer may write into its output.
+                    outputs[node] = graph.call_function(torch.clone, (kept[node],)) if len(ends) > 1 else kept[node]
+        graph.output([outputs[end] for end in ends])
         return graph
 
 

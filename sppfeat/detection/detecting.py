@@ -20,7 +20,7 @@ from sppfeat.extraction import Describer
 from sppfeat.images import ImageList, Item, find_images
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
-from sppfeat.recipe import RunOptions
+from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.windows import Proposer, moved_boxes, suppress
 
 # Detections of one class in one image that go to suppression: more never survive it, and it is quadratic.
@@ -86,7 +86,7 @@ class DetectorRunner:
         if self._describer.weights_sha256 != detector.weights_sha256:
             raise ModelError(
                 f"the detector was trained with other weights of {detector.recipe.backbone}: expected sha256 "
-                f"{detector.weights_sha256[:12]}, found {self._describer.weights_sha256[:12]}"
+                f"{short_sha(detector.weights_sha256)}, found {short_sha(self._describer.weights_sha256)}"
             )
         dim = self._describer.nearest_dim
         if detector.weights.shape[1] != dim:

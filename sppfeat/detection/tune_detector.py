@@ -150,7 +150,7 @@ def tune_detector(
                 "weights": weights_sha256(trunk.weights()),
                 "recipe": json.loads(replace(trunk.recipe, weights="pretrained").to_json()),
                 "options": asdict(replace(options, checkpoint_minutes=1.0, device="auto")),
-                "images": [[name, len(windows.get(name, ()))] for name in names],
+                "images": [[name, len(windows.get(name, ())), *annotated.item(name).fingerprint()] for name in names],
                 "classes": classes,
                 "versions": {"sppfeat": __version__, "torch": torch.__version__},
             }

@@ -222,7 +222,7 @@ class WindowLearner:
     def descriptors(self, sample: Sample) -> torch.Tensor:
         """[K, D] of a sample's windows, times the factor."""
         half = self._device.type == "cuda" and self._options.precision != "float32"
-        pixels = torch.from_numpy(np.ascontiguousarray(sample.pixels))[None].to(self._device)
+        pixels = torch.from_numpy(np.array(sample.pixels))[None].to(self._device)
         with torch.autocast("cuda", getattr(torch, self._options.precision), enabled=half):
             maps = self.network(pixels)
         height, width = sample.pixels.shape[:2]

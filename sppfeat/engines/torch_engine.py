@@ -29,8 +29,12 @@ PATIENCE: Final = 16
 # While one thread's batch is computed, the next one's is stacked and copied.
 CUDA_STREAMS: Final = 2
 
-# torch's messages for an image that is too small for a convolution or a pooling.
-_SIZE_REFUSED: Final = re.compile("[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small")
+# torch's messages for an image that is too small for a convolution or a pooling, and timm's and torchvision's for one
+# that patches do not cover.
+_SIZE_REFUSED: Final = re.compile(
+    "[Kk]ernel size|Calculated padded input size|[Oo]utput size is too small|divisible by patch size|"
+    "(height|width) .* (doesn't match|should be divisible)|Wrong image (height|width)"
+)
 # Messages of torch's CPU allocator, and of oneDNN, when out of memory.
 _OUT_OF_MEMORY: Final = re.compile(
     "out of memory|can't allocate memory|not enough memory|bad_?\\s?alloc", re.IGNORECASE

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,12 +22,16 @@ from sppfeat.windows import map_windows
 
 
 class Gate:
-    """Passes run concurrently, or one alone: it waits for running passes to end, and blocks all others."""
+    """Passes run concurrently, or one alone: it waits for running passes to end, and blocks all others.
+
+    release: what frees memory that only saves time, of every engine.
+    """
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._changed = threading.Condition()
         self._inside = 0
+        self.release: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -94,6 +98,7 @@ class Branch:
         self._most_pixels = 0  # that went through the network in one pass
         self._engine: Engine | None = None
         self._loading = threading.Lock()
+        self._lanes = threading.Semaphore(1)
         self.batch_size = 1
         # Batch sizes by shape, where memory is short.
         self.fitting: dict[tuple[int, ...], int] = {}
@@ -103,6 +108,9 @@ class Branch:
         with self._loading:
             if self._engine is None:
                 self._engine = load_engine(self._network, self._options)
+                # Another backbone may take more threads than this one's device does.
+                self._lanes = threading.Semaphore(self._engine.streams)
+                self._gate.release.append(self._engine.release)
                 self.batch_size = self._options.batch_size or self._engine.batch_size
             return self._engine
 
@@ -123,7 +131,8 @@ class Branch:
         """
         start = time.perf_counter()
         try:
-            with self._gate.shared():
+            self.load()
+            with self._lanes, self._gate.shared():
                 found = self._pass(images, windowed)
             if isinstance(found, str):
                 with self._gate.alone():
@@ -134,7 +143,8 @@ class Branch:
 
     def _forward_alone(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str]:
         """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
-        self.load().release()
+        for release in self._gate.release:
+            release()
         found = self._pass(images, windowed)
         if not isinstance(found, str):
             return found
@@ -207,7 +217,8 @@ def _check_images(description: Description, recipe: Recipe) -> None:
             f"found crop {recipe.crop!r}, scales {','.join(map(str, recipe.scales))}"
         )
     stride = description.layer.stride
-    if description.hooked and description.steps and recipe.crop == "none" and recipe.size_multiple % stride:
+    whole_patches = description.hooked and (description.steps or description.layer.cells == 1)
+    if side is None and whole_patches and recipe.crop == "none" and recipe.size_multiple % stride:
         raise UsageError(
             f"backbone {name} takes whole patches of {stride} pixels: expected a size_multiple that {stride} divides, "
             f"found {recipe.size_multiple}; use --size-multiple {stride}"

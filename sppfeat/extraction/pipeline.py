@@ -24,7 +24,7 @@ from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import fuse, to_stored
 from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead, scaled_size
 from sppfeat.machine import available_cores
-from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.recipe import Recipe, RunOptions, short_sha
 from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
 from sppfeat.windows import nearest_scales, outside, part_of_image
@@ -160,7 +160,7 @@ class Describer:
         """Raise StoreError, with the fields that differ, unless an output was made with this network and recipe."""
         differences = recipe.differences(self.recipe)
         if weights_sha256 != self.weights_sha256:
-            differences.append(f"weights: {weights_sha256[:12]} here, {self.weights_sha256[:12]} there")
+            differences.append(f"weights: {short_sha(weights_sha256)} here, {short_sha(self.weights_sha256)} there")
         if differences:
             raise StoreError(
                 f"{path}: was made with another recipe ({'; '.join(differences)}); "

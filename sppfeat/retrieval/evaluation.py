@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
+from sppfeat.recipe import short_sha
 from sppfeat.retrieval.bins import part_recipe
 from sppfeat.retrieval.channels import check_bin_dim
 from sppfeat.retrieval.ground_truth import GroundTruth
@@ -181,7 +182,7 @@ def _check_parts(gallery: Store, queries: Store | None) -> None:
         raise UsageError("parts: expected queries of their own, which are described smaller, found none")
     differences = wanted.differences(queries.recipe)
     if queries.weights_sha256 != gallery.weights_sha256:
-        differences.append(f"weights: {gallery.weights_sha256[:12]}, found {queries.weights_sha256[:12]}")
+        differences.append(f"weights: {short_sha(gallery.weights_sha256)}, found {short_sha(queries.weights_sha256)}")
     if differences:
         scales = ",".join(map(str, wanted.scales))
         raise UsageError(

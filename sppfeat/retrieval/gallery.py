@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line
-from sppfeat.recipe import Recipe
+from sppfeat.recipe import Recipe, short_sha
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries
 from sppfeat.retrieval.arrays import read_arrays
 from sppfeat.retrieval.bins import BinLayout, Bins, bin_layout, join_bins, read_bins, read_channels
@@ -184,7 +184,7 @@ def check_recipe(gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int
     """Raise GalleryError, naming what differs, unless descriptors of a recipe can be compared with the gallery's."""
     differences = gallery.recipe.differences(recipe)
     if gallery.weights_sha256 != weights_sha256:
-        differences.append(f"weights: {gallery.weights_sha256[:12]} here, {weights_sha256[:12]} there")
+        differences.append(f"weights: {short_sha(gallery.weights_sha256)} here, {short_sha(weights_sha256)} there")
     if gallery.dim != dim:
         differences.append(f"dimensions: {gallery.dim} here, {dim} there")
     if differences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -230,7 +231,9 @@ class Collection:
             gallery = self.current()
             scale = max((one for one in gallery.recipe.scales if isinstance(one, int)), default=224)
             for engine in self.describer(gallery).load():
-                engine.feature_maps(np.zeros((1, scale, scale, 3), np.uint8))
+                # A network may take other sizes alone; then the first search finds it cold.
+                with contextlib.suppress(RuntimeError, AssertionError):
+                    engine.feature_maps(np.zeros((1, scale, scale, 3), np.uint8))
         except SppFeatError as error:
             failed(str(error))
 

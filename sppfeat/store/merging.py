@@ -20,6 +20,7 @@ import numpy as np
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import appearing, os_reason, sync_folder
 from sppfeat.images import is_url
+from sppfeat.recipe import short_sha
 from sppfeat.store.digests import repeated_digests
 from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import (
@@ -170,7 +171,9 @@ def _check_same(path: Path, manifest: Manifest, store: Store) -> None:
     """Raise StoreError for a store whose rows cannot be among those of a folder."""
     differences = manifest.read_recipe().differences(store.recipe)
     if manifest.weights_sha256 != store.weights_sha256:
-        differences.append(f"weights: {manifest.weights_sha256[:12]} here, {store.weights_sha256[:12]} there")
+        differences.append(
+            f"weights: {short_sha(manifest.weights_sha256)} here, {short_sha(store.weights_sha256)} there"
+        )
     if manifest.dim != store.dim:
         differences.append(f"dimensions: {manifest.dim} here, {store.dim} there")
     if manifest.recipe_hash != store.recipe_hash or differences:

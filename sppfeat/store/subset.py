@@ -54,7 +54,7 @@ class DescriptorView:
                 parts, self.recipe, self.weights_sha256 = _some_parts(store, parts, only)
             if self._again:
                 assert levels is not None
-                _check_levels(store, levels)
+                _check_levels(store, self.recipe, levels)
                 self.recipe = dataclasses.replace(self.recipe, levels=tuple(levels))
             places = _places(store.recipe, self.recipe.levels)
             self._parts = [
@@ -99,13 +99,13 @@ def _factor(recipe: Recipe, part: Part, before: Sequence[int], level: int) -> np
     return np.float32(factor**0.5 if recipe.normalize == "signed-sqrt-l2" else factor)
 
 
-def _check_levels(store: Store, levels: Sequence[int]) -> None:
+def _check_levels(store: Store, taken: Recipe, levels: Sequence[int]) -> None:
     held = store.recipe.levels
     if lacking := [level for level in levels if level not in held]:
         raise UsageError(
             f"{store.place}: expected levels among its {','.join(map(str, held))}, found {','.join(map(str, lacking))}"
         )
-    scales = max(len(branch.scales) for branch in store.recipe.branches())
+    scales = max(len(branch.scales) for branch in taken.branches())
     if scales > 1 and store.recipe.fuse != "concat" and store.recipe.normalize != "none":
         raise UsageError(
             f"{store.place}: its {scales} scales were fused by {store.recipe.fuse} over all levels, "

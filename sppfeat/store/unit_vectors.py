@@ -13,6 +13,7 @@ import numpy as np
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images import Item, is_there, item_at, name_to_path
 from sppfeat.machine import available_memory
+from sppfeat.recipe import short_sha
 from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name
 
@@ -181,7 +182,7 @@ def recipe_differences(first: Store, second: Store) -> str:
     """The differences between two stores' recipes, as text."""
     found: Sequence[str] = first.recipe.differences(second.recipe)
     if first.weights_sha256 != second.weights_sha256:
-        found = [*found, f"weights: {first.weights_sha256[:12]} here, {second.weights_sha256[:12]} there"]
+        found = [*found, f"weights: {short_sha(first.weights_sha256)} here, {short_sha(second.weights_sha256)} there"]
     if first.dim != second.dim:
         found = [*found, f"dimensions: {first.dim} here, {second.dim} there"]
     return "; ".join(found) or "recipe_hash"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sppfeat.errors import ModelError
+from sppfeat.errors import ModelError, one_line
 from sppfeat.progress import Observer
 from sppfeat.training.checkpoint import Epoch, Progress, read_checkpoint, restore, save_checkpoint
 from sppfeat.training.options import LearningOptions
@@ -132,7 +132,14 @@ class _Run:
             for group, highest in zip(self._optimizer.param_groups, self._highest, strict=True):
                 group["lr"] = highest * self._options.rate(done)
             self._optimizer.zero_grad(set_to_none=True)
-            loss, count = learner.backward(batch)
+            try:
+                loss, count = learner.backward(batch)
+            except (RuntimeError, MemoryError, AssertionError) as error:
+                self._save()
+                raise ModelError(
+                    f"epoch {progress.epoch}, step {progress.step + 1}: the network failed on its images "
+                    f"({one_line(error)})"
+                ) from None
             length = float(nn.utils.clip_grad_norm_(self._parameters, self._options.clip))
             if not (math.isfinite(loss) and math.isfinite(length)):
                 what = "loss" if not math.isfinite(loss) else "gradient"

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.recipe import PRECISIONS, RunOptions
+from sppfeat.recipe import RunOptions
 
 OPTIMIZERS: Final = ("adamw", "sgd")
 SCHEDULES: Final = ("cosine", "steps")
+# float16 would need its losses scaled.
+PRECISIONS: Final = ("float32", "bfloat16")
 # Share of the steps in which the learning rate rises from zero.
 WARM_UP: Final = 0.05
 # Of the schedule `steps`: the rate falls to a tenth after this share of the steps, as Fast R-CNN's does.

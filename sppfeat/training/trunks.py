@@ -31,4 +31,8 @@ class TunedTrunk(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         inputs = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        for module in self.modules():
+            # Networks such as LeViT keep what they made of their weights in evaluation, where these do not change.
+            if isinstance(cache := getattr(module, "attention_bias_cache", None), dict):
+                cache.clear()
         return [one.float() for one in self.trunk(inputs)]

@@ -15,7 +15,7 @@ from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Described, Describer
 from sppfeat.files import unsafe_name
 from sppfeat.images import ImageList, Item, find_images
-from sppfeat.recipe import RunOptions
+from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.store import (
     Box,
     DescriptorView,
@@ -90,7 +90,7 @@ def classifier_describer(classifier: Classifier, options: RunOptions | None = No
     if describer.weights_sha256 != classifier.weights_sha256:
         raise ModelError(
             f"backbone {classifier.recipe.backbone}: expected the weights that the classifier was trained with (sha256 "
-            f"{classifier.weights_sha256[:12]}), found others ({describer.weights_sha256[:12]})"
+            f"{short_sha(classifier.weights_sha256)}), found others ({short_sha(describer.weights_sha256)})"
         )
     if describer.dim != classifier.svm.weights.shape[1]:
         raise ModelError(

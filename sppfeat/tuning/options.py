@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sppfeat.errors import UsageError
 from sppfeat.recipe import Recipe
 from sppfeat.training import LearningOptions
 
@@ -22,6 +23,8 @@ class TuningOptions(LearningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         Recipe(scales=self.scales)
+        if not all(isinstance(scale, int) for scale in self.scales):
+            raise UsageError(f"scales must be in pixels, found {','.join(map(str, self.scales))}")
 
     @property
     def test_scale(self) -> int:

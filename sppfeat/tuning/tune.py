@@ -26,7 +26,8 @@ from sppfeat.extraction import Describer
 from sppfeat.files import appearing, cache_key, check_new_file
 from sppfeat.images import find_images
 from sppfeat.progress import Observer
-from sppfeat.recipe import Recipe, RunOptions
+from sppfeat.recipe import SIFT_BOW, Recipe, RunOptions
+from sppfeat.store import lock_store
 from sppfeat.svm import SvmOptions
 from sppfeat.training.learning import learn
 from sppfeat.transfer import Labels, labels_from_folders
@@ -39,6 +40,8 @@ Source = str | os.PathLike[str]
 WEIGHTS: Final = "a file of weights"
 # Costs of the logistic regression that the head starts from: on unit descriptors the best one lies among them.
 _COSTS: Final = (1.0, 10.0, 100.0)
+# Descriptors that the head starts from; of more images, a random sample is described.
+_HEAD_BYTES: Final = 2 << 30
 # Classes without this many images have none to spare for holding out.
 _LEAST_TO_HOLD_OUT: Final = 3
 
@@ -60,15 +63,31 @@ def tune(
     interrupted run resumes from OUTPUT.checkpoint, which is deleted at the end. The recipe's scales are not used.
     Raises UsageError, BackboneError, ModelError, DeviceError. An image that cannot be read is noted and left out.
     """
-    began = time.perf_counter()
     recipe, options, observer = recipe or Recipe(), options or TuningOptions(), observer or Observer()
     _check_recipe(recipe)
-    path = _check_output(output, overwrite=overwrite)
+    path = Path(output)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
-    if overwrite:
-        checkpoint.unlink(missing_ok=True)
+    # A stopped run already has permission to replace its output.
+    path = _check_output(path, overwrite=overwrite or checkpoint.exists())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    classes, train, held = _examples(several, labels, options, observer)
+    with lock_store(path):
+        if overwrite:
+            checkpoint.unlink(missing_ok=True)
+        return _tune(several, path, checkpoint, recipe, options, labels, observer, stop)
+
+
+def _tune(
+    sources: list[Source],
+    path: Path,
+    checkpoint: Path,
+    recipe: Recipe,
+    options: TuningOptions,
+    labels: Labels | None,
+    observer: Observer,
+    stop: Callable[[], bool],
+) -> Tuned:
+    began = time.perf_counter()
+    classes, train, held = _examples(sources, labels, options, observer)
     device = torch.device(resolve_device(options.device))
     trunk = load_trunk(recipe)
     trunk.parameters_from(options.from_layer)  # before anything takes long
@@ -84,8 +103,11 @@ def tune(
             "weights": weights_sha256(trunk.weights()),
             "recipe": json.loads(replace(trunk.recipe, weights="pretrained").to_json()),
             "options": asdict(replace(options, checkpoint_minutes=1.0, device="auto")),
-            "images": [[item.name, int(label)] for item, label in zip(train.items, train.labels, strict=True)],
-            "held_out": [item.name for item in held.items],
+            "images": [
+                [item.name, int(label), *item.fingerprint()]
+                for part in (train, held)
+                for item, label in zip(part.items, part.labels, strict=True)
+            ],
             "versions": {"sppfeat": __version__, "torch": torch.__version__},
         }
     )
@@ -134,8 +156,8 @@ def tune(
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if len(recipe.branches()) > 1:
-        raise UsageError(f"backbone: expected one to tune, found {recipe.backbone}")
+    if len(recipe.branches()) > 1 or recipe.backbone.partition("@")[0] == SIFT_BOW:
+        raise UsageError(f"backbone: expected one network to tune, found {recipe.backbone}")
     if recipe.crop != "none":
         raise UsageError(f"crop: expected none for tuning, which sees whole images, found {recipe.crop!r}")
 
@@ -212,16 +234,20 @@ def _start_head(
         replace(recipe, scales=(options.test_scale,), dtype="float32", channels=None),
         RunOptions(device=options.device),
     )
-    rows = np.zeros((len(train), head.in_features), np.float32)
-    readable = np.zeros(len(train), bool)
-    for done in describer.describe(train.items):
+    most = max(2 * classes, _HEAD_BYTES // (4 * head.in_features))
+    some = np.sort(np.random.default_rng([options.seed, 1]).permutation(len(train))[:most])
+    rows = np.zeros((len(some), head.in_features), np.float32)
+    readable = np.zeros(len(some), bool)
+    for done in describer.describe(train.items[at] for at in some):
         row, error = done.row()
         if row is None:
-            fail(train.items[done.position].name, error or "")
+            fail(train.items[some[done.position]].name, error or "")
         else:
             rows[done.position], readable[done.position] = row, True
     which = np.flatnonzero(readable)
-    problem, labels = LogisticProblem(rows, which), train.labels[which]
+    if not len(which):
+        raise UsageError(f"expected images that can be read, found none of {len(some)}")
+    problem, labels = LogisticProblem(rows, which), train.labels[some[which]]
     enough = np.bincount(labels, minlength=classes).max() > 1
     costs = _COSTS if enough else (_COSTS[1],)
     choice = choose_regularisation(problem, labels, classes, SvmOptions(costs=costs, seed=options.seed))

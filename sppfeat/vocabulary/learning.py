@@ -24,8 +24,8 @@ from sppfeat.vocabulary.sampling import choose_items, sample_descriptors
 
 # FAISS's default; the objective falls by less than 0.1 % in the last round on photographs.
 ROUNDS: Final = 25
-# How images are read: as they are, within a recipe's limits. The network is not looked at.
-READING: Final = Recipe(scales=(NATIVE,))
+# How images are read: as they are, photographs of 60 megapixels included. The network is not looked at.
+READING: Final = Recipe(scales=(NATIVE,), max_pixels=60_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)

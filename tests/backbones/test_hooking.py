@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sppfeat.backbones import Network
-from sppfeat.backbones.backbone import list_layers, load_backbone
+from sppfeat.backbones.backbone import list_layers, load_backbone, load_trunk
 from sppfeat.backbones.hooking import HookedNetwork
 from sppfeat.engines import load_engine
 from sppfeat.errors import BackboneError, SppFeatError, UsageError
@@ -262,3 +262,103 @@ def test_layers_of_a_transformer_are_listed() -> None:
     assert "blocks.0" in names and "blocks.0:class" in names and names[-2:] == ["norm", "norm:class"]
     with pytest.raises(UsageError, match="unknown timm backbone"):
         list_layers("timm:nope")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision:vit_b_32", "timm:eva02_tiny_patch14_224", "timm:swinv2_cr_tiny_224", "timm:maxvit_pico_rw_256"],
+)
+def test_weights_that_code_reads_without_a_call_are_loaded_and_count(name: str, tmp_path: Path) -> None:
+    """Such as `F.linear(x, self.qkv.weight)`, or the output of torch's own attention."""
+    from safetensors.torch import save_file
+
+    from sppfeat.backbones.backbone import build_network
+
+    network = build_network(name).eval()
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        key: value + 0.02 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+    network.load_state_dict(weights)
+    path = tmp_path / "w.safetensors"
+    save_file({key: value.clone() for key, value in weights.items()}, path)
+    loaded = load_trunk(Recipe(backbone=name, weights=str(path)))
+    layer, cuttable = loaded.layers[0], loaded.cuttable
+    side = (cuttable.fixed if isinstance(cuttable, HookedNetwork) else None) or 224
+    images = torch.rand(1, 3, side, side, generator=generator)
+    caught: list[torch.Tensor] = []
+    network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: caught.append(output))
+    with torch.inference_mode():
+        network(images)
+        (found,) = loaded.module(images)
+    flat = caught[0] if caught[0].shape == found.shape else caught[0].flatten()
+    if flat.dim() == 1:  # tokens or channels last: the same numbers in another order
+        cells = found.permute(0, 2, 3, 1).flatten()
+        flat, found = flat[len(flat) - len(cells) :], cells
+    torch.testing.assert_close(found, flat, rtol=1e-4, atol=1e-5)
+    kept = loaded.weights()
+    unused = {key for key in weights if key not in kept}
+    assert not any(key.startswith(("blocks", "encoder", "layers", "stages")) and "head" not in key for key in unused)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("torchvision:resnet18", "bn1,layer1"),
+        ("torchvision:vgg11", "features.3,features.8"),
+        ("timm:test_vit", "blocks.0,norm"),
+    ],
+)
+def test_layers_asked_together_are_those_asked_alone(name: str, layers: str) -> None:
+    """Though what comes after the first may write into its output."""
+    images = random_images(1, 96, 128)
+    with torch.inference_mode():
+        together = load_backbone(Recipe(backbone=name, weights="random", layer=layers))
+        maps = together.feature_maps(images)
+        for layer, found, description in zip(layers.split(","), maps, together.descriptions, strict=True):
+            alone = load_backbone(Recipe(backbone=name, weights="random", layer=layer))
+            (expected,) = alone.feature_maps(images)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert alone.descriptions == (description,)
+
+
+def test_what_is_known_of_a_layer_does_not_depend_on_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`permute` can be traced, and `features.5` cannot: together they are cut by hooks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = Recipe(backbone="torchvision:swin_t", weights="random")
+    together = Network(Recipe(backbone=recipe.backbone, weights="random", layer="features.5,permute"))
+    _, second = together.descriptions
+    alone = Network(Recipe(backbone=recipe.backbone, weights="random", layer="permute"))
+    assert alone.descriptions == (second,) and alone.backbone.descriptions == (second,)
+    assert load_engine(together, RunOptions(device="cpu")).name == "torch"
+    assert Network(Recipe(backbone=recipe.backbone, weights="random", layer="features.5,permute")).backbone
+
+
+def test_modules_that_run_twice_are_no_layers() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 3, 2, stride=2)
+            self.act = nn.ReLU()
+            self.last = nn.Identity()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.last(self.act(self.stem(self.act(self.stem(images)))))
+            return result
+
+    assert [layer.name for layer in HookedNetwork("twice", Twice()).layers()] == ["last"]
+
+
+def test_images_that_patches_do_not_cover_fail_alone(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number, size in enumerate([(64, 48), (70, 50), (96, 64)]):
+        Image.new("RGB", size, (number * 50, 9, 90)).save(tmp_path / f"{number}.png")
+    recipe = Recipe(backbone="timm:test_vit", weights="random", scales=("native",), levels=(1,))
+    rows = list(Describer(recipe, RunOptions(device="cpu")).describe(sorted(tmp_path.iterdir())))
+    errors = {each.position: each.error for each in rows}
+    assert errors[0] is None and errors[2] is None
+    assert errors[1] is not None and "rejected an image of 70 x 50" in errors[1] and "patch size" in errors[1]

@@ -210,7 +210,11 @@ def test_the_command_line_tunes_and_writes_a_page(textures: Path, tmp_path: Path
             {"from_layer": "maxpool"},
             "expected a layer with parameters at or after maxpool, found none",
         ),
-        ({"backbone": "timm:test_resnet+timm:test_vit", "layer": None}, {}, "backbone: expected one to tune, found"),
+        (
+            {"backbone": "timm:test_resnet+timm:test_vit", "layer": None},
+            {},
+            "backbone: expected one network to tune, found",
+        ),
         ({"weights": "nope.safetensors"}, {}, "nope.safetensors: expected a weights file"),
         ({"crop": "center"}, {}, "crop: expected none for tuning"),
         ({}, {"scales": (8,)}, "scales must be different short sides"),
@@ -297,3 +301,53 @@ def test_transformers_are_tuned_too(textures: Path, tmp_path: Path) -> None:
     before, after = load_trunk(recipe).weights(), read_weights(str(output))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("blocks.1.") for name in changed)
+
+
+def test_a_run_on_changed_images_is_not_resumed(textures: Path, tmp_path: Path) -> None:
+    stopped = iter([False] * 4 + [True] * 100)
+    assert tune(textures, tmp_path / "t.safetensors", TINY, FAST, stop=lambda: next(stopped)).file is None
+    Image.new("RGB", (64, 64)).save(textures / "fine" / "1.png")
+    with pytest.raises(SppFeatError, match="a checkpoint of a run with other images or options"):
+        tune(textures, tmp_path / "t.safetensors", TINY, FAST)
+
+
+def test_images_that_cannot_be_read_at_all(textures: Path, tmp_path: Path) -> None:
+    for path in textures.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UsageError, match="expected images that can be read, found none of 24"):
+        tune(textures, tmp_path / "t.safetensors", TINY, FAST)
+
+
+def test_a_failing_network_leaves_a_checkpoint(textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sppfeat.tuning.classes import ClassLearner
+
+    backward, calls = ClassLearner.backward, 0
+
+    def fails(self: ClassLearner, batch: Any) -> tuple[float, int]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
+        return backward(self, batch)
+
+    monkeypatch.setattr(ClassLearner, "backward", fails)
+    with pytest.raises(SppFeatError, match="epoch 1, step 3: the network failed on its images .CUDA out of memory"):
+        tune(textures, tmp_path / "t.safetensors", TINY, FAST)
+    assert (tmp_path / "t.safetensors.checkpoint").exists()
+    assert tune(textures, tmp_path / "t.safetensors", TINY, FAST).file is not None
+
+
+def test_networks_that_keep_their_biases_in_evaluation_are_tuned() -> None:
+    """Whatever an evaluation without gradients has left."""
+    from sppfeat.training.trunks import TunedTrunk
+
+    trunk = load_trunk(Recipe(backbone="timm:efficientvit_m0", weights="random"))
+    network = TunedTrunk(trunk)
+    images = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
+    for _ in range(2):
+        with torch.no_grad():
+            network(images)
+        network.zero_grad()
+        network(images)[0].square().mean().backward()  # type: ignore[no-untyped-call]
+        biases = [p for name, p in trunk.network.named_parameters() if name.endswith("attention_biases")]
+        assert biases and all(p.grad is not None and bool(p.grad.any()) for p in biases)
