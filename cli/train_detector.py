@@ -149,9 +149,7 @@ def _check_given(given: set[str], tune: bool) -> None:
     learning = {"from_layer", "epochs", "learning_rate", "held_out", "checkpoint_minutes"}
     if wrong := sorted(given & (svms if tune else learning)):
         name = {"from_layer": "from"}.get(wrong[0], wrong[0].replace("_", "-"))
-        raise UsageError(
-            f"--{name}: expected {'no --tune' if tune else '--tune'} with it, found {'it' if tune else 'none'}"
-        )
+        raise UsageError(f"--{name} is for SVMs: expected no --tune" if tune else f"--{name}: expected --tune with it")
 
 
 def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bool) -> None:
