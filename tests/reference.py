@@ -57,6 +57,37 @@ def pool_windows(
     )
 
 
+def gradient_of_windows(
+    feature_map: np.ndarray,
+    rois: Sequence[Sequence[int]],
+    levels: Sequence[int],
+    pooling: str,
+    of_rows: np.ndarray,
+    gem_p: float = 3.0,
+) -> np.ndarray:
+    """The gradient [C, H, W] of a map, from that of its pooled windows [K, bins * C]; of equal maxima, the first's."""
+    channels = len(feature_map)
+    found = np.zeros(feature_map.shape)
+    for (x1, y1, x2, y2), of_row in zip(rois, of_rows, strict=True):
+        of_bins = iter(of_row.reshape(-1, channels).tolist())
+        for level in levels:
+            for top, bottom in bin_edges(y2 - y1 + 1, level):
+                for left, right in bin_edges(x2 - x1 + 1, level):
+                    places = [(y, x) for y in range(y1 + top, y1 + bottom) for x in range(x1 + left, x1 + right)]
+                    for c, value in enumerate(next(of_bins)):
+                        cells = [float(feature_map[c, y, x]) for y, x in places]
+                        pooled = pool_cells(cells, pooling, gem_p)
+                        if pooling == "max":
+                            found[c][places[cells.index(pooled)]] += value
+                            continue
+                        for place, cell in zip(places, cells, strict=True):
+                            slope = 1.0
+                            if pooling == "gem":
+                                slope = (cell / pooled) ** (gem_p - 1) if cell >= GEM_FLOOR else 0.0
+                            found[c][place] += value * slope / len(cells)
+    return found
+
+
 def one_hot(word_map: np.ndarray, words: int) -> np.ndarray:
     """The map [words, H, W] of a map of words [H, W]: 1 at each cell's word, else 0."""
     height, width = word_map.shape

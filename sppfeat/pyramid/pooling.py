@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sppfeat.errors import SppFeatWarning, UsageError, one_line, unknown_name
+from sppfeat.pyramid.blocks import max_of_blocks, mean_of_blocks
 from sppfeat.pyramid.cpu import GEM_FLOOR, max_of_rois
+from sppfeat.pyramid.gradients import max_of_windows, mean_of_blocks_with_gradient
 from sppfeat.recipe import MAX_GEM_P, MAX_LEVEL, POOLINGS
 
 # The types that NumPy has, too; it has no bfloat16.
@@ -61,6 +63,8 @@ def pool_rois(
     rois: [K, 4] whole numbers x1, y1, x2, y2 in feature-map cells, inclusive ends, inside the map.
     Each roi is pooled as a separate map, from tables in which every bin is a few look-ups: maxima or sums over
     blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
+
+    On a CPU, differentiable once (see `gradients`): of equal maxima of a bin, the first cell gets the gradient.
     """
     _check(levels, pooling, gem_p)
     if feature_map.dim() != 3 or min(feature_map.shape) < 1:
@@ -73,19 +77,43 @@ def pool_rois(
         rows = _by_triton(cells[None], windows, levels)
         if rows is not None:
             return rows
-    fast = pooling == "max" and cells.device.type == "cpu" and cells.dtype in _NUMPY_DTYPES
-    if fast and not _wants_gradient(feature_map):
-        return torch.from_numpy(max_of_rois(cells.detach().numpy(), rois.numpy(), levels))
-    look_up = _max_of_blocks if pooling == "max" else _mean_of_blocks
+    if pooling == "max" and cells.device.type == "cpu":
+        if _wants_gradient(feature_map):
+            # Half precision is for storing, not for summing: gradients are rounded to it once.
+            wide = cells.float() if cells.dtype.itemsize < 4 else cells
+            return max_of_windows(wide, rois, levels).to(feature_map.dtype)
+        if cells.dtype in _NUMPY_DTYPES:
+            return torch.from_numpy(max_of_rois(cells.detach().numpy(), rois.numpy(), levels))
+    if pooling == "max":
+        blocks = max_of_blocks
+    elif cells.device.type == "cpu" and _wants_gradient(feature_map):
+        blocks = mean_of_blocks_with_gradient
+    else:
+        blocks = mean_of_blocks
+    return pool_blocks(cells, rois, levels, pooling, gem_p, blocks).to(feature_map.dtype)
+
+
+def pool_blocks(
+    cells: torch.Tensor,
+    rois: torch.Tensor,
+    levels: Sequence[int],
+    pooling: str,
+    gem_p: float,
+    blocks: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """The torch form of `pool_rois`: rows [K, bins * C] of windows on cells [H, W, C], with gem their powers.
+
+    blocks: `blocks.max_of_blocks`, `blocks.mean_of_blocks`, or a function like them.
+    """
 
     def pool(level: int) -> torch.Tensor:
         y1, y2, x1, x2 = _roi_edges(rois, level)
         grid = (len(rois), level, level)
         top, bottom = (edge[:, :, None].expand(grid).reshape(-1) for edge in (y1, y2))
         left, right = (edge[:, None, :].expand(grid).reshape(-1) for edge in (x1, x2))
-        return look_up(cells, top, bottom, left, right).view(*grid, cells.shape[2]).permute(0, 3, 1, 2)
+        return blocks(cells, top, bottom, left, right).view(*grid, cells.shape[2]).permute(0, 3, 1, 2)
 
-    return _pool_levels(pool, levels, pooling, gem_p).to(feature_map.dtype)
+    return _pool_levels(pool, levels, pooling, gem_p)
 
 
 class SpatialPyramidPool(nn.Module):
@@ -219,64 +247,3 @@ def _roi_bins(first: torch.Tensor, last: torch.Tensor, level: int) -> tuple[torc
     start = first[:, None] + steps * length // level
     end = first[:, None] + ((steps + 1) * length + level - 1) // level
     return start, end
-
-
-def _max_of_blocks(
-    cells: torch.Tensor, top: torch.Tensor, bottom: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> torch.Tensor:
-    """Maxima [B, C] over the blocks top..bottom, left..right (exclusive ends) of cells [H, W, C]."""
-    height, width, channels = cells.shape
-    # The largest powers of two that fit in a block; two such spans, one at each end, cover it.
-    powers = torch.tensor([max(1, n).bit_length() - 1 for n in range(max(height, width) + 1)], device=cells.device)
-    a, b = powers[bottom - top], powers[right - left]
-    output = cells.new_empty((len(top), channels))
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tall = cells
-    for i in range(int(a.max()) + 1 if len(top) else 0):
-        if i:
-            half = 1 << (i - 1)
-            tall = torch.maximum(tall[: tall.shape[0] - half], tall[half:])
-        table = tall
-        for j in range(int(b.max()) + 1):
-            if j:
-                half = 1 << (j - 1)
-                table = torch.maximum(table[:, : table.shape[1] - half], table[:, half:])
-            chosen = ((a == i) & (b == j)).nonzero().squeeze(1)
-            if len(chosen):
-                rows, columns = table.shape[:2]
-                flat = table.reshape(rows * columns, channels)
-                y1, y2 = top[chosen], bottom[chosen] - (1 << i)
-                x1, x2 = left[chosen], right[chosen] - (1 << j)
-                upper = torch.maximum(flat[y1 * columns + x1], flat[y1 * columns + x2])
-                lower = torch.maximum(flat[y2 * columns + x1], flat[y2 * columns + x2])
-                parts.append((chosen, torch.maximum(upper, lower)))
-    if not parts:
-        return output
-    return output.index_copy(0, torch.cat([at for at, _ in parts]), torch.cat([part for _, part in parts]))
-
-
-def _mean_of_blocks(
-    cells: torch.Tensor, top: torch.Tensor, bottom: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> torch.Tensor:
-    """Means [B, C] over the blocks top..bottom, left..right (exclusive ends) of cells [H, W, C]."""
-    height, width = bottom - top, right - left
-    # Half precision is for storing, not for summing.
-    tall = cells.float() if cells.dtype.itemsize < 4 else cells
-    total = tall.new_zeros((len(top), cells.shape[2]))
-    # A block is tiled with blocks of 2^a x 2^b cells, one per binary digit of its sides, the largest first.
-    # Differences of running sums would need fewer look-ups, but lose a weak bin in the rounding of strong ones.
-    for i in range(int(height.max()).bit_length() if len(top) else 0):
-        if i:
-            half = 1 << (i - 1)
-            tall = tall[: tall.shape[0] - half] + tall[half:]
-        y = top + (height >> (i + 1) << (i + 1))
-        table = tall
-        for j in range(int(width.max()).bit_length()):
-            if j:
-                half = 1 << (j - 1)
-                table = table[:, : table.shape[1] - half] + table[:, half:]
-            x = left + (width >> (j + 1) << (j + 1))
-            chosen = ((height >> i) & (width >> j) & 1).nonzero().squeeze(1)
-            if len(chosen):
-                total.index_add_(0, chosen, table.flatten(0, 1)[(y * table.shape[1] + x)[chosen]])
-    return total / (height * width).unsqueeze(1)
