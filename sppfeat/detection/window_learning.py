@@ -29,6 +29,7 @@ from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
 from sppfeat.training import LearningOptions
 from sppfeat.training.ahead import ahead
+from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.windows import ProposalOptions, box_targets, map_windows, outside, overlaps
 
@@ -127,7 +128,8 @@ class WindowLearner:
         self.module: nn.Module = nn.ModuleDict(
             {"network": self.network, "scores": self.scores, "moves": self.moves}
         ).to(device)
-        self.factor = 1.0
+        self.factor, self._runner = 1.0, Passes(device)
+        self._parameters = [*self.network.tuned, *self.scores.parameters(), *self.moves.parameters()]
         rate = options.learning_rate
         self.groups: Sequence[dict[str, Any]] = [
             {"params": self.network.tuned, "lr": rate},
@@ -171,11 +173,9 @@ class WindowLearner:
             yield samples
 
     def backward(self, batch: list[Sample]) -> tuple[float, int]:
-        total = 0.0
         count = sum(len(sample.labels) for sample in batch)
-        for sample in batch:
-            if not len(sample.labels):
-                continue
+
+        def loss_of(sample: Sample) -> torch.Tensor:
             rows = self.descriptors(sample)
             labels = torch.from_numpy(sample.labels).to(self._device)
             loss = F.cross_entropy(self.scores(rows), labels, reduction="sum")
@@ -185,9 +185,10 @@ class WindowLearner:
                 moves = moves[torch.arange(len(objects)), labels[objects]]
                 wanted = torch.from_numpy(sample.targets / TARGET_SPREAD).float().to(self._device)[objects]
                 loss = loss + F.smooth_l1_loss(moves, wanted, reduction="sum")
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total, count
+            return loss
+
+        passes = [sample for sample in batch if len(sample.labels)]
+        return self._runner.backward(passes, loss_of, self._parameters, 1 / max(count, 1)), count
 
     def held_out(self) -> float | None:
         """mAP on held-out images, in percent."""
@@ -196,25 +197,26 @@ class WindowLearner:
         detector, options = self.detector(self._recipe, ""), DetectOptions(threshold=0.01)
         objects: list[list[Objects]] = [[] for _ in self.classes]
         scale = self._recipe.scales[0]
-        for name, (found,) in zip(
-            self._held, ahead(([name] for name in self._held), lambda name: self._read(name, scale)), strict=True
-        ):
-            annotation = self._annotated.images[name]
+
+        def found_in(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+            found = self._read(name, scale)
             if isinstance(found, str):
-                self._failed(name, found)
-                continue
+                return found
             windows = self._inside(name)
             with torch.no_grad():
                 rows = self.descriptors(replace(found, windows=windows)) / self.factor
-            labels, scores, boxes = find_in(detector, rows.cpu().numpy(), windows, found.size, options)
+            return find_in(detector, rows.cpu().numpy(), windows, found.size, options)
+
+        for name, result in zip(self._held, self._runner.run(self._held, found_in), strict=True):
+            if isinstance(result, str):
+                self._failed(name, result)
+                continue
+            annotation, (labels, scores, boxes) = self._annotated.images[name], result
             for label, known in enumerate(self.classes):
                 of = np.array([each == known for each in annotation.labels], bool)
                 mine = labels == label
-                objects[label].append(
-                    Objects(
-                        annotation.boxes[of], annotation.difficult[of], annotation.crowd[of], boxes[mine], scores[mine]
-                    )
-                )
+                truth = annotation.boxes[of], annotation.difficult[of], annotation.crowd[of]
+                objects[label].append(Objects(*truth, boxes[mine], scores[mine]))
         values = [voc_average_precision(images) for images in objects]
         known_values = [value for value in values if not np.isnan(value)]
         return 100 * float(np.mean(known_values)) if known_values else None

@@ -18,6 +18,7 @@ from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
 from sppfeat.training.ahead import ahead
+from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.tuning.options import TuningOptions
 
@@ -87,7 +88,8 @@ class ClassLearner:
         ]
         self._train, self._held, self._options, self._device = train, held, options, device
         self._failed, self._seen = failed, seen
-        self._head = head
+        self._head, self._runner = head, Passes(device)
+        self._parameters = [*self.network.tuned, *head.parameters()]
 
     def steps(self) -> int:
         return -(-len(self._train) // self._options.batch_size)
@@ -108,11 +110,11 @@ class ClassLearner:
             ]
 
     def backward(self, batch: list[Pixels]) -> tuple[float, int]:
-        total = 0.0
-        for images, labels in self._passes(batch):
-            loss = F.cross_entropy(self._scores(images), labels, reduction="sum")
-            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        def loss_of(one: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            images, labels = one
+            return F.cross_entropy(self._scores(images), labels, reduction="sum")
+
+        total = self._runner.backward(self._passes(batch), loss_of, self._parameters, 1 / max(len(batch), 1))
         return total, len(batch)
 
     def held_out(self) -> float | None:
@@ -120,12 +122,17 @@ class ClassLearner:
             return None
         size = self._options.batch_size
         chunks = [np.arange(start, min(start + size, len(self._held))) for start in range(0, len(self._held), size)]
+
+        def hits(one: tuple[torch.Tensor, torch.Tensor]) -> int:
+            images, labels = one
+            with torch.no_grad():
+                return int((self._scores(images).argmax(1) == labels).sum())
+
         right = count = 0
-        with torch.no_grad():
-            for batch in self._decoded(self._held, chunks, self._options.test_scale, told=False):
-                for images, labels in self._passes([each for each in batch if each is not None]):
-                    right += int((self._scores(images).argmax(1) == labels).sum())
-                    count += len(labels)
+        for batch in self._decoded(self._held, chunks, self._options.test_scale, told=False):
+            readable = [each for each in batch if each is not None]
+            right += sum(self._runner.run(self._passes(readable), hits))
+            count += len(readable)
         return 100 * right / count if count else None
 
     def _scores(self, images: torch.Tensor) -> torch.Tensor:
