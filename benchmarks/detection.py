@@ -3,8 +3,8 @@
     python benchmarks/detection.py DATA --work FOLDER [PART...]
 
 DATA holds `raccoon` and `voc2007-subset`. FOLDER keeps windows, R-CNN's descriptors and the figures of finished parts,
-so that a stopped part resumes and the tables show all finished parts. Parts: windows, rcnn, pooling, time, raccoon,
-voc, stages; all of them by default.
+so that a stopped part resumes and the tables show all finished parts. Parts: windows, segmentation, rcnn, pooling,
+time, raccoon, voc, thresholds, stages; all of them by default.
 
 R-CNN: each window is cut out, warped to 224 x 224 and sent through the same network on the same engine; its map is
 pooled over the same levels, and the SVMs and box regression are trained by the same code. raccoon: the first 160 files
@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from PIL import Image
 
 from sppfeat import Described, Describer, Recipe, RunOptions, pool_pyramid, pool_rois
 from sppfeat.detection.annotations import AnnotatedImages, read_voc, read_voc_files
-from sppfeat.detection.detecting import DetectorRunner
+from sppfeat.detection.average_precision import Objects, voc_ranking
+from sppfeat.detection.detecting import DetectOptions, DetectorRunner
 from sppfeat.detection.detector import detection_recipe, open_detector
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
@@ -45,6 +47,7 @@ from sppfeat.images.reading import read_image
 from sppfeat.machine import available_cores
 from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import open_windows, propose_folder
+from sppfeat.windows.selective_search import ProposalOptions, propose
 
 SIDE = 224
 RACCOON_WINDOWS = 500
@@ -63,6 +66,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "1 scale (480), stride 16": {"scales": (480,), "layer": "blocks.4"},
     "1 scale (480), stride 16, levels 6,3,2,1": {"scales": (480,), "layer": "blocks.4", "levels": (6, 3, 2, 1)},
 }
+# Of the finest segmentation: OpenCV's default, and ours.
+BASE_KS = (150, 50)
 VOC_FORMS = ("1 scale (480)", "2 scales (480, 688)", "1 scale (688)")
 
 
@@ -146,9 +151,13 @@ class Data:
         cut = {name: boxes[:RACCOON_WINDOWS] for name, boxes in windows.items()}
         return annotated.subset(names[:160]), annotated.subset(names[160:]), cut
 
-    def voc(self) -> tuple[AnnotatedImages, AnnotatedImages, dict[str, np.ndarray]]:
+    def listed_voc(self) -> tuple[AnnotatedImages, AnnotatedImages, Path]:
         root = self.data / "voc2007-subset" / "VOC2007"
-        return read_voc(root, "trainval"), read_voc(root, "test"), self.windows("voc", root / "JPEGImages")
+        return read_voc(root, "trainval"), read_voc(root, "test"), root / "JPEGImages"
+
+    def voc(self) -> tuple[AnnotatedImages, AnnotatedImages, dict[str, np.ndarray]]:
+        train, test, images = self.listed_voc()
+        return train, test, self.windows("voc", images)
 
 
 def part_windows(data: Data) -> dict[str, Any]:
@@ -163,6 +172,33 @@ def part_windows(data: Data) -> dict[str, Any]:
             "test": len(test.images),
             "mean": statistics.fmean(len(windows[key]) for key in [*train.images, *test.images]),
             "recall": 100 * float((np.concatenate(best) >= 0.5).mean()),
+        }
+    return result
+
+
+def part_segmentation(data: Data) -> dict[str, Any]:
+    """Windows by the scale of the finest segmentation: objects found, windows and processor time per image."""
+    train, test, _ = data.listed_voc()
+    names = [*list(train.images)[:30], *list(test.images)[:30]]
+    annotations = {**train.images, **test.images}
+    result: dict[str, Any] = {"images": len(names)}
+    found: dict[int, list[Any]] = {k: [] for k in BASE_KS}
+    for name in names:
+        for base_k in BASE_KS:  # one after the other on each image, so that other work slows down both
+            start = time.process_time()
+            windows = propose(train.item(name).path, ProposalOptions(base_k=base_k)).windows
+            seconds = time.process_time() - start
+            one = annotations[name]
+            best = overlaps(windows.astype(float), one.boxes).max(0, initial=0)[~one.difficult]
+            found[base_k].append((len(windows), seconds, best))
+    for base_k, images in found.items():
+        best = np.concatenate([overlap for _, _, overlap in images])
+        result[str(base_k)] = {
+            "objects": len(best),
+            "recall": 100 * float((best >= 0.5).mean()),
+            "recall 0.7": 100 * float((best >= 0.7).mean()),
+            "windows": statistics.mean(count for count, _, _ in images),
+            "seconds": statistics.mean(seconds for _, seconds, _ in images),
         }
     return result
 
@@ -304,6 +340,52 @@ def _accuracies(
     return result
 
 
+def part_thresholds(data: Data) -> dict[str, Any]:
+    """Precision and recall at the default threshold, before and after calibration, and whether probabilities are true.
+
+    The expected calibration error is the distance of mean probability and share of correct detections, over ten bins of
+    the detections of at least 0.05.
+    """
+    result: dict[str, Any] = {}
+    for kind, (train, test, windows) in (("raccoon", data.raccoon()), ("voc", data.voc())):
+        path = data.work / f"{kind} 1 scale (480).h5"
+        if not path.exists():
+            train_detector(train, windows, path, detection_recipe(scales=(480,)))
+        calibrated = open_detector(path)
+        runner = DetectorRunner(calibrated)
+        one: dict[str, Any] = {}
+        for what, detector in (("before", replace(calibrated, calibration=None)), ("after", calibrated)):
+            done = evaluate_detector(detector, test, windows)
+            one[what] = {
+                "threshold": done.threshold,
+                "precision": done.kept_precision,
+                "recall": done.kept_recall,
+                "11-point": done.eleven_point,
+                "area": done.area,
+                "coco": done.coco,
+            }
+        items = [test.item(name, windows[name]) for name in test.images]
+        ranked: list[tuple[np.ndarray, np.ndarray]] = []
+        gathered: list[list[Objects]] = [[] for _ in calibrated.classes]
+        for found in runner.detect(items, DetectOptions(threshold=0.05)):
+            each = test.images[items[found.position].name]
+            for label, name in enumerate(calibrated.classes):
+                of, mine = np.array([known == name for known in each.labels], bool), found.labels == label
+                gathered[label].append(
+                    Objects(each.boxes[of], each.difficult[of], each.crowd[of], found.boxes[mine], found.scores[mine])
+                )
+        for images in gathered:
+            targets, scores, _ = voc_ranking(images)
+            ranked.append((targets[targets != 0] > 0, scores[targets != 0]))
+        correct, scores = (np.concatenate(values) for values in zip(*ranked, strict=True))
+        bins = np.minimum((10 * scores).astype(int), 9)
+        apart = sum(abs(scores[bins == at].sum() - correct[bins == at].sum()) for at in range(10))
+        one |= {"detections": len(scores), "probability": scores.mean(), "correct": correct.mean()}
+        one["calibration error"] = apart / len(scores)
+        result[kind] = one
+    return result
+
+
 def part_stages(data: Data) -> dict[str, Any]:
     """Time and memory of detection by stage: 40 images of raccoon, in a separate process."""
     if os.environ.get("SPPFEAT_BENCHMARK_CHILD"):
@@ -318,8 +400,6 @@ def part_stages(data: Data) -> dict[str, Any]:
         print(json.dumps({"images": len(names), "seconds": seconds, "stages": runner.seconds, "peak": peak}))
         return {}
     _, test, windows = data.raccoon()
-    from sppfeat.windows.selective_search import propose
-
     names = list(test.images)[:8]
     start = time.perf_counter()
     for name in names:
@@ -330,6 +410,12 @@ def part_stages(data: Data) -> dict[str, Any]:
         command, env={**os.environ, "SPPFEAT_BENCHMARK_CHILD": "1"}, capture_output=True, text=True, check=True
     )
     return {**json.loads(child.stdout.splitlines()[-1]), "search": search}
+
+
+def version_of_opencv() -> str:
+    import cv2
+
+    return str(cv2.__version__)
 
 
 def _median(call: Callable[[], object], times: int) -> float:
@@ -343,11 +429,13 @@ def _median(call: Callable[[], object], times: int) -> float:
 
 PARTS: dict[str, Callable[[Data], dict[str, Any]]] = {
     "windows": part_windows,
+    "segmentation": part_segmentation,
     "rcnn": part_rcnn,
     "pooling": part_pooling,
     "time": part_time,
     "raccoon": part_raccoon,
     "voc": part_voc,
+    "thresholds": part_thresholds,
     "stages": part_stages,
 }
 
@@ -403,6 +491,32 @@ def print_tables(work: Path) -> None:
                     f"{without['11-point']:.1f} | {one['train']:.0f} | {one['test']:.0f} |"
                 )
             print()
+    if "segmentation" in found:
+        one = found["segmentation"]
+        print(f"{one['images']} images of VOC 2007, {one['150']['objects']} objects, OpenCV {version_of_opencv()}\n")
+        print("| base_k | recall at 0.5, % | at 0.7, % | windows per image | s per image |\n|---|---|---|---|---|")
+        for base_k in map(str, BASE_KS):
+            each = one[base_k]
+            print(
+                f"| {base_k} | {each['recall']:.1f} | {each['recall 0.7']:.1f} | {each['windows']:.0f} | "
+                f"{each['seconds']:.2f} |"
+            )
+        print()
+    if "thresholds" in found:
+        print("| | threshold | precision, % | recall, % | mAP 11-point | area | COCO |\n|---|---|---|---|---|---|---|")
+        for kind, one in found["thresholds"].items():
+            for what, meaning in (("before", "SVM score"), ("after", "probability")):
+                each = one[what]
+                print(
+                    f"| {kind} | {meaning} {each['threshold']:g} | {each['precision']:.1f} | {each['recall']:.1f} | "
+                    f"{each['11-point']:.1f} | {each['area']:.1f} | {each['coco']:.1f} |"
+                )
+        for kind, one in found["thresholds"].items():
+            print(
+                f"\n{kind}: {one['detections']} detections of at least 0.05, probability {one['probability']:.3f}, "
+                f"correct {one['correct']:.3f}, expected calibration error {one['calibration error']:.3f}"
+            )
+        print()
     if "windows" in found:
         for kind, one in found["windows"].items():
             print(

@@ -22,7 +22,13 @@ def detect(
     sources: options.Sources,
     windows: options.Windows = None,
     threshold: Annotated[
-        float, typer.Option(metavar="X", help="Minimum score; a higher one gives fewer but surer detections.")
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Minimum score, a probability from 0 to 1; of a detector that is not calibrated (`sppfeat inspect` "
+            "shows it), an SVM score. A higher one gives fewer but surer detections.",
+            show_default="0.3; -0.5 as an SVM score",
+        ),
     ] = _DETECT.threshold,
     nms: options.Nms = _DETECT.nms,
     max_detections: Annotated[
@@ -41,13 +47,21 @@ def detect(
 ) -> None:
     """Detect objects in images: print the label, score and box of each.
 
+    The score is the probability that the detection is correct (of a detector that is not calibrated, an SVM score).
     Boxes are x1,y1,x2,y2 in pixels of the upright image, both ends inclusive. Without --windows, windows are proposed
     on the fly, in the same way as for the detector's training.
     """
     run = RunOptions(device=device, engine=engine)
     options.check_sources(sources)
 
-    from sppfeat.detection import DetectionPage, DetectOptions, DrawingFolder, detect_images, open_detector
+    from sppfeat.detection import (
+        DetectionPage,
+        DetectOptions,
+        DrawingFolder,
+        detect_images,
+        open_detector,
+        threshold_for,
+    )
     from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
@@ -56,6 +70,7 @@ def detect(
     chosen = DetectOptions(threshold=threshold, nms=nms, max_detections=max_detections)
     page_path = check_page(html, overwrite=overwrite) if html is not None else None
     model = open_detector(detector)
+    least = threshold_for(model, chosen)
     options.check_proposals(windows)
     boxes = windows_from(windows) if windows is not None else None
     page = DetectionPage(model) if page_path is not None else None
@@ -87,8 +102,9 @@ def detect(
     # Drawings and the page come after the results, which their failure does not affect.
     unwritten = results.unwritten
     if page is not None and page_path is not None:
+        kind = "probability" if model.probable else "score"
         try:
-            page.write(page_path, title=f"Detections of {detector}", note=f"score at least {threshold:g}")
+            page.write(page_path, title=f"Detections of {detector}", note=f"{kind} at least {least:g}")
         except ReportError as error:
             unwritten.append(error)
     for reason in unwritten:

@@ -47,6 +47,7 @@ def detection(
 ) -> None:
     """Evaluate a detector by average precision per class and its mean: VOC 2007 (11-point), VOC 2010 (area) and COCO.
 
+    Also the precision and recall of all classes at the default threshold of `sppfeat detect`.
     Difficult objects are ignored; a second detection of the same object is wrong. Up to 100 detections per class and
     image count. Invalid annotations are reported and skipped, and the exit code is 3.
     """
@@ -112,6 +113,9 @@ def _document(done: "DetectionEvaluation") -> dict[str, Any]:
         "per_class_area": {one.name: _number(one.area) for one in done.classes},
         "per_class_coco": {one.name: _number(one.coco) for one in done.classes},
         "iou": done.overlap,
+        "threshold": done.threshold,
+        "precision": _number(done.kept_precision),
+        "recall": _number(done.kept_recall),
         "images": done.images,
         "windows": done.windows,
         "failed": done.failed,
@@ -139,6 +143,10 @@ def _table(done: "DetectionEvaluation") -> str:
         f"average precision in %, IoU {done.overlap:g} (COCO: 0.5 to 0.95); {done.images} images, "
         f"{done.windows} windows, {done.seconds:.1f} s"
     )
+    precision, recall = (
+        "-" if math.isnan(value) else f"{value:.1f} %" for value in (done.kept_precision, done.kept_recall)
+    )
+    lines.append(f"at the default threshold of detect, {done.threshold:g}: precision {precision}, recall {recall}")
     for kind in ("ap", "ar"):
         told = [
             f"{(name.removeprefix(kind).lstrip('_') or 'all')} {'-' if math.isnan(value) else f'{100 * value:.1f}'}"

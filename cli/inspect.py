@@ -139,6 +139,10 @@ def _inspect_svm(file: str, as_json: bool) -> None:
     typer.echo("\n".join(lines))
 
 
+_CALIBRATED = "calibrated, the probability that a detection is correct"
+_UNCALIBRATED = "SVM scores, not calibrated; a detector that is trained again has probabilities"
+
+
 def _inspect_detector(file: str, as_json: bool) -> None:
     from sppfeat.detection import open_detector
 
@@ -149,6 +153,7 @@ def _inspect_detector(file: str, as_json: bool) -> None:
         "classes": model.classes,
         "dim": model.weights.shape[1],
         "box_regression": model.box_weights is not None,
+        "calibrated": model.probable,
         "windows": dataclasses.asdict(model.proposals),
         "training": model.training,
         "weights_sha256": model.weights_sha256,
@@ -165,8 +170,9 @@ def _inspect_detector(file: str, as_json: bool) -> None:
         f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects and "
         f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
         f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}",
-        f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, at most "
-        f"{model.proposals.max_windows} per image",
+        f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, base k "
+        f"{model.proposals.base_k}, at most {model.proposals.max_windows} per image",
+        f"  scores: {_CALIBRATED if model.probable else _UNCALIBRATED}",
         f"  weights: sha256 {printable(short_sha(model.weights_sha256))}",
         *_recipe_lines(about["recipe"]),
     ]
@@ -228,7 +234,8 @@ def _inspect_windows(file: str, failures: bool, as_json: bool) -> None:
     lines = [
         f"{printable(file)}: {counted(found.count, 'window')} of {counted(len(found), 'image')}, "
         f"{human_bytes(found.path.stat().st_size)}",
-        f"  {found.options.method}, at most {found.options.max_windows} per image, seed {found.options.seed}",
+        f"  {found.options.method}, base k {found.options.base_k}, at most {found.options.max_windows} per image, seed "
+        f"{found.options.seed}",
         f"  failed {len(found.errors)}, without windows {empty}",
         f"  images below: {printable(found.source_root)}",
         "  made with: " + _versions(found.versions),

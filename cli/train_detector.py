@@ -49,6 +49,13 @@ def detector(
     box_regression: Annotated[
         bool, typer.Option("--box-regression/--no-box-regression", help="Learn to move windows onto objects.")
     ] = _TRAINING.box_regression,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibration/--no-calibration",
+            help="Turn scores into probabilities, which takes one more pass over the images.",
+        ),
+    ] = _TRAINING.calibration,
     memory: Annotated[str | None, options.memory("1 GiB, for rows of windows")] = None,
     tune: Annotated[
         bool,
@@ -68,7 +75,8 @@ def detector(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train an SPP-net detector: one linear SVM per class on windows of shared feature maps, and box regression.
+    """Train an SPP-net detector: one linear SVM per class on windows of shared feature maps, box regression, and the
+    probabilities of scores.
 
     Without --windows, windows are proposed first and kept beside the detector (det.windows.h5 for det.h5). If
     interrupted, the same command resumes; the detector is written at the end (until then it is null in the JSON).
@@ -93,6 +101,7 @@ def detector(
         positive_weight=positive_weight,
         passes=passes,
         box_regression=box_regression,
+        calibration=calibration,
         memory=byte_count("memory", memory) if memory is not None else TrainingOptions.memory,
         seed=seed,
     )

@@ -34,6 +34,14 @@ def windows(
     max_windows: Annotated[
         int, typer.Option(metavar="N", help="Maximum number of windows per image.")
     ] = _PROPOSALS.max_windows,
+    base_k: Annotated[
+        int,
+        typer.Option(
+            metavar="K",
+            help="Scale of the finest segmentation of the image, from 1 to 10000; a smaller one finds more and smaller "
+            "windows. Files of earlier versions have 150.",
+        ),
+    ] = _PROPOSALS.base_k,
     seed: options.Seed = _PROPOSALS.seed,
     num_workers: options.NumWorkers = RunOptions.num_workers,
     root: options.Root = None,
@@ -51,7 +59,7 @@ def windows(
 
     from sppfeat.windows import ProposalOptions, propose_folder
 
-    chosen = ProposalOptions(method=method, max_windows=max_windows, seed=seed)
+    chosen = ProposalOptions(method=method, max_windows=max_windows, seed=seed, base_k=base_k)
     options.check_proposals(None)
     with Progress(quiet=quiet, all_listed_by=f"`sppfeat inspect {output} --failures`") as progress:
         done = propose_folder(

@@ -26,7 +26,7 @@ HEIGHT, GAP = 420, 12
 def main() -> None:
     detector = open_detector(sys.argv[1])
     items = [Item.at(PHOTOS / name) for name in SHOWN]
-    options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else DetectOptions.threshold)
+    options = DetectOptions(threshold=float(sys.argv[2]) if len(sys.argv) > 2 else None)
     panels: dict[int, Image.Image] = {}
     for found in detected(DetectorRunner(detector), items, None, options):
         image = read_image(items[found.position].path).pixels

@@ -102,6 +102,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         proposals=ProposalOptions(),
         training={"images": 5, "positives": {"a": 1}, "hard": [1], "c": 0.1, "positive_weight": 1.0},
         versions={"sppfeat": "0"},
+        calibration=np.array([[2.0, -1.0], [3.0, 0.5]]),
     )
     save_detector(detector, folder / "detector.h5")
     save_random(folder / "vocabulary.h5")

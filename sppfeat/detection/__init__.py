@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from sppfeat.detection.annotations import read_annotations, select_classes
-from sppfeat.detection.detecting import DetectionObserver, Detections, DetectOptions, DetectorRunner, detect_images
+from sppfeat.detection.detecting import (
+    DetectionObserver,
+    Detections,
+    DetectOptions,
+    DetectorRunner,
+    detect_images,
+    threshold_for,
+)
 from sppfeat.detection.detector import Detector, detection_recipe, open_detector
 from sppfeat.detection.drawing import DetectionPage, DrawingFolder, write_evaluation
 from sppfeat.detection.evaluation import DetectionEvaluation, complete_options, evaluate_detector
@@ -26,5 +33,6 @@ __all__ = [
     "open_detector",
     "read_annotations",
     "select_classes",
+    "threshold_for",
     "write_evaluation",
 ]

@@ -23,6 +23,11 @@ from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.windows import Proposer, moved_boxes, suppress
 
+# Without a threshold, detections of calibrated detectors are returned from this probability on, those of others from
+# this SVM score on. F1 on held-out training images is about the same from 0.25 to 0.45, see
+# benchmarks/results/detection.md.
+DEFAULT_PROBABILITY: Final = 0.3
+DEFAULT_SCORE: Final = -0.5
 # Detections of one class in one image that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400
 
@@ -31,17 +36,19 @@ MAX_BEFORE_SUPPRESSION: Final = 400
 class DetectOptions:
     """Which detections are returned.
 
-    threshold: lowest score; 0 is where the SVMs separate objects from the far more numerous other windows, so that most
-    objects score below it. nms: non-maximum suppression, the overlap above which the lower-scored of two detections of
-    a class is dropped. max_detections: the most per class and image; the best are kept.
+    threshold: lowest score: a probability from 0 to 1 if the detector is calibrated, else an SVM score, where 0
+    separates objects from the far more numerous other windows, so that most objects score below it. None:
+    `DEFAULT_PROBABILITY` or `DEFAULT_SCORE`.
+    nms: non-maximum suppression, the overlap above which the lower-scored of two detections of a class is dropped.
+    max_detections: the most per class and image; the best are kept.
     """
 
-    threshold: float = -0.5
+    threshold: float | None = None
     nms: float = 0.3
     max_detections: int = 100
 
     def __post_init__(self) -> None:
-        if np.isnan(self.threshold):
+        if self.threshold is not None and np.isnan(self.threshold):
             raise UsageError("threshold must be a number, found NaN")
         if not 0 <= self.nms <= 1:
             raise UsageError(f"nms must be a number from 0 to 1, found {self.nms!r}")
@@ -52,10 +59,24 @@ class DetectOptions:
             )
 
 
+def threshold_for(detector: Detector, options: DetectOptions) -> float:
+    """The lowest score of a detector's detections. Raises UsageError if it is not a probability, but has to be one."""
+    if not detector.probable:
+        return DEFAULT_SCORE if options.threshold is None else options.threshold
+    threshold = DEFAULT_PROBABILITY if options.threshold is None else options.threshold
+    if not 0 <= threshold <= 1:
+        raise UsageError(
+            "threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
+            f"probability that a detection is correct; found {threshold:g}"
+        )
+    return threshold
+
+
 class Detections(NamedTuple):
     """The detections in one image, the best first, or why it could not be searched.
 
-    labels: [n] class numbers. scores: [n] float32. boxes: [n, 4] float64 windows inside the image.
+    labels: [n] class numbers. scores: [n] float64, the probabilities that the detections are correct, or the SVM scores
+    of a detector that is not calibrated. boxes: [n, 4] float64 windows inside the image.
     windows: how many were scored. left_out: how many extend outside the image, or could not be described.
     position: of the image among those given.
     """
@@ -115,8 +136,10 @@ class DetectorRunner:
         """Detect objects in the windows of every item, roughly in order.
 
         Windows that extend outside their image are skipped. An image that cannot be read comes with the reason.
+        Raises UsageError, see `threshold_for`.
         """
         options = options or DetectOptions()
+        threshold_for(self.detector, options)
         windows_of: dict[int, np.ndarray] = {}
 
         def remembered() -> Iterator[Item]:
@@ -127,7 +150,7 @@ class DetectorRunner:
         for done in self._describer.describe(remembered(), scales="nearest", stop=stop):
             windows = windows_of.pop(done.position)
             if done.rows is None:
-                nothing = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 4))
+                nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4))
                 yield Detections(done.position, *nothing, done.image_size, 0, 0, done.error)
                 continue
             good = np.setdiff1d(np.arange(len(windows)), list(done.row_errors))
@@ -138,12 +161,12 @@ class DetectorRunner:
         self, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        labels, scores, boxes = _scored(self.detector, descriptors, windows, size, options)
+        scored = scored_windows(self.detector, descriptors, windows, size, options)
         middle = time.perf_counter()
-        kept = _kept(labels, scores, boxes, options)
+        found = suppressed(*scored, options)
         self._score_seconds += middle - start
         self._suppress_seconds += time.perf_counter() - middle
-        return labels[kept], scores[kept], boxes[kept]
+        return found
 
 
 def find_in(
@@ -151,19 +174,21 @@ def find_in(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels [n], scores [n] and boxes [n, 4] of what is detected in windows [K, 4] with descriptors [K, D], the best
     first. size: width and height of the image."""
-    labels, scores, boxes = _scored(detector, descriptors, windows, size, options)
-    kept = _kept(labels, scores, boxes, options)
-    return labels[kept], scores[kept], boxes[kept]
+    return suppressed(*scored_windows(detector, descriptors, windows, size, options), options)
 
 
-def _scored(
+def scored_windows(
     detector: Detector, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores = detector.scores(descriptors)
+    """Labels [n], scores [n] and boxes [n, 4] of the windows [K, 4] that reach the threshold, the best of each class
+    first, before suppression. descriptors: [K, D]. size: of the image."""
+    threshold = threshold_for(detector, options)
+    raw, scores = detector.scores(descriptors)
     labels, chosen = [], []
     for label in range(len(detector.classes)):
-        above = np.flatnonzero(scores[:, label] >= options.threshold)
-        best = above[np.argsort(-scores[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
+        above = np.flatnonzero(scores[:, label] >= threshold)
+        # Probabilities of very high scores are equal, and are then ranked by the scores: suppression keeps this order.
+        best = above[np.argsort(-raw[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
         labels.append(np.full(len(best), label))
         chosen.append(best)
     boxes = []
@@ -177,11 +202,14 @@ def _scored(
     return all_labels, scores[np.concatenate(chosen), all_labels], np.concatenate(boxes)
 
 
-def _kept(labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray, options: DetectOptions) -> np.ndarray:
+def suppressed(
+    labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray, options: DetectOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The detections among labels [n], scores [n] and boxes [n, 4] that are left by suppression, the best first."""
     kept = suppress(boxes, scores, labels, options.nms)
     # Each class keeps its best detections, whatever the others score.
-    found: np.ndarray = kept[_ranks(labels[kept]) < options.max_detections]
-    return found
+    kept = kept[_ranks(labels[kept]) < options.max_detections]
+    return labels[kept], scores[kept], boxes[kept]
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:
@@ -268,6 +296,7 @@ def detect_images(
     `Describer` raises. An image that cannot be read is reported, not raised.
     """
     began = time.perf_counter()
+    threshold_for(detector, options or DetectOptions())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several)
     if not images.items:

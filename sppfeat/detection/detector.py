@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from sppfeat._version import __version__
+from sppfeat.detection.calibration import sigmoid
 from sppfeat.errors import ModelError
 from sppfeat.files import DETECTOR, appearing_hdf5, open_hdf5, read_document
 from sppfeat.recipe import Recipe
@@ -35,10 +36,13 @@ def detection_recipe(**changes: Any) -> Recipe:
 class Detector:
     """A trained detector of K classes.
 
-    recipe: of the descriptors, of D values. weights: [K, D] float32, biases: [K]; a score above 0 means: of that class.
-    background: [D + 1] float32, weights and bias of the background, if the detector was tuned: then scores are the
-    shares of the classes in a softmax over them and the background. None: of SVMs.
+    recipe: of the descriptors, of D values. weights: [K, D] float32, biases: [K]; an SVM score above 0 means: of that
+    class.
+    background: [D + 1] float32, weights and bias of the background, if the network was tuned with the detector: scores
+    are then the shares of the classes in a softmax over them and the background. None: of SVMs.
     box_weights: [K, 4, D] float32, box_biases: [K, 4], from descriptors to `box_targets`; None without box regression.
+    calibration: [K, 2] float64, slope above 0 and offset of each class, see `probabilities`. None: not calibrated, as
+    in files of earlier versions; scores are then SVM scores.
     proposals: how its training windows were found. training: its options and data.
     """
 
@@ -53,18 +57,40 @@ class Detector:
     training: dict[str, Any]
     versions: dict[str, str]
     background: np.ndarray | None = None
+    calibration: np.ndarray | None = None
 
-    def scores(self, descriptors: np.ndarray) -> np.ndarray:
-        """[N, K] float32 of descriptors [N, D]."""
-        found: np.ndarray = descriptors @ self.weights.T + self.biases
+    @property
+    def probable(self) -> bool:
+        """Whether scores are probabilities."""
+        return self.calibration is not None or self.background is not None
+
+    def scores(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of descriptors [N, D], what ranks the detections of a class, and their scores: both [N, K], float64."""
+        raw = (descriptors @ self.weights.T + self.biases).astype(np.float64)
         if self.background is None:
-            return found
-        other = descriptors @ self.background[:-1] + self.background[-1]
-        most = np.maximum(found.max(1, initial=-np.inf), other)
-        shares: np.ndarray = np.exp(found - most[:, None])
-        total = shares.sum(1) + np.exp(other - most)
-        shares /= total[:, None]
-        return shares
+            return raw, raw if self.calibration is None else self.probabilities(raw)
+        other = (descriptors @ self.background[:-1] + self.background[-1]).astype(np.float64)
+        most = np.maximum(raw.max(1, initial=-np.inf), other)
+        shares = np.exp(raw - most[:, None])
+        shares /= (shares.sum(1) + np.exp(other - most))[:, None]
+        return shares, shares
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """[N, K] float64 probabilities that detections with SVM scores [N, K] are correct; for calibrated detectors.
+
+        Within a class they rank as the scores do. `sppfeat.detection.calibration` says how they are found.
+        """
+        assert self.calibration is not None
+        return sigmoid(scores.astype(np.float64) * self.calibration[:, 0] + self.calibration[:, 1])
+
+
+def score_thresholds(detector: Detector, threshold: float) -> np.ndarray:
+    """[K] float64 SVM scores of a threshold: if the detector is calibrated, a probability above 0 and below 1."""
+    if detector.calibration is None:
+        return np.full(len(detector.classes), threshold)
+    slope, offset = detector.calibration.T
+    scores: np.ndarray = (np.log(threshold / (1 - threshold)) - offset) / slope
+    return scores
 
 
 class _Training(msgspec.Struct):
@@ -96,6 +122,8 @@ def save_detector(detector: Detector, path: str | os.PathLike[str]) -> None:
         if detector.box_weights is not None and detector.box_biases is not None:
             file.create_dataset("box_weights", data=detector.box_weights)
             file.create_dataset("box_biases", data=detector.box_biases)
+        if detector.calibration is not None:
+            file.create_dataset("calibration", data=detector.calibration)
 
 
 def open_detector(path: str | os.PathLike[str]) -> Detector:
@@ -109,6 +137,8 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
             for name in ("weights", "biases", "background", "box_weights", "box_biases")
             if name in file
         }
+        if "calibration" in file:
+            arrays["calibration"] = np.asarray(file["calibration"][:], np.float64)
         detector = Detector(
             recipe=recipe,
             weights_sha256=str(file.attrs["weights_sha256"]),
@@ -117,19 +147,22 @@ def open_detector(path: str | os.PathLike[str]) -> Detector:
             biases=arrays["biases"],
             box_weights=arrays.get("box_weights"),
             box_biases=arrays.get("box_biases"),
-            proposals=ProposalOptions(**read_document(file, "proposals", dict[str, Any], ModelError)),
+            proposals=ProposalOptions.from_document(read_document(file, "proposals", dict[str, Any], ModelError)),
             training=read_document(file, "training", dict[str, Any], ModelError),
             versions=read_document(file, "versions", dict[str, str], ModelError),
             background=arrays.get("background"),
+            calibration=arrays.get("calibration"),
         )
         count, dim = len(classes), arrays["weights"].shape[-1]
-        shapes = {"weights": (count, dim), "biases": (count,), "background": (dim + 1,)}
+        shapes = {"weights": (count, dim), "biases": (count,), "background": (dim + 1,), "calibration": (count, 2)}
         shapes |= {"box_weights": (count, 4, dim), "box_biases": (count, 4)}
         for name, values in arrays.items():
             if values.shape != shapes[name] or not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers {list(shapes[name])}, found {list(values.shape)}")
         if ("box_weights" in arrays) != ("box_biases" in arrays):
             raise ValueError("box_weights and box_biases require each other")
+        if detector.calibration is not None and not (detector.calibration[:, 0] > 0).all():
+            raise ValueError("calibration: expected slopes above 0, so that probabilities rise with scores")
         if str(file.attrs["recipe_hash"]) != recipe.identity(detector.weights_sha256):
             raise ValueError("its recipe_hash does not match its recipe")
         return detector

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from sppfeat.detection.average_precision import (
     coco_means,
     voc_ranking,
 )
-from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, window_notes
-from sppfeat.detection.detector import Detector
+from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, threshold_for, window_notes
+from sppfeat.detection.detector import Detector, score_thresholds
 from sppfeat.errors import UsageError
 from sppfeat.extraction import Describer
 from sppfeat.progress import Observer
@@ -28,7 +28,10 @@ from sppfeat.svm import ranked_average_precision
 
 
 def complete_options(nms: float = DetectOptions.nms) -> DetectOptions:
-    """All that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early."""
+    """All that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early.
+
+    The threshold is an SVM score, see `evaluate_detector`.
+    """
     return DetectOptions(threshold=-1e9, nms=nms, max_detections=COCO_DETECTIONS)
 
 
@@ -38,7 +41,8 @@ class ClassResult:
 
     eleven_point, area: VOC's average precision. coco: COCO's, the mean over overlaps 0.5 .. 0.95; figures: all of
     COCO's, as fractions of 1.
-    recall, precision: [R] along the ranking, as fractions of 1.
+    recall, precision: [R] along the ranking, as fractions of 1. kept: how many of these detections `detect` returns
+    with its default threshold.
     """
 
     name: str
@@ -50,17 +54,20 @@ class ClassResult:
     figures: CocoFigures
     recall: np.ndarray
     precision: np.ndarray
+    kept: int
 
 
 @dataclass(frozen=True)
 class DetectionEvaluation:
     """What a detector finds in annotated images. Means are over the classes that have objects, in percent.
 
+    threshold: the lowest score that `detect` returns by default; a probability if the detector is calibrated.
     failed: skipped images by name, and why. notes: what else was skipped or suspicious. stages: seconds per stage.
     """
 
     classes: list[ClassResult]
     overlap: float
+    threshold: float
     images: int
     windows: int
     failed: dict[str, str]
@@ -88,6 +95,22 @@ class DetectionEvaluation:
         """mAP as defined by COCO."""
         return _mean([one.coco for one in self.classes])
 
+    @property
+    def kept_precision(self) -> float:
+        """Percentage of the detections from `threshold` on that are correct, of all classes; NaN without detections."""
+        kept = sum(one.kept for one in self.classes)
+        return 100 * self._kept_correct / kept if kept else float("nan")
+
+    @property
+    def kept_recall(self) -> float:
+        """Percentage of the objects that these detections find, of all classes; NaN without objects."""
+        objects = sum(one.objects for one in self.classes)
+        return 100 * self._kept_correct / objects if objects else float("nan")
+
+    @property
+    def _kept_correct(self) -> float:
+        return sum(float(one.precision[one.kept - 1]) * one.kept for one in self.classes if one.kept)
+
 
 def evaluate_detector(
     detector: Detector,
@@ -101,7 +124,8 @@ def evaluate_detector(
     observer: Observer | None = None,
 ) -> DetectionEvaluation:
     """Detect objects in annotated images and compare, per class. windows: as in `detected`; None: proposed on the fly.
-    options: None: `complete_options`.
+    options: None: `complete_options`; a threshold is an SVM score, also if the detector is calibrated: detections are
+    ranked by SVM scores, and probabilities rise with these, so that average precision is the same.
 
     An image that cannot be read counts as one where nothing was found, and is reported. Annotated classes that the
     detector does not know are skipped, with a note. overlap: from which a detection is correct, for VOC's figures.
@@ -109,6 +133,8 @@ def evaluate_detector(
     """
     began = time.perf_counter()
     options = options or complete_options()
+    if detector.background is not None and options.threshold is not None:
+        options = replace(options, threshold=max(options.threshold, 0.0))  # its scores are shares
     if not 0 < overlap <= 1:
         raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
     notes = list(annotated.notes)
@@ -119,7 +145,8 @@ def evaluate_detector(
     if not any(boxes.get(name) for name in detector.classes):
         raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
     names = list(annotated.images)
-    runner = DetectorRunner(detector, run, describer=describer)
+    # The highest probabilities may round to the same number; SVM scores do not.
+    runner = DetectorRunner(replace(detector, calibration=None), run, describer=describer)
     observer = observer or Observer()
     for note in notes:
         observer.note(note)
@@ -150,12 +177,15 @@ def evaluate_detector(
         observer.row(name, done.error)
     # In the listed order of the images, not the order they came in: of equal scores the first counts first.
     turns = np.argsort(order)
+    threshold = threshold_for(detector, DetectOptions())
+    least = score_thresholds(detector, threshold)
     return DetectionEvaluation(
         classes=[
-            _class_result(known, [objects[label][turn] for turn in turns], overlap)
+            _class_result(known, [objects[label][turn] for turn in turns], overlap, float(least[label]))
             for label, known in enumerate(detector.classes)
         ],
         overlap=overlap,
+        threshold=threshold,
         images=len(names),
         windows=count,
         failed={**annotated.problems, **failed},
@@ -165,8 +195,8 @@ def evaluate_detector(
     )
 
 
-def _class_result(name: str, images: list[Objects], overlap: float) -> ClassResult:
-    targets, _, objects = voc_ranking(images, overlap)
+def _class_result(name: str, images: list[Objects], overlap: float, least: float) -> ClassResult:
+    targets, scores, objects = voc_ranking(images, overlap)
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
     figures = coco_figures(images)
@@ -180,6 +210,7 @@ def _class_result(name: str, images: list[Objects], overlap: float) -> ClassResu
         figures=figures,
         recall=found / max(objects, 1),
         precision=found / np.arange(1, len(hits) + 1),
+        kept=int((scores[targets != 0] >= least).sum()),
     )
 
 

@@ -99,7 +99,7 @@ class RowCache:
 
 
 class Reservoir:
-    """Per class, a uniform sample of up to `capacity` of the offered rows [D] with targets [4].
+    """Per class, a uniform sample of up to `capacity` of the offered rows [D] with targets [4] and their images.
 
     Vitter, "Random sampling with a reservoir", 1985 (algorithm R).
     """
@@ -109,9 +109,12 @@ class Reservoir:
         self.offered = np.zeros(classes, np.int64)
         self._rows = np.empty((classes, capacity, dim), np.float16)
         self._targets = np.empty((classes, capacity, 4), np.float32)
+        self._images = np.empty((classes, capacity), np.int32)
 
-    def offer(self, label: int, rows: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> None:
-        """Offer rows [n, D] of a class."""
+    def offer(
+        self, label: int, rows: np.ndarray, targets: np.ndarray, image: int, generator: np.random.Generator
+    ) -> None:
+        """Offer rows [n, D] of a class, from one image."""
         for row, target in zip(rows, targets, strict=True):
             place = int(self.offered[label])
             if place >= self.capacity:
@@ -120,15 +123,21 @@ class Reservoir:
             if place < self.capacity:
                 self._rows[label, place] = row
                 self._targets[label, place] = target
+                self._images[label, place] = image
 
     def of(self, label: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows [n, D] and targets [n, 4] of a class."""
         count = min(int(self.offered[label]), self.capacity)
         return self._rows[label, :count], self._targets[label, :count]
 
+    def images_of(self, label: int) -> np.ndarray:
+        """[n] the image of each row of a class."""
+        return self._images[label, : min(int(self.offered[label]), self.capacity)]
+
     def keep_classes(self, kept: np.ndarray) -> None:
         """Drop the classes that are false in `kept` [K]."""
         self.offered, self._rows, self._targets = self.offered[kept], self._rows[kept], self._targets[kept]
+        self._images = self._images[kept]
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` takes."""
@@ -137,6 +146,7 @@ class Reservoir:
             "offered": self.offered,
             "rows": np.concatenate([rows for rows, _ in held]),
             "targets": np.concatenate([targets for _, targets in held]),
+            "images": np.concatenate([self.images_of(label) for label in range(len(self.offered))]),
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
@@ -149,6 +159,7 @@ class Reservoir:
             rows, targets = self.of(label)
             rows[:] = state["rows"][start : start + len(rows)]
             targets[:] = state["targets"][start : start + len(rows)]
+            self.images_of(label)[:] = state["images"][start : start + len(rows)]
             start += len(rows)
 
 

@@ -16,7 +16,7 @@ class TrainingOptions:
     c, positive_weight: of the SVMs, see `train_linear_svm`; c is for descriptors scaled to mean norm `mean_norm`.
     negative_overlap: windows that overlap every object of a class by less are its negatives.
     box_regression: learn to move boxes, from windows that overlap an object by at least `box_overlap`, regularised
-    by `box_ridge`.
+    by `box_ridge`. calibration: turn scores into probabilities, which takes one more pass over the images.
     passes: the most over the images for hard negatives. memory: bytes for rows; box rows take half as much more.
     seed: of all randomness.
     """
@@ -28,6 +28,7 @@ class TrainingOptions:
     box_regression: bool = True
     box_overlap: float = 0.6
     box_ridge: float = 1000.0
+    calibration: bool = True
     passes: int = 3
     memory: int = 1 << 30
     seed: int = 0

@@ -1,8 +1,16 @@
-"""The training loop of an SPP-net detector: positives, first negatives, hard negatives, SVMs, box regression.
+"""The training loop of an SPP-net detector: positives, first negatives, hard negatives, SVMs, box regression,
+calibration.
 
 As in R-CNN's code (Girshick et al., CVPR 2014, which SPP-net's follows): ground truth is positive, windows that
 overlap it by less than 0.3 are negative, and of these, those that the current SVMs find hard are added, image by image,
 until few new ones appear. All classes share the rows, and are solved together.
+
+Calibration (see `sppfeat.detection.calibration`) needs detections in images that the SVMs do not know. For each of
+`FOLDS` folds of the images, the SVMs are solved again without the fold's rows. They are excluded from the rows at hand,
+so that nothing is copied, and the solution starts from that of all rows. Box regression is fitted again without them,
+too, because one that knows an object moves windows onto it better than onto others. One more pass over the images then
+detects in each with the models that do not know it. Two biases are left, both small: hard negatives were chosen by SVMs
+that knew all images, and the models of folds, of fewer images, are a little worse than the detector.
 """
 
 from __future__ import annotations
@@ -11,13 +19,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from sppfeat.detection.annotations import AnnotatedImages, Annotation
+from sppfeat.detection.calibration import FLOOR, FOLDS, HeldOut
+from sppfeat.detection.detecting import DetectOptions, scored_windows, suppressed
 from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.detection.training_options import TrainingOptions
@@ -26,7 +36,7 @@ from sppfeat.extraction import Described, Describer
 from sppfeat.images import Item
 from sppfeat.progress import Observer
 from sppfeat.svm import CONVERGED
-from sppfeat.svm.solver import SvmProblem
+from sppfeat.svm.solver import SvmProblem, SvmSolution
 from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, overlaps
 
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
@@ -53,7 +63,8 @@ STATE_SECONDS: Final = 30.0
 
 
 class Trainer:
-    """A training in progress. Step 0 gathers positives, box rows and first negatives; later steps, hard negatives."""
+    """A training in progress. Step 0 gathers positives, box rows and first negatives; later steps, hard negatives.
+    Afterwards, calibration gathers detections by the models of the folds."""
 
     def __init__(
         self,
@@ -102,6 +113,9 @@ class Trainer:
         self._fresh = 0  # rows since the SVMs were trained
         self._step = 0
         self.hard: list[int] = []
+        self._held_out = HeldOut()
+        self._folds: list[Detector] = []  # without the images of each fold
+        self._calibrating = False
         self.done = np.zeros(len(self._names), bool)
         self.solve_seconds = 0.0
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
@@ -115,8 +129,27 @@ class Trainer:
     def train(self, stop: Callable[[], bool]) -> bool:
         """Run all passes; false if stopped before the end, with the state on disk."""
         self._restore()
+        if not self._calibrating:
+            if not self._gather(stop):
+                return False
+            if not self._options.calibration:
+                return True
+            self._calibrating = True
+            self.done[:] = False
+        # Not in the state: trained again from the same rows, they are the same.
+        self._folds = self._fold_detectors()
+        self._observer.say("calibration: detecting in each image by SVMs that were trained without it")
+        if not self._pass(stop, self._take_held_out):
+            self._save()
+            return False
+        return True
+
+    def _gather(self, stop: Callable[[], bool]) -> bool:
+        """Gather the rows, and train the SVMs; false if stopped before the end, with the state on disk."""
         while self._step <= self._options.passes:
-            if not self._pass(stop):
+            if self._step and len(self.hard) < self._step:
+                self.hard.append(0)
+            if not self._pass(stop, self._take):
                 self._save()
                 return False
             if self._step == 0:
@@ -143,28 +176,16 @@ class Trainer:
 
     def detector(self, proposals: ProposalOptions) -> Detector:
         """The detector, after `train`. Weights are for descriptors as pooled."""
-        box_weights = box_biases = None
-        dim = self._model.shape[1] - 1
-        if self._boxes is not None:
-            start = time.perf_counter()
-            factor = self._factor
-            box_weights = np.zeros((len(self.classes), 4, dim), np.float32)
-            box_biases = np.zeros((len(self.classes), 4), np.float32)
-            for label in range(len(self.classes)):
-                rows, targets = self._boxes.of(label)
-                if len(rows):
-                    # The penalty is for scaled descriptors; scaling it instead of the rows saves a copy of them.
-                    ridge = self._options.box_ridge / factor**2
-                    box_weights[label], box_biases[label] = fit_ridge(rows, targets, ridge)
-            self.solve_seconds += time.perf_counter() - start
-        return Detector(
-            recipe=self._describer.recipe,
-            weights_sha256=self._describer.weights_sha256,
-            classes=self.classes,
-            weights=np.ascontiguousarray(self._model[:, :-1]),
-            biases=self._biases + self._model[:, -1] * np.float32(BIAS_FEATURE / self._factor),
-            box_weights=box_weights,
-            box_biases=box_biases,
+        calibration = self._held_out.calibration(len(self.classes)) if self._options.calibration else None
+        if self._options.calibration and calibration is None:
+            self._note(
+                "scores stay SVM scores: for probabilities, expected detections in images that were held out, correct "
+                "ones with higher scores than others"
+            )
+        detector = self._detector(self._model, self._biases, None)
+        return replace(
+            detector,
+            calibration=calibration,
             proposals=proposals,
             training={
                 **asdict(self._options),
@@ -175,27 +196,69 @@ class Trainer:
                 "hard": self.hard,
                 "mean_norm_before": float(self._norms[1] / self._norms[0]),
             },
+        )
+
+    def _detector(self, model: np.ndarray, biases: np.ndarray, without: int | None) -> Detector:
+        """SVMs [K, D+1], with biases [K], as a detector, with box regression fitted without the images of a fold."""
+        box_weights = box_biases = None
+        if self._boxes is not None:
+            start = time.perf_counter()
+            box_weights = np.zeros((len(self.classes), 4, model.shape[1] - 1), np.float32)
+            box_biases = np.zeros((len(self.classes), 4), np.float32)
+            for label in range(len(self.classes)):
+                rows, targets = self._boxes.of(label)
+                if without is not None:
+                    kept = self._boxes.images_of(label) % FOLDS != without
+                    rows, targets = rows[kept], targets[kept]
+                if len(rows):
+                    # The penalty is for scaled descriptors; scaling it instead of the rows saves a copy of them.
+                    ridge = self._options.box_ridge / self._factor**2
+                    box_weights[label], box_biases[label] = fit_ridge(rows, targets, ridge)
+            self.solve_seconds += time.perf_counter() - start
+        return Detector(
+            recipe=self._describer.recipe,
+            weights_sha256=self._describer.weights_sha256,
+            classes=self.classes,
+            weights=np.ascontiguousarray(model[:, :-1]),
+            biases=biases + model[:, -1] * np.float32(BIAS_FEATURE / self._factor),
+            box_weights=box_weights,
+            box_biases=box_biases,
+            proposals=ProposalOptions(),
+            training={},
             versions={},
         )
+
+    def _fold_detectors(self) -> list[Detector]:
+        """A detector for each fold, trained without its images: every `FOLDS`-th one, in the random order of training.
+
+        A class without a positive elsewhere has a bias of minus infinity, and so detects nothing.
+        """
+        folds = []
+        problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
+        for fold in range(FOLDS):
+            start = time.perf_counter()
+            targets = np.where(self.cache.origin[:, :1] % FOLDS == fold, np.int8(0), self.cache.targets)
+            svm = problem.svm(self._solution(problem, targets, _TOLERANCE), np.arange(len(self.classes)))
+            self.solve_seconds += time.perf_counter() - start
+            folds.append(self._detector(svm.weights.astype(np.float32), svm.biases.astype(np.float32), fold))
+        return folds
 
     @property
     def _factor(self) -> float:
         """The factor that scales descriptors to the mean norm."""
         return self._options.mean_norm / max(float(self._norms[1] / max(self._norms[0], 1)), 1e-12)
 
-    def _pass(self, stop: Callable[[], bool]) -> bool:
+    def _pass(self, stop: Callable[[], bool], take: Callable[[int, Annotation, Described], None]) -> bool:
         """Process the images that are not done in this step; false if stopped."""
         todo = [at for at in range(len(self._names)) if not self.done[at] and self._names[at] not in self.failed]
         self._observer.started(todo=len(todo), reused=int(self.done.sum()))
-        if self._step and len(self.hard) < self._step:
-            self.hard.append(0)
         for done in self._describer.describe(self._items(todo), scales="nearest", stop=stop):
             at = todo[done.position]
             name = self._names[at]
             if done.rows is None:
                 self.failed[name] = done.error or ""
             else:
-                self._take(at, self._annotated.images[name], done)
+                take(at, self._annotated.images[name], done)
             self.done[at] = True
             self._observer.row(name, done.error)
             self._save_now_and_then()
@@ -234,7 +297,7 @@ class Trainer:
             generator = np.random.default_rng([self._options.seed, at])
             self._take_objects(at, annotation, labels, done.rows[:objects], good[:objects])
             self._take_first(at, descriptors, targets, generator)
-            self._take_boxes(annotation, labels, overlap, windows, good, done.rows, generator)
+            self._take_boxes(at, annotation, labels, overlap, windows, good, done.rows, generator)
         else:
             self._take_hard(at, descriptors, targets)
 
@@ -265,6 +328,7 @@ class Trainer:
 
     def _take_boxes(
         self,
+        at: int,
         annotation: Annotation,
         labels: np.ndarray,
         overlap: np.ndarray,
@@ -283,7 +347,7 @@ class Trainer:
         for number in np.flatnonzero(~annotation.difficult & (labels >= 0)):
             near = generator.permutation(np.flatnonzero(close & (nearest == number)))[:BOX_ROWS_PER_OBJECT]
             targets = box_targets(places[near], np.repeat(annotation.boxes[number : number + 1], len(near), 0))
-            self._boxes.offer(int(labels[number]), descriptors[near], targets, generator)
+            self._boxes.offer(int(labels[number]), descriptors[near], targets, at, generator)
 
     def _take_hard(self, at: int, rows: np.ndarray, targets: np.ndarray) -> None:
         scores = rows @ self._model[:, :-1].T + (self._biases + self._model[:, -1] * (BIAS_FEATURE / self._factor))
@@ -301,6 +365,14 @@ class Trainer:
         # Later on, each training costs more and changes less.
         if self._fresh >= max(2000, self.cache.count // 3):
             self._solve(_ROUGH_TOLERANCE)
+
+    def _take_held_out(self, at: int, annotation: Annotation, done: Described) -> None:
+        assert done.rows is not None
+        windows = self._proposed(self._names[at])
+        good = np.setdiff1d(np.arange(len(windows)), list(done.row_errors))
+        options = DetectOptions(threshold=FLOOR)
+        scored = scored_windows(self._folds[at % FOLDS], done.rows[good], windows[good], done.image_size, options)
+        self._held_out.add(at, annotation, self.classes, *suppressed(*scored, options))
 
     def _add(self, rows: np.ndarray, targets: np.ndarray, at: int, windows: np.ndarray) -> None:
         constant = 0.0 if self._step == 0 else BIAS_FEATURE / self._factor
@@ -335,15 +407,8 @@ class Trainer:
         """Train the SVMs on all rows, starting from the current ones, and drop negatives that have become easy."""
         start = time.perf_counter()
         targets = self.cache.targets
-        # Scaling the cost by f squared is the same as scaling the rows by f, and saves a copy of them.
         problem = SvmProblem(self.cache.rows, device=str(self._describer.device))
-        solution = problem.solve(
-            targets,
-            c=self._options.c * self._factor**2,
-            positive_weight=self._options.positive_weight,
-            start=(self._model, self._biases),
-            tolerance=tolerance,
-        )
+        solution = self._solution(problem, targets, tolerance)
         self._gaps = solution.gaps
         svm = problem.svm(solution, np.arange(len(self.classes)))
         self._model, self._biases = svm.weights.astype(np.float32), svm.biases.astype(np.float32)
@@ -352,6 +417,17 @@ class Trainer:
         hardness = np.where(targets == -1, scores, -np.inf).max(1)
         self.cache.keep((targets == 1).any(1) | (hardness >= EASY_SCORE))
         self.solve_seconds += time.perf_counter() - start
+
+    def _solution(self, problem: SvmProblem, targets: np.ndarray, tolerance: float) -> SvmSolution:
+        """The SVMs of the cache's rows with targets [N, K], starting from the current ones."""
+        return problem.solve(
+            targets,
+            # Scaling the cost by f squared is the same as scaling the rows by f, and saves a copy of them.
+            c=self._options.c * self._factor**2,
+            positive_weight=self._options.positive_weight,
+            start=(self._model, self._biases),
+            tolerance=tolerance,
+        )
 
     def _make_room(self, wanted: int) -> None:
         """Drop the easiest negatives, a quarter of the rows, if dropping easy ones was not enough."""
@@ -396,6 +472,8 @@ class Trainer:
         arrays = {f"cache_{key}": value for key, value in self.cache.state().items()}
         if self._boxes is not None:
             arrays |= {f"boxes_{key}": value for key, value in self._boxes.state().items()}
+        if self._calibrating:
+            arrays["held_out"] = self._held_out.state()
         arrays |= {"model": self._model, "biases": self._biases, "norms": self._norms, "done": self.done}
         values = {
             "step": self._step,
@@ -419,9 +497,12 @@ class Trainer:
             self.notes = list(values["notes"])
             self.cache.restore({key: arrays[f"cache_{key}"] for key in ("rows", "targets", "origin")})
             if self._boxes is not None:
-                self._boxes.restore({key: arrays[f"boxes_{key}"] for key in ("offered", "rows", "targets")})
+                self._boxes.restore({key: arrays[f"boxes_{key}"] for key in ("offered", "rows", "targets", "images")})
             self._model, self._biases = arrays["model"], arrays["biases"]
             self._norms, self.done = arrays["norms"], arrays["done"].astype(bool)
+            self._calibrating = "held_out" in arrays
+            if self._calibrating:
+                self._held_out.restore(arrays["held_out"])
             self._step, self._fresh = int(values["step"]), int(values["fresh"])
             self.hard, self.failed = list(values["hard"]), dict(values["failed"])
         except (KeyError, ValueError, TypeError) as error:

@@ -51,7 +51,7 @@ class WindowFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self.names: list[str] = file["names"].asstr()[:].tolist()
-        self.options = ProposalOptions(**read_document(file, "options", dict[str, Any], WindowsError))
+        self.options = ProposalOptions.from_document(read_document(file, "options", dict[str, Any], WindowsError))
         self.source_root = os.fsdecode(bytes(file.attrs["source_root"]))
         self.versions: dict[str, str] = read_document(file, "versions", dict[str, str], WindowsError)
         self.errors = {n: e for n, e in zip(self.names, file["error"].asstr()[:].tolist(), strict=True) if e}
@@ -220,7 +220,7 @@ def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions,
 
 
 def _show(options: ProposalOptions) -> str:
-    return f"{options.method}, at most {options.max_windows} windows, seed {options.seed}"
+    return f"{options.method}, base k {options.base_k}, at most {options.max_windows} windows, seed {options.seed}"
 
 
 # The types of the file's columns: text in HDF5 ends at a NUL byte.

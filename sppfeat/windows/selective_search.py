@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,8 @@ METHODS: Final = ("selective-search", "selective-search-quality")
 SEARCH_SIDE: Final = 500
 MIN_SIDE: Final = 20
 MAX_WINDOWS: Final = 100_000
+# OpenCV's default, with which windows were proposed before `base_k` was an option.
+_FORMER_BASE_K: Final = 150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,20 @@ class ProposalOptions:
 
     method: `selective-search` (OpenCV's fast mode) or `selective-search-quality` (more windows, several times slower).
     max_windows: maximum per image; the best ranks stay. seed: of the ranks, which are partly random.
+    base_k: the scale k of the finest segmentation that windows grow from (Felzenszwalb and Huttenlocher, "Efficient
+    Graph-Based Image Segmentation", IJCV 2004); with a smaller one its segments, and so some windows, are smaller.
+    OpenCV's default is 150; benchmarks/results/detection.md has the objects found with both.
     """
 
     method: str = "selective-search"
     max_windows: int = 2000
     seed: int = 0
+    base_k: int = 50
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        """Options as saved in a file, of an earlier version, too."""
+        return cls(**{"base_k": _FORMER_BASE_K, **document})
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -51,6 +62,7 @@ class ProposalOptions:
         for name, value, low, high in (
             ("max_windows", self.max_windows, 1, MAX_WINDOWS),
             ("seed", self.seed, 0, 1 << 31),
+            ("base_k", self.base_k, 1, 10_000),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
@@ -100,9 +112,9 @@ def _selective_search(pixels: np.ndarray, options: ProposalOptions) -> np.ndarra
         search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
         search.setBaseImage(np.ascontiguousarray(pixels))
         if options.method == "selective-search":
-            search.switchToSelectiveSearchFast()
+            search.switchToSelectiveSearchFast(options.base_k)
         else:
-            search.switchToSelectiveSearchQuality()
+            search.switchToSelectiveSearchQuality(options.base_k)
         x, y, width, height = np.asarray(search.process(), np.int64).reshape(-1, 4).T
     except cv2.error as error:
         raise ImageError(f"selective search failed: {one_line(error)}") from None

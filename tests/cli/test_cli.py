@@ -126,6 +126,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
         (["windows", ".", "-o", "f.h5", "-j", str(10**11)], 2, "num_workers must be a whole number from 1 to 1024"),
         (["windows", ".", "-o", "f.h5", "-j", "-1"], 2, "num_workers must be a whole number from 1 to 1024"),
         (["windows", ".", "-o", "f.h5", "--max-windows", str(10**11)], 2, "max_windows must be .* from 1 to 100000"),
+        (["windows", ".", "-o", "f.h5", "--base-k", "0"], 2, "base_k must be a whole number from 1 to 10000, found 0"),
         (["windows", ".", "-o", "f.h5", "--seed", str(10**11)], 2, "seed must be a whole number from 0 to 2147483648"),
         (["index", "f.h5", "-o", "g", "--seed", "-1"], 2, "seed must be a whole number from 0, found -1"),
         (["train", "detector", ".", "-o", "f.h5", "--passes", str(10**11)], 2, "passes must be .* from 1 to 100"),

@@ -16,6 +16,7 @@ from conftest import MakeStore
 from typer.main import get_command
 
 from sppfeat.detection import DetectOptions, TrainingOptions, detection_recipe
+from sppfeat.detection.detecting import DEFAULT_PROBABILITY, DEFAULT_SCORE
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.retrieval import DEFAULT_DIMS, IndexOptions, SearchOptions, create_gallery
 from sppfeat.windows import ProposalOptions
@@ -108,6 +109,7 @@ def test_defaults_are_those_of_the_library() -> None:
         }
     assert defaults("evaluate detection")["iou"] == 0.5 and defaults("evaluate transfer")["protocol"] == "random"
     assert f"{DEFAULT_DIMS} with --whiten" in shown("index")
+    assert f"[default: ({DEFAULT_PROBABILITY:g}; {DEFAULT_SCORE:g} as an SVM score)]" in shown("detect")
     assert f"[default: {DetectOptions.nms}]" in shown("detect") and "[default: 3,2,1]" in shown("train detector")
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import h5py
@@ -18,12 +18,18 @@ from voc_xml import xml
 
 from sppfeat import ModelError, UsageError
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
-from sppfeat.detection.detecting import DetectOptions, DetectorRunner
+from sppfeat.detection.average_precision import Objects, coco_figures, voc_average_precision, voc_ranking
+from sppfeat.detection.detecting import DEFAULT_PROBABILITY, DetectOptions, DetectorRunner
 from sppfeat.detection.detector import detection_recipe, open_detector, save_detector
 from sppfeat.detection.evaluation import evaluate_detector
 from sppfeat.detection.row_cache import Reservoir, RowCache
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
+from sppfeat.detection.training_rounds import Trainer
+from sppfeat.extraction import Describer
 from sppfeat.images import Item
+from sppfeat.progress import Observer
+from sppfeat.svm.solver import SvmProblem
+from sppfeat.windows.boxes import fit_ridge
 from sppfeat.windows.proposals import open_windows, propose_folder
 from sppfeat.windows.selective_search import ProposalOptions
 
@@ -115,15 +121,17 @@ def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.nd
     images = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in windows.items()]
     count = 0
     for found in runner.detect(images):
-        assert (np.diff(found.scores) <= 0).all() and (found.scores >= -0.5).all() and found.windows >= 60
+        assert (
+            (np.diff(found.scores) <= 0).all() and (found.scores >= DEFAULT_PROBABILITY).all() and found.windows >= 60
+        )
         assert (found.boxes >= 0).all() and (found.boxes[:, 2:] <= [159, 119]).all()
         assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
         count += len(found.scores)
     assert count
-    few = list(runner.detect(images, DetectOptions(threshold=-10, max_detections=3)))
+    few = list(runner.detect(images, DetectOptions(threshold=0, max_detections=3)))
     assert all((np.bincount(found.labels, minlength=2) <= 3).all() for found in few)
     assert any(len(found.scores) == 6 for found in few)
-    best = runner.detect(images, DetectOptions(threshold=-10))
+    best = runner.detect(images, DetectOptions(threshold=0))
     for some, every in zip(few, best, strict=True):
         for label in range(2):
             assert (some.scores[some.labels == label] == every.scores[every.labels == label][:3]).all()
@@ -131,6 +139,118 @@ def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.nd
     assert not len(nothing.scores) and nothing.error is None and nothing.windows == 0
     (missing,) = runner.detect([Item.at(voc / "no.png", windows["000.png"])])
     assert missing.error == "no such file"
+
+
+def test_probabilities_rank_as_scores_do(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    """Average precision by the probabilities is that by the SVM scores, to the last bit, before and after."""
+    calibrated, annotated = open_detector(trained), read_voc(voc, "test")
+    assert calibrated.calibration is not None
+    bare = replace(calibrated, calibration=None)
+    done, before = evaluate_detector(calibrated, annotated, windows), evaluate_detector(bare, annotated, windows)
+    least, everything = DEFAULT_PROBABILITY, {"max_detections": 100, "nms": 0.3}
+    options = DetectOptions(threshold=0, **everything), DetectOptions(threshold=-1e9, **everything)  # type: ignore[arg-type]
+    found = [
+        list(DetectorRunner(one).detect([annotated.item(n, windows[n]) for n in annotated.images], chosen))
+        for one, chosen in zip((calibrated, bare), options, strict=True)
+    ]
+    for label, (one, other) in enumerate(zip(done.classes, before.classes, strict=True)):
+        np.testing.assert_equal(
+            [one.eleven_point, one.area, *astuple(one.figures)],
+            [other.eleven_point, other.area, *astuple(other.figures)],
+        )
+        images = []
+        for image, raw in zip(*found, strict=True):
+            objects = annotated.images[list(annotated.images)[image.position]]
+            of = np.array([name == one.name for name in objects.labels], bool)
+            mine, bare_mine = image.labels == label, raw.labels == label
+            np.testing.assert_array_equal(image.boxes[mine], raw.boxes[bare_mine])
+            scores = np.stack([raw.scores[bare_mine]] * 2, 1)
+            np.testing.assert_array_equal(image.scores[mine], calibrated.probabilities(scores)[:, label])
+            images.append(
+                Objects(
+                    objects.boxes[of],
+                    objects.difficult[of],
+                    objects.crowd[of],
+                    image.boxes[mine],
+                    image.scores[mine],
+                )
+            )
+        np.testing.assert_equal(astuple(one.figures), astuple(coco_figures(images)))
+        assert one.eleven_point == 100 * voc_average_precision(images)
+        # The figures at the threshold are those of the detections that `detect` returns.
+        kept = [replace(o, found=o.found[o.scores >= least], scores=o.scores[o.scores >= least]) for o in images]
+        targets, _, count = voc_ranking(kept)
+        assert one.kept == len(targets) and one.objects == count
+        assert one.recall[one.kept - 1] == (targets == 1).sum() / count
+    assert done.threshold == DEFAULT_PROBABILITY and before.threshold == -0.5
+    assert 0 < done.kept_recall <= 100 and 0 < done.kept_precision <= 100
+
+
+def test_folds_are_trained_without_their_images(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
+    trainer = Trainer(read_voc(voc, "trainval"), windows, Describer(SMALL), OPTIONS, Observer(), tmp_path / "state")
+    assert trainer.train(lambda: False)
+    detector = trainer.detector(ProposalOptions())
+    assert detector.calibration is not None and (detector.calibration[:, 0] > 0).all()
+    rows, targets, images = (
+        values.copy() for values in (trainer.cache.rows, trainer.cache.targets, trainer.cache.origin[:, 0])
+    )
+    for fold, found in enumerate(trainer._folds):
+        apart = images % 3 != fold
+        problem = SvmProblem(rows[apart])
+        solution = problem.solve(targets[apart], c=OPTIONS.c * trainer._factor**2, positive_weight=2.0, tolerance=1e-7)
+        svm = problem.svm(solution, np.arange(2))
+        plain = rows[:, :-1].astype(np.float32)
+        # What the folds score is descriptors as pooled; the constant column stands for a part of the bias.
+        expected = rows.astype(np.float32) @ svm.weights.T.astype(np.float32) + svm.biases
+        np.testing.assert_allclose(plain @ found.weights.T + found.biases, expected, atol=0.05)
+        assert not np.allclose(found.weights, detector.weights, atol=1e-3)
+        assert found.box_weights is not None and trainer._boxes is not None
+        for label in range(2):
+            near, moves = trainer._boxes.of(label)
+            kept = trainer._boxes.images_of(label) % 3 != fold
+            weights, _ = fit_ridge(near[kept], moves[kept], OPTIONS.box_ridge / trainer._factor**2)
+            np.testing.assert_array_equal(found.box_weights[label], weights)
+    held = trainer._held_out.state()
+    assert len(np.unique(held[:, 0])) > 20 and 0 < held[:, 3].sum() <= sum(trainer.positives.values())
+
+
+def test_a_detector_without_calibration(
+    trained: Path, voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Files of earlier versions have none, nor `base_k`; so does one of an image alone, whose classes no fold knows."""
+    old = tmp_path / "old.h5"
+    old.write_bytes(trained.read_bytes())
+    with h5py.File(old, "r+") as file:
+        del file["calibration"]
+        proposals = json.loads(file.attrs["proposals"])
+        del proposals["base_k"]
+        file.attrs["proposals"] = json.dumps(proposals)
+    model = open_detector(old)
+    assert model.calibration is None and model.proposals.base_k == 150
+    items = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in windows.items()]
+    default, everything = (
+        [found.scores for found in DetectorRunner(model).detect(items, DetectOptions(threshold=threshold))]
+        for threshold in (None, -5.0)
+    )
+    scores = np.concatenate(default)
+    assert -0.5 <= scores.min() < 0 and len(scores) < len(np.concatenate(everything))
+    shown = call("inspect", old).stdout
+    assert "scores: SVM scores, not calibrated" in shown
+    assert json.loads(call("inspect", old, "--json").stdout)["calibrated"] is False
+    found = call("detect", old, voc / "JPEGImages/001.png", "--windows", voc / "windows.json", "--threshold", "-0.6")
+    assert found.exit_code == 0, found.output
+
+    annotated = read_voc(voc, "trainval")
+    name = next(name for name, one in annotated.images.items() if len(one.labels) == 2)
+    done = train_detector(annotated.subset([name]), windows, tmp_path / "one.h5", SMALL, OPTIONS)
+    assert open_detector(tmp_path / "one.h5").calibration is None
+    assert any(note.startswith("scores stay SVM scores: ") for note in done.notes)
+    counting = Counting()
+    done = train_detector(
+        annotated, windows, tmp_path / "two.h5", SMALL, replace(OPTIONS, calibration=False), observer=counting
+    )
+    assert open_detector(tmp_path / "two.h5").calibration is None and not any("SVM scores" in n for n in done.notes)
+    assert counting.seen == 24 * (1 + len(done.hard))
 
 
 def test_windows_that_reach_outside_are_skipped(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
@@ -165,11 +285,14 @@ def same(a: Path, b: Path) -> bool:
         return all(np.array_equal(one[key][...], other[key][...]) for key in one)
 
 
-@pytest.mark.parametrize("stop_after", [5, 24, 40])
+@pytest.mark.parametrize("stop_after", [5, 24, 40, -20])  # the last during calibration
 def test_a_stopped_training_ends_in_the_same_detector(
     trained: Path, voc: Path, windows: dict[str, np.ndarray], tmp_path: Path, stop_after: int
 ) -> None:
     counting, path, annotated = Counting(), tmp_path / "det.h5", read_voc(voc, "trainval")
+    # Step 0, passes for hard negatives, calibration.
+    whole = 24 * (1 + len(open_detector(trained).training["hard"]) + 1)
+    stop_after %= whole
     done = train_detector(
         annotated, windows, path, SMALL, OPTIONS, observer=counting, stop=lambda: counting.seen >= stop_after
     )
@@ -179,7 +302,6 @@ def test_a_stopped_training_ends_in_the_same_detector(
     before = counting.seen
     done = train_detector(annotated, windows, path, SMALL, OPTIONS, observer=counting)
     assert not done.interrupted and same(path, trained) and done.file == str(path)
-    whole = sum(len(open_detector(trained).training["hard"]) * [24]) + 24
     assert counting.seen == whole and before >= stop_after
     assert not (tmp_path / ".det.h5.training").exists()
 
@@ -297,8 +419,12 @@ def test_a_reservoir_samples_evenly() -> None:
     for seed in range(400):
         reservoir = Reservoir(10, 1, 1)
         rows = np.arange(100)[:, None]
-        reservoir.offer(0, rows, np.repeat(rows, 4, 1), np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        for image in range(4):  # 25 rows each
+            part = rows[25 * image : 25 * (image + 1)]
+            reservoir.offer(0, part, np.repeat(part, 4, 1), image, generator)
         held, targets = reservoir.of(0)
+        assert np.array_equal(reservoir.images_of(0), held[:, 0] // 25)
         assert len(set(held[:, 0].tolist())) == 10 and np.array_equal(held[:, 0], targets[:, 0])
         kept[held[:, 0].astype(int)] += 1
     assert kept.min() > 40 / 3 and kept.max() < 40 * 2
@@ -390,7 +516,14 @@ def test_detectors_that_cannot_be_trusted(trained: Path, tmp_path: Path) -> None
         DetectorRunner(open_detector(tmp_path / "w.h5"))
     with pytest.raises(ModelError, match="the detector expects descriptors of 480 values, found 4800"):
         DetectorRunner(replace(model, recipe=replace(model.recipe, levels=(6, 3, 2, 1))))
-    for key, values in (("weights", np.zeros((2, 9))), ("biases", np.full(2, np.nan)), ("weights", None)):
+    wrong = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    for key, values in (
+        ("weights", np.zeros((2, 9))),
+        ("biases", np.full(2, np.nan)),
+        ("weights", None),
+        ("calibration", np.zeros((3, 2))),
+        ("calibration", wrong),
+    ):
         save_detector(model, tmp_path / "x.h5")
         with h5py.File(tmp_path / "x.h5", "r+") as file:
             del file[key]
@@ -423,7 +556,8 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert isinstance(again.exception, ModelError) and "already exists" in str(again.exception)
     assert "detector of 2 classes (blue, red)" in call("inspect", det).stdout
     shown = json.loads(call("inspect", det, "--json").stdout)
-    assert shown["format"] == "detector" and shown["training"]["positives"]["red"] > 10
+    assert shown["format"] == "detector" and shown["training"]["positives"]["red"] > 10 and shown["calibrated"]
+    assert "scores: calibrated, the probability that a detection is correct" in call("inspect", det).stdout
 
     drawn, page = tmp_path / "drawn", tmp_path / "hits.html"
     found = run_sppfeat(
@@ -434,6 +568,17 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert [one["image"] for one in results] == [f"{n:03}.png" for n in range(36)]
     hit = next(one for one in results if one["detections"])
     assert hit["detections"][0].keys() == {"label", "score", "box"} and len(hit["detections"][0]["box"]) == 4
+    scores = [each["score"] for one in results for each in one["detections"]]
+    assert all(DEFAULT_PROBABILITY <= score <= 1 for score in scores)
+    assert f"probability at least {DEFAULT_PROBABILITY:g}" in page.read_text()
+    data = [det, voc / "JPEGImages", "--windows", windows]
+    surer = json.loads(call("detect", *data, "--json", "--threshold", "0.6").stdout)["results"]
+    assert [each["score"] for one in surer for each in one["detections"]] == [s for s in scores if s >= 0.6]
+    wrong = run_sppfeat("detect", *data, "--threshold", "-0.6")
+    assert wrong.returncode == 2 and wrong.stderr == (
+        "sppfeat: threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
+        "probability that a detection is correct; found -0.6\n"
+    )
     assert len(list(drawn.glob("*.jpg"))) == 36
     assert page.read_text().count("<figure") == sum(bool(one["detections"]) for one in results)
     lines = call("detect", det, voc / "JPEGImages", "--windows", windows).stdout.splitlines()
@@ -449,7 +594,9 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert document["options"]["max_detections"] == 100 and document["options"]["windows"] == str(windows)
     assert document["options"]["split"] == "test" and document["seed"] == document["proposals"]["seed"] == 0
     assert document["recipe"]["scales"] == [64, 128] and len(document["weights_sha256"]) == 64
+    assert document["threshold"] == DEFAULT_PROBABILITY and document["precision"] > 40 and document["recall"] > 40
     table = call("evaluate", "detection", det, voc, "--windows", windows).stdout
+    assert f"\nat the default threshold of detect, {DEFAULT_PROBABILITY:g}: precision " in table
     assert table.splitlines()[0].split() == ["class", "11-point", "area", "COCO", "objects"]
     assert "\nCOCO AP: all " in table and ", large " in table.splitlines()[-1]
 

@@ -71,7 +71,7 @@ def test_a_tuned_detector_finds_what_it_learned(
     assert found.eleven_point > 20, "3 before it was tuned"
     # Softmax with the background: no score above 1, and those of one window add up to at most 1.
     rows = np.random.default_rng(0).normal(size=(7, detector.weights.shape[1])).astype(np.float32)
-    scores = detector.scores(rows)
+    _, scores = detector.scores(rows)
     logits = np.column_stack(
         [rows @ detector.weights.T + detector.biases, rows @ detector.background[:-1] + detector.background[-1]]
     ).astype(np.float64)
@@ -273,7 +273,7 @@ def test_detectors_are_read_back_with_their_background(tmp_path: Path) -> None:
     with pytest.raises(SppFeatError, match=r"background: expected finite numbers \[6\], found \[5\]"):
         open_detector(tmp_path / "d.h5")
     huge = replace(detector, weights=1e4 * detector.weights)
-    assert np.isfinite(huge.scores(random.normal(size=(9, 5)).astype(np.float32))).all()
+    assert np.isfinite(huge.scores(random.normal(size=(9, 5)).astype(np.float32))[1]).all()
 
 
 def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -67,6 +67,14 @@ def test_windows_are_reproducible_and_cut_by_rank(photos: Path) -> None:
     assert not np.array_equal(other.windows, whole.windows)
 
 
+def test_a_finer_segmentation_finds_more_windows(photos: Path) -> None:
+    path = str(photos / "objects" / "coins.png")
+    fine, coarse = propose(path).windows, propose(path, ProposalOptions(base_k=150)).windows
+    assert len(fine) > len(coarse)
+    quality = ProposalOptions(method="selective-search-quality", base_k=500)
+    assert len(propose(path, quality).windows) < len(propose(path, ProposalOptions(method=quality.method)).windows)
+
+
 def test_images_without_windows(tmp_path: Path) -> None:
     Image.new("RGB", (12, 300)).save(tmp_path / "narrow.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
@@ -94,7 +102,9 @@ def test_a_file_goes_on(make_images: Callable[..., Path], tmp_path: Path) -> Non
     for name, boxes in before.items():
         np.testing.assert_array_equal(after[name], boxes)
     assert windows_from(path)["0003.png"].shape == after["0003.png"].shape
-    with pytest.raises(WindowsError, match=r"expected .*seed 3, found selective-search, at most 2000 windows, seed 0;"):
+    with pytest.raises(
+        WindowsError, match=r"expected .*seed 3, found selective-search, base k 50, at most 2000 windows, seed 0;"
+    ):
         propose_folder(folder, path, ProposalOptions(seed=3))
     with pytest.raises(WindowsError, match="its names are relative to .*, these images to"):
         propose_folder(folder, path, root=str(tmp_path))
@@ -196,7 +206,7 @@ def test_files_that_are_none(tmp_path: Path, make_images: Callable[..., Path]) -
     with pytest.raises(UsageError, match="expected images, found none"):
         (tmp_path / "empty").mkdir()
         propose_folder(tmp_path / "empty", tmp_path / "x.h5")
-    for change in ({"method": "edge-boxes"}, {"max_windows": 0}, {"seed": -1}):
+    for change in ({"method": "edge-boxes"}, {"max_windows": 0}, {"seed": -1}, {"base_k": 0}):
         with pytest.raises(UsageError, match=next(iter(change))):
             ProposalOptions(**change)  # type: ignore[arg-type]
 
@@ -213,6 +223,6 @@ def test_inspect(scene: Path, tmp_path: Path) -> None:
 
     propose_folder(scene.parent, tmp_path / "w.h5", workers=1)
     shown = CliRunner().invoke(build(), ["inspect", str(tmp_path / "w.h5")])
-    assert "windows of 1 image," in shown.stdout and "selective-search, at most 2000" in shown.stdout
+    assert "windows of 1 image," in shown.stdout and "selective-search, base k 50, at most 2000" in shown.stdout
     document = json.loads(CliRunner().invoke(build(), ["inspect", str(tmp_path / "w.h5"), "--json"]).stdout)
     assert document["format"] == "windows" and document["windows"] == len(open_windows(tmp_path / "w.h5")["a.png"])
