@@ -27,7 +27,7 @@ def detect(
             metavar="X",
             help="Minimum score, a probability from 0 to 1; of a detector that is not calibrated (`sppfeat inspect` "
             "shows it), an SVM score. A higher one gives fewer but surer detections.",
-            show_default="0.3; -0.5 as an SVM score",
+            show_default="0.25; -0.5 as an SVM score",
         ),
     ] = _DETECT.threshold,
     nms: options.Nms = _DETECT.nms,

@@ -217,6 +217,7 @@ def test_help_loads_little_beyond_typer() -> None:
         "sppfeat.errors",
         "sppfeat.progress",
         "sppfeat.recipe",
+        "sppfeat.recipes",
     }
 
 
