@@ -28,8 +28,7 @@ from sppfeat.files import DETECTOR, appearing, cache_key, check_new_file
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe
 from sppfeat.store import lock_store
-from sppfeat.training import LearningOptions
-from sppfeat.training.checkpoint import Epoch
+from sppfeat.training import Epoch, LearningOptions
 from sppfeat.training.learning import learn
 from sppfeat.windows import ProposalOptions, WindowFile
 

@@ -27,8 +27,7 @@ from sppfeat.images import prepare_image
 from sppfeat.pyramid.pooling import pool_rois
 from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
-from sppfeat.training import LearningOptions
-from sppfeat.training.ahead import ahead
+from sppfeat.training import LearningOptions, ahead
 from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.windows import ProposalOptions, box_targets, map_windows, outside, overlaps

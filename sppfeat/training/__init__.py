@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sppfeat.training.ahead import ahead
+from sppfeat.training.epoch import Epoch
 from sppfeat.training.options import LearningOptions
 
-__all__ = ["LearningOptions"]
+__all__ = ["Epoch", "LearningOptions", "ahead"]

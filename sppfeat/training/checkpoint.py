@@ -13,20 +13,9 @@ from safetensors.torch import save_file
 
 from sppfeat.errors import ModelError
 from sppfeat.files import appearing, decode_document
+from sppfeat.training.epoch import Epoch
 
 _KEY: Final = "sppfeat"
-
-
-class Epoch(msgspec.Struct, frozen=True):
-    """An epoch, from 1; 0 is the network before it was tuned.
-
-    loss: its mean over the images, NaN of epoch 0. held_out: in percent; NaN without held-out images.
-    """
-
-    number: int
-    loss: float | None
-    held_out: float | None
-    seconds: float
 
 
 class Progress(msgspec.Struct):

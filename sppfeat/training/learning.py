@@ -14,7 +14,8 @@ from torch import nn
 
 from sppfeat.errors import ModelError, one_line
 from sppfeat.progress import Observer
-from sppfeat.training.checkpoint import Epoch, Progress, read_checkpoint, restore, save_checkpoint
+from sppfeat.training.checkpoint import Progress, read_checkpoint, restore, save_checkpoint
+from sppfeat.training.epoch import Epoch
 from sppfeat.training.options import LearningOptions
 
 

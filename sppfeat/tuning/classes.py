@@ -17,7 +17,7 @@ from sppfeat.images import Item, prepare_image
 from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
-from sppfeat.training.ahead import ahead
+from sppfeat.training import ahead
 from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.tuning.options import TuningOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sppfeat.recipe import Recipe
-from sppfeat.training.checkpoint import Epoch
+from sppfeat.training import Epoch
 from sppfeat.tuning.options import TuningOptions
 
 
