@@ -119,6 +119,9 @@ def _some_parts(store: Store, parts: Sequence[Part], only: Sequence[str]) -> tup
     for name in only:
         if name not in known:
             raise UsageError(f"{store.place}: " + unknown_name("part", name, known))
+    chosen = [part for part in parts if part.backbone in only or part.layer in only]
+    if len(chosen) == len(parts):
+        return chosen, store.recipe, store.weights_sha256
     branches, hashes = store.recipe.branches(), iter(store.weights_sha256.split("+"))
     texts = store.recipe.backbone.split("+")
     kept, weights = [], []
@@ -128,7 +131,6 @@ def _some_parts(store: Store, parts: Sequence[Part], only: Sequence[str]) -> tup
         if any(taken.values()):
             layer = ",".join(layer for layer, is_taken in taken.items() if is_taken)
             kept.append((text, dataclasses.replace(branch, layer=layer)))
-    chosen = [part for part in parts if part.backbone in only or part.layer in only]
     recipe = kept[0][1]
     if len(kept) > 1:
         recipe = dataclasses.replace(
