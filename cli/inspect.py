@@ -140,6 +140,7 @@ def _inspect_svm(file: str, as_json: bool) -> None:
 
 
 _CALIBRATED = "calibrated, the probability that a detection is correct"
+_SHARES = "probabilities, shares of a softmax over the classes and the background"
 _UNCALIBRATED = "SVM scores, not calibrated; a detector that is trained again has probabilities"
 
 
@@ -165,14 +166,21 @@ def _inspect_detector(file: str, as_json: bool) -> None:
         return
     names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     training = model.training
+    how = f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects"
+    scores = _CALIBRATED if model.calibration is not None else _UNCALIBRATED
+    if model.background is not None:
+        how, scores = f"{how}; its network was tuned with it", _SHARES
+    else:
+        how += (
+            f" and {sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
+            f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}"
+        )
     lines = [
         f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({names}), {about['dim']} values",
-        f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects and "
-        f"{sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "
-        f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}",
+        how,
         f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, base k "
         f"{model.proposals.base_k}, at most {model.proposals.max_windows} per image",
-        f"  scores: {_CALIBRATED if model.probable else _UNCALIBRATED}",
+        f"  scores: {scores}",
         f"  weights: sha256 {printable(short_sha(model.weights_sha256))}",
         *_recipe_lines(about["recipe"]),
     ]

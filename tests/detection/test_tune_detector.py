@@ -288,7 +288,9 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
                         str(voc / "windows.json"), "--json")  # fmt: skip
     assert found.returncode == 3, "one image has no object"
     assert json.loads(found.stdout)["mAP"] >= 0
-    assert run_sppfeat("inspect", str(output)).returncode == 0
+    shown = run_sppfeat("inspect", str(output))
+    assert shown.returncode == 0 and "its network was tuned with it" in shown.stdout
+    assert "scores: probabilities, shares of a softmax" in shown.stdout
     wrong = run_sppfeat(*run, "--tune", "--c", "0.1")
     assert wrong.returncode == 2 and "--c is for SVMs: expected no --tune" in wrong.stderr
     wrong = run_sppfeat(*run, "--from", "layer3")
