@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from sppfeat.svm import Convergence
+    from sppfeat.training import Epoch
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -210,3 +211,21 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def epochs_document(history: Sequence["Epoch"]) -> list[dict[str, Any]]:
+    """The epochs of a network that was tuned, for JSON."""
+    return [
+        {"epoch": one.number, "loss": one.loss, "held_out": one.held_out, "seconds": one.seconds} for one in history
+    ]
+
+
+def end_learning(file: str | None, history: Sequence["Epoch"], diverged: str | None, *, overwrite: bool) -> None:
+    """Say that a run was interrupted or diverged, if it was, and exit; file: its output, None until there is one."""
+    if file is None:
+        how = "without --overwrite, " if overwrite else ""
+        print(f"sppfeat: interrupted in epoch {len(history)}; {how}the same command resumes", file=sys.stderr)
+        raise typer.Exit(130)
+    if diverged is not None:
+        print(f"sppfeat: diverged: {diverged}; the best weights before are kept", file=sys.stderr)
+        raise typer.Exit(1)

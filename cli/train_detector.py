@@ -8,7 +8,16 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import byte_count, counted, integers, print_json, printable, scales
+from sppfeat_cli.output import (
+    byte_count,
+    counted,
+    end_learning,
+    epochs_document,
+    integers,
+    print_json,
+    printable,
+    scales,
+)
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -154,7 +163,7 @@ def detector(
 
 def _check_given(given: set[str], tune: bool) -> None:
     """Raise UsageError for options of the one way to train that come with the other."""
-    svms = {"c", "positive_weight", "passes", "box_regression", "memory", "engine"}
+    svms = {"c", "positive_weight", "passes", "box_regression", "calibration", "memory", "engine"}
     learning = {"from_layer", "epochs", "learning_rate", "held_out", "checkpoint_minutes"}
     if wrong := sorted(given & (svms if tune else learning)):
         name = {"from_layer": "from"}.get(wrong[0], wrong[0].replace("_", "-"))
@@ -175,10 +184,7 @@ def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bo
                 "notes": done.notes,
                 "best": done.best,
                 "diverged": done.diverged,
-                "history": [
-                    {"epoch": one.number, "loss": one.loss, "held_out": one.held_out, "seconds": one.seconds}
-                    for one in done.history
-                ],
+                "history": epochs_document(done.history),
                 "seconds": round(done.seconds, 3),
                 "device": done.device,
             }
@@ -192,13 +198,7 @@ def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bo
             f"epoch {done.best} of {len(done.history) - 1} kept{shown}\n"
             f"{printable(done.weights)}: its network\n{done.seconds:.1f} s on {done.device}"
         )
-    if done.file is None:
-        how = "without --overwrite, " if overwrite else ""
-        print(f"sppfeat: interrupted in epoch {len(done.history)}; {how}the same command resumes", file=sys.stderr)
-        raise typer.Exit(130)
-    if done.diverged is not None:
-        print(f"sppfeat: diverged: {done.diverged}; the best weights before are kept", file=sys.stderr)
-        raise typer.Exit(1)
+    end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed or done.notes:
         raise typer.Exit(3)
 

@@ -8,7 +8,16 @@ import typer
 from sppfeat.recipe import POOLINGS, Recipe
 from sppfeat_cli import options
 from sppfeat_cli.options import one_of
-from sppfeat_cli.output import counted, human_bytes, integers, options_document, print_json, printable
+from sppfeat_cli.output import (
+    counted,
+    end_learning,
+    epochs_document,
+    human_bytes,
+    integers,
+    options_document,
+    print_json,
+    printable,
+)
 from sppfeat_cli.progress import Progress
 
 _RECIPE = options.Defaults("sppfeat.recipe:Recipe")
@@ -111,10 +120,7 @@ def tune(
                 "failed": done.failed,
                 "best": done.best,
                 "diverged": done.diverged,
-                "history": [
-                    {"epoch": one.number, "loss": one.loss, "held_out": one.held_out, "seconds": one.seconds}
-                    for one in done.history
-                ],
+                "history": epochs_document(done.history),
                 "seconds": done.seconds,
                 "peak_bytes": done.peak_bytes,
                 "options": options_document(chosen) | {"labels": labels},
@@ -138,12 +144,6 @@ def tune(
         except ReportError as error:
             print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
-    if done.file is None:
-        how = "without --overwrite, " if overwrite else ""
-        print(f"sppfeat: interrupted in epoch {len(done.history)}; {how}the same command resumes", file=sys.stderr)
-        raise typer.Exit(130)
-    if done.diverged is not None:
-        print(f"sppfeat: diverged: {done.diverged}; the best weights before are kept", file=sys.stderr)
-        raise typer.Exit(1)
+    end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed:
         raise typer.Exit(3)

@@ -130,6 +130,8 @@ def load_trunk(recipe: Recipe) -> Trunk:
     Raises UsageError for an unknown name, BackboneError for weights that are missing, damaged or of another network.
     """
     (recipe,) = recipe.branches()
+    if recipe.backbone == SIFT_BOW:
+        raise UsageError(f"backbone {SIFT_BOW}: is no network: expected one that PyTorch runs")
     # torch.hub reports downloads on standard output, which is for results.
     with contextlib.redirect_stdout(sys.stderr):
         network, spec, packaged_weights = _build(recipe.backbone, recipe.weights)

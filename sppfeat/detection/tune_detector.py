@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from sppfeat._version import __version__
 from sppfeat.backbones import Network
@@ -24,12 +23,13 @@ from sppfeat.detection.training_rounds import count_positives
 from sppfeat.detection.window_learning import WindowLearner
 from sppfeat.engines import resolve_device
 from sppfeat.errors import ModelError, UsageError
-from sppfeat.files import DETECTOR, appearing, cache_key, check_new_file
+from sppfeat.files import DETECTOR, cache_key, check_new_file
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe
 from sppfeat.store import lock_store
 from sppfeat.training import Epoch, LearningOptions
 from sppfeat.training.learning import learn
+from sppfeat.training.weights import check_weights_file, save_tensors
 from sppfeat.windows import ProposalOptions, WindowFile
 
 # Images whose windows tell how long descriptors are.
@@ -60,6 +60,10 @@ class TunedDetector:
     device: str
 
 
+def _crc(windows: np.ndarray | None) -> int:
+    return 0 if windows is None else zlib.crc32(np.ascontiguousarray(windows, np.float64).data)
+
+
 def tune_detector(
     annotated: AnnotatedImages,
     windows: Mapping[str, np.ndarray] | None,
@@ -82,7 +86,14 @@ def tune_detector(
     recipe = recipe or detection_recipe()
     path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
     checkpoint, weights_path = path.with_name(f"{path.name}.checkpoint"), path.with_suffix(".safetensors")
-    check_new_file(path, overwrite=overwrite or checkpoint.exists(), error=ModelError, kind=DETECTOR)
+    # A stopped run already has permission to replace its outputs.
+    replaces = overwrite or checkpoint.exists()
+    check_new_file(path, overwrite=replaces, error=ModelError, kind=DETECTOR)
+    check_weights_file(weights_path, overwrite=replaces)
+    if os.path.exists(weights_path) and os.path.exists(recipe.weights) and weights_path.samefile(recipe.weights):
+        raise UsageError(
+            f"{weights_path}: the tuned weights would replace those they start from; choose another output"
+        )
     if len(recipe.branches()) > 1 or recipe.normalize != "none" or recipe.pooling == "gem":
         raise UsageError(
             "a tuned detector needs one backbone, normalize 'none' and pooling max or avg, found "
@@ -149,7 +160,9 @@ def tune_detector(
                 "weights": weights_sha256(trunk.weights()),
                 "recipe": json.loads(replace(trunk.recipe, weights="pretrained").to_json()),
                 "options": asdict(replace(options, checkpoint_minutes=1.0, device="auto")),
-                "images": [[name, len(windows.get(name, ())), *annotated.item(name).fingerprint()] for name in names],
+                "images": [[name, _crc(windows.get(name)), *annotated.item(name).fingerprint()] for name in names],
+                "boxes": [_crc(one.boxes) for one in annotated.images.values()],
+                "labels": [one.labels for one in annotated.images.values()],
                 "classes": classes,
                 "versions": {"sppfeat": __version__, "torch": torch.__version__},
             }
@@ -167,12 +180,7 @@ def tune_detector(
         )
         if not learned.finished:
             return done
-        tuned = {name: value.detach().cpu().contiguous() for name, value in trunk.weights().items()}
-        with appearing(weights_path, ModelError) as partial:
-            try:
-                save_file(tuned, partial, {"sppfeat": __version__, "recipe": trunk.recipe.to_json()})
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+        save_tensors(weights_path, trunk.weights(), {"sppfeat": __version__, "recipe": trunk.recipe.to_json()})
         final = replace(trunk.recipe, weights=os.path.abspath(weights_path))
         training = {
             "images": len(rest),

@@ -9,11 +9,11 @@ from typing import Any, Final
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from sppfeat.errors import ModelError
-from sppfeat.files import appearing, decode_document
+from sppfeat.files import decode_document
 from sppfeat.training.epoch import Epoch
+from sppfeat.training.weights import save_tensors
 
 _KEY: Final = "sppfeat"
 
@@ -49,15 +49,7 @@ def save_checkpoint(
         for name, value in state.items():
             if value is not None:
                 tensors[f"optimizer.{at}.{name}"] = torch.as_tensor(value)
-    # Tensors that share memory are refused by the format.
-    copies = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
-    }
-    with appearing(path, ModelError) as partial:
-        try:
-            save_file(copies, partial, {_KEY: msgspec.json.encode(progress).decode()})
-        except SafetensorError as error:  # it wraps what the system says
-            raise OSError(str(error)) from None
+    save_tensors(path, tensors, {_KEY: msgspec.json.encode(progress).decode()})
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:

@@ -14,22 +14,21 @@ from typing import Final
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from sppfeat._version import __version__
 from sppfeat.backbones.backbone import load_trunk, weights_sha256
 from sppfeat.engines import resolve_device
-from sppfeat.errors import ModelError, UsageError
+from sppfeat.errors import UsageError
 from sppfeat.extraction import Describer
-from sppfeat.files import appearing, cache_key, check_new_file
+from sppfeat.files import cache_key
 from sppfeat.images import find_images
 from sppfeat.progress import Observer
-from sppfeat.recipe import SIFT_BOW, Recipe, RunOptions
+from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.svm import SvmOptions
 from sppfeat.training.learning import learn
+from sppfeat.training.weights import check_weights_file, save_tensors
 from sppfeat.transfer import Labels, labels_from_folders
 from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
 from sppfeat.tuning.classes import ClassLearner, Examples
@@ -37,7 +36,6 @@ from sppfeat.tuning.options import TuningOptions
 from sppfeat.tuning.result import Tuned
 
 Source = str | os.PathLike[str]
-WEIGHTS: Final = "a file of weights"
 # Costs of the logistic regression that the head starts from: on unit descriptors the best one lies among them.
 _COSTS: Final = (1.0, 10.0, 100.0)
 # Descriptors that the head starts from; of more images, a random sample is described.
@@ -68,7 +66,9 @@ def tune(
     path = Path(output)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
     # A stopped run already has permission to replace its output.
-    path = _check_output(path, overwrite=overwrite or checkpoint.exists())
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: expected a name that ends with .safetensors")
+    path = check_weights_file(path, overwrite=overwrite or checkpoint.exists())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     with lock_store(path):
         if overwrite:
@@ -137,7 +137,7 @@ def _tune(
     )
     if not learned.finished:
         return done
-    weights = {name: value.detach().cpu().contiguous() for name, value in trunk.weights().items()}
+    weights = {name: value.cpu() for name, value in trunk.weights().items()}
     about = {
         "sppfeat": __version__,
         "recipe": trunk.recipe.to_json(),
@@ -146,37 +146,16 @@ def _tune(
         "best": str(learned.best),
         "history": json.dumps([[one.number, one.loss, one.held_out] for one in learned.history]),
     }
-    with appearing(path, ModelError) as partial:
-        try:
-            save_file(weights, partial, about)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+    save_tensors(path, weights, about)
     checkpoint.unlink(missing_ok=True)
     return replace(done, file=str(path), weights_sha256=weights_sha256(weights))
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if len(recipe.branches()) > 1 or recipe.backbone.partition("@")[0] == SIFT_BOW:
+    if len(recipe.branches()) > 1:
         raise UsageError(f"backbone: expected one network to tune, found {recipe.backbone}")
     if recipe.crop != "none":
         raise UsageError(f"crop: expected none for tuning, which sees whole images, found {recipe.crop!r}")
-
-
-def _check_output(output: Source, *, overwrite: bool) -> Path:
-    path = Path(output)
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: expected a name that ends with .safetensors")
-    return check_new_file(path, overwrite=overwrite, error=ModelError, kind=WEIGHTS, other=_other_than_weights)
-
-
-def _other_than_weights(path: Path) -> str | None:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "np"):
-            return None
-    except Exception:  # whatever the reader says of another file
-        return "another file"
 
 
 def _examples(

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from scenes import draw_scene, make_voc, propose_around
 from typer.testing import CliRunner, Result
-from voc_xml import xml
 
 from sppfeat import ModelError, UsageError
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
@@ -33,52 +33,14 @@ from sppfeat.windows.boxes import fit_ridge
 from sppfeat.windows.proposals import open_windows, propose_folder
 from sppfeat.windows.selective_search import ProposalOptions
 
-COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(64, 128), levels=(2, 1))
 # A random network's descriptors are weak: they need a larger C than trained ones.
 OPTIONS = TrainingOptions(c=0.1, box_ridge=1.0, memory=1 << 24)
 
 
-def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, float, float, float, float]]]:
-    """Pixels of 160 x 120, and its blocks in VOC's coordinates, which start at 1."""
-    pixels = generator.integers(100, 150, (120, 160, 3)).astype(np.uint8)
-    objects = []
-    for name, left in (("red", 0), ("blue", 80)):
-        if generator.random() < 0.75:
-            width, height = generator.integers(36, 60, 2)
-            x, y = left + int(generator.integers(2, 78 - width)), int(generator.integers(2, 118 - height))
-            pixels[y : y + height, x : x + width] = COLORS[name]
-            objects.append((name, x + 1, y + 1, x + width, y + height))
-    return pixels, objects
-
-
-def propose_around(objects: list[tuple[str, float, float, float, float]], generator: np.random.Generator) -> np.ndarray:
-    """Windows near the objects, and elsewhere."""
-    corner = generator.integers(0, (110, 80), (60, 2))
-    windows = [np.concatenate([corner, np.minimum(corner + generator.integers(30, 60, (60, 2)), (159, 119))], 1)]
-    for _, *box in objects:
-        near = np.array(box) - 1 + generator.integers(-7, 8, (12, 4))
-        windows.append(np.clip(near, 0, [159, 119, 159, 119]))
-    return np.concatenate(windows).astype(float)
-
-
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VOC layout of 24 training and 12 test scenes, with windows.json beside."""
-    root = tmp_path_factory.mktemp("voc")
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (root / folder).mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    windows, names = {}, [f"{n:03}" for n in range(36)]
-    for name in names:
-        pixels, objects = draw_scene(generator)
-        Image.fromarray(pixels).save(root / f"JPEGImages/{name}.png")
-        (root / f"Annotations/{name}.xml").write_text(xml(*objects, size=(160, 120)))
-        windows[f"{name}.png"] = propose_around(objects, generator).tolist()
-    (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names[:24]))
-    (root / "ImageSets/Main/test.txt").write_text("\n".join(names[24:]))
-    (root / "windows.json").write_text(json.dumps(windows))
-    return root
+    return make_voc(tmp_path_factory.mktemp("voc"))
 
 
 @pytest.fixture(scope="module")

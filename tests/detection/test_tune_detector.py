@@ -293,5 +293,34 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert "scores: probabilities, shares of a softmax" in shown.stdout
     wrong = run_sppfeat(*run, "--tune", "--c", "0.1")
     assert wrong.returncode == 2 and "--c is for SVMs: expected no --tune" in wrong.stderr
+    wrong = run_sppfeat(*run, "--tune", "--no-calibration")
+    assert wrong.returncode == 2 and "--calibration is for SVMs: expected no --tune" in wrong.stderr
     wrong = run_sppfeat(*run, "--from", "layer3")
     assert wrong.returncode == 2 and "--from: expected --tune with it" in wrong.stderr
+
+
+def test_weights_beside_the_detector_are_not_replaced_unasked(
+    voc: Path, windows: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    annotated, weights = read_voc(voc, "trainval"), tmp_path / "det.safetensors"
+    save_file(load_trunk(SMALL).network.state_dict(), weights)
+    with pytest.raises(SppFeatError, match="det.safetensors: already exists; choose another output, or use"):
+        tune_detector(annotated, windows, tmp_path / "det.h5", SMALL, OPTIONS)
+    started = replace(SMALL, weights=str(weights))
+    with pytest.raises(SppFeatError, match="the tuned weights would replace those they start from"):
+        tune_detector(annotated, windows, tmp_path / "det.h5", started, OPTIONS, overwrite=True)
+    weights.write_bytes(b"something else")
+    with pytest.raises(SppFeatError, match="expected a file of weights or a new file, found another file"):
+        tune_detector(annotated, windows, tmp_path / "det.h5", SMALL, OPTIONS, overwrite=True)
+    assert weights.read_bytes() == b"something else"
+
+
+def test_a_run_with_other_windows_is_not_resumed(voc: Path, windows: dict[str, np.ndarray], tmp_path: Path) -> None:
+    annotated, path = read_voc(voc, "trainval"), tmp_path / "det.h5"
+    stopped = iter([False, False, False] + [True] * 100)
+    assert tune_detector(annotated, windows, path, SMALL, OPTIONS, stop=lambda: next(stopped)).file is None
+    moved = {name: boxes + 1 for name, boxes in windows.items()}
+    with pytest.raises(SppFeatError, match="a checkpoint of a run with other images or options"):
+        tune_detector(annotated, moved, path, SMALL, OPTIONS)
