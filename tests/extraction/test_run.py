@@ -397,7 +397,8 @@ def test_a_shape_that_does_not_fit_leaves_batches_of_others_alone(
     options = RunOptions(device="cpu", engine="torch", batch_size=8)
     assert extract_folder(folder, tmp_path / "f.h5", TINY, options).described == 96
     small_batches = [size for width, size in passes if width == 64]
-    assert small_batches[:3] == [8] * 3 and sum(small_batches) == 48  # smaller only towards the end
+    # The first waited for all the large ones, so its batch is full; how far decoding is ahead decides the others.
+    assert small_batches[0] == 8 and sum(small_batches) == 48
     assert [size for width, size in passes if width == 640][-8:] == [1] * 8
 
 
