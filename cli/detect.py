@@ -31,6 +31,7 @@ def detect(
         ),
     ] = _DETECT.threshold,
     nms: options.Nms = _DETECT.nms,
+    voting: options.Voting = _DETECT.voting,
     max_detections: Annotated[
         int, typer.Option(metavar="N", help="Maximum number of detections per class and image.")
     ] = _DETECT.max_detections,
@@ -67,7 +68,7 @@ def detect(
     from sppfeat.windows import windows_from
     from sppfeat_cli.detect_results import Results
 
-    chosen = DetectOptions(threshold=threshold, nms=nms, max_detections=max_detections)
+    chosen = DetectOptions(threshold=threshold, nms=nms, max_detections=max_detections, voting=voting)
     page_path = check_page(html, overwrite=overwrite) if html is not None else None
     model = open_detector(detector)
     least = threshold_for(model, chosen)

@@ -38,6 +38,7 @@ def detection(
         float, typer.Option(metavar="IOU", help="Overlap (IoU) from which a detection is correct, in VOC's metrics.")
     ] = _EVALUATION.overlap,
     nms: options.Nms = _DETECT.nms,
+    voting: options.Voting = _DETECT.voting,
     report: options.Report = None,
     overwrite: options.Overwrite = False,
     device: options.Device = RunOptions.device,
@@ -53,14 +54,22 @@ def detection(
     """
     run = RunOptions(device=device, engine=engine)
 
-    from sppfeat.detection import complete_options, evaluate_detector, open_detector, read_annotations, write_evaluation
+    from sppfeat.detection import (
+        DetectOptions,
+        complete_options,
+        evaluate_detector,
+        open_detector,
+        read_annotations,
+        write_evaluation,
+    )
     from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
 
-    chosen = complete_options(nms)
+    chosen = DetectOptions(nms=nms, voting=voting)
     page = check_page(report, overwrite=overwrite) if report is not None else None
     model = open_detector(detector)
+    complete = complete_options(model, chosen)
     options.check_proposals(windows)
     split = split or ("test" if voc is not None else None)
     annotated = read_annotations(voc, split=split, images=images, annotations=annotations)
@@ -68,7 +77,7 @@ def detection(
     with Progress(quiet=quiet, can_finish_early=False) as progress:
         for name, reason in annotated.problems.items():
             progress.note(f"skipped: {name}: {reason}")
-        done = evaluate_detector(model, annotated, boxes, chosen, run, overlap=iou, observer=progress)
+        done = evaluate_detector(model, annotated, boxes, complete, run, overlap=iou, observer=progress)
     if as_json:
         given = {"detector": detector, "voc": voc, "split": split, "images": images, "annotations": annotations}
         print_json(
@@ -77,7 +86,7 @@ def detection(
                 # Only proposing windows is random.
                 "seed": model.proposals.seed,
                 "options": {**given, "windows": windows, "iou": iou, "device": device, "engine": engine}
-                | {_KEYS.get(name, name): value for name, value in options_document(chosen).items()},
+                | {_KEYS.get(name, name): value for name, value in options_document(complete).items()},
                 "proposals": options_document(model.proposals),
                 "recipe": options_document(model.recipe),
                 "weights_sha256": model.weights_sha256,

@@ -305,6 +305,15 @@ Nms = Annotated[
 ]
 
 
+Voting = Annotated[
+    bool,
+    typer.Option(
+        "--voting/--no-voting",
+        help="Move each detection to the mean, by score, of the boxes of its class that overlap it by more than half.",
+    ),
+]
+
+
 def memory(default: str) -> Any:
     """`--memory` of a command, and what it bounds."""
     return typer.Option(metavar="SIZE", help="Memory limit, such as 4GB.", show_default=default)

@@ -201,6 +201,16 @@ def box_overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / (area_a + area_b - width * height)
 
 
+def voted_boxes(kept: np.ndarray, boxes: np.ndarray, votes: np.ndarray, overlap: float) -> np.ndarray:
+    """Each kept box moved to the mean, by votes, of the boxes that overlap it by more than `overlap`."""
+    result = []
+    for one in kept:
+        near = [(vote, box) for vote, box in zip(votes, boxes, strict=True) if box_overlap(one, box) > overlap]
+        total = sum(vote for vote, _ in near)
+        result.append(sum(vote * box for vote, box in near) / total if total > 0 else one)
+    return np.array(result, np.float64).reshape(-1, 4)
+
+
 def suppress(
     boxes: Sequence[Sequence[float]], scores: Sequence[float], labels: Sequence[int], overlap: float
 ) -> list[int]:

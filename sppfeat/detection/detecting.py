@@ -21,7 +21,7 @@ from sppfeat.images import ImageList, Item, find_images
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
-from sppfeat.windows import Proposer, moved_boxes, suppress
+from sppfeat.windows import Proposer, moved_boxes, suppress, voted_boxes
 
 # Without a threshold, detections of calibrated detectors are returned from this probability on, those of others from
 # this SVM score on. The sum of F1 on held-out images of an easy and a hard set is highest there, see
@@ -30,6 +30,9 @@ DEFAULT_PROBABILITY: Final = 0.25
 DEFAULT_SCORE: Final = -0.5
 # Detections of one class in one image that go to suppression: more never survive it, and it is quadratic.
 MAX_BEFORE_SUPPRESSION: Final = 400
+# Boxes vote on detections that they overlap by more than this, as in the paper; 0.6 and 0.7 are worse, see
+# benchmarks/results/detection.md.
+VOTING_OVERLAP: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,14 @@ class DetectOptions:
     `DEFAULT_PROBABILITY` or `DEFAULT_SCORE`.
     nms: non-maximum suppression, the overlap above which the lower-scored of two detections of a class is dropped.
     max_detections: the most per class and image; the best are kept.
+    voting: each detection becomes the mean, by score, of the boxes of its class that overlap it by more than half,
+    those that suppression drops and those below the threshold among them (`voted_boxes`).
     """
 
     threshold: float | None = None
     nms: float = 0.3
     max_detections: int = 100
+    voting: bool = True
 
     def __post_init__(self) -> None:
         if self.threshold is not None and np.isnan(self.threshold):
@@ -72,11 +78,24 @@ def threshold_for(detector: Detector, options: DetectOptions) -> float:
     return threshold
 
 
+class Found(NamedTuple):
+    """Detections, or candidates, of one image; see `Detections`."""
+
+    labels: np.ndarray
+    scores: np.ndarray
+    ranks: np.ndarray
+    boxes: np.ndarray
+
+    def at(self, chosen: np.ndarray) -> Found:
+        return Found(*(values[chosen] for values in self))
+
+
 class Detections(NamedTuple):
     """The detections in one image, the best first, or why it could not be searched.
 
     labels: [n] class numbers. scores: [n] float64, the probabilities that the detections are correct, or the SVM scores
-    of a detector that is not calibrated. boxes: [n, 4] float64 windows inside the image.
+    of a detector that is not calibrated. ranks: [n] float64, what orders the detections of a class: as `scores` do, but
+    without equal ones where probabilities round to 1. boxes: [n, 4] float64 windows inside the image.
     windows: how many were scored. left_out: how many extend outside the image, or could not be described.
     position: of the image among those given.
     """
@@ -84,6 +103,7 @@ class Detections(NamedTuple):
     position: int
     labels: np.ndarray
     scores: np.ndarray
+    ranks: np.ndarray
     boxes: np.ndarray
     image_size: tuple[int, int]
     windows: int
@@ -150,7 +170,7 @@ class DetectorRunner:
         for done in self._describer.describe(remembered(), scales="nearest", stop=stop):
             windows = windows_of.pop(done.position)
             if done.rows is None:
-                nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4))
+                nothing = Found(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros((0, 4)))
                 yield Detections(done.position, *nothing, done.image_size, 0, 0, done.error)
                 continue
             good = np.setdiff1d(np.arange(len(windows)), list(done.row_errors))
@@ -159,11 +179,11 @@ class DetectorRunner:
 
     def _found(
         self, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Found:
         start = time.perf_counter()
-        scored = scored_windows(self.detector, descriptors, windows, size, options)
+        candidates = _candidates(self.detector, descriptors, windows, size, options)
         middle = time.perf_counter()
-        found = suppressed(*scored, options)
+        found = _detections(self.detector, candidates, options)
         self._score_seconds += middle - start
         self._suppress_seconds += time.perf_counter() - middle
         return found
@@ -171,45 +191,50 @@ class DetectorRunner:
 
 def find_in(
     detector: Detector, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels [n], scores [n] and boxes [n, 4] of what is detected in windows [K, 4] with descriptors [K, D], the best
-    first. size: width and height of the image."""
-    return suppressed(*scored_windows(detector, descriptors, windows, size, options), options)
+) -> Found:
+    """What is detected in windows [K, 4] with descriptors [K, D], the best first. size: width, height of the image."""
+    return _detections(detector, _candidates(detector, descriptors, windows, size, options), options)
 
 
-def scored_windows(
+def _candidates(
     detector: Detector, descriptors: np.ndarray, windows: np.ndarray, size: tuple[int, int], options: DetectOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels [n], scores [n] and boxes [n, 4] of the windows [K, 4] that reach the threshold, the best of each class
-    first, before suppression. descriptors: [K, D]. size: of the image."""
+) -> Found:
+    """The windows [K, 4] with descriptors [K, D] that go to suppression, the best of each class first: those that reach
+    the threshold and, of a class with such a one, those that vote."""
     threshold = threshold_for(detector, options)
     raw, scores = detector.scores(descriptors)
-    labels, chosen = [], []
+    labels, chosen, boxes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 4))]
     for label in range(len(detector.classes)):
-        above = np.flatnonzero(scores[:, label] >= threshold)
+        reaching = np.flatnonzero(scores[:, label] >= threshold)
+        if not len(reaching):
+            continue
+        wanted = np.flatnonzero(detector.votes(raw[:, label], scores[:, label]) > 0) if options.voting else reaching
+        wanted = np.union1d(wanted, reaching)
         # Probabilities of very high scores are equal, and are then ranked by the scores: suppression keeps this order.
-        best = above[np.argsort(-raw[above, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
+        best = wanted[np.argsort(-raw[wanted, label], kind="stable")[:MAX_BEFORE_SUPPRESSION]]
         labels.append(np.full(len(best), label))
         chosen.append(best)
-    boxes = []
-    for label, rows in enumerate(chosen):
         if detector.box_weights is None or detector.box_biases is None:
-            boxes.append(windows[rows])
+            boxes.append(windows[best])
         else:
-            moves = descriptors[rows] @ detector.box_weights[label].T + detector.box_biases[label]
-            boxes.append(moved_boxes(windows[rows], moves, size))
-    all_labels = np.concatenate(labels)
-    return all_labels, scores[np.concatenate(chosen), all_labels], np.concatenate(boxes)
+            moves = descriptors[best] @ detector.box_weights[label].T + detector.box_biases[label]
+            boxes.append(moved_boxes(windows[best], moves, size))
+    rows, of = np.concatenate(chosen), np.concatenate(labels)
+    return Found(of, scores[rows, of], raw[rows, of], np.concatenate(boxes))
 
 
-def suppressed(
-    labels: np.ndarray, scores: np.ndarray, boxes: np.ndarray, options: DetectOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The detections among labels [n], scores [n] and boxes [n, 4] that are left by suppression, the best first."""
-    kept = suppress(boxes, scores, labels, options.nms)
+def _detections(detector: Detector, candidates: Found, options: DetectOptions) -> Found:
+    """What suppression and the threshold leave of the candidates, the best first, moved by their votes."""
+    reaching = candidates.at(np.flatnonzero(candidates.scores >= threshold_for(detector, options)))
+    found = reaching.at(suppress(reaching.boxes, reaching.scores, reaching.labels, options.nms))
     # Each class keeps its best detections, whatever the others score.
-    kept = kept[_ranks(labels[kept]) < options.max_detections]
-    return labels[kept], scores[kept], boxes[kept]
+    found = found.at(np.flatnonzero(_ranks(found.labels) < options.max_detections))
+    if options.voting:
+        votes = detector.votes(candidates.ranks, candidates.scores)
+        for label in np.unique(found.labels):
+            mine, voters = found.labels == label, candidates.labels == label
+            found.boxes[mine] = voted_boxes(found.boxes[mine], candidates.boxes[voters], votes[voters], VOTING_OVERLAP)
+    return found
 
 
 def _ranks(labels: np.ndarray) -> np.ndarray:

@@ -75,6 +75,11 @@ class Detector:
         shares /= (shares.sum(1) + np.exp(other - most))[:, None]
         return shares, shares
 
+    def votes(self, ranks: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """[n] what boxes weigh in votes on where an object is: probabilities, or by how much SVM scores [n] are above
+        the margin of the SVMs' negatives. ranks, scores: as of `scores`."""
+        return scores if self.probable else np.maximum(ranks + 1, 0)
+
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """[N, K] float64 probabilities that detections with SVM scores [N, K] are correct; for calibrated detectors.
 
@@ -82,15 +87,6 @@ class Detector:
         """
         assert self.calibration is not None
         return sigmoid(scores.astype(np.float64) * self.calibration[:, 0] + self.calibration[:, 1])
-
-
-def score_thresholds(detector: Detector, threshold: float) -> np.ndarray:
-    """[K] float64 SVM scores of a threshold: if the detector is calibrated, a probability above 0 and below 1."""
-    if detector.calibration is None:
-        return np.full(len(detector.classes), threshold)
-    slope, offset = detector.calibration.T
-    scores: np.ndarray = (np.log(threshold / (1 - threshold)) - offset) / slope
-    return scores
 
 
 class _Training(msgspec.Struct):

@@ -19,7 +19,7 @@ from sppfeat.detection.average_precision import (
     voc_ranking,
 )
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, threshold_for, window_notes
-from sppfeat.detection.detector import Detector, score_thresholds
+from sppfeat.detection.detector import Detector
 from sppfeat.errors import UsageError
 from sppfeat.extraction import Describer
 from sppfeat.progress import Observer
@@ -27,12 +27,13 @@ from sppfeat.recipe import RunOptions
 from sppfeat.svm import ranked_average_precision
 
 
-def complete_options(nms: float = DetectOptions.nms) -> DetectOptions:
+def complete_options(detector: Detector, options: DetectOptions | None = None) -> DetectOptions:
     """All that survives suppression, up to 100 per class and image (COCO's number), so that no curve ends early.
 
-    The threshold is an SVM score, see `evaluate_detector`.
+    options: what else they say is kept.
     """
-    return DetectOptions(threshold=-1e9, nms=nms, max_detections=COCO_DETECTIONS)
+    least = 0.0 if detector.probable else -1e9
+    return replace(options or DetectOptions(), threshold=least, max_detections=COCO_DETECTIONS)
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,14 @@ def evaluate_detector(
     observer: Observer | None = None,
 ) -> DetectionEvaluation:
     """Detect objects in annotated images and compare, per class. windows: as in `detected`; None: proposed on the fly.
-    options: None: `complete_options`; a threshold is an SVM score, also if the detector is calibrated: detections are
-    ranked by SVM scores, and probabilities rise with these, so that average precision is the same.
+    options: None: `complete_options`.
 
     An image that cannot be read counts as one where nothing was found, and is reported. Annotated classes that the
     detector does not know are skipped, with a note. overlap: from which a detection is correct, for VOC's figures.
     describer: an existing one for the detector's recipe.
     """
     began = time.perf_counter()
-    options = options or complete_options()
-    if detector.background is not None and options.threshold is not None:
-        options = replace(options, threshold=max(options.threshold, 0.0))  # its scores are shares
+    options = options or complete_options(detector)
     if not 0 < overlap <= 1:
         raise UsageError(f"iou must be above 0 and at most 1, found {overlap!r}")
     notes = list(annotated.notes)
@@ -145,14 +143,15 @@ def evaluate_detector(
     if not any(boxes.get(name) for name in detector.classes):
         raise UsageError(f"expected boxes of the detector's classes ({', '.join(detector.classes)}), found none")
     names = list(annotated.images)
-    # The highest probabilities may round to the same number; SVM scores do not.
-    runner = DetectorRunner(replace(detector, calibration=None), run, describer=describer)
+    runner = DetectorRunner(detector, run, describer=describer)
+    threshold = threshold_for(detector, DetectOptions())
     observer = observer or Observer()
     for note in notes:
         observer.note(note)
     observer.started(todo=len(names), reused=0)
     failed: dict[str, str] = {}
     objects: list[list[Objects]] = [[] for _ in detector.classes]
+    kept = [0] * len(detector.classes)
     count = 0
     items = [annotated.item(name) for name in names]
     order: list[int] = []
@@ -170,18 +169,17 @@ def evaluate_detector(
         for label, known in enumerate(detector.classes):
             of = np.array([each == known for each in one.labels], bool)
             mine = done.labels == label
+            kept[label] += int((done.scores[mine] >= threshold).sum())
             areas = None if one.areas is None else one.areas[of]
             objects[label].append(
-                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.scores[mine], areas)
+                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.ranks[mine], areas)
             )
         observer.row(name, done.error)
     # In the listed order of the images, not the order they came in: of equal scores the first counts first.
     turns = np.argsort(order)
-    threshold = threshold_for(detector, DetectOptions())
-    least = score_thresholds(detector, threshold)
     return DetectionEvaluation(
         classes=[
-            _class_result(known, [objects[label][turn] for turn in turns], overlap, float(least[label]))
+            _class_result(known, [objects[label][turn] for turn in turns], overlap, kept[label])
             for label, known in enumerate(detector.classes)
         ],
         overlap=overlap,
@@ -195,8 +193,8 @@ def evaluate_detector(
     )
 
 
-def _class_result(name: str, images: list[Objects], overlap: float, least: float) -> ClassResult:
-    targets, scores, objects = voc_ranking(images, overlap)
+def _class_result(name: str, images: list[Objects], overlap: float, kept: int) -> ClassResult:
+    targets, _, objects = voc_ranking(images, overlap)
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
     figures = coco_figures(images)
@@ -210,7 +208,7 @@ def _class_result(name: str, images: list[Objects], overlap: float, least: float
         figures=figures,
         recall=found / max(objects, 1),
         precision=found / np.arange(1, len(hits) + 1),
-        kept=int((scores[targets != 0] >= least).sum()),
+        kept=int((targets[:kept] != 0).sum()),
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from sppfeat.detection.annotations import AnnotatedImages, Annotation
 from sppfeat.detection.calibration import FLOOR, FOLDS, HeldOut
-from sppfeat.detection.detecting import DetectOptions, scored_windows, suppressed
+from sppfeat.detection.detecting import DetectOptions, find_in
 from sppfeat.detection.detector import Detector
 from sppfeat.detection.row_cache import GROUND_TRUTH, Reservoir, RowCache, read_state, save_state
 from sppfeat.detection.training_options import TrainingOptions
@@ -371,8 +371,8 @@ class Trainer:
         windows = self._proposed(self._names[at])
         good = np.setdiff1d(np.arange(len(windows)), list(done.row_errors))
         options = DetectOptions(threshold=FLOOR)
-        scored = scored_windows(self._folds[at % FOLDS], done.rows[good], windows[good], done.image_size, options)
-        self._held_out.add(at, annotation, self.classes, *suppressed(*scored, options))
+        found = find_in(self._folds[at % FOLDS], done.rows[good], windows[good], done.image_size, options)
+        self._held_out.add(at, annotation, self.classes, found.labels, found.scores, found.boxes)
 
     def _add(self, rows: np.ndarray, targets: np.ndarray, at: int, windows: np.ndarray) -> None:
         constant = 0.0 if self._step == 0 else BIAS_FEATURE / self._factor

@@ -20,7 +20,7 @@ from sppfeat.backbones import Description
 from sppfeat.backbones.backbone import Trunk
 from sppfeat.detection.annotations import AnnotatedImages, Annotation
 from sppfeat.detection.average_precision import Objects, voc_average_precision
-from sppfeat.detection.detecting import DetectOptions, find_in
+from sppfeat.detection.detecting import DetectOptions, Found, find_in
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import ImageError
 from sppfeat.images import prepare_image
@@ -197,7 +197,7 @@ class WindowLearner:
         objects: list[list[Objects]] = [[] for _ in self.classes]
         scale = self._recipe.scales[0]
 
-        def found_in(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+        def found_in(name: str) -> Found | str:
             found = self._read(name, scale)
             if isinstance(found, str):
                 return found
@@ -210,12 +210,12 @@ class WindowLearner:
             if isinstance(result, str):
                 self._failed(name, result)
                 continue
-            annotation, (labels, scores, boxes) = self._annotated.images[name], result
+            annotation = self._annotated.images[name]
             for label, known in enumerate(self.classes):
                 of = np.array([each == known for each in annotation.labels], bool)
-                mine = labels == label
+                mine = result.labels == label
                 truth = annotation.boxes[of], annotation.difficult[of], annotation.crowd[of]
-                objects[label].append(Objects(*truth, boxes[mine], scores[mine]))
+                objects[label].append(Objects(*truth, result.boxes[mine], result.ranks[mine]))
         values = [voc_average_precision(images) for images in objects]
         known_values = [value for value in values if not np.isnan(value)]
         return 100 * float(np.mean(known_values)) if known_values else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps, suppress
+from sppfeat.windows.boxes import box_targets, fit_ridge, moved_boxes, overlaps, suppress, voted_boxes
 from sppfeat.windows.mapping import map_windows, nearest_scales, outside, part_of_image
 from sppfeat.windows.proposals import Proposals, WindowFile, open_windows, propose_folder, windows_from
 from sppfeat.windows.reading import COLUMNS, read_windows
@@ -27,5 +27,6 @@ __all__ = [
     "propose_folder",
     "read_windows",
     "suppress",
+    "voted_boxes",
     "windows_from",
 ]

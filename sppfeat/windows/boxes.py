@@ -77,6 +77,19 @@ def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.n
     return weights.T.astype(np.float32), (target_mean - mean @ weights).astype(np.float32)
 
 
+def voted_boxes(kept: np.ndarray, boxes: np.ndarray, votes: np.ndarray, overlap: float) -> np.ndarray:
+    """[K, 4] each kept box [K, 4] moved to the mean, weighted by votes [N] of at least 0, of those of the boxes [N, 4]
+    that overlap it by more than `overlap`; unmoved where there are no votes.
+
+    Source: Gidaris, Komodakis, "Object Detection via a Multi-Region & Semantic Segmentation-Aware CNN Model", ICCV 2015
+    (arXiv:1505.01749), section 5.
+    """
+    shares = np.where(overlaps(kept, boxes) > overlap, votes, 0.0)
+    total = shares.sum(1, keepdims=True)
+    voted: np.ndarray = np.where(total > 0, shares @ boxes / np.where(total > 0, total, 1), kept)
+    return voted
+
+
 def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, overlap: float) -> np.ndarray:
     """Indices of the boxes [N, 4] that stay, the best score first: greedily, within each label, none overlaps a better
     one by more than `overlap`, as intersection over union; pixels count whole."""

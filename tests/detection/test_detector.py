@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import reference
 from PIL import Image
 from scenes import draw_scene, make_voc, propose_around
 from typer.testing import CliRunner, Result
@@ -21,7 +22,7 @@ from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
 from sppfeat.detection.average_precision import Objects, coco_figures, voc_average_precision, voc_ranking
 from sppfeat.detection.detecting import DEFAULT_PROBABILITY, DetectOptions, DetectorRunner
 from sppfeat.detection.detector import detection_recipe, open_detector, save_detector
-from sppfeat.detection.evaluation import evaluate_detector
+from sppfeat.detection.evaluation import complete_options, evaluate_detector
 from sppfeat.detection.row_cache import Reservoir, RowCache
 from sppfeat.detection.train_detector import TrainingOptions, train_detector
 from sppfeat.detection.training_rounds import Trainer
@@ -103,14 +104,45 @@ def test_detections_are_sound(trained: Path, voc: Path, windows: dict[str, np.nd
     assert missing.error == "no such file"
 
 
+def test_voting_moves_boxes_whatever_the_threshold(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
+    """Each detection is the mean of the boxes that overlap it, by their scores; ranks and scores stay."""
+    calibrated = open_detector(trained)
+    for model in (calibrated, replace(calibrated, calibration=None)):
+        runner = DetectorRunner(model)
+        images = [Item.at(voc / "JPEGImages" / name, boxes) for name, boxes in list(windows.items())[:6]]
+        lowest = 0.0 if model.probable else -1e9
+        every, plain, all_boxes = (
+            list(runner.detect(images, DetectOptions(threshold=lowest, max_detections=most, nms=nms, voting=voting)))
+            for most, nms, voting in ((100, 0.3, True), (100, 0.3, False), (400, 1.0, False))
+        )
+        few = list(runner.detect(images))
+        moved = 0
+        for one, other, voters, some in zip(every, plain, all_boxes, few, strict=True):
+            np.testing.assert_array_equal(one.scores, other.scores)
+            np.testing.assert_array_equal(one.ranks, other.ranks)
+            for label in range(2):
+                mine, of = one.labels == label, voters.labels == label
+                votes = voters.scores[of] if model.probable else np.maximum(voters.scores[of] + 1, 0)
+                expected = reference.voted_boxes(other.boxes[mine], voters.boxes[of], votes, 0.5)
+                np.testing.assert_allclose(one.boxes[mine], expected, atol=1e-9)
+                moved += int((one.boxes[mine] != other.boxes[mine]).any(1).sum())
+                best = some.boxes[some.labels == label]
+                np.testing.assert_allclose(best, one.boxes[mine][: len(best)], atol=1e-9)
+        assert moved and sum(len(one.scores) for one in few)
+
+
 def test_probabilities_rank_as_scores_do(trained: Path, voc: Path, windows: dict[str, np.ndarray]) -> None:
     """Average precision by the probabilities is that by the SVM scores, to the last bit, before and after."""
     calibrated, annotated = open_detector(trained), read_voc(voc, "test")
     assert calibrated.calibration is not None
     bare = replace(calibrated, calibration=None)
-    done, before = evaluate_detector(calibrated, annotated, windows), evaluate_detector(bare, annotated, windows)
-    least, everything = DEFAULT_PROBABILITY, {"max_detections": 100, "nms": 0.3}
-    options = DetectOptions(threshold=0, **everything), DetectOptions(threshold=-1e9, **everything)  # type: ignore[arg-type]
+    # Votes are weighted by probabilities, which the bare detector has not.
+    options = [complete_options(one, DetectOptions(voting=False)) for one in (calibrated, bare)]
+    done, before = (
+        evaluate_detector(one, annotated, windows, chosen)
+        for one, chosen in zip((calibrated, bare), options, strict=True)
+    )
+    least = DEFAULT_PROBABILITY
     found = [
         list(DetectorRunner(one).detect([annotated.item(n, windows[n]) for n in annotated.images], chosen))
         for one, chosen in zip((calibrated, bare), options, strict=True)

@@ -37,7 +37,9 @@ SIZE = (160, 120)
 def found_at(*boxes: tuple[float, float, float, float], label: int = 0, score: float = -0.25) -> Detections:
     count = len(boxes)
     scores = np.linspace(score, score - 0.2, count).astype(np.float32)
-    return Detections(0, np.full(count, label), scores, np.array(boxes, float).reshape(-1, 4), SIZE, count, 0, None)
+    return Detections(
+        0, np.full(count, label), scores, scores, np.array(boxes, float).reshape(-1, 4), SIZE, count, 0, None
+    )
 
 
 FOUND = found_at((20, 30, 120, 100))
@@ -131,7 +133,8 @@ def test_a_label_keeps_its_score_and_what_a_font_lacks() -> None:
 def test_a_negative_score_has_a_sign_that_can_be_seen(side: int) -> None:
     """A white bar in the label's colour, of two rows or more, and about half as wide as the type is high."""
     box = np.array([[1, side / 2, side - 2, side - 2]])
-    found = Detections(0, np.zeros(1, int), np.array([-0.25], np.float32), box, (side, side), 1, 0, None)
+    score = np.array([-0.25], np.float32)
+    found = Detections(0, np.zeros(1, int), score, score, box, (side, side), 1, 0, None)
     plain = Image.new("RGB", (side, side))
     size = max(11, round(min(side / 24, side / 9)))
     label = layout_label(ImageDraw.Draw(plain), "cat", -0.25, size, side)
