@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from sppfeat import open_store
+from sppfeat.svm.logistic import LogisticProblem
 from sppfeat.transfer.knn import knn_scores
-from sppfeat.transfer.logistic import LogisticProblem
 
 COSTS = 1.0, 10.0, 100.0
 TOLERANCES = 1e-4, 1e-5, 1e-6, 1e-7

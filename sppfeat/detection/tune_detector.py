@@ -167,6 +167,12 @@ def tune_detector(
                 "versions": {"sppfeat": __version__, "torch": torch.__version__},
             }
         )
+        if not checkpoint.exists():
+            observer.say(
+                f"describing windows of {len(rest)} images with the untuned network, for the heads to start from"
+            )
+            if told := learner.start_heads():
+                note(told)
         observer.started(todo=options.epochs * len(rest), reused=0, device=str(device))
         learned = learn(
             learner, options, checkpoint, key, measure="mAP on held-out images", observer=observer, stop=stop

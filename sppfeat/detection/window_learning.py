@@ -27,16 +27,25 @@ from sppfeat.images import prepare_image
 from sppfeat.pyramid.pooling import pool_rois
 from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
+from sppfeat.svm.logistic import LogisticProblem
 from sppfeat.training import LearningOptions, ahead
 from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
-from sppfeat.windows import ProposalOptions, box_targets, map_windows, outside, overlaps
+from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, map_windows, outside, overlaps
 
 IMAGES: Final = 2
 WINDOWS: Final = 64
 POSITIVES: Final = 0.25
 POSITIVE_OVERLAP: Final = 0.5
 NEGATIVE_OVERLAP: Final = 0.1
+# Of the heads that learning starts from, on descriptors of mean length 1: C of logistic regression, the ridge of box
+# regression, how exact the first is, and the most memory for descriptors.
+HEAD_COST: Final = 1.0
+HEAD_RIDGE: Final = 0.5
+_HEAD_TOLERANCE: Final = 1e-3
+_HEAD_BYTES: Final = 1 << 30
+# The fewest windows that an image gives the heads; of very many images, some are left out.
+_FEWEST_WINDOWS: Final = 16
 # Usual spreads of box targets, which bring the four to one size.
 TARGET_SPREAD: Final = (0.1, 0.1, 0.2, 0.2)
 
@@ -56,9 +65,14 @@ class Sample:
 
 
 def sample_windows(
-    annotation: Annotation, labels: np.ndarray, windows: np.ndarray, classes: int, random: np.random.Generator
+    annotation: Annotation,
+    labels: np.ndarray,
+    windows: np.ndarray,
+    classes: int,
+    random: np.random.Generator,
+    count: int = WINDOWS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to 64 of an image's windows [K, 4] with labels [K] and box targets [K, 4]; its objects are windows, too.
+    """Up to `count` of an image's windows [K, 4] with labels [K] and box targets [K, 4]; its objects are windows, too.
 
     labels: [G] class numbers of the annotated boxes, -1 for those of other classes. Windows on difficult objects and
     on those of other classes are neither objects nor background.
@@ -66,7 +80,7 @@ def sample_windows(
     counted = ~annotation.difficult & (labels >= 0)
     places = np.concatenate([annotation.boxes[counted], windows])
     if not len(annotation.boxes):
-        chosen = random.permutation(len(places))[:WINDOWS]
+        chosen = random.permutation(len(places))[:count]
         return places[chosen], np.full(len(chosen), classes), np.zeros((len(chosen), 4))
     touched = overlaps(places, annotation.boxes, crowd=annotation.crowd)
     best = touched.argmax(1)
@@ -75,8 +89,8 @@ def sample_windows(
     is_background = (most < POSITIVE_OVERLAP) & (most >= NEGATIVE_OVERLAP)
     if not is_background.any():
         is_background = most < POSITIVE_OVERLAP
-    objects = random.permutation(np.flatnonzero(is_object))[: round(POSITIVES * WINDOWS)]
-    background = random.permutation(np.flatnonzero(is_background))[: WINDOWS - len(objects)]
+    objects = random.permutation(np.flatnonzero(is_object))[: round(POSITIVES * count)]
+    background = random.permutation(np.flatnonzero(is_background))[: count - len(objects)]
     chosen = np.concatenate([objects, background])
     found = np.concatenate([labels[best[objects]], np.full(len(background), classes)])
     targets = np.zeros((len(chosen), 4))
@@ -267,6 +281,54 @@ class WindowLearner:
                 with torch.no_grad():
                     lengths.append(float(self.descriptors(replace(found, windows=windows)).norm(dim=1).mean()))
         self.factor /= float(np.mean(lengths)) if lengths else 1.0
+
+    def start_heads(self) -> str | None:
+        """Start from the best heads on the untuned network, logistic regression and ridge regression: heads that know
+        nothing would first spoil the network that they learn on (Kumar et al., "Fine-Tuning can Distort Pretrained
+        Features and Underperform Out-of-Distribution", ICLR 2022). Returns what to note: that they did not converge.
+        """
+        dim, scale = self.scores.in_features, self._recipe.scales[0]
+        room = _HEAD_BYTES // (4 * dim)
+        most = int(np.clip(room // len(self._names), _FEWEST_WINDOWS, WINDOWS))
+        some = np.random.default_rng([self._options.seed, 1]).permutation(len(self._names))[: max(1, room // most)]
+
+        def described(at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+            name = self._names[at]
+            found = self._read(name, scale)
+            if isinstance(found, str):
+                return found
+            annotation, random = self._annotated.images[name], np.random.default_rng([self._options.seed, 0, at])
+            drawn = self._labels(annotation), self._inside(name), len(self.classes), random, most
+            places, labels, targets = sample_windows(annotation, *drawn)
+            with torch.no_grad():
+                return self.descriptors(replace(found, windows=places)).cpu().numpy(), labels, targets
+
+        parts = [(np.zeros((0, dim), np.float32), np.zeros(0, np.int64), np.zeros((0, 4)))]
+        chosen = np.sort(some).tolist()
+        for at, result in zip(chosen, self._runner.run(chosen, described), strict=True):
+            if isinstance(result, str):
+                self._failed(self._names[at], result)
+            else:
+                parts.append(result)
+        rows, labels, targets = (np.concatenate(each) for each in zip(*parts, strict=True))
+        if not (labels < len(self.classes)).any():
+            return None
+        problem = LogisticProblem(rows, np.arange(len(rows)), device=str(self._device))
+        solution = problem.solve(labels, len(self.classes) + 1, c=HEAD_COST, tolerance=_HEAD_TOLERANCE)
+        weights, biases = problem.weights(solution)
+        with torch.no_grad():
+            self.scores.weight.copy_(torch.from_numpy(weights))
+            self.scores.bias.copy_(torch.from_numpy(biases))
+            moves = self.moves.weight.view(len(self.classes), 4, dim), self.moves.bias.view(len(self.classes), 4)
+            for label in range(len(self.classes)):
+                mine = labels == label
+                if mine.any():
+                    fitted = fit_ridge(rows[mine], targets[mine] / TARGET_SPREAD, HEAD_RIDGE)
+                    for head, values in zip(moves, fitted, strict=True):
+                        head[label] = torch.from_numpy(values)
+        if solution.gap <= _HEAD_TOLERANCE:
+            return None
+        return f"the heads start from a fit that did not converge: gap {solution.gap:.1e}, wanted {_HEAD_TOLERANCE:g}"
 
     def _read(self, name: str, scale: int | str) -> Sample | str:
         try:

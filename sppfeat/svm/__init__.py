@@ -1,4 +1,4 @@
-"""Linear SVMs of all classes at once: the solver, the choice of C, and the metrics that judge them."""
+"""Linear classifiers of all classes at once, SVMs and logistic regression, the choice of C, and metrics."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from sppfeat.recipe import Recipe
 from sppfeat.store import DescriptorView, Store, require_complete
 from sppfeat.svm import Convergence, LinearSvm, corrected_t_test, interval, mcnemar, paired_bootstrap
 from sppfeat.svm.cost_selection import FOLDS, choose_cost, choose_cost_per_class
+from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.judging import MISTAKES, Mistake, Verdict, judge
 from sppfeat.transfer.knn import knn_scores
 from sppfeat.transfer.labels import Labels, VocLabels, labels_from_folders
-from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.splits import Split, Task, folder_task, voc_task
 

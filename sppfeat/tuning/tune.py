@@ -27,10 +27,10 @@ from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.svm import SvmOptions
+from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
 from sppfeat.training.learning import learn
 from sppfeat.training.weights import check_weights_file, save_tensors
 from sppfeat.transfer import Labels, labels_from_folders
-from sppfeat.transfer.logistic import LogisticProblem, choose_regularisation
 from sppfeat.tuning.classes import ClassLearner, Examples
 from sppfeat.tuning.options import TuningOptions
 from sppfeat.tuning.result import Tuned

@@ -29,7 +29,15 @@ from sppfeat.detection import (
 from sppfeat.detection.annotations import Annotation, read_voc
 from sppfeat.detection.detector import save_detector
 from sppfeat.detection.tune_detector import TunedDetector, tune_detector
-from sppfeat.detection.window_learning import TARGET_SPREAD, Sample, WindowLearner, mirrored, sample_windows
+from sppfeat.detection.window_learning import (
+    HEAD_COST,
+    HEAD_RIDGE,
+    TARGET_SPREAD,
+    Sample,
+    WindowLearner,
+    mirrored,
+    sample_windows,
+)
 from sppfeat.errors import SppFeatError
 from sppfeat.images import Item
 from sppfeat.training import LearningOptions
@@ -110,6 +118,55 @@ def learner_of(voc: Path, windows: dict[str, np.ndarray], options: LearningOptio
         lambda *a: None,
         lambda name: None,
     )
+
+
+def test_heads_start_at_the_best_ones_of_the_untuned_network(voc: Path, windows: dict[str, np.ndarray]) -> None:
+    """Where the gradient of |W|^2 / 2 and the losses of the same windows is 0, and no bias is penalised."""
+    learner = learner_of(voc, windows)
+    assert learner.start_heads() is None
+    annotated = read_voc(voc, "trainval")
+    rows, labels, targets = [], [], []
+    for at, name in enumerate(list(annotated.images)[:8]):
+        one = annotated.images[name]
+        of = np.array([["blue", "red"].index(each) for each in one.labels])
+        drawn = sample_windows(one, of, windows[name], 2, np.random.default_rng([0, 0, at]))
+        found = learner._read(name, 96)
+        assert isinstance(found, Sample)
+        with torch.no_grad():
+            rows.append(learner.descriptors(replace(found, windows=drawn[0])))
+        labels.append(drawn[1])
+        targets.append(drawn[2])
+    points, which = torch.cat(rows), torch.from_numpy(np.concatenate(labels))
+    shares = torch.softmax(learner.scores(points), 1).detach()
+    residual = shares - F.one_hot(which, 3)
+    weights = learner.scores.weight.detach()
+    slope = weights + HEAD_COST * residual.T @ points
+    loss = F.cross_entropy(learner.scores(points), which, reduction="sum").detach()
+    assert slope.square().sum() / 2 <= 2e-3 * (weights.square().sum() / 2 + HEAD_COST * loss)
+    for label in range(2):
+        mine = which == label
+        values = learner.moves(points[mine]).detach().view(-1, 2, 4)[:, label]
+        error = values - torch.from_numpy(np.concatenate(targets)[mine] / TARGET_SPREAD)
+        part = learner.moves.weight.detach().view(2, 4, -1)[label]
+        assert (error.T @ points[mine].double() + HEAD_RIDGE * part).abs().max() < 1e-2
+        assert abs(error.sum(0)).max() < 1e-2
+
+
+def test_the_heads_start_in_bounded_memory(
+    voc: Path, windows: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for 16 windows of each of three images, of eight."""
+    learner, shapes = learner_of(voc, windows), []
+    describe = learner.descriptors
+
+    def watched(sample: Sample) -> torch.Tensor:
+        shapes.append(len(sample.windows))
+        return describe(sample)
+
+    monkeypatch.setattr(learner, "descriptors", watched)
+    monkeypatch.setattr("sppfeat.detection.window_learning._HEAD_BYTES", 4 * learner.scores.in_features * 50)
+    assert learner.start_heads() is None
+    assert shapes == [16] * 3 and learner.scores.weight.abs().max() > 0
 
 
 def test_the_loss_is_that_of_the_windows_one_by_one(voc: Path, windows: dict[str, np.ndarray]) -> None:
