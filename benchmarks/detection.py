@@ -8,7 +8,7 @@ time, raccoon, voc, thresholds, stages; all of them by default.
 
 R-CNN: each window is cut out, warped to 224 x 224 and sent through the same network on the same engine; its map is
 pooled over the same levels, and the SVMs and box regression are trained by the same code. raccoon: the first 160 files
-in name order train, the last 40 test, the first 500 windows of selective search in each. voc2007-subset: 400 images
+in name order train, the last 40 test, the first 1,000 windows of selective search in each. voc2007-subset: 400 images
 train, 200 test, 20 classes, all windows of selective search.
 """
 
@@ -50,7 +50,7 @@ from sppfeat.windows.proposals import open_windows, propose_folder
 from sppfeat.windows.selective_search import ProposalOptions, propose
 
 SIDE = 224
-RACCOON_WINDOWS = 500
+RACCOON_WINDOWS = 1000
 SCALE_SETS: dict[str, tuple[int | str, ...]] = {
     "1 scale (480)": (480,),
     "1 scale (688)": (688,),

@@ -175,9 +175,7 @@ FromLayer = Annotated[
     typer.Option("--from", metavar="LAYER", help="First layer that is tuned.", show_default="the first of all"),
 ]
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the images.")]
-LearningRate = Annotated[
-    float, typer.Option(metavar="R", help="Highest learning rate of the network; the head's is ten times that.")
-]
+LearningRate = Annotated[float, typer.Option(metavar="R", help="Highest learning rate.")]
 HeldOut = Annotated[float, typer.Option(metavar="X", help="Share of the images that the best epoch is chosen by.")]
 CheckpointMinutes = Annotated[
     float, typer.Option(metavar="N", help="Minutes between checkpoints: as much as a lost job loses.")
