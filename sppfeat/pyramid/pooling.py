@@ -40,7 +40,8 @@ def pool_pyramid(
     cells = _to_power(feature_map, pooling, gem_p)
     # Channels last is what makes every later step, and the copy into the result, stream.
     cells = cells.contiguous(memory_format=torch.channels_last)
-    if _suits_triton(cells, pooling, feature_map):
+    # With a gradient, torch's pooling can be differentiated any number of times.
+    if _suits_triton(cells, pooling) and not _wants_gradient(feature_map):
         maps = torch.arange(len(cells), dtype=torch.int32, device=cells.device)[:, None]
         corners = [torch.full_like(maps, end) for end in (0, 0, cells.shape[3] - 1, cells.shape[2] - 1)]
         rows = _by_triton(cells.permute(0, 2, 3, 1), torch.cat([maps, *corners], 1), levels)
@@ -64,7 +65,8 @@ def pool_rois(
     Each roi is pooled as a separate map, from tables in which every bin is a few look-ups: maxima or sums over
     blocks of 2^a x 2^b cells. Raises UsageError for rois that are empty or reach outside the map.
 
-    On a CPU, differentiable once (see `gradients`): of equal maxima of a bin, the first cell gets the gradient.
+    On a CPU, differentiable once (see `gradients`): of equal maxima of a bin, the first cell gets the gradient. So it
+    is on an NVIDIA GPU, with maxima in float32 or half precision, where Triton works (see `triton_kernels`).
     """
     _check(levels, pooling, gem_p)
     if feature_map.dim() != 3 or min(feature_map.shape) < 1:
@@ -72,7 +74,8 @@ def pool_rois(
     _check_rois(rois, feature_map.shape[1], feature_map.shape[2])
     rois = rois.to(device=feature_map.device, dtype=torch.int64)
     cells = _to_power(feature_map.permute(1, 2, 0), pooling, gem_p).contiguous()
-    if _suits_triton(cells, pooling, feature_map):
+    # What torch compiles with a gradient stays in torch.
+    if _suits_triton(cells, pooling) and not (_wants_gradient(feature_map) and torch.compiler.is_compiling()):
         windows = torch.cat([torch.zeros_like(rois[:, :1]), rois], 1).to(torch.int32)
         rows = _by_triton(cells[None], windows, levels)
         if rows is not None:
@@ -162,13 +165,12 @@ def _wants_gradient(feature_map: torch.Tensor) -> bool:
 _triton_failed = False
 
 
-def _suits_triton(cells: torch.Tensor, pooling: str, feature_map: torch.Tensor) -> bool:
-    """Whether the kernels of `triton_kernels` can compute this; gradients need the torch form."""
+def _suits_triton(cells: torch.Tensor, pooling: str) -> bool:
+    """Whether the kernels of `triton_kernels` can compute this."""
     return (
         cells.device.type == "cuda"
         and pooling == "max"
         and cells.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not _wants_gradient(feature_map)
         and not _triton_failed
     )
 
