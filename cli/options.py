@@ -176,6 +176,17 @@ FromLayer = Annotated[
 ]
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the images.")]
 LearningRate = Annotated[float, typer.Option(metavar="R", help="Highest learning rate.")]
+Optimizer = Annotated[str, typer.Option(metavar="NAME", help="Optimizer: adamw or sgd (momentum 0.9).")]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="How the learning rate falls: cosine or steps (to a tenth after three quarters)."
+    ),
+]
+WeightDecay = Annotated[float, typer.Option(metavar="X", help="Weight decay.")]
+Precision = Annotated[
+    str, typer.Option(metavar="NAME", help="Precision of the arithmetic on a GPU: float32 or bfloat16.")
+]
 HeldOut = Annotated[float, typer.Option(metavar="X", help="Share of the images that the best epoch is chosen by.")]
 CheckpointMinutes = Annotated[
     float, typer.Option(metavar="N", help="Minutes between checkpoints: as much as a lost job loses.")

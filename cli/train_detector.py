@@ -1,6 +1,7 @@
 """`sppfeat train detector`: train an SPP-net detector on annotated images."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,8 +76,13 @@ def detector(
     from_layer: options.FromLayer = None,
     epochs: options.Epochs = _LEARNING.epochs,
     learning_rate: options.LearningRate = _LEARNING.learning_rate,
+    optimizer: options.Optimizer = _LEARNING.optimizer,
+    schedule: options.Schedule = _LEARNING.schedule,
+    weight_decay: options.WeightDecay = _LEARNING.weight_decay,
     held_out: options.HeldOut = _LEARNING.held_out,
     checkpoint_minutes: options.CheckpointMinutes = _LEARNING.checkpoint_minutes,
+    precision: options.Precision = _LEARNING.precision,
+    report: options.Report = None,
     seed: options.Seed = _TRAINING.seed,
     device: options.Device = RunOptions.device,
     engine: options.Engine = RunOptions.engine,
@@ -95,6 +101,7 @@ def detector(
     _check_given(options.given(context), tune)
 
     from sppfeat.detection import TrainingOptions, detection_recipe, read_annotations, select_classes
+    from sppfeat.report import check_page
     from sppfeat.training import LearningOptions
     from sppfeat.windows import windows_from
 
@@ -115,6 +122,7 @@ def detector(
         seed=seed,
     )
     options.check_proposals(windows)
+    page = check_page(report, overwrite=overwrite) if report is not None else None
     with Progress(quiet=quiet, verb="to train on") as progress:
         annotated = read_annotations(voc, split=split, images=images, annotations=annotations)
         if classes is not None:
@@ -133,6 +141,10 @@ def detector(
                 from_layer=from_layer,
                 epochs=epochs,
                 learning_rate=learning_rate,
+                optimizer=optimizer,
+                schedule=schedule,
+                weight_decay=weight_decay,
+                precision=precision,
                 held_out=held_out,
                 checkpoint_minutes=checkpoint_minutes,
                 seed=seed,
@@ -144,7 +156,7 @@ def detector(
 
             done = train_detector(annotated, proposed, output, recipe, chosen, run, **watched)
     if tune:
-        _end_tuning(tuned, as_json, quiet, overwrite)
+        _end_tuning(tuned, page, as_json, quiet, overwrite)
         return
     if as_json:
         print_json(_document(done))
@@ -164,13 +176,14 @@ def detector(
 def _check_given(given: set[str], tune: bool) -> None:
     """Raise UsageError for options of the one way to train that come with the other."""
     svms = {"c", "positive_weight", "passes", "box_regression", "calibration", "memory", "engine"}
-    learning = {"from_layer", "epochs", "learning_rate", "held_out", "checkpoint_minutes"}
+    learning = {"from_layer", "epochs", "learning_rate", "optimizer", "schedule", "weight_decay", "held_out"}
+    learning |= {"checkpoint_minutes", "precision", "report"}
     if wrong := sorted(given & (svms if tune else learning)):
         name = {"from_layer": "from"}.get(wrong[0], wrong[0].replace("_", "-"))
         raise UsageError(f"--{name} is for SVMs: expected no --tune" if tune else f"--{name}: expected --tune with it")
 
 
-def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bool) -> None:
+def _end_tuning(done: "TunedDetector", page: Path | None, as_json: bool, quiet: bool, overwrite: bool) -> None:
     if as_json:
         print_json(
             {
@@ -198,6 +211,15 @@ def _end_tuning(done: "TunedDetector", as_json: bool, quiet: bool, overwrite: bo
             f"epoch {done.best} of {len(done.history) - 1} kept{shown}\n"
             f"{printable(done.weights)}: its network\n{done.seconds:.1f} s on {done.device}"
         )
+    if page is not None and done.file is not None:
+        from sppfeat.detection import write_detector_page
+        from sppfeat.errors import ReportError
+
+        try:
+            write_detector_page(page, done)
+        except ReportError as error:
+            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed or done.notes:
         raise typer.Exit(3)

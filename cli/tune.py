@@ -51,13 +51,12 @@ def tune(
         int, typer.Option("--batch-size", "-b", metavar="N", help="Images of a step.")
     ] = _TUNING.batch_size,
     learning_rate: options.LearningRate = _TUNING.learning_rate,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="Optimizer: adamw or sgd.")] = _TUNING.optimizer,
-    weight_decay: Annotated[float, typer.Option(metavar="X", help="Weight decay.")] = _TUNING.weight_decay,
+    optimizer: options.Optimizer = _TUNING.optimizer,
+    schedule: options.Schedule = _TUNING.schedule,
+    weight_decay: options.WeightDecay = _TUNING.weight_decay,
     held_out: options.HeldOut = _TUNING.held_out,
     checkpoint_minutes: options.CheckpointMinutes = _TUNING.checkpoint_minutes,
-    precision: Annotated[
-        str, typer.Option(metavar="NAME", help="Precision of the arithmetic on a GPU: float32 or bfloat16.")
-    ] = _TUNING.precision,
+    precision: options.Precision = _TUNING.precision,
     seed: options.Seed = _TUNING.seed,
     device: options.Device = _TUNING.device,
     report: options.Report = None,
@@ -82,6 +81,7 @@ def tune(
         batch_size=batch_size,
         learning_rate=learning_rate,
         optimizer=optimizer,
+        schedule=schedule,
         weight_decay=weight_decay,
         held_out=held_out,
         checkpoint_minutes=checkpoint_minutes,

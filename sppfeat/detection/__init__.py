@@ -15,6 +15,7 @@ from sppfeat.detection.detector import Detector, detection_recipe, open_detector
 from sppfeat.detection.drawing import DetectionPage, DrawingFolder, write_evaluation
 from sppfeat.detection.evaluation import DetectionEvaluation, complete_options, evaluate_detector
 from sppfeat.detection.training_options import TrainingOptions
+from sppfeat.detection.tuning_page import write_detector_page
 
 __all__ = [
     "DetectOptions",
@@ -34,5 +35,6 @@ __all__ = [
     "read_annotations",
     "select_classes",
     "threshold_for",
+    "write_detector_page",
     "write_evaluation",
 ]

@@ -40,13 +40,15 @@ _MEASURED = 8
 class TunedDetector:
     """What a run of `tune_detector` did.
 
-    file, weights: the detector and the tuned weights, which are written at the end; None until then. images,
-    held_out: learned from, and chosen by. history: by epoch, whose `held_out` is mAP. The rest: see
-    `sppfeat.detection.train_detector.Training` and `sppfeat.training.learning.Learned`.
+    file, weights: the detector and the tuned weights, which are written at the end; None until then. recipe: of the
+    untuned network. images, held_out: learned from, and chosen by. history: by epoch, whose `held_out` is mAP. The
+    rest: see `sppfeat.detection.train_detector.Training` and `sppfeat.training.learning.Learned`.
     """
 
     file: str | None
     weights: str | None
+    recipe: Recipe
+    options: LearningOptions
     images: int
     held_out: int
     classes: list[str]
@@ -150,7 +152,21 @@ def tune_detector(
             lambda name: observer.row(name, failed.get(name)),
         )
         done = TunedDetector(
-            None, None, len(rest), len(held), classes, positives, failed, notes, [], 0, None, 0.0, str(device)
+            file=None,
+            weights=None,
+            recipe=trunk.recipe,
+            options=options,
+            images=len(rest),
+            held_out=len(held),
+            classes=classes,
+            positives=positives,
+            failed=failed,
+            notes=notes,
+            history=[],
+            best=0,
+            diverged=None,
+            seconds=0.0,
+            device=str(device),
         )
         if windows is None:
             return replace(done, seconds=time.perf_counter() - began)

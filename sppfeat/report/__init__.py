@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sppfeat.report.learning import write_learning_page
 from sppfeat.report.pages import (
     Heat,
     check_page,
@@ -21,5 +22,6 @@ __all__ = [
     "plot_line",
     "small_image",
     "thumbnail",
+    "write_learning_page",
     "write_page",
 ]

@@ -62,6 +62,13 @@ class LearningOptions:
                 raise UsageError(unknown_name(name, str(getattr(self, name)), valid))
         RunOptions(device=self.device)
 
+    def described(self) -> str:
+        """The options that a reader of a page wants to know, in words."""
+        return (
+            f"tuned from {self.from_layer or 'the first layer'} on by {self.optimizer}, learning rate "
+            f"{self.learning_rate:g}, schedule {self.schedule}"
+        )
+
     def rate(self, progress: float) -> float:
         """The learning rate as a share of the highest one, after a share of the steps from 0 to 1."""
         if progress < WARM_UP:

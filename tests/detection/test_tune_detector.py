@@ -337,8 +337,13 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     output = tmp_path / "det.h5"
     tiny = ("--backbone", SMALL.backbone, "--weights", "random", "--scales", "96", "--levels", "2,1", "--device", "cpu")
     run = ("train", "detector", str(voc), "-o", str(output), "--windows", str(voc / "windows.json"), *tiny)
-    done = run_sppfeat(*run, "--tune", "--epochs", "2", "--learning-rate", "1e-3", "--from", "layer3")
+    page, published = tmp_path / "curves.html", ("--optimizer", "sgd", "--schedule", "steps", "--weight-decay", "5e-4")
+    learning = ("--epochs", "2", "--learning-rate", "1e-3", "--from", "layer3", *published)
+    done = run_sppfeat(*run, "--tune", *learning, "--report", str(page))
     assert done.returncode == 0, done.stderr
+    shown = page.read_text()
+    assert "tuned from layer3 on by sgd, learning rate 0.001, schedule steps" in shown
+    assert "of 2 classes in 22 images" in shown and shown.count("<svg") == 2
     assert "tuned detector of 2 classes" in done.stdout and "det.safetensors: its network" in done.stdout
     assert "epoch 2 of 2: loss " in done.stderr and "% mAP on held-out images" in done.stderr
     found = run_sppfeat("evaluate", "detection", str(output), str(voc), "--split", "test", "--windows",
@@ -352,8 +357,9 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert wrong.returncode == 2 and "--c is for SVMs: expected no --tune" in wrong.stderr
     wrong = run_sppfeat(*run, "--tune", "--no-calibration")
     assert wrong.returncode == 2 and "--calibration is for SVMs: expected no --tune" in wrong.stderr
-    wrong = run_sppfeat(*run, "--from", "layer3")
-    assert wrong.returncode == 2 and "--from: expected --tune with it" in wrong.stderr
+    for one in (("--from", "layer3"), ("--report", "curves.html"), ("--schedule", "steps")):
+        wrong = run_sppfeat(*run, *one)
+        assert wrong.returncode == 2 and f"{one[0]}: expected --tune with it" in wrong.stderr
 
 
 def test_weights_beside_the_detector_are_not_replaced_unasked(
