@@ -169,7 +169,8 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     how = f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects"
     scores = _CALIBRATED if model.calibration is not None else _UNCALIBRATED
     if model.background is not None:
-        how, scores = f"{how}; its network was tuned with it", _SHARES
+        tuned = "its network was tuned with it" if training.get("best") else "fitted to the network as it is"
+        how, scores = f"{how}; {tuned}", _SHARES
     else:
         how += (
             f" and {sum(training.get('hard', []))} hard negatives in {len(training.get('hard', []))} passes; C = "

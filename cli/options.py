@@ -174,7 +174,10 @@ FromLayer = Annotated[
     str | None,
     typer.Option("--from", metavar="LAYER", help="First layer that is tuned.", show_default="the first of all"),
 ]
-Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the images.")]
+Epochs = Annotated[
+    int,
+    typer.Option(metavar="N", help="Passes over the images; of detectors, 0 fits a softmax to the network as it is."),
+]
 LearningRate = Annotated[float, typer.Option(metavar="R", help="Highest learning rate.")]
 Optimizer = Annotated[str, typer.Option(metavar="NAME", help="Optimizer: adamw or sgd (momentum 0.9).")]
 Schedule = Annotated[

@@ -202,15 +202,20 @@ def _end_tuning(done: "TunedDetector", page: Path | None, as_json: bool, quiet: 
                 "device": done.device,
             }
         )
-    elif not quiet and done.file is not None and done.weights is not None:
-        held = done.history[done.best].held_out
-        shown = "" if held is None else f", mAP {held:.1f} on {counted(done.held_out, 'held-out image')}"
-        typer.echo(
-            f"{printable(done.file)}: tuned detector of {counted(len(done.classes), 'class')}, "
-            f"{counted(sum(done.positives.values()), 'object')} in {counted(done.images, 'image')}; "
-            f"epoch {done.best} of {len(done.history) - 1} kept{shown}\n"
-            f"{printable(done.weights)}: its network\n{done.seconds:.1f} s on {done.device}"
+    elif not quiet and done.file is not None:
+        text = (
+            f"{printable(done.file)}: {'tuned detector' if done.weights else 'detector'} of "
+            f"{counted(len(done.classes), 'class')}, {counted(sum(done.positives.values()), 'object')} in "
+            f"{counted(done.images, 'image')}"
         )
+        if done.options.epochs:
+            held = done.history[done.best].held_out
+            text += f"; epoch {done.best} of {done.options.epochs} kept" + (
+                "" if held is None else f", mAP {held:.1f} on {counted(done.held_out, 'held-out image')}"
+            )
+        if done.weights is not None:
+            text += f"\n{printable(done.weights)}: its network"
+        typer.echo(f"{text}\n{done.seconds:.1f} s on {done.device}")
     if page is not None and done.file is not None:
         from sppfeat.detection import write_detector_page
         from sppfeat.errors import ReportError

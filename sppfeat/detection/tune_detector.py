@@ -40,7 +40,8 @@ _MEASURED = 8
 class TunedDetector:
     """What a run of `tune_detector` did.
 
-    file, weights: the detector and the tuned weights, which are written at the end; None until then. recipe: of the
+    file, weights: the detector and the tuned weights, which are written at the end; None until then, the weights also
+    if the network is the untuned one. recipe: of the
     untuned network. images, held_out: learned from, and chosen by. history: by epoch, whose `held_out` is mAP. The
     rest: see `sppfeat.detection.train_detector.Training` and `sppfeat.training.learning.Learned`.
     """
@@ -80,7 +81,8 @@ def tune_detector(
 ) -> TunedDetector:
     """Train a detector and tune its network on annotated images with windows [K, 4] by image name.
 
-    Writes `output`, and the weights beside it: `det.safetensors` for `det.h5`. windows, proposals: see
+    Writes `output`, and the weights beside it, unless the untuned network is the best: `det.safetensors` for `det.h5`.
+    With 0 epochs, a softmax and box regression are fitted to the network as it is. windows, proposals: see
     `train_detector`. Resumes from `det.h5.checkpoint`. Raises ModelError, UsageError, BackboneError.
     """
     began = time.perf_counter()
@@ -135,7 +137,7 @@ def tune_detector(
         if windows is not None and not any(len(windows.get(name, ())) for name in names):
             raise UsageError(f"expected windows of the images, found none; the first image is {names[0]}")
         order = np.random.default_rng([options.seed, 0]).permutation(len(names))
-        count = round(options.held_out * len(names)) if len(names) > 1 else 0
+        count = round(options.held_out * len(names)) if len(names) > 1 and options.epochs else 0
         held = sorted(names[at] for at in order[:count])
         rest = sorted(names[at] for at in order[count:])
         learner = WindowLearner(
@@ -202,8 +204,11 @@ def tune_detector(
         )
         if not learned.finished:
             return done
-        save_tensors(weights_path, trunk.weights(), {"sppfeat": __version__, "recipe": trunk.recipe.to_json()})
-        final = replace(trunk.recipe, weights=os.path.abspath(weights_path))
+        final = trunk.recipe
+        if learned.best:
+            save_tensors(weights_path, trunk.weights(), {"sppfeat": __version__, "recipe": final.to_json()})
+            final = replace(final, weights=os.path.abspath(weights_path))
+            done = replace(done, weights=str(weights_path))
         training = {
             "images": len(rest),
             "held_out": len(held),
@@ -218,4 +223,4 @@ def tune_detector(
         )
         save_detector(detector, path)
         checkpoint.unlink(missing_ok=True)
-    return replace(done, file=str(path), weights=str(weights_path), seconds=time.perf_counter() - began)
+    return replace(done, file=str(path), seconds=time.perf_counter() - began)

@@ -23,7 +23,7 @@ _FALLS_AT: Final = 0.75
 class LearningOptions:
     """How a network is tuned by gradient descent.
 
-    epochs: passes over the images. learning_rate: at its highest.
+    epochs: passes over the images; 0: only heads are fitted, to the network as it is. learning_rate: at its highest.
     optimizer: `adamw` or `sgd` (momentum 0.9). schedule: `cosine`, or `steps` (a tenth after three quarters).
     from_layer: the first module that is tuned; None: all. clip: the longest gradient. held_out: share of the images
     that the best epoch is chosen by. checkpoint_minutes: between two checkpoints. seed: of all draws.
@@ -45,7 +45,7 @@ class LearningOptions:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, low, high in (("epochs", 1, 10_000), ("batch_size", 1, 4096), ("seed", 0, (1 << 31) - 1)):
+        for name, low, high in (("epochs", 0, 10_000), ("batch_size", 1, 4096), ("seed", 0, (1 << 31) - 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")

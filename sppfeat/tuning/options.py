@@ -23,6 +23,8 @@ class TuningOptions(LearningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         Recipe(scales=self.scales)
+        if not self.epochs:
+            raise UsageError("epochs must be from 1, found 0: it is the network that is tuned")
         if not all(isinstance(scale, int) for scale in self.scales):
             raise UsageError(f"scales must be in pixels, found {','.join(map(str, self.scales))}")
 

@@ -387,3 +387,23 @@ def test_a_run_with_other_windows_is_not_resumed(voc: Path, windows: dict[str, n
     moved = {name: boxes + 1 for name, boxes in windows.items()}
     with pytest.raises(SppFeatError, match="a checkpoint of a run with other images or options"):
         tune_detector(annotated, moved, path, SMALL, OPTIONS)
+
+
+def test_a_softmax_on_the_network_as_it_is(
+    voc: Path,
+    windows: dict[str, np.ndarray],
+    tmp_path: Path,
+    run_sppfeat: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    path, frozen = tmp_path / "det.h5", replace(SMALL, levels=(3, 2, 1))
+    done = tune_detector(read_voc(voc, "trainval"), windows, path, frozen, replace(OPTIONS, epochs=0))
+    assert (done.file, done.weights, done.best, done.images, done.held_out) == (str(path), None, 0, 24, 0)
+    assert sorted(each.name for each in tmp_path.iterdir() if not each.name.startswith(".")) == ["det.h5"]
+    detector = open_detector(path)
+    assert detector.background is not None and detector.recipe.weights == "random"
+    found = evaluate_detector(detector, read_voc(voc, "test"), windows)
+    assert found.eleven_point > 10, "3 without a fit"
+    shown = run_sppfeat("inspect", str(path))
+    assert shown.returncode == 0 and "fitted to the network as it is" in shown.stdout
+    wrong = run_sppfeat("tune", str(voc), "-o", str(tmp_path / "t.safetensors"), "--epochs", "0")
+    assert wrong.returncode == 2 and "epochs must be from 1, found 0" in wrong.stderr

@@ -189,7 +189,7 @@ def test_the_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("epochs", 0),
+        ("epochs", -1),
         ("batch_size", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
