@@ -78,9 +78,12 @@ def detectors(kind: str, arguments: argparse.Namespace) -> None:
         windows = data.windows("raccoon", Path(train.root))
     recipe = detection_recipe(levels=tuple(int(level) for level in arguments.levels.split(",")))
     options = LearningOptions(
-        epochs=arguments.epochs, from_layer=arguments.from_layer, learning_rate=arguments.learning_rate
+        epochs=arguments.epochs,
+        from_layer=arguments.from_layer,
+        learning_rate=arguments.learning_rate,
+        head_rate=arguments.head_rate,
     )
-    setting = f"{arguments.epochs}-{arguments.learning_rate:g}-{arguments.from_layer}"
+    setting = f"{arguments.epochs}-{arguments.learning_rate:g}-{arguments.head_rate:g}-{arguments.from_layer}"
     ways = {f"{kind}-svms-{arguments.levels}": "SVMs, frozen", f"{kind}-tuned-{arguments.levels}-{setting}": "tuned"}
     print(f"\n| {kind}, levels {arguments.levels} | box voting | AP, 11 points | area | COCO | precision | recall |")
     print("|---|---|---|---|---|---|---|")
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--from", dest="from_layer", default="blocks.5", help="first layer that is tuned")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=TuningOptions.learning_rate)
+    parser.add_argument("--head-rate", type=float, default=LearningOptions.head_rate, help="of detectors")
     parser.add_argument("--scales", default="160,224,288", help="test scales of classes")
     parser.add_argument("--levels", default="6,3,2,1", help="levels of detectors")
     arguments = parser.parse_intermixed_args()

@@ -178,7 +178,8 @@ Epochs = Annotated[
     int,
     typer.Option(metavar="N", help="Passes over the images; of detectors, 0 fits a softmax to the network as it is."),
 ]
-LearningRate = Annotated[float, typer.Option(metavar="R", help="Highest learning rate.")]
+LearningRate = Annotated[float, typer.Option(metavar="R", help="Highest learning rate of the network.")]
+HeadRate = Annotated[float, typer.Option(metavar="X", help="How many times as fast as the network its head learns.")]
 Optimizer = Annotated[str, typer.Option(metavar="NAME", help="Optimizer: adamw or sgd (momentum 0.9).")]
 Schedule = Annotated[
     str,

@@ -76,6 +76,7 @@ def detector(
     from_layer: options.FromLayer = None,
     epochs: options.Epochs = _LEARNING.epochs,
     learning_rate: options.LearningRate = _LEARNING.learning_rate,
+    head_rate: options.HeadRate = _LEARNING.head_rate,
     optimizer: options.Optimizer = _LEARNING.optimizer,
     schedule: options.Schedule = _LEARNING.schedule,
     weight_decay: options.WeightDecay = _LEARNING.weight_decay,
@@ -141,6 +142,7 @@ def detector(
                 from_layer=from_layer,
                 epochs=epochs,
                 learning_rate=learning_rate,
+                head_rate=head_rate,
                 optimizer=optimizer,
                 schedule=schedule,
                 weight_decay=weight_decay,
@@ -176,7 +178,16 @@ def detector(
 def _check_given(given: set[str], tune: bool) -> None:
     """Raise UsageError for options of the one way to train that come with the other."""
     svms = {"c", "positive_weight", "passes", "box_regression", "calibration", "memory", "engine"}
-    learning = {"from_layer", "epochs", "learning_rate", "optimizer", "schedule", "weight_decay", "held_out"}
+    learning = {
+        "from_layer",
+        "epochs",
+        "learning_rate",
+        "head_rate",
+        "optimizer",
+        "schedule",
+        "weight_decay",
+        "held_out",
+    }
     learning |= {"checkpoint_minutes", "precision", "report"}
     if wrong := sorted(given & (svms if tune else learning)):
         name = {"from_layer": "from"}.get(wrong[0], wrong[0].replace("_", "-"))

@@ -51,6 +51,7 @@ def tune(
         int, typer.Option("--batch-size", "-b", metavar="N", help="Images of a step.")
     ] = _TUNING.batch_size,
     learning_rate: options.LearningRate = _TUNING.learning_rate,
+    head_rate: options.HeadRate = _TUNING.head_rate,
     optimizer: options.Optimizer = _TUNING.optimizer,
     schedule: options.Schedule = _TUNING.schedule,
     weight_decay: options.WeightDecay = _TUNING.weight_decay,
@@ -80,6 +81,7 @@ def tune(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        head_rate=head_rate,
         optimizer=optimizer,
         schedule=schedule,
         weight_decay=weight_decay,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -142,10 +142,11 @@ class WindowLearner:
             {"network": self.network, "scores": self.scores, "moves": self.moves}
         ).to(device)
         self.factor, self._runner = 1.0, Passes(device)
-        self.parameters: Sequence[nn.Parameter] = [
-            *self.network.tuned,
-            *self.scores.parameters(),
-            *self.moves.parameters(),
+        self._parameters = [*self.network.tuned, *self.scores.parameters(), *self.moves.parameters()]
+        rate = options.learning_rate
+        self.groups: Sequence[dict[str, Any]] = [
+            {"params": self.network.tuned, "lr": rate},
+            {"params": [*self.scores.parameters(), *self.moves.parameters()], "lr": rate * options.head_rate},
         ]
 
     def steps(self) -> int:
@@ -200,7 +201,7 @@ class WindowLearner:
             return loss
 
         passes = [sample for sample in batch if len(sample.labels)]
-        return self._runner.backward(passes, loss_of, self.parameters, 1 / max(count, 1)), count
+        return self._runner.backward(passes, loss_of, self._parameters, 1 / max(count, 1)), count
 
     def held_out(self) -> float | None:
         """mAP on held-out images, in percent."""

@@ -22,11 +22,11 @@ from sppfeat.training.options import LearningOptions
 class Learner(Protocol):
     """What is learned: a network, its batches, and their losses. All of it depends on the seed alone.
 
-    module: all that is learned, and what it needs. parameters: those that are learned.
+    module: all that is tuned. groups: parameters, each with its `lr` at its highest.
     """
 
     module: nn.Module
-    parameters: Sequence[nn.Parameter]
+    groups: Sequence[dict[str, Any]]
 
     def steps(self) -> int:
         """Steps in an epoch."""
@@ -85,15 +85,13 @@ class _Run:
     ) -> None:
         self._learner, self._options, self._checkpoint = learner, options, checkpoint
         self._measure, self._observer, self._stop = measure, observer, stop
-        self._parameters = list(learner.parameters)
+        groups = [dict(group) for group in learner.groups]
+        self._highest = [float(group["lr"]) for group in groups]
         if options.optimizer == "adamw":
-            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self._parameters, weight_decay=options.weight_decay
-            )
+            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         else:
-            self._optimizer = torch.optim.SGD(
-                self._parameters, options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
-            )
+            self._optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=options.weight_decay)
+        self._parameters = [p for group in groups for p in group["params"]]
         self._weights = learner.module.state_dict()  # references: they follow the training
         self._progress = Progress(key=key)
         self._best: dict[str, torch.Tensor] = {}
@@ -132,8 +130,8 @@ class _Run:
         for batch in learner.batches(progress.epoch, progress.step):
             began = time.perf_counter()
             done = (progress.epoch - 1 + progress.step / steps) / self._options.epochs
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._options.learning_rate * self._options.rate(done)
+            for group, highest in zip(self._optimizer.param_groups, self._highest, strict=True):
+                group["lr"] = highest * self._options.rate(done)
             self._optimizer.zero_grad(set_to_none=True)
             try:
                 loss, count = learner.backward(batch)

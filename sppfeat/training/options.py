@@ -23,7 +23,8 @@ _FALLS_AT: Final = 0.75
 class LearningOptions:
     """How a network is tuned by gradient descent.
 
-    epochs: passes over the images; 0: only heads are fitted, to the network as it is. learning_rate: at its highest.
+    epochs: passes over the images; 0: only heads are fitted, to the network as it is. learning_rate: at its highest,
+    of the network; heads learn `head_rate` times as fast.
     optimizer: `adamw` or `sgd` (momentum 0.9). schedule: `cosine`, or `steps` (a tenth after three quarters).
     from_layer: the first module that is tuned; None: all. clip: the longest gradient. held_out: share of the images
     that the best epoch is chosen by. checkpoint_minutes: between two checkpoints. seed: of all draws.
@@ -33,6 +34,7 @@ class LearningOptions:
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-4
+    head_rate: float = 10.0
     optimizer: str = "adamw"
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -49,7 +51,7 @@ class LearningOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(f"{name} must be a whole number from {low} to {high}, found {value!r}")
-        for name in ("learning_rate", "clip", "checkpoint_minutes"):
+        for name in ("learning_rate", "head_rate", "clip", "checkpoint_minutes"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be above 0, found {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -81,10 +81,15 @@ class ClassLearner:
         self._recipe = trunk.recipe
         self.network = TunedTrunk(trunk, options.from_layer)
         self.module: nn.Module = nn.ModuleDict({"network": self.network, "head": head}).to(device)
+        rate = options.learning_rate
+        self.groups: Sequence[dict[str, Any]] = [
+            {"params": self.network.tuned, "lr": rate},
+            {"params": list(head.parameters()), "lr": rate * options.head_rate},
+        ]
         self._train, self._held, self._options, self._device = train, held, options, device
         self._failed, self._seen = failed, seen
         self._head, self._runner = head, Passes(device)
-        self.parameters: Sequence[nn.Parameter] = [*self.network.tuned, *head.parameters()]
+        self._parameters = [*self.network.tuned, *head.parameters()]
 
     def steps(self) -> int:
         return -(-len(self._train) // self._options.batch_size)
@@ -109,7 +114,7 @@ class ClassLearner:
             images, labels = one
             return F.cross_entropy(self._scores(images), labels, reduction="sum")
 
-        total = self._runner.backward(self._passes(batch), loss_of, self.parameters, 1 / max(len(batch), 1))
+        total = self._runner.backward(self._passes(batch), loss_of, self._parameters, 1 / max(len(batch), 1))
         return total, len(batch)
 
     def held_out(self) -> float | None:

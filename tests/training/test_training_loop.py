@@ -27,7 +27,7 @@ class Line:
     def __init__(self, held_out: Sequence[float | None] = (), broken_at: int | None = None) -> None:
         torch.manual_seed(0)
         self.module: nn.Module = nn.Linear(3, 1)
-        self.parameters: Sequence[nn.Parameter] = list(self.module.parameters())
+        self.groups: Sequence[dict[str, Any]] = [{"params": list(self.module.parameters()), "lr": 0.05}]
         self.backwards = 0
         self.seen: list[tuple[int, int]] = []
         self._held_out, self._broken_at = list(held_out), broken_at
@@ -70,7 +70,7 @@ def weights(line: Line) -> dict[str, torch.Tensor]:
 def run(
     line: Line, path: Path, stop_after: int | None = None, observer: Observer | None = None, **options: Any
 ) -> Learned:
-    chosen = LearningOptions(**{"epochs": 4, "learning_rate": 0.05, **options})
+    chosen = LearningOptions(**{"epochs": 4, **options})
     return learn(
         line,
         chosen,
@@ -174,7 +174,7 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     path.write_bytes(content)
     other = Line()
     other.module = nn.Linear(4, 1)
-    other.parameters = list(other.module.parameters())
+    other.groups = [{"params": list(other.module.parameters()), "lr": 0.05}]
     with pytest.raises(ModelError, match="c: not a checkpoint of this network: weight differs"):
         run(other, path)
 
