@@ -29,6 +29,7 @@ from sppfeat.recipe import Recipe
 from sppfeat.settings import quiet_pillow
 from sppfeat.svm.logistic import LogisticProblem
 from sppfeat.training import LearningOptions, ahead
+from sppfeat.training.heads import start_head
 from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, map_windows, outside, overlaps
@@ -315,10 +316,8 @@ class WindowLearner:
             return None
         problem = LogisticProblem(rows, np.arange(len(rows)), device=str(self._device))
         solution = problem.solve(labels, len(self.classes) + 1, c=HEAD_COST, tolerance=_HEAD_TOLERANCE)
-        weights, biases = problem.weights(solution)
+        start_head(self.scores, *problem.weights(solution), labels)
         with torch.no_grad():
-            self.scores.weight.copy_(torch.from_numpy(weights))
-            self.scores.bias.copy_(torch.from_numpy(biases))
             moves = self.moves.weight.view(len(self.classes), 4, dim), self.moves.bias.view(len(self.classes), 4)
             for label in range(len(self.classes)):
                 mine = labels == label

@@ -28,6 +28,7 @@ from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.svm import SvmOptions
 from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
+from sppfeat.training.heads import start_head
 from sppfeat.training.learning import learn
 from sppfeat.training.weights import check_weights_file, save_tensors
 from sppfeat.transfer import Labels, labels_from_folders
@@ -231,9 +232,7 @@ def _start_head(
     costs = _COSTS if enough else (_COSTS[1],)
     choice = choose_regularisation(problem, labels, classes, SvmOptions(costs=costs, seed=options.seed))
     weights, biases = problem.weights(problem.solve(labels, classes, c=choice.cost, start=choice.start))
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weights))
-        head.bias.copy_(torch.from_numpy(biases))
+    start_head(head, weights, biases, labels)
 
 
 def _peak_bytes() -> int:

@@ -40,7 +40,9 @@ from sppfeat.detection.window_learning import (
 )
 from sppfeat.errors import SppFeatError
 from sppfeat.images import Item
+from sppfeat.svm.logistic import LogisticProblem
 from sppfeat.training import LearningOptions
+from sppfeat.training.heads import start_head
 from sppfeat.windows import ProposalOptions, box_targets, overlaps
 
 SMALL = detection_recipe(backbone="timm:test_resnet", weights="random", scales=(96,), levels=(2, 1))
@@ -167,6 +169,19 @@ def test_the_heads_start_in_bounded_memory(
     monkeypatch.setattr("sppfeat.detection.window_learning._HEAD_BYTES", 4 * learner.scores.in_features * 50)
     assert learner.start_heads() is None
     assert shapes == [16] * 3 and learner.scores.weight.abs().max() > 0
+
+
+def test_a_class_that_no_row_is_of_is_not_ruled_out() -> None:
+    """A fit gives it a bias that falls without an end."""
+    generator = np.random.default_rng(0)
+    rows, labels = generator.normal(size=(40, 5)).astype(np.float32), np.repeat([0, 2], 20)
+    problem, head = LogisticProblem(rows, np.arange(40)), torch.nn.Linear(5, 3)
+    weights, biases = problem.weights(problem.solve(labels, 3, c=1.0))
+    assert biases[1] < biases[[0, 2]].min() - 5
+    start_head(head, weights, biases, labels)
+    found = head.bias.detach().numpy()
+    np.testing.assert_allclose(found, [biases[0], biases[[0, 2]].min(), biases[2]], rtol=1e-6)
+    np.testing.assert_allclose(head.weight.detach().numpy(), weights, rtol=1e-6)
 
 
 def test_the_loss_is_that_of_the_windows_one_by_one(voc: Path, windows: dict[str, np.ndarray]) -> None:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from reference import knn_votes
 
 from sppfeat import SppFeatWarning, UsageError
+from sppfeat.svm import logistic
 from sppfeat.svm.cost_selection import folds
 from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
 from sppfeat.svm.options import SvmOptions
-from sppfeat.transfer import TransferOptions, knn, logistic
+from sppfeat.transfer import TransferOptions, knn
 from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.knn import knn_scores
 from sppfeat.transfer.labels import Labels
