@@ -140,6 +140,8 @@ def tune_detector(
         count = round(options.held_out * len(names)) if len(names) > 1 and options.epochs else 0
         held = sorted(names[at] for at in order[:count])
         rest = sorted(names[at] for at in order[count:])
+        learned_from = count_positives(annotated.subset(rest))
+        positives = {name: learned_from[name] for name in positives}
         learner = WindowLearner(
             trunk,
             Network(trunk.recipe).descriptions,
