@@ -1,7 +1,6 @@
 """`sppfeat evaluate`: evaluate descriptors and detectors."""
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +8,15 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat_cli import evaluate_all, evaluate_detection, options
 from sppfeat_cli.evaluate_retrieval import retrieval
-from sppfeat_cli.output import convergence_document, counted, finite, options_document, print_json, printable
+from sppfeat_cli.output import (
+    after_results,
+    convergence_document,
+    counted,
+    finite,
+    options_document,
+    print_json,
+    printable,
+)
 
 if TYPE_CHECKING:
     from sppfeat.transfer.evaluation import Comparison, Shots, Transfer
@@ -94,7 +101,6 @@ def transfer(
     that of 95 % of bootstrap draws of test images. Several stores are compared with the first on the same splits: p is
     that of Nadeau and Bengio's corrected t-test for repeated splits, of McNemar's test for one.
     """
-    from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.store import open_store
     from sppfeat.transfer import TransferOptions, read_labels, read_voc_labels
@@ -130,13 +136,9 @@ def transfer(
         print_json(documents[0] if len(documents) == 1 else {"stores": documents})
     else:
         typer.echo(_table(done))
-    # The report comes after the results, which its failure does not affect.
     if page is not None:
-        try:
+        with after_results():
             write_transfer_report(page, done)
-        except ReportError as error:
-            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
 
 
 def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import print_json, printable
+from sppfeat_cli.output import after_results, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def evaluate_all(
     random. A TOML file of data sets has a table [NAME] for each: path and options of `evaluate transfer`, or gallery,
     queries and options of `evaluate retrieval`. What an earlier run into the same folder has done is kept.
     """
-    from sppfeat.errors import ReportError
     from sppfeat.matrix import evaluate_matrix, read_data, read_recipes, table, write_matrix_page
     from sppfeat.report import check_page
 
@@ -76,10 +75,7 @@ def evaluate_all(
     else:
         typer.echo(table(cells))
     if page is not None:
-        try:
+        with after_results():
             write_matrix_page(page, cells)
-        except ReportError as error:
-            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
     if any(cell.failed for cell in cells):
         raise typer.Exit(3)

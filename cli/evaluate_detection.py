@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import options_document, print_json, printable
+from sppfeat_cli.output import after_results, options_document, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ def detection(
         read_annotations,
         write_evaluation,
     )
-    from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.windows import windows_from
 
@@ -94,13 +92,9 @@ def detection(
         )
     else:
         typer.echo(_table(done))
-    # The report comes after the results, which its failure does not affect.
     if page is not None:
-        try:
+        with after_results():
             write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
-        except ReportError as error:
-            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
     if done.failed or done.notes:
         raise typer.Exit(3)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 
-from sppfeat.errors import SppFeatError, UsageError
+from sppfeat.errors import ReportError, SppFeatError, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,6 +84,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(one) for one in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@contextlib.contextmanager
+def after_results() -> Iterator[None]:
+    """Write a page here: it comes after the results, which its failure does not affect. That is told, and the exit code
+    is 1."""
+    try:
+        yield
+    except ReportError as error:
+        print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ from sppfeat.errors import UsageError
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat_cli import options
 from sppfeat_cli.output import (
+    after_results,
     byte_count,
     counted,
     end_learning,
@@ -229,13 +230,9 @@ def _end_tuning(done: "TunedDetector", page: Path | None, as_json: bool, quiet: 
         typer.echo(f"{text}\n{done.seconds:.1f} s on {done.device}")
     if page is not None and done.file is not None:
         from sppfeat.detection import write_detector_page
-        from sppfeat.errors import ReportError
 
-        try:
+        with after_results():
             write_detector_page(page, done)
-        except ReportError as error:
-            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed or done.notes:
         raise typer.Exit(3)

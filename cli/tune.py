@@ -1,6 +1,5 @@
 """`sppfeat tune`: tune a network on classes of images."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -9,6 +8,7 @@ from sppfeat.recipe import POOLINGS, Recipe
 from sppfeat_cli import options
 from sppfeat_cli.options import one_of
 from sppfeat_cli.output import (
+    after_results,
     counted,
     end_learning,
     epochs_document,
@@ -70,7 +70,6 @@ def tune(
     Classes are the parent folders, or those of --labels. A share of the images is held out, and the epoch that gets
     most of them right is kept: the untuned network if none is better. If interrupted, the same command resumes.
     """
-    from sppfeat.errors import ReportError
     from sppfeat.report import check_page
     from sppfeat.transfer import read_labels
     from sppfeat.tuning import TuningOptions, write_tuning_page
@@ -141,11 +140,8 @@ def tune(
             f"of {chosen.epochs} kept{held}; {done.seconds:.0f} s, {human_bytes(done.peak_bytes)}"
         )
     if page is not None and done.file is not None:
-        try:
+        with after_results():
             write_tuning_page(page, done)
-        except ReportError as error:
-            print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed:
         raise typer.Exit(3)
