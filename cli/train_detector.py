@@ -74,6 +74,14 @@ def detector(
             "--tune", help="Tune the network with the detector, as Fast R-CNN, instead of training SVMs on its output."
         ),
     ] = False,
+    train_scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIXELS,...",
+            help="Short sides of the images, one after the other from epoch to epoch.",
+            show_default="those of --scales",
+        ),
+    ] = None,
     from_layer: options.FromLayer = None,
     epochs: options.Epochs = _LEARNING.epochs,
     learning_rate: options.LearningRate = _LEARNING.learning_rate,
@@ -140,6 +148,7 @@ def detector(
             from sppfeat.detection.tune_detector import tune_detector
 
             learning = LearningOptions(
+                scales=integers("train-scales", train_scales) if train_scales is not None else None,
                 from_layer=from_layer,
                 epochs=epochs,
                 learning_rate=learning_rate,
@@ -180,6 +189,7 @@ def _check_given(given: set[str], tune: bool) -> None:
     """Raise UsageError for options of the one way to train that come with the other."""
     svms = {"c", "positive_weight", "passes", "box_regression", "calibration", "memory", "engine"}
     learning = {
+        "train_scales",
         "from_layer",
         "epochs",
         "learning_rate",

@@ -158,7 +158,8 @@ class WindowLearner:
         order = random.permutation(len(self._names))
         is_mirrored = random.random(len(self._names)) < 0.5
         chunks = [order[start : start + IMAGES].tolist() for start in range(first * IMAGES, len(order), IMAGES)]
-        scale = self._recipe.scales[(epoch - 1) % len(self._recipe.scales)]
+        scales = self._options.scales or self._recipe.scales
+        scale = scales[(epoch - 1) % len(scales)]
 
         def prepared(at: int) -> Sample | str:
             name = self._names[at]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sppfeat.errors import UsageError, unknown_name
-from sppfeat.recipe import RunOptions
+from sppfeat.recipe import Recipe, RunOptions
 
 OPTIMIZERS: Final = ("adamw", "sgd")
 SCHEDULES: Final = ("cosine", "steps")
@@ -24,13 +24,16 @@ class LearningOptions:
     """How a network is tuned by gradient descent.
 
     epochs: passes over the images; 0: only heads are fitted, to the network as it is. learning_rate: at its highest,
-    of the network; heads learn `head_rate` times as fast.
+    of the network; heads learn `head_rate` times as fast. scales: short sides in pixels, one after the other from epoch
+    to epoch, as SPP-net was trained (He, Zhang, Ren, Sun 2015, section 3.1): the network and the pyramid stay the same;
+    None: the recipe's.
     optimizer: `adamw` or `sgd` (momentum 0.9). schedule: `cosine`, or `steps` (a tenth after three quarters).
     from_layer: the first module that is tuned; None: all. clip: the longest gradient. held_out: share of the images
     that the best epoch is chosen by. checkpoint_minutes: between two checkpoints. seed: of all draws.
     precision: of the arithmetic on a GPU. Raises UsageError, naming the field, for an invalid value.
     """
 
+    scales: tuple[int, ...] | None = None
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-4
@@ -62,12 +65,17 @@ class LearningOptions:
         for name, valid in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in valid:
                 raise UsageError(unknown_name(name, str(getattr(self, name)), valid))
+        if self.scales is not None:
+            Recipe(scales=self.scales)
+            if not all(isinstance(scale, int) for scale in self.scales):
+                raise UsageError(f"scales must be in pixels, found {','.join(map(str, self.scales))}")
         RunOptions(device=self.device)
 
     def described(self) -> str:
         """The options that a reader of a page wants to know, in words."""
+        scales = f" at scales {', '.join(map(str, self.scales))}, one an epoch," if self.scales else ""
         return (
-            f"tuned from {self.from_layer or 'the first layer'} on by {self.optimizer}, learning rate "
+            f"tuned from {self.from_layer or 'the first layer'} on{scales} by {self.optimizer}, learning rate "
             f"{self.learning_rate:g}, schedule {self.schedule}"
         )
 

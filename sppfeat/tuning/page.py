@@ -11,10 +11,10 @@ from sppfeat.tuning.result import Tuned
 def write_tuning_page(path: Path, done: Tuned) -> None:
     """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError."""
     recipe, options = done.recipe, done.options
-    levels, scales = (", ".join(map(str, each)) for each in (recipe.levels, options.scales))
+    levels = ", ".join(map(str, recipe.levels))
     about = (
         f"{done.images} images of {len(done.classes)} classes, {done.held_out} more held out; layer {recipe.layer}, "
-        f"levels {levels}, scales {scales} from epoch to epoch; {options.described()}."
+        f"levels {levels}; {options.described()}."
     )
     title = f"Tuning {recipe.backbone}"
     write_learning_page(path, title, about, "Held-out images right", done.history, done.best, done.diverged)

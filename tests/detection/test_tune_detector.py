@@ -122,6 +122,18 @@ def learner_of(voc: Path, windows: dict[str, np.ndarray], options: LearningOptio
     )
 
 
+def test_scales_change_from_epoch_to_epoch(voc: Path, windows: dict[str, np.ndarray]) -> None:
+    """Images are seen at the scale of the epoch; windows stay those of the original."""
+    several = learner_of(voc, windows, replace(OPTIONS, scales=(64, 128)))
+    one = learner_of(voc, windows)
+    for epoch, side in ((1, 64), (2, 128), (3, 64)):
+        batches = zip(several.batches(epoch, 0), one.batches(epoch, 0), strict=True)
+        for sample, same in ((sample, same) for pair in batches for sample, same in zip(*pair, strict=True)):
+            assert min(sample.pixels.shape[:2]) == side and min(same.pixels.shape[:2]) == 96
+            assert sample.size == same.size and np.array_equal(sample.windows, same.windows)
+            assert np.array_equal(sample.targets, same.targets)
+
+
 def test_heads_start_at_the_best_ones_of_the_untuned_network(voc: Path, windows: dict[str, np.ndarray]) -> None:
     """Where the gradient of |W|^2 / 2 and the losses of the same windows is 0, and no bias is penalised."""
     learner = learner_of(voc, windows)
@@ -353,11 +365,11 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     tiny = ("--backbone", SMALL.backbone, "--weights", "random", "--scales", "96", "--levels", "2,1", "--device", "cpu")
     run = ("train", "detector", str(voc), "-o", str(output), "--windows", str(voc / "windows.json"), *tiny)
     page, published = tmp_path / "curves.html", ("--optimizer", "sgd", "--schedule", "steps", "--weight-decay", "5e-4")
-    learning = ("--epochs", "2", "--learning-rate", "1e-3", "--from", "layer3", *published)
+    learning = ("--epochs", "2", "--train-scales", "96,64", "--learning-rate", "1e-3", "--from", "layer3", *published)
     done = run_sppfeat(*run, "--tune", *learning, "--report", str(page))
     assert done.returncode == 0, done.stderr
     shown = page.read_text()
-    assert "tuned from layer3 on by sgd, learning rate 0.001, schedule steps" in shown
+    assert "tuned from layer3 on at scales 96, 64, one an epoch, by sgd, learning rate 0.001, schedule steps" in shown
     assert "of 2 classes in 22 images" in shown and shown.count("<svg") == 2
     assert "tuned detector of 2 classes" in done.stdout and "det.safetensors: its network" in done.stdout
     assert "epoch 2 of 2: loss " in done.stderr and "% mAP on held-out images" in done.stderr
@@ -372,7 +384,7 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert wrong.returncode == 2 and "--c is for SVMs: expected no --tune" in wrong.stderr
     wrong = run_sppfeat(*run, "--tune", "--no-calibration")
     assert wrong.returncode == 2 and "--calibration is for SVMs: expected no --tune" in wrong.stderr
-    for one in (("--from", "layer3"), ("--report", "curves.html"), ("--schedule", "steps")):
+    for one in (("--from", "layer3"), ("--train-scales", "96"), ("--report", "curves.html"), ("--schedule", "steps")):
         wrong = run_sppfeat(*run, *one)
         assert wrong.returncode == 2 and f"{one[0]}: expected --tune with it" in wrong.stderr
 

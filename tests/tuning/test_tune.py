@@ -195,7 +195,7 @@ def test_the_command_line_tunes_and_writes_a_page(textures: Path, tmp_path: Path
     assert done.returncode == 3 and "3 classes" in done.stdout and "of held-out images right before" in done.stdout
     assert "fine/broken.png: " in done.stderr and "left out" in done.stderr
     text = page.read_text()
-    assert "Held-out images right" in text and "(kept)" in text and "48, 64 from epoch to epoch" in text
+    assert "Held-out images right" in text and "(kept)" in text and "at scales 48, 64, one an epoch" in text
     again = subprocess.run(run, capture_output=True, text=True)
     assert again.returncode == 1 and "already exists; choose another output, or use --overwrite" in again.stderr
     assert "Traceback" not in done.stderr + again.stderr
