@@ -83,7 +83,10 @@ def detectors(kind: str, arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         head_rate=arguments.head_rate,
     )
+    if arguments.train_scales:
+        options = replace(options, scales=tuple(int(scale) for scale in arguments.train_scales.split(",")))
     setting = f"{arguments.epochs}-{arguments.learning_rate:g}-{arguments.head_rate:g}-{arguments.from_layer}"
+    setting += f"-{arguments.train_scales}" * bool(arguments.train_scales)
     ways = {f"{kind}-svms-{arguments.levels}": "SVMs, frozen", f"{kind}-tuned-{arguments.levels}-{setting}": "tuned"}
     print(f"\n| {kind}, levels {arguments.levels} | box voting | AP, 11 points | area | COCO | precision | recall |")
     print("|---|---|---|---|---|---|---|")
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=TuningOptions.learning_rate)
     parser.add_argument("--head-rate", type=float, default=LearningOptions.head_rate, help="of detectors")
     parser.add_argument("--scales", default="160,224,288", help="test scales of classes")
+    parser.add_argument("--train-scales", default="", help="of detectors, one an epoch; the default: 480 alone")
     parser.add_argument("--levels", default="6,3,2,1", help="levels of detectors")
     arguments = parser.parse_intermixed_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
