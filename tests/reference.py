@@ -437,3 +437,47 @@ def knn_votes(train: np.ndarray, test: np.ndarray, targets: np.ndarray, k: int, 
         for one in order:
             scores[at] += (targets[one] == 1) * np.exp((similar[one] - similar[order[0]]) / temperature) / total
     return scores
+
+
+def filter_weight(interpolation: str, x: float) -> float:
+    if interpolation == "bilinear":
+        return max(0.0, 1 - abs(x))
+    if interpolation == "lanczos":
+        if not -3 <= x < 3:
+            return 0.0
+        return 1.0 if x == 0 else math.sin(math.pi * x) / (math.pi * x) * math.sin(math.pi * x / 3) / (math.pi * x / 3)
+    assert interpolation == "bicubic"
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def resize_line(line: Sequence[int], length: int, interpolation: str) -> list[int]:
+    """One line of bytes at another length: weights in 1 / 2^22, as Pillow rounds them."""
+    scale = len(line) / length
+    stretch = max(scale, 1.0)
+    support = {"bilinear": 1, "bicubic": 2, "lanczos": 3}[interpolation] * stretch
+    resized = []
+    for at in range(length):
+        center = (at + 0.5) * scale
+        first, end = max(0, int(center - support + 0.5)), min(len(line), int(center + support + 0.5))
+        weights = [filter_weight(interpolation, (i - center + 0.5) / stretch) for i in range(first, end)]
+        whole = [math.floor(abs(w) / sum(weights) * 2**22 + 0.5) * (1 if w >= 0 else -1) for w in weights]
+        total = sum(w * value for w, value in zip(whole, line[first:end], strict=True))
+        resized.append(min(255, max(0, (total + 2**21) >> 22)))
+    return resized
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Pixels [height, width, 3] at a width and height: rows first, then columns, bytes between them."""
+    width, height = size
+    wide = np.empty((len(pixels), width, 3), np.uint8)
+    for y, c in np.ndindex(len(pixels), 3):
+        line = pixels[y, :, c].tolist()
+        wide[y, :, c] = line if len(line) == width else resize_line(line, width, interpolation)
+    resized = np.empty((height, width, 3), np.uint8)
+    for x, c in np.ndindex(width, 3):
+        line = wide[:, x, c].tolist()
+        resized[:, x, c] = line if len(line) == height else resize_line(line, height, interpolation)
+    return resized

@@ -14,16 +14,12 @@ from sppfeat.images.items import Fingerprint, Item
 from sppfeat.images.limits import MAX_WORKING_SET, working_set
 from sppfeat.images.memory import DecodingMemory
 from sppfeat.images.reading import decode, open_image, upright_size
+from sppfeat.images.resampling import resample
 from sppfeat.machine import available_cores, available_memory
 from sppfeat.recipe import Recipe
 
 # timm's and torchvision's evaluation transforms resize to 256 and keep the central 224.
 CENTER_CROP_FRACTION: Final = 0.875
-_RESAMPLING: Final = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 # Decoding memory per core: with it, photographs of 30 megapixels never wait for each other.
 CORE_BYTES: Final = 256 << 20
 
@@ -116,13 +112,12 @@ def prepare_image(source: Item | str, *recipes: Recipe, minimum: int = 1) -> Pre
 
 def _resized(pixels: Image.Image, target: tuple[int, int], recipe: Recipe, scale: int | str) -> np.ndarray:
     try:
-        resampling = _RESAMPLING[recipe.interpolation or "bicubic"]
-        resized = pixels if pixels.size == target else pixels.resize(target, resampling)
+        resized = resample(pixels, target, recipe.interpolation or "bicubic")
     except Exception as error:  # out of memory, for example
         raise ImageError(f"cannot be resized to {target[0]} x {target[1]}: {one_line(error)}") from None
-    return np.asarray(resized if recipe.crop == "none" else _center_square(resized, int(scale)))
+    return resized if recipe.crop == "none" else _center_square(resized, int(scale))
 
 
-def _center_square(image: Image.Image, side: int) -> Image.Image:
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+def _center_square(pixels: np.ndarray, side: int) -> np.ndarray:
+    top, left = (round((length - side) / 2) for length in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
