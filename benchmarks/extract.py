@@ -11,6 +11,10 @@ Peak memory is that of the largest single process.
 The limit is what decoding and the network alone allow on the cores they share, 1 / (1 / forward + 1 / decode): forward
 is the engine over images that are decoded already, decode is decoding and resizing alone, each over all cores.
 
+int8 is calibrated on the first images once, before anything is measured.
+
+ONEDNN_MAX_CPU_ISA=AVX2 in the environment holds PyTorch and OpenVINO to that, as on a processor that has no more.
+
 With `--thingsvision PYTHON`, the Python of an environment that has thingsvision (and timm), the same backbone over the
 same files is measured there too.
 """
@@ -132,8 +136,9 @@ def recipe_of(network_name: str, size: int, crop: str, precision: str) -> Recipe
 def ours(listing: str, network_name: str, size: int, crop: str, precision: str, engine: str, store: str) -> None:
     """Child process: sppfeat over the listed files; prints its seconds."""
     from sppfeat import RunOptions, extract_folder
+    from sppfeat.progress import Observer
 
-    class Clock:
+    class Clock(Observer):
         def started(self, *, todo: int, reused: int, gone: list[str], device: str) -> None:
             self.start = time.perf_counter()
 
@@ -159,9 +164,11 @@ def limit(listing: str, network_name: str, size: int, crop: str, precision: str,
     from sppfeat import RunOptions
     from sppfeat.backbones.network import Network
     from sppfeat.engines.engine import load_engine
+    from sppfeat.extraction import calibrate
+    from sppfeat.images import find_images
     from sppfeat.images.resizing import prepare_image
 
-    recipe = recipe_of(network_name, size, crop, precision)
+    recipe = calibrate(recipe_of(network_name, size, crop, precision), find_images([listing]).items)
     network = Network(recipe)
     runner = load_engine(network, RunOptions(device="cpu", engine=engine))
     paths = Path(listing).read_text().splitlines()
@@ -252,12 +259,13 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
     for text, crop, precision, engine in (
         (f"sppfeat, whole image, short side {size}", "none", "float32", "auto"),
         (f"sppfeat, {size} centre crop (equal pixels)", "center", "float32", "auto"),
+        ("sppfeat, whole image, int8", "none", "int8", "auto"),
         ("sppfeat, whole image, bfloat16", "none", "bfloat16", "auto"),
         ("sppfeat, whole image, torch engine", "none", "float32", "torch"),
     ):
         sides[text] = ("ours", listing, name, size, crop, precision, engine, store)
-    run("ours", listing, name, size, "none", "float32", "auto", store)  # converts the networks, once per machine
-    run("ours", listing, name, size, "none", "bfloat16", "auto", store)
+    for precision in ("float32", "int8", "bfloat16"):  # converts the networks, once per machine
+        run("ours", listing, name, size, "none", precision, "auto", store)
     runs: dict[str, list[Run]] = {text: [] for text in sides}
     limits: dict[str, list[Run]] = {text: [] for text in sides}
     for _ in range(repeats):
@@ -290,12 +298,26 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
 
 
 def processor() -> str:
-    """The CPU's name, if the system reports it."""
+    """The CPU's name and vector extensions, if the system reports them, and what libraries are held to."""
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name, flags = (
+            next(line.partition(":")[2].strip() for line in lines if line.startswith(key))
+            for key in ("model name", "flags")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+    told = {
+        "avx2": "AVX2",
+        "avx512f": "AVX-512",
+        "avx_vnni": "VNNI",
+        "avx512_vnni": "VNNI",
+        "avx512_bf16": "BF16",
+        "amx_int8": "AMX",
+    }
+    has = dict.fromkeys(text for flag, text in told.items() if flag in flags.split())
+    return f"{name} ({', '.join(has)})" + (f", held to {held}" if held else "")
 
 
 if __name__ == "__main__":

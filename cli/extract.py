@@ -78,6 +78,14 @@ def extract(
     precision: Annotated[
         str, typer.Option(metavar="NAME", help=f"Precision of the network: {one_of(PRECISIONS)}.")
     ] = Recipe.precision,
+    calibration_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="With --precision int8, the store whose network to use: that of a gallery, for its queries.",
+            show_default="the resumed store, else calibrated on the first images",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help=f"Type of the stored values: {one_of(DTYPES)}.")
     ] = Recipe.dtype,
@@ -187,7 +195,7 @@ def extract(
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     options.check_sources(sources)
 
-    from sppfeat.extraction import ShardOptions, extract_folder
+    from sppfeat.extraction import ShardOptions, calibrated_as, extract_folder
     from sppfeat.images import Columns
     from sppfeat.windows import windows_from
 
@@ -196,6 +204,8 @@ def extract(
         rows = ShardOptions.rows if shard_rows is None else shard_rows
         shards = ShardOptions(rows=rows, part=_part(part) if part is not None else None)
 
+    if calibration_of is not None:
+        recipe = calibrated_as(recipe, calibration_of)
     boxes = windows_from(windows) if windows is not None else None
     unit, failures = "image" if boxes is None else "window", f"`sppfeat inspect {output} --failures`"
     with Progress(quiet=quiet, verb="to describe", unit=unit, all_listed_by=failures) as progress:
@@ -290,7 +300,8 @@ def _bottleneck(done: "Extraction") -> str:
     if "sift" in (engines := done.engine.split("+")):  # on the processor, and in float32 alone
         return f"{'SIFT' if len(engines) == 1 else 'the network, or SIFT'}; more cores would help"
     helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
-    return f"the network; {helps}, or --precision bfloat16, which changes values"
+    faster = "int8 or bfloat16" if on_cpu else "bfloat16"
+    return f"the network; {helps}, or --precision {faster}, which changes values"
 
 
 def _summary(done: "Extraction") -> str:

@@ -1,8 +1,11 @@
-"""How much of the machine this process may use, where control groups (containers, cluster jobs) limit it."""
+"""The processor, and how much of the machine this process may use, where control groups (containers, cluster jobs)
+limit it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +79,22 @@ def control_group_values(controller: str, file: str, file_v1: str, proc: Path = 
                     yield (folder / name).read_text("utf-8").strip()
                 except (OSError, UnicodeDecodeError):
                     continue
+
+
+def processor() -> list[str]:
+    """The processor, as far as compiled code depends on it."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
+                found.append(value.strip())
+            elif not name and found:
+                break  # the other cores are alike
+    return [platform.system(), platform.machine(), *(found or [platform.processor()])]
+
+
+def integer_instructions() -> list[str]:
+    """The processor's instructions for products of bytes, by the kernel's names; none where it does not say."""
+    flags = " ".join(processor()).split()
+    return [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]

@@ -22,7 +22,7 @@ SIFT_BOW: Final = "sift-bow"
 POOLINGS: Final = ("max", "avg", "gem")
 FUSIONS: Final = ("mean", "max", "concat")
 NORMALIZATIONS: Final = ("l2", "signed-sqrt-l2", "none")
-PRECISIONS: Final = ("float32", "bfloat16", "float16")
+PRECISIONS: Final = ("float32", "bfloat16", "float16", "int8")
 DTYPES: Final = ("float16", "float32")
 CROPS: Final = ("none", "center")
 ORIENTATIONS: Final = ("exif", "ignore")
@@ -58,6 +58,8 @@ class Recipe:
     fuse: how the descriptors of several scales become one: `mean`, `max` or `concat`.
     normalize: of each scale's descriptor, before `fuse`: `l2`, `signed-sqrt-l2` or `none`.
     precision: of the network's arithmetic. dtype: of the stored values.
+    calibration: of a network of precision `int8`, whose whole numbers were chosen on some images (see
+        `sppfeat.extraction.calibrate`): its fingerprint, or those of several backbones, joined by `+`.
     crop: `none` describes the whole image; `center` its central square, resized so that the scale is 7/8 of
         the short side, as is common practice on ImageNet.
     size_multiple: both sides of the resized image are rounded to a multiple of this; 1 = exact.
@@ -82,6 +84,7 @@ class Recipe:
     fuse: str = "mean"
     normalize: str = "l2"
     precision: str = "float32"
+    calibration: str | None = None
     dtype: str = "float16"
     crop: str = "none"
     size_multiple: int = 32
@@ -132,6 +135,8 @@ class Recipe:
             raise UsageError("crop 'center' needs a scale in pixels, found 'native'")
         if self.jpeg_draft and NATIVE in self.scales:
             raise UsageError("jpeg_draft needs scales in pixels, found 'native'")
+        if self.calibration is not None:
+            self._check_calibration()
         if self.backbone == SIFT_BOW:
             self._check_bag_of_words()
         self._settle_scales()
@@ -139,6 +144,14 @@ class Recipe:
             object.__setattr__(self, "channels", tuple(self.channels))
             for number in self.channels:
                 _require_integer("channels", number, 1, 1 << 20)
+
+    def _check_calibration(self) -> None:
+        if self.precision != "int8":
+            raise UsageError(f"calibration: expected none with precision {self.precision}, found {self.calibration!r}")
+        if not isinstance(self.calibration, str) or not re.fullmatch(
+            r"[0-9a-f]{16}(\+[0-9a-f]{16})*", self.calibration
+        ):
+            raise UsageError(f"calibration must be a fingerprint of 16 digits, found {self.calibration!r}")
 
     def _check_bag_of_words(self) -> None:
         if self.weights in ("pretrained", "random"):
@@ -173,14 +186,18 @@ class Recipe:
             raise UsageError("jpeg_draft needs one backbone: a draft for one would change what another sees")
         weights = _each("weights", self.weights, len(names))
         layers = [None] * len(names) if self.layer is None else _each("layer", self.layer, len(names))
+        calibrated: list[Any] = [None] * len(names)
+        if self.calibration is not None:
+            calibrated = _each("calibration", self.calibration, len(names))
         found = []
-        for name, weight, layer in zip(names, weights, layers, strict=True):
+        for name, weight, layer, calibration in zip(names, weights, layers, calibrated, strict=True):
             backbone, _, scales = name.partition("@")
             own = dataclasses.replace(
                 self,
                 backbone=backbone,
                 weights=weight,
                 layer=layer,
+                calibration=calibration,
                 scales=tuple(int(s) if s.isdecimal() else s for s in scales.split(",")) if scales else self.scales,
                 channels=None,
             )
@@ -223,8 +240,9 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as one JSON object with sorted keys; `Recipe.from_json` reads it back."""
         fields = dataclasses.asdict(self)
-        if self.channels is None:
-            del fields["channels"]
+        for name in ("channels", "calibration"):
+            if fields[name] is None:
+                del fields[name]
         return json.dumps({"recipe_version": RECIPE_VERSION, **fields}, sort_keys=True)
 
     @classmethod
@@ -254,6 +272,8 @@ class Recipe:
         """SHA-256 of everything that determines values: the fields, with the weights by content, not by path."""
         fields = dataclasses.asdict(self) | {"weights": weights_sha256, "recipe_version": RECIPE_VERSION}
         del fields["channels"]
+        if self.calibration is None:
+            del fields["calibration"]  # files made before there was one keep their identity
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Recipe) -> list[str]:

@@ -56,9 +56,9 @@ class Backbone:
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> Backbone:
-        """Move to a device, at the recipe's precision; returns itself."""
+        """Move to a device, at the recipe's precision; returns itself. Whole numbers are made of float32 elsewhere."""
         recipe = self.descriptions[0].recipe
-        dtype: torch.dtype = getattr(torch, recipe.precision)
+        dtype: torch.dtype = torch.float32 if recipe.precision == "int8" else getattr(torch, recipe.precision)
         self._trunk.to(device, dtype).to(memory_format=torch.channels_last)
         self._running = self._trunk
         if device.type == "cpu" and dtype == torch.float32 and isinstance(self._trunk, torch.fx.GraphModule):

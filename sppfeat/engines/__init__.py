@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sppfeat.engines.calibrated import is_calibrated, keep_calibrated
 from sppfeat.engines.devices import resolve_device
 from sppfeat.engines.engine import (
     Engine,
@@ -18,6 +19,8 @@ __all__ = [
     "choose_engine",
     "engine_device",
     "engine_of",
+    "is_calibrated",
+    "keep_calibrated",
     "load_engine",
     "resolve_device",
 ]

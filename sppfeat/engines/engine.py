@@ -1,8 +1,9 @@
 """Engines: how feature maps are computed and pooled. Every engine gives the values that the recipe determines.
 
 `torch` runs on every device. `openvino` is faster on x86 and ARM CPUs, and needs the extra `cpu`. It computes float32
-within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself. `sift` is for backbone sift-bow
-alone, which no other engine runs; it needs the extra `detect`.
+within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself; int8 is computed by it alone, from
+a calibrated network (see `sppfeat.engines.quantization`). `sift` is for backbone sift-bow alone, which no other engine
+runs; it needs the extra `detect`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sppfeat.recipe import SIFT_BOW, Recipe, RunOptions
 MAX_STREAMS: Final = 16
 # The CPUs that OpenVINO has fast code for, as `platform.machine` names them on Linux, macOS and Windows.
 OPENVINO_MACHINES: Final = frozenset({"x86_64", "amd64", "aarch64", "arm64"})
-OPENVINO_PRECISIONS: Final = ("float32", "bfloat16")
+OPENVINO_PRECISIONS: Final = ("float32", "bfloat16", "int8")
 
 
 class ImageRefusedError(RuntimeError):
@@ -85,7 +86,9 @@ def choose_engine(recipe: Recipe, options: RunOptions) -> str:
         if importlib.util.find_spec("cv2") is None:
             import_cv2()  # says how to install it; importing it takes long for a run with nothing to do
         return "sift"
-    if options.engine == "openvino":
+    if recipe.precision == "int8" and options.engine == "torch":
+        raise UsageError("precision int8 is computed by OpenVINO: expected --engine auto or openvino, found torch")
+    if options.engine == "openvino" or recipe.precision == "int8":
         _check_openvino(recipe, options.device, device)
         return "openvino"
     suits = (
@@ -106,10 +109,10 @@ def engine_of(network: Network, options: RunOptions) -> str:
     chosen = choose_engine(network.recipe, options)
     if chosen != "openvino" or not any(each.hooked for each in network.descriptions):
         return chosen
-    if options.engine == "openvino":
+    if options.engine == "openvino" or network.recipe.precision == "int8":
         raise BackboneError(
             f"engine openvino: backbone {network.recipe.backbone} is cut by hooks, which only PyTorch runs: "
-            "use --engine torch or auto"
+            + ("use --precision float32" if network.recipe.precision == "int8" else "use --engine torch or auto")
         )
     return "torch"
 
@@ -144,7 +147,7 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
         try:
             return OpenVinoEngine(network, *cpu_streams())
         except (BackboneError, MissingExtraError) as error:
-            if options.engine == "openvino":
+            if options.engine == "openvino" or network.recipe.precision == "int8":
                 raise
             warnings.warn(f"{error}; falling back to PyTorch", SppFeatWarning, stacklevel=2)
     from sppfeat.engines.torch_engine import TorchEngine
@@ -154,10 +157,12 @@ def load_engine(network: Network, options: RunOptions | None = None) -> Engine:
 
 def _check_openvino(recipe: Recipe, asked: str, device: str) -> None:
     if device != "cpu":
-        raise UsageError(f"engine openvino runs on the CPU: expected --device cpu, found {asked}")
+        what = "precision int8" if recipe.precision == "int8" else "engine openvino"
+        raise UsageError(f"{what} runs on the CPU: expected --device cpu, found {asked}")
     if recipe.precision not in OPENVINO_PRECISIONS:
         raise UsageError(
-            f"engine openvino: expected precision {' or '.join(OPENVINO_PRECISIONS)}, found {recipe.precision}"
+            f"engine openvino: expected precision {', '.join(OPENVINO_PRECISIONS[:-1])} or {OPENVINO_PRECISIONS[-1]}, "
+            f"found {recipe.precision}"
         )
     from sppfeat.engines.openvino_engine import import_openvino
 

@@ -110,10 +110,10 @@ def _signals_later() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) -> Any:
-    """A backbone compiled for this CPU, for any batch, height and width; `size` is that of an example.
+def convert(backbone: Backbone, size: tuple[int, int]) -> Any:
+    """A backbone as OpenVINO's model, for any batch, height and width; `size` is that of an example.
 
-    Raises BackboneError if OpenVINO cannot run it.
+    Raises BackboneError if OpenVINO cannot take it.
     """
     openvino = import_openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -132,8 +132,8 @@ def convert(backbone: Backbone, options: dict[str, Any], size: tuple[int, int]) 
             model = frontend.convert(frontend.load(decoder))
         _pad_inside(model)
         model.reshape(openvino.PartialShape([-1, -1, -1, 3]))
-        return openvino.Core().compile_model(model, "CPU", options)
-    except Exception as error:  # tracing, converting and compiling can fail in any way
+        return model
+    except Exception as error:  # tracing and converting can fail in any way
         raise failure(backbone.descriptions, error) from None
 
 

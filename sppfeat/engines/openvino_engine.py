@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import platform
 import re
 import sys
 import threading
@@ -21,15 +20,18 @@ import numpy as np
 
 from sppfeat._version import __version__
 from sppfeat.backbones import Description, Network, network_versions
+from sppfeat.engines.calibrated import read_calibrated
 from sppfeat.engines.engine import ImageRefusedError
 from sppfeat.errors import BackboneError, one_line, require_extra
 from sppfeat.files import cache_folder, cache_key, read_entry, write_entry
+from sppfeat.machine import processor
 from sppfeat.pyramid import pool_maps, pool_windows
 
 # What OpenVINO may differ by from torch, relative to the map's length: 1e-4 is promised, about 2e-6 is usual. bfloat16
 # keeps 8 bits; over some dozens of layers, the two libraries' roundings part by up to a few percent.
-TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 1e-1}
-_HINT: Final = {"float32": "f32", "bfloat16": "bf16"}
+# Whole numbers are the same on all processors but for roundings between them.
+TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 1e-1, "int8": 1e-1}
+_HINT: Final = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 # Each is some 10 to 200 MB; those used last stay.
 _KEPT_ENTRIES: Final = 24
 _CONVERTER: Final = "openvino.tools.ovc"
@@ -90,21 +92,24 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         entry = _entry(self._descriptions)
-        odd_size = _odd_size(self._descriptions)
+        side = odd_size(self._descriptions)
         self._compiled = _read_entry(entry, options)
         if self._compiled is None:
-            network.log_preparing()
-            backbone = network.backbone
-            from sppfeat.engines.openvino_conversion import convert
+            if recipe.precision == "int8":
+                self._compile_calibrated(options)
+            else:
+                network.log_preparing()
+                backbone = network.backbone
+                from sppfeat.engines.openvino_conversion import convert
 
-            self._compiled = convert(backbone, options, odd_size)
-            self._check_values()
+                self._compiled = compiled(self._descriptions, convert(backbone, side), options)
+                self._check_values()
             _write_entry(entry, self._compiled)
         else:
             # At its first pass the binding fills tables of its own, and two threads that do so at once wait for each
             # other for ever, one for the table and one for the interpreter: so the first pass is this thread's.
             try:
-                self._infer(np.zeros((1, *odd_size, 3), np.uint8))
+                self._infer(np.zeros((1, *side, 3), np.uint8))
             except RuntimeError as error:
                 raise failure(self._descriptions, error) from None
 
@@ -153,6 +158,15 @@ class OpenVinoEngine:
                 layer[at] = one[0]
         return cells
 
+    def _compile_calibrated(self, options: dict[str, Any]) -> None:
+        """Compile the network of the recipe's calibration, and compare it with that of the machine it was made on."""
+        calibrated = read_calibrated(self._descriptions)
+        self._compiled = compiled(self._descriptions, calibrated.model(), options)
+        for image, expected in calibrated.samples():
+            for ours, theirs in zip(self._infer(image[None]), expected, strict=True):
+                if difference := self._difference(ours[0], theirs, "the processor that it was calibrated on"):
+                    raise BackboneError(f"{_who(self._descriptions)}, precision int8, gives {difference}")
+
     def _check_values(self) -> None:
         """Compare with torch on images of several sizes, or raise BackboneError: what was computed in Python while the
         network was converted holds for the size of the example alone."""
@@ -176,18 +190,26 @@ class OpenVinoEngine:
                         f"{_who(self._descriptions)} gives {difference}, on images of {width} x {height}"
                     )
 
-    def _difference(self, ours: np.ndarray, theirs: np.ndarray) -> str | None:
-        """What is wrong with OpenVINO's cells, where torch has others."""
+    def _difference(self, ours: np.ndarray, theirs: np.ndarray, whose: str = "torch") -> str | None:
+        """What is wrong with OpenVINO's cells, where torch, or something else, has others."""
         if ours.shape != theirs.shape:
-            return f"maps of {list(ours.shape)} where torch gives {list(theirs.shape)}"
+            return f"maps of {list(ours.shape)} where {whose} gives {list(theirs.shape)}"
         tolerance = TOLERANCE[self._recipe.precision]
         relative = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
         if relative <= tolerance:
             return None
-        return f"values that differ from torch's by {relative:.1e}, expected at most {tolerance:g}"
+        return f"values that differ from those of {whose} by {relative:.1e}, expected at most {tolerance:g}"
 
 
-def _odd_size(descriptions: Sequence[Description]) -> tuple[int, int]:
+def compiled(descriptions: Sequence[Description], model: Any, options: dict[str, Any]) -> Any:
+    """A model compiled for this processor. Raises BackboneError."""
+    try:
+        return import_openvino().Core().compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise failure(descriptions, error) from None
+
+
+def odd_size(descriptions: Sequence[Description]) -> tuple[int, int]:
     """Height and width of a small image that is no multiple of any stride."""
     side = max(97, max(each.minimum_side for each in descriptions) + 1)
     return side, side + 34
@@ -195,7 +217,7 @@ def _odd_size(descriptions: Sequence[Description]) -> tuple[int, int]:
 
 def _sizes_to_check(descriptions: Sequence[Description]) -> list[tuple[int, int]]:
     """Heights and widths: that of the example, a larger and the smallest one."""
-    height, width = _odd_size(descriptions)
+    height, width = odd_size(descriptions)
     least = max(each.minimum_side for each in descriptions)
     return [(height, width), (2 * height + 30, width + 29), (least, least)]
 
@@ -225,24 +247,11 @@ def _entry(descriptions: Sequence[Description]) -> Path:
     made_from: dict[str, object] = {
         "backbone": recipe.backbone,
         "layers": [[each.layer.name, each.weights_sha256] for each in descriptions],
-        "input": [recipe.mean, recipe.std, recipe.precision],
+        "input": [recipe.mean, recipe.std, recipe.precision, recipe.calibration],
         "versions": {"sppfeat": __version__, "openvino": import_openvino().__version__} | network_versions(),
-        "machine": _machine(),
+        "machine": processor(),
     }
     return cache_folder() / "networks" / f"{cache_key(made_from)}.bin"
-
-
-def _machine() -> list[str]:
-    """The processor, as far as compiled code depends on it."""
-    found: list[str] = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
-                found.append(value.strip())
-            elif not name and found:
-                break  # the other cores are alike
-    return [platform.system(), platform.machine(), *(found or [platform.processor()])]
 
 
 def _read_entry(entry: Path, options: dict[str, Any]) -> Any:

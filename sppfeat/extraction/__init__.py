@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from sppfeat.extraction.calibration import Calibration, calibrate, calibrated_as
 from sppfeat.extraction.pipeline import Described, Describer
 from sppfeat.extraction.run import Extraction, extract_folder
 from sppfeat.extraction.sharded import ShardOptions
 
-__all__ = ["Described", "Describer", "Extraction", "ShardOptions", "extract_folder"]
+__all__ = [
+    "Calibration",
+    "Described",
+    "Describer",
+    "Extraction",
+    "ShardOptions",
+    "calibrate",
+    "calibrated_as",
+    "extract_folder",
+]

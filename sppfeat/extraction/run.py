@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sppfeat.engines import engine_device
+from sppfeat.engines import choose_engine, engine_device
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
+from sppfeat.extraction.calibration import calibrate
 from sppfeat.extraction.pipeline import Describer, check_windows
 from sppfeat.extraction.plan import Job, WithWindows, make_plan, with_windows
 from sppfeat.extraction.sharded import ShardOptions, coverage, fill_shards, prepare_folder
@@ -135,6 +136,8 @@ def extract_folder(
     observer = observer or Observer()
     options = options or RunOptions()
     recipe = recipe or Recipe()
+    if recipe.precision == "int8" and cluster is not None:
+        raise UsageError("precision int8: its network is calibrated and kept on one machine: expected no cluster")
     for each in options.devices():
         for branch in recipe.branches():
             engine_device(branch, replace(options, device=each))
@@ -160,6 +163,7 @@ def extract_folder(
         if kind is Folder:
             stack.enter_context(lock_store(path, folder=in_folder))
         check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
+        run = replace(run, recipe=_calibrated(run, found[0] if found is not None else None))
         describer = run.describer()
         if overwrite and path.exists() and len(options.devices()) == 1:
             describer.load()  # a network that cannot run must not destroy the existing store
@@ -197,6 +201,24 @@ class _Run:
     def device(self, describer: Describer) -> str:
         """The devices by name."""
         return self.options.device if len(self.options.devices()) > 1 else describer.device
+
+
+def _calibrated(run: _Run, images: ImageList | None) -> Recipe:
+    """The recipe, of precision int8 with the calibration of the store that is resumed, or a new one."""
+    if run.recipe.precision != "int8" or run.recipe.calibration is not None:
+        return run.recipe
+    for branch in run.recipe.branches():
+        choose_engine(branch, run.options)  # before anything takes long
+    if run.resume:
+        made = None
+        if images is None:
+            made = open_folder(run.path).manifest.read_recipe() if is_folder_store(run.path) else None
+        elif run.path.exists() and run.path.stat().st_size:
+            made = open_store(run.path).recipe
+        if made is not None and made.precision == "int8":
+            return replace(run.recipe, calibration=made.calibration)
+    items: Iterable[Item] = open_sources(run.sources, root=run.root, columns=run.columns)
+    return calibrate(run.recipe, items if images is None else images.items, observer=run.observer, stop=run.stop)
 
 
 def _into_file(run: _Run, describer: Describer, images: ImageList, without_windows: int | None) -> Extraction:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
@@ -95,7 +95,9 @@ def _cell(
     for part, images in data_set.parts.items():
         path = folder / f"{part}.h5"
         found = extract_folder(images, path, recipe, run, observer=observer(f"{name}, {data_set.name}: {part}"))
-        stores[part] = open_store(path)
+        stores[part] = store = open_store(path)
+        # Queries are described by the gallery's network.
+        recipe = replace(recipe, calibration=store.recipe.calibration)
         described, seconds, failed = described + found.described, seconds + found.seconds, failed + found.failed
     made_from = {
         "stores": {

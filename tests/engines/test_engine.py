@@ -173,7 +173,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_invalid_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown engine 'tensorrt': expected one of auto, torch, openvino"):
         RunOptions(engine="tensorrt")
-    with pytest.raises(UsageError, match="openvino: expected precision float32 or bfloat16, found float16"):
+    with pytest.raises(UsageError, match="openvino: expected precision float32, bfloat16 or int8, found float16"):
         load(replace(TINY, precision="float16"), OPENVINO)
     monkeypatch.setattr(engine_module, "resolve_device", lambda name: "cuda:0")
     with pytest.raises(UsageError, match="openvino runs on the CPU: expected --device cpu, found cuda"):
@@ -359,7 +359,7 @@ def test_another_recipe_version_or_machine_has_another_entry(own_cache: Path, mo
         replace(TINY, mean=(0.1, 0.2, 0.3)),
     ):
         entries.add(entry(other))
-    monkeypatch.setattr(openvino_engine, "_machine", lambda: ["another"])
+    monkeypatch.setattr(openvino_engine, "processor", lambda: ["another"])
     entries.add(entry(TINY))
     monkeypatch.setattr(openvino_engine.import_openvino(), "__version__", "0")
     entries.add(entry(TINY))
