@@ -228,7 +228,7 @@ def extract(
     if as_json:
         print_json(_document(done))
     elif not quiet:
-        typer.echo(_summary(done))
+        typer.echo(_summary(done, recipe.precision))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
         left = f"{'at least ' * done.stopped}{counted(done.pending, _unit(done))} left"
@@ -286,7 +286,7 @@ def _document(done: "Extraction") -> dict[str, Any]:
     }
 
 
-def _bottleneck(done: "Extraction") -> str:
+def _bottleneck(done: "Extraction", precision: str) -> str:
     """Which stage limited the speed, and what would help."""
     import importlib.util
 
@@ -300,11 +300,13 @@ def _bottleneck(done: "Extraction") -> str:
     if "sift" in (engines := done.engine.split("+")):  # on the processor, and in float32 alone
         return f"{'SIFT' if len(engines) == 1 else 'the network, or SIFT'}; more cores would help"
     helps = "a GPU or more cores would help" if on_cpu else "a faster GPU would help"
+    if precision != "float32":
+        return f"the network; {helps}"
     faster = "int8 or bfloat16" if on_cpu else "bfloat16"
     return f"the network; {helps}, or --precision {faster}, which changes values"
 
 
-def _summary(done: "Extraction") -> str:
+def _summary(done: "Extraction", precision: str) -> str:
     parts = [f"{done.described} described"]
     for count, word in (
         (done.changed, "of them changed"),
@@ -324,7 +326,7 @@ def _summary(done: "Extraction") -> str:
         f"busy: decode {busy.decode:.1f} s, forward {busy.forward:.1f} s (over all threads), write {busy.write:.1f} s"
     )
     if done.bottleneck is not None:
-        text += f"\nbottleneck: {_bottleneck(done)}"
+        text += f"\nbottleneck: {_bottleneck(done, precision)}"
     if done.failed:
         text += f"\nto list failures: sppfeat inspect {printable(done.store)} --failures"
     return text

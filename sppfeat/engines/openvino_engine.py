@@ -72,9 +72,6 @@ class OpenVinoEngine:
 
     name = "openvino"
     device = "cpu"
-    # They are computed one by one, as on torch's CPU: but a request that goes on with the shape it had has nothing to
-    # plan anew, which saves a tenth of the time. It is not worth holding many rows back for.
-    batch_size = 4
     patience = 4
 
     def __init__(self, network: Network, streams: int, threads: int) -> None:
@@ -83,6 +80,9 @@ class OpenVinoEngine:
         self._network = network
         self._descriptions = network.descriptions
         self._recipe = recipe = network.recipe
+        # They are computed one by one, as on torch's CPU: but a request that goes on with the shape it had has nothing to
+        # plan anew, which saves a tenth of the time, of whole numbers a fifth. More is not worth holding rows back for.
+        self.batch_size = 16 if recipe.precision == "int8" else 4
         self._local = threading.local()
         options: dict[str, Any] = {
             "NUM_STREAMS": streams,
