@@ -163,13 +163,19 @@ class _Run:
         history = self._progress.history
         history.append(epoch)
         before = None if not self._best else history[self._progress.best].held_out
-        # Of equally good epochs the later one has seen more; without held-out images, the last one is kept.
-        if epoch.held_out is None or before is None or epoch.held_out >= before:
+        if self._is_best(epoch, before):
             self._progress.best = epoch.number
             self._best = {name: value.detach().clone() for name, value in self._weights.items()}
         shown = "" if epoch.held_out is None else f", {epoch.held_out:.2f} % {self._measure}"
         loss = "before tuning" if epoch.loss is None else f"loss {epoch.loss:.4f}"
         self._observer.say(f"epoch {epoch.number} of {self._options.epochs}: {loss}{shown}")
+
+    def _is_best(self, epoch: Epoch, before: float | None) -> bool:
+        """Whether an epoch is the best so far; before: what held-out images say of the best before it."""
+        if epoch.held_out is None or before is None:
+            return True  # without held-out images, the last one is kept
+        # Of equally good epochs the later one has seen more; the untuned network is left for a better one alone.
+        return epoch.held_out > before or (epoch.held_out == before and self._progress.best > 0)
 
     def _save(self) -> None:
         self._saved = time.monotonic()

@@ -365,12 +365,13 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     tiny = ("--backbone", SMALL.backbone, "--weights", "random", "--scales", "96", "--levels", "2,1", "--device", "cpu")
     run = ("train", "detector", str(voc), "-o", str(output), "--windows", str(voc / "windows.json"), *tiny)
     page, published = tmp_path / "curves.html", ("--optimizer", "sgd", "--schedule", "steps", "--weight-decay", "5e-4")
-    learning = ("--epochs", "2", "--train-scales", "96,64", "--learning-rate", "1e-3", "--from", "layer3", *published)
+    scales = ("--train-scales", "96,64", "--held-out", "0.2")
+    learning = ("--epochs", "2", *scales, "--learning-rate", "1e-2", "--from", "layer3", *published)
     done = run_sppfeat(*run, "--tune", *learning, "--report", str(page))
     assert done.returncode == 0, done.stderr
     shown = page.read_text()
-    assert "tuned from layer3 on at scales 96, 64, one an epoch, by sgd, learning rate 0.001, schedule steps" in shown
-    assert "of 2 classes in 22 images" in shown and shown.count("<svg") == 2
+    assert "tuned from layer3 on at scales 96, 64, one an epoch, by sgd, learning rate 0.01, schedule steps" in shown
+    assert "of 2 classes in 19 images" in shown and shown.count("<svg") == 2
     assert "tuned detector of 2 classes" in done.stdout and "det.safetensors: its network" in done.stdout
     assert "epoch 2 of 2: loss " in done.stderr and "% mAP on held-out images" in done.stderr
     found = run_sppfeat("evaluate", "detection", str(output), str(voc), "--split", "test", "--windows",
