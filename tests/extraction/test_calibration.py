@@ -176,7 +176,7 @@ def test_a_processor_that_gives_other_values(calibrated: Recipe) -> None:
     changed = type(network)(network.structure, network.constants, [other])
     fingerprint = keep_calibrated(changed)
     with pytest.raises(
-        BackboneError, match=r"values that differ from those of the processor that it was calibrated on"
+        BackboneError, match=r"values that differ from those when it was calibrated by on"
     ):
         load_engine(Network(replace(calibrated, calibration=fingerprint)))
 
