@@ -453,18 +453,26 @@ def filter_weight(interpolation: str, x: float) -> float:
     return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
 
-def resize_line(line: Sequence[int], length: int, interpolation: str) -> list[int]:
-    """One line of bytes at another length: weights in 1 / 2^22, as Pillow rounds them."""
-    scale = len(line) / length
+def line_weights(length: int, target: int, interpolation: str) -> list[tuple[int, list[int]]]:
+    """Of each output its first input, and the weights from it on in 1 / 2^22, as Pillow rounds them."""
+    scale = length / target
     stretch = max(scale, 1.0)
     support = {"bilinear": 1, "bicubic": 2, "lanczos": 3}[interpolation] * stretch
-    resized = []
-    for at in range(length):
+    found = []
+    for at in range(target):
         center = (at + 0.5) * scale
-        first, end = max(0, int(center - support + 0.5)), min(len(line), int(center + support + 0.5))
+        first, end = max(0, int(center - support + 0.5)), min(length, int(center + support + 0.5))
         weights = [filter_weight(interpolation, (i - center + 0.5) / stretch) for i in range(first, end)]
-        whole = [math.floor(abs(w) / sum(weights) * 2**22 + 0.5) * (1 if w >= 0 else -1) for w in weights]
-        total = sum(w * value for w, value in zip(whole, line[first:end], strict=True))
+        total = sum(weights)
+        found.append((first, [math.floor(abs(w) / total * 2**22 + 0.5) * (1 if w >= 0 else -1) for w in weights]))
+    return found
+
+
+def resize_line(line: Sequence[int], length: int, interpolation: str) -> list[int]:
+    """One line of bytes at another length."""
+    resized = []
+    for first, weights in line_weights(len(line), length, interpolation):
+        total = sum(w * value for w, value in zip(weights, line[first : first + len(weights)], strict=True))
         resized.append(min(255, max(0, (total + 2**21) >> 22)))
     return resized
 

@@ -76,8 +76,16 @@ class Backbone:
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Each layer's feature maps [N, C, h, w] of uint8 RGB images [N, H, W, 3] on the same device."""
-        inputs = images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
-        return list(self._running(inputs.to(self._dtype)))
+        return list(self._running(self.normalized(images)))
+
+    def normalized(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network takes, [N, 3, H, W], for uint8 RGB images [N, H, W, 3] on the same device."""
+        return images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift).to(self._dtype)
+
+    def byte_values(self) -> torch.Tensor:
+        """[256, 3] what `normalized` makes of each byte of each channel."""
+        every = torch.arange(256, dtype=torch.uint8, device=self._scale.device).view(1, 256, 1, 1).expand(1, 256, 1, 3)
+        return self.normalized(every)[0, :, :, 0].T.contiguous()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
 from sppfeat.images.read_ahead import read_ahead
 from sppfeat.images.reading import decode, open_image, read_image, upright_size
 from sppfeat.images.remote import fingerprints
+from sppfeat.images.resampling import coefficients
 from sppfeat.images.resizing import PreparedImage, decoding, prepare_image, scaled_size
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
 from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
@@ -39,6 +40,7 @@ __all__ = [
     "ShapeBatcher",
     "Sources",
     "absolute",
+    "coefficients",
     "decode",
     "decoding",
     "file_system",

@@ -356,6 +356,17 @@ def test_maps_have_channels_last_in_memory_and_the_recipes_precision(precision: 
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_values_of_bytes_are_those_of_normalized_images(precision: str) -> None:
+    loaded = load_backbone(Recipe(backbone=TINY, weights="random", precision=precision))
+    images = random_images(2, 5, 7)
+    values = loaded.byte_values()
+    assert values.shape == (256, 3) and values.is_contiguous()
+    expected = loaded.normalized(images)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(values[images.long(), torch.arange(3)].permute(0, 3, 1, 2), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "layer"), [("torchvision:squeezenet1_1", None), ("torchvision:squeezenet1_1", "features.5"), (TINY, None)]
 )

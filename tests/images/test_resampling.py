@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import resize
+from reference import line_weights, resize
 
-from sppfeat.images import resampling
-from sppfeat.images.resampling import resample
+from sppfeat.images import coefficients, resampling
+from sppfeat.images.resampling import PRECISION_BITS, resample
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
 sides = st.integers(1, 40)
@@ -78,6 +78,51 @@ def test_extreme_shapes(compiled: ModuleType, size: tuple[int, int], to: tuple[i
     for by in FILTERS:
         found = resampling._by_processor(compiled, pixels, to, by)
         np.testing.assert_array_equal(found, resampling._by_pillow(pixels, to, by))
+
+
+def dense_coefficients(length: int, target: int, by: str) -> np.ndarray:
+    """[target, length] the weight of every input."""
+    first, weights = coefficients(length, target, by)
+    assert first.dtype == weights.dtype == np.int32
+    found = np.zeros((target, length + weights.shape[1]), np.int64)
+    for at in range(target):
+        found[at, first[at] : first[at] + weights.shape[1]] = weights[at]
+    assert not found[:, length:].any()
+    return found[:, :length]
+
+
+lengths = st.one_of(st.integers(1, 60), st.integers(61, 900))
+
+
+@given(length=lengths, target=lengths, by=st.sampled_from(FILTERS))
+@example(length=333, target=224, by="bicubic")
+@settings(max_examples=200, deadline=None)
+def test_coefficients_are_those_of_pillow(length: int, target: int, by: str) -> None:
+    """In images of 32 bits coefficients are not rounded, but values are: one of 2^22 shows them rounded."""
+    ones = Image.fromarray(np.eye(length, dtype=np.int32) << PRECISION_BITS)
+    resized = ones.resize((target, length), resampling._FILTERS[by])
+    found = dense_coefficients(length, target, by)
+    np.testing.assert_array_equal(found, np.asarray(resized).T)
+    # Sums of bytes by these weights fit into 32 bits.
+    assert np.abs(found).sum(1).max() * 255 + (1 << (PRECISION_BITS - 1)) < 1 << 31
+
+
+@pytest.mark.parametrize("by", FILTERS)
+def test_coefficients_are_whole_numbers_by_plain_loops(by: str) -> None:
+    random = np.random.default_rng(0)
+    for length, target in [*np.ndindex(12, 12), *random.integers(12, 200, (40, 2)).tolist()]:
+        expected = np.zeros((target + 1, length + 1), np.int64)
+        for row, (first, weights) in zip(expected, line_weights(length + 1, target + 1, by), strict=True):
+            row[first : first + len(weights)] = weights
+        np.testing.assert_array_equal(dense_coefficients(length + 1, target + 1, by), expected)
+
+
+def test_coefficients_are_shared_and_cannot_be_changed() -> None:
+    first, weights = coefficients(30, 20, "bicubic")
+    assert coefficients(30, 20, "bicubic")[1] is weights
+    for array in (first, weights, *coefficients(20, 20, "lanczos")):
+        with pytest.raises(ValueError):
+            array[0] = 1
 
 
 @pytest.fixture
