@@ -76,7 +76,11 @@ class Backbone:
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Each layer's feature maps [N, C, h, w] of uint8 RGB images [N, H, W, 3] on the same device."""
-        return list(self._running(self.normalized(images)))
+        return self.maps_of(self.normalized(images))
+
+    def maps_of(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        """As `feature_maps`, of what `normalized` makes of images."""
+        return list(self._running(inputs))
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """What the network takes, [N, 3, H, W], for uint8 RGB images [N, H, W, 3] on the same device."""

@@ -7,20 +7,24 @@ from sppfeat.engines.devices import resolve_device
 from sppfeat.engines.engine import (
     Engine,
     ImageRefusedError,
+    ResizingEngine,
     choose_engine,
     engine_device,
     engine_of,
     load_engine,
+    resizes_images,
 )
 
 __all__ = [
     "Engine",
     "ImageRefusedError",
+    "ResizingEngine",
     "choose_engine",
     "engine_device",
     "engine_of",
     "is_calibrated",
     "keep_calibrated",
     "load_engine",
+    "resizes_images",
     "resolve_device",
 ]

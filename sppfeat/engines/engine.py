@@ -12,13 +12,15 @@ import contextlib
 import importlib.util
 import platform
 import warnings
-from typing import Any, Final, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
 from sppfeat.backbones import Network, import_cv2
 from sppfeat.engines.devices import resolve_device
 from sppfeat.errors import BackboneError, MissingExtraError, SppFeatWarning, UsageError
+from sppfeat.images import Unresized
 from sppfeat.machine import available_cores
 from sppfeat.recipe import SIFT_BOW, Recipe, RunOptions
 
@@ -71,6 +73,19 @@ class Engine(Protocol):
 
     def release(self) -> None:
         """Free memory that only saves time. No other thread may be in a pass."""
+
+
+@runtime_checkable
+class ResizingEngine(Engine, Protocol):
+    """An engine that also takes images as they were decoded."""
+
+    def feature_maps_of(self, images: Sequence[Unresized]) -> list[Any]:
+        """As `feature_maps`, of images whose shape after resizing is the same."""
+
+
+def resizes_images(engine: str, device: str) -> bool:
+    """Whether an engine of this name resizes images on this device: torch on an NVIDIA GPU, with Triton."""
+    return engine == "torch" and device.startswith("cuda") and importlib.util.find_spec("triton") is not None
 
 
 def choose_engine(recipe: Recipe, options: RunOptions) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
 from sppfeat.backbones.backbone import Backbone
-from sppfeat.engines.cuda_graphs import RecurringPasses, capture_into_one_pool
+from sppfeat.engines.cuda_graphs import Pass, RecurringPasses, capture_into_one_pool
 from sppfeat.engines.engine import ImageRefusedError, cpu_streams
 from sppfeat.engines.torch_settings import exact_convolutions
-from sppfeat.errors import DeviceError, one_line
+from sppfeat.errors import DeviceError, SppFeatWarning, one_line
+from sppfeat.images import Unresized
 from sppfeat.pyramid.pooling import pool_pyramid, pool_rois
 
 # On a CPU, one image per core at a time keeps the layers' maps in its cache: on 2 cores, 1.2 to 1.5 times as many
@@ -58,6 +60,7 @@ class TorchEngine:
         self._recipe = backbone.descriptions[0].recipe
         self._local = threading.local()
         self._all_passes: list[RecurringPasses] = []
+        self._resizing_failed = False
         self.batch_size = CPU_BATCH_SIZE if device == "cpu" else CUDA_BATCH_SIZE
         self.streams, self.threads = cpu_streams() if device == "cpu" else (CUDA_STREAMS, 1)
         if self._place.type == "cuda":
@@ -94,13 +97,62 @@ class TorchEngine:
                 return self._backbone.feature_maps(pixels)
             # Only a copy from pinned memory runs beside another thread's pass.
             pixels = pixels.pin_memory().to(self._place, non_blocking=True)
-            if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
-                return self._backbone.feature_maps(pixels)
-            if not hasattr(self._local, "passes"):
-                self._local.passes = RecurringPasses(self._backbone.feature_maps, capture_into_one_pool)
-                self._all_passes.append(self._local.passes)
-            output: list[torch.Tensor] = self._local.passes(pixels)
-            return output
+            return self._recurring("of_pixels", self._backbone.feature_maps)(pixels)
+
+    def feature_maps_of(self, images: Sequence[Unresized]) -> list[torch.Tensor]:
+        """As `feature_maps`, of images that the GPU resizes; see `card_resize`."""
+        with told_apart():
+            inputs = self._resized(images)
+            if inputs is not None:
+                return self._recurring("of_inputs", self._backbone.maps_of)(inputs)
+        return self.feature_maps(np.stack([each.resized() for each in images]))
+
+    def _recurring(self, name: str, run: Pass) -> Pass:
+        if not hasattr(self._local, "stream"):  # outside of a lane, where nothing recurs
+            return run
+        if not hasattr(self._local, name):
+            passes = RecurringPasses(run, capture_into_one_pool)
+            setattr(self._local, name, passes)
+            self._all_passes.append(passes)
+        found: Pass = getattr(self._local, name)
+        return found
+
+    def _resized(self, images: Sequence[Unresized]) -> torch.Tensor | None:
+        """The network's inputs [N, 3, H, W]; None, with a warning the first time, if the kernel does not work."""
+        if self._resizing_failed:
+            return None
+        if not hasattr(self._local, "byte_values"):
+            self._local.byte_values = self._backbone.byte_values()
+        table: torch.Tensor = self._local.byte_values
+        height, width, _ = images[0].shape
+        inputs = torch.empty(
+            (len(images), 3, height, width), dtype=table.dtype, device=self._place, memory_format=torch.channels_last
+        )
+        pixels = self._uploaded([each.pixels for each in images])
+        try:
+            from sppfeat.engines.card_resize import resize_into
+
+            for into, each, of_each in zip(inputs, images, pixels, strict=True):
+                resize_into(into, of_each, each.size, each.interpolation, table, each.corner)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler that is missing, or too old for the GPU, can fail in any way
+            self._resizing_failed = True
+            warnings.warn(
+                f"the Triton kernel that resizes does not work here ({one_line(error)}); falling back to the CPU",
+                SppFeatWarning,
+                stacklevel=2,
+            )
+            return None
+        return inputs
+
+    def _uploaded(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Images of any shapes, on the device, by one copy: for each of its own, a CPU takes longer than the GPU."""
+        ends = np.cumsum([each.size for each in images]).tolist()
+        held = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=self._place.type == "cuda")
+        np.concatenate([each.reshape(-1) for each in images], out=held.numpy())
+        held = held.to(self._place, non_blocking=True)
+        return [held[end - each.size : end].view(each.shape) for each, end in zip(images, ends, strict=True)]
 
     def pool(self, maps: torch.Tensor) -> np.ndarray:
         recipe = self._recipe

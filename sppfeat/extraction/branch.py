@@ -13,10 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sppfeat.backbones import Description, Network
-from sppfeat.engines import Engine, ImageRefusedError, choose_engine, engine_device, engine_of, load_engine
+from sppfeat.engines import (
+    Engine,
+    ImageRefusedError,
+    ResizingEngine,
+    choose_engine,
+    engine_device,
+    engine_of,
+    load_engine,
+    resizes_images,
+)
 from sppfeat.errors import BackboneError, UsageError, one_line
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import normalize, to_stored
+from sppfeat.images import Input, Unresized
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.windows import map_windows
 
@@ -120,11 +130,16 @@ class Branch:
         return engine_of(self._network, self._options) if self._engine is None else self._engine.name
 
     @property
+    def resizes(self) -> bool:
+        """Whether the engine resizes images, and takes them as they were decoded."""
+        return resizes_images(self.engine, self.device)
+
+    @property
     def streams(self) -> int:
         """Threads that run the network; 0 before it is loaded."""
         return self._engine.streams if self._engine is not None else 0
 
-    def forward(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str]:
+    def forward(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str]:
         """The descriptor [D] of each image of a batch, or of the windows [k, D] of the only one; or why it has none.
 
         If memory is short, the batch is tried again without other passes, and in halves. Raises BackboneError.
@@ -141,7 +156,7 @@ class Branch:
         finally:
             self._times.spend("forward", time.perf_counter() - start)
 
-    def _forward_alone(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str]:
+    def _forward_alone(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str]:
         """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
         for release in self._gate.release:
             release()
@@ -165,7 +180,7 @@ class Branch:
         self.fitting[shape] = min(half, self.fitting.get(shape, half))  # for later batches, too
         return self._forward_alone(images[:half], windowed) + self._forward_alone(images[half:], windowed)
 
-    def _pass(self, images: Sequence[np.ndarray], windowed: Windowed | None) -> list[np.ndarray | str] | str:
+    def _pass(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str] | str:
         """The results of one batch; a message if it ran out of memory. Raises BackboneError."""
         height, width = images[0].shape[:2]
         engine = self.load()
@@ -186,9 +201,14 @@ class Branch:
             ) from None
 
     def _descriptors(
-        self, engine: Engine, images: Sequence[np.ndarray], windowed: Windowed | None
+        self, engine: Engine, images: Sequence[Input], windowed: Windowed | None
     ) -> list[np.ndarray | str]:
-        maps = engine.feature_maps(np.stack(images))
+        decoded = [each for each in images if isinstance(each, Unresized)]
+        if decoded:
+            assert isinstance(engine, ResizingEngine)  # as `resizes` says
+            maps = engine.feature_maps_of(decoded)
+        else:
+            maps = engine.feature_maps(np.stack([each for each in images if isinstance(each, np.ndarray)]))
         kind = self.recipe.normalize
         if windowed is not None:
             start = time.perf_counter()
@@ -202,7 +222,7 @@ class Branch:
         return to_stored(described, self.recipe.dtype) if self._whole else list(described)
 
     @staticmethod
-    def _rois(geometry: Any, pixels: np.ndarray, windowed: Windowed) -> np.ndarray:
+    def _rois(geometry: Any, pixels: Input, windowed: Windowed) -> np.ndarray:
         height, width = pixels.shape[:2]
         rows, columns = geometry(height, width)
         return map_windows(windowed.windows, windowed.size, (width, height), columns, rows)

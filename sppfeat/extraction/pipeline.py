@@ -22,7 +22,19 @@ from sppfeat.errors import ImageError, StoreError, UsageError, unknown_name
 from sppfeat.extraction.branch import Branch, Gate, Windowed
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import fuse, to_stored
-from sppfeat.images import Fingerprint, Item, PreparedImage, ShapeBatcher, prepare_image, read_ahead, scaled_size
+from sppfeat.images import (
+    MOST_UNRESIZED,
+    DecodedImage,
+    Fingerprint,
+    Input,
+    Item,
+    PreparedImage,
+    ShapeBatcher,
+    decode_image,
+    prepare_image,
+    read_ahead,
+    scaled_size,
+)
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions, short_sha
 from sppfeat.settings import quiet_pillow
@@ -74,7 +86,7 @@ class _Row:
     from it; None if every window is pooled from every pass.
     """
 
-    prepared: PreparedImage
+    prepared: PreparedImage | DecodedImage
     windows: np.ndarray | None
     nearest: list[np.ndarray] | None
     results: list[np.ndarray | None]
@@ -95,9 +107,9 @@ class _Pass(NamedTuple):
     scale: int | str
 
 
-_Input = tuple[int, int]  # which image, which pass
-_Results = list[tuple[_Input, "np.ndarray | str"]]
-_Decoding = tuple[int, Item, "Future[PreparedImage | _Unreadable]"]
+_Key = tuple[int, int]  # which image, which pass
+_Results = list[tuple[_Key, "np.ndarray | str"]]
+_Decoding = tuple[int, Item, "Future[PreparedImage | DecodedImage | _Unreadable]"]
 
 
 def check_windows(recipe: Recipe) -> None:
@@ -137,6 +149,7 @@ class Describer:
         self.dim = recipe.bins * sum(channels)
         self.nearest_dim = sum(branch.dim for branch in self._branches)
         self.workers = options.num_workers or available_cores()
+        self._resizes = all(branch.resizes for branch in self._branches)
 
     def _completed(self, recipe: Recipe, channels: tuple[int, ...]) -> Recipe:
         recipes = self._recipes
@@ -243,6 +256,8 @@ class Describer:
         """How many images may be decoded ahead of the network, which processes `passes` of them at a time."""
         most = self.recipe.max_pixels
         pixels = sum(most if isinstance(scale, str) else min(most, 2 * scale * scale) for _, scale in self._passes)
+        if self._resizes:
+            pixels = max(pixels, MOST_UNRESIZED)
         return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * pixels)))
 
     def _begin(self, items: Iterable[tuple[int, Item]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
@@ -268,7 +283,7 @@ class Describer:
         ending = False
         rows: dict[int, _Row] = {}
 
-        def submit(batch: list[tuple[_Input, np.ndarray]]) -> None:
+        def submit(batch: list[tuple[_Key, Input]]) -> None:
             index, at = batch[0][0]
             forwarding.append(forwarders.submit(self._forward, batch, rows[index].windowed(at)))
 
@@ -319,11 +334,11 @@ class Describer:
         yield from collect(0)
 
     @staticmethod
-    def _batcher(branch: Branch) -> ShapeBatcher[_Input]:
+    def _batcher(branch: Branch) -> ShapeBatcher[_Key]:
         patience = branch.load().patience * branch.batch_size * len(branch.recipe.scales)
         return ShapeBatcher(branch.batch_size, patience=patience, most=branch.fitting)
 
-    def _row(self, prepared: PreparedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
+    def _row(self, prepared: PreparedImage | DecodedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
         nearest: list[np.ndarray] | None = None
         if windows is not None and window_scales == "nearest":
             nearest, sizes = [], [(pixels.shape[1], pixels.shape[0]) for pixels in prepared.inputs]
@@ -333,11 +348,11 @@ class Describer:
                 nearest += [scale_of == scale for scale in range(count)]
         return _Row(prepared, windows, nearest, [None] * len(prepared.inputs))
 
-    def _forward(self, batch: list[tuple[_Input, np.ndarray]], windowed: Windowed | None) -> _Results:
+    def _forward(self, batch: list[tuple[_Key, Input]], windowed: Windowed | None) -> _Results:
         keys, images = zip(*batch, strict=True)
         return list(zip(keys, self._passes[keys[0][1]].branch.forward(images, windowed), strict=True))
 
-    def _prepare(self, item: Item) -> PreparedImage | _Unreadable:
+    def _prepare(self, item: Item) -> PreparedImage | DecodedImage | _Unreadable:
         start = time.perf_counter()
         # Taken first: a file that is still being copied is another one by the next run. To ask a bucket takes time.
         early = item.fingerprint() if item.content is None else None
@@ -345,7 +360,8 @@ class Describer:
             return _Unreadable(item.problem, early or item.fingerprint())
         try:
             with quiet_pillow:
-                return prepare_image(item, *self._recipes, minimum=self.minimum_side)
+                read = decode_image if self._resizes else prepare_image
+                return read(item, *self._recipes, minimum=self.minimum_side)
         except ImageError as error:
             return _Unreadable(str(error), early or item.fingerprint())
         except MemoryError:

@@ -22,26 +22,40 @@ from sppfeat.images.read_ahead import read_ahead
 from sppfeat.images.reading import decode, open_image, read_image, upright_size
 from sppfeat.images.remote import fingerprints
 from sppfeat.images.resampling import coefficients
-from sppfeat.images.resizing import PreparedImage, decoding, prepare_image, scaled_size
+from sppfeat.images.resizing import (
+    MOST_UNRESIZED,
+    DecodedImage,
+    PreparedImage,
+    decode_image,
+    decoding,
+    prepare_image,
+    scaled_size,
+)
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
+from sppfeat.images.unresized import Input, Unresized
 from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
 
 __all__ = [
     "Columns",
     "Content",
     "DEFAULT_COLUMNS",
+    "DecodedImage",
     "EXTENSIONS",
     "Fingerprint",
     "HeldFile",
     "ImageList",
+    "Input",
     "Item",
+    "MOST_UNRESIZED",
     "NO_FINGERPRINT",
     "PreparedImage",
     "ShapeBatcher",
     "Sources",
+    "Unresized",
     "absolute",
     "coefficients",
     "decode",
+    "decode_image",
     "decoding",
     "file_system",
     "find_images",

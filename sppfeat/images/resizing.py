@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from sppfeat.images.limits import MAX_WORKING_SET, working_set
 from sppfeat.images.memory import DecodingMemory
 from sppfeat.images.reading import decode, open_image, upright_size
 from sppfeat.images.resampling import resample
+from sppfeat.images.unresized import Unresized
 from sppfeat.machine import available_cores, available_memory
 from sppfeat.recipe import Recipe
 
@@ -22,6 +24,8 @@ from sppfeat.recipe import Recipe
 CENTER_CROP_FRACTION: Final = 0.875
 # Decoding memory per core: with it, photographs of 30 megapixels never wait for each other.
 CORE_BYTES: Final = 256 << 20
+# Larger images are resized before they wait for the network.
+MOST_UNRESIZED: Final = 1 << 20  # pixels
 
 
 @functools.cache
@@ -43,6 +47,23 @@ class PreparedImage(NamedTuple):
     """
 
     inputs: list[np.ndarray]
+    size: tuple[int, int]
+    fingerprint: Fingerprint
+
+
+class DecodedImage(NamedTuple):
+    """As `PreparedImage`, for a device that resizes."""
+
+    inputs: list[Unresized]
+    size: tuple[int, int]
+    fingerprint: Fingerprint
+
+
+class _Opened(NamedTuple):
+    """views: each recipe and scale, with the width and height that the image gets there."""
+
+    pixels: Image.Image
+    views: list[tuple[Recipe, int | str, tuple[int, int]]]
     size: tuple[int, int]
     fingerprint: Fingerprint
 
@@ -84,6 +105,40 @@ def scaled_size(size: tuple[int, int], scale: int | str, recipe: Recipe, *, mini
 def prepare_image(source: Item | str, *recipes: Recipe, minimum: int = 1) -> PreparedImage:
     """Read one image, an item's or a file's, and resize it to every scale of a resolved recipe, or of several that
     differ in the network alone: scales, mean, std, interpolation. Raises ImageError."""
+    with _opened(source, recipes, minimum) as opened:
+        made: dict[tuple[object, ...], np.ndarray] = {}
+        inputs = []
+        for recipe, scale, target in opened.views:
+            if (key := (target, recipe.interpolation, scale)) not in made:
+                made[key] = _resized(opened.pixels, target, recipe, scale)
+            inputs.append(made[key])
+        return PreparedImage(inputs, opened.size, opened.fingerprint)
+
+
+def decode_image(source: Item | str, *recipes: Recipe, minimum: int = 1) -> DecodedImage:
+    """As `prepare_image`, for a device that resizes; images of more than MOST_UNRESIZED pixels are resized here."""
+    with _opened(source, recipes, minimum) as opened:
+        pixels, (width, height) = opened.pixels, opened.pixels.size
+        small = width * height <= MOST_UNRESIZED
+        whole = np.ascontiguousarray(pixels) if small else None
+        inputs = []
+        for recipe, scale, target in opened.views:
+            by = recipe.interpolation or "bicubic"
+            if whole is None:
+                made = _resized(pixels, target, recipe, scale)
+                rows, columns = made.shape[:2]
+                inputs.append(Unresized(np.ascontiguousarray(made), (columns, rows), by, (0, 0), (rows, columns, 3)))
+            elif recipe.crop == "none":
+                inputs.append(Unresized(whole, target, by, (0, 0), (target[1], target[0], 3)))
+            else:
+                side = int(scale)
+                inputs.append(Unresized(whole, target, by, _center_corner(target[::-1], side), (side, side, 3)))
+        return DecodedImage(inputs, opened.size, opened.fingerprint)
+
+
+@contextlib.contextmanager
+def _opened(source: Item | str, recipes: Sequence[Recipe], minimum: int) -> Iterator[_Opened]:
+    """Decode an image; within the block, the memory that this takes is held. Raises ImageError."""
     recipe = recipes[0]
     views = [(each, scale) for each in recipes for scale in each.scales]
     image, fingerprint = open_image(source)
@@ -102,12 +157,8 @@ def prepare_image(source: Item | str, *recipes: Recipe, minimum: int = 1) -> Pre
             image.draft(None, needed if image.size == size else needed[::-1])
             stack.enter_context(decoding(image))
         pixels = decode(image, turn, orientation=recipe.orientation)
-        made: dict[tuple[object, ...], np.ndarray] = {}
-        for (one, scale), target in zip(views, targets, strict=True):
-            if (key := (target, one.interpolation, scale)) not in made:
-                made[key] = _resized(pixels, target, one, scale)
-        inputs = [made[target, one.interpolation, scale] for (one, scale), target in zip(views, targets, strict=True)]
-        return PreparedImage(inputs, size, fingerprint)
+        sized = [(one, scale, target) for (one, scale), target in zip(views, targets, strict=True)]
+        yield _Opened(pixels, sized, size, fingerprint)
 
 
 def _resized(pixels: Image.Image, target: tuple[int, int], recipe: Recipe, scale: int | str) -> np.ndarray:
@@ -119,5 +170,10 @@ def _resized(pixels: Image.Image, target: tuple[int, int], recipe: Recipe, scale
 
 
 def _center_square(pixels: np.ndarray, side: int) -> np.ndarray:
-    top, left = (round((length - side) / 2) for length in pixels.shape[:2])
+    top, left = _center_corner(pixels.shape, side)
     return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
+def _center_corner(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Top and left of a square in the middle of height and width."""
+    return round((shape[0] - side) / 2), round((shape[1] - side) / 2)
