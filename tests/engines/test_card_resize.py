@@ -70,6 +70,40 @@ def test_the_interpreted_kernel_gives_the_same_bits() -> None:
     assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
 
 
+# `warmup` compiles as a launch does, for the GPU that the driver names.
+COMPILED_ONCE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+driver.set_active(Driver())
+from sppfeat.engines.card_resize import _resize_kernel
+
+pixels, into = torch.zeros(64, dtype=torch.uint8), torch.zeros(64, dtype=torch.bfloat16)
+numbers = torch.zeros(64, dtype=torch.int32)
+for sizes, at in (([16, 16, 32, 32, 0, 0, 32, 96, 4, 4], 0), ([17, 1, 3, 33, 1, 2, 3, 9, 1, 5], 3), ([1] * 10, 1)):
+    fixed = dict(ROWS=8, VALUES=64, num_warps=1, grid=(1, 1))
+    _resize_kernel.warmup(pixels[at:], into[at:], numbers, numbers, into, *sizes, **fixed)
+compiled = _resize_kernel.device_caches[0][0]
+print(len(compiled))
+"""
+
+
+def test_the_kernel_is_compiled_once_for_all_sizes() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED_ONCE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "1\n", done.stderr
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:triton.*")  # about its own defaults
 @pytest.mark.parametrize("into", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("capability", [75, 80, 90])
