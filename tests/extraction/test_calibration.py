@@ -175,9 +175,7 @@ def test_a_processor_that_gives_other_values(calibrated: Recipe) -> None:
     other = type(sample)(sample.image, [type(sample.image).of(cells)])
     changed = type(network)(network.structure, network.constants, [other])
     fingerprint = keep_calibrated(changed)
-    with pytest.raises(
-        BackboneError, match=r"values that differ from those when it was calibrated by on"
-    ):
+    with pytest.raises(BackboneError, match=r"values that differ from those when it was calibrated by"):
         load_engine(Network(replace(calibrated, calibration=fingerprint)))
 
 
