@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py [--images FOLDER]
 
-Prints Markdown: values first (it stops at a wrong one), then images per second of the bare network and from JPEG
-files to a store, the pyramid over whole maps against torch and against the bandwidth of a copy, windows against
-roi_pool, the SVM's Gram matrix and solution, and FAISS. Without a GPU it says so, and compares the kernels in
-Triton's interpreter with plain torch instead: values, no times. Without `--images`, random images are written as
-JPEG files.
+Prints Markdown: values first (it stops at a wrong one), then resizing against a processor's, the pyramid over whole
+maps against torch and against the bandwidth of a copy, windows against roi_pool, images per second of bare networks and
+from JPEG files to a store, the SVM's Gram matrix and solution, and FAISS. Without a GPU it says so, and compares the
+kernels in Triton's interpreter with a processor instead: values, no times. Without `--images`, random images are
+written as JPEG files.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ cells = maps.permute(0, 2, 3, 1).contiguous()
 for levels in ((6, 3, 2, 1), (4, 3, 2, 1)):
     assert torch.equal(pyramid_triton.max_of_windows(cells, whole, levels), pool_pyramid(maps, levels))
     assert torch.equal(pyramid_triton.max_of_windows(cells, some, levels), pool_rois(maps[0], some[:, 1:], levels))
+from gpu import resized_alike
+assert resized_alike("cpu", [((31, 23), (20, 32)), ((16, 16), (32, 16))])
 """
 
 
@@ -70,6 +72,57 @@ def check(what: str, right: bool) -> None:
     print(f"* {what}: as expected")
 
 
+def resized_alike(device: str, sizes: list[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
+    """Whether the kernel that resizes gives the bytes that a processor gives, from a width and height to another."""
+    from PIL import Image
+
+    from sppfeat.engines.card_resize import resize_into
+    from sppfeat.images.resampling import resample
+
+    every_byte = torch.arange(256, dtype=torch.float32, device=device)[:, None].expand(256, 3).contiguous()
+    generator, alike = np.random.default_rng(0), True
+    for (width, height), (to_width, to_height) in sizes:
+        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
+        into = torch.empty((to_height, to_width, 3), device=device).permute(2, 0, 1)
+        resize_into(into, torch.from_numpy(pixels).to(device), (to_width, to_height), "bicubic", every_byte)
+        expected = resample(Image.fromarray(pixels), (to_width, to_height), "bicubic")
+        alike = alike and np.array_equal(into.permute(1, 2, 0).cpu().numpy(), expected)
+    return alike
+
+
+def resizing() -> None:
+    from PIL import Image
+
+    from sppfeat.engines.card_resize import resize_into
+    from sppfeat.images.resampling import resample
+
+    print("\n| resizing, bicubic, to bfloat16 | kernel, us | launched from Python, us | one core, to bytes, us |")
+    print("|---|---|---|---|")
+    table = torch.rand((256, 3), device="cuda").bfloat16()
+    for size, target in (((500, 375), (288, 224)), ((1024, 768), (288, 224)), ((500, 375), (608, 448))):
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8)
+        image, there = Image.fromarray(pixels.numpy()), pixels.cuda()
+        into = torch.empty((target[1], target[0], 3), device="cuda", dtype=torch.bfloat16).permute(2, 0, 1)
+
+        def launch(into: torch.Tensor = into, there: torch.Tensor = there, to: tuple[int, int] = target) -> None:
+            resize_into(into, there, to, "bicubic", table)
+
+        kernel = median(launch)
+        began = time.perf_counter()
+        for _ in range(1000):
+            launch()
+        launched = (time.perf_counter() - began) / 1000
+        torch.cuda.synchronize()
+        began = time.process_time()
+        for _ in range(20):
+            resample(image, target, "bicubic")
+        core = (time.process_time() - began) / 20
+        print(
+            f"| {size[0]} x {size[1]} to {target[0]} x {target[1]} | {1e6 * kernel:.1f} | {1e6 * launched:.1f} | "
+            f"{1e6 * core:.0f} |"
+        )
+
+
 def check_values(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -80,6 +133,8 @@ def check_values(folder: Path) -> None:
         check(f"windows, {dtype}", torch.equal(here, there))
     if pyramid._triton_failed:
         raise SystemExit("the Triton kernels did not run: see the warning above")
+    sizes = [((500, 375), (288, 224)), ((375, 500), (224, 288)), ((100, 80), (448, 352)), ((224, 900), (224, 896))]
+    check("resized images, as a processor's", resized_alike("cuda", sizes))
     some = sorted(folder.rglob("*.jpg"))[:64]
     listing = folder / "some.txt"
     listing.write_text("\n".join(map(str, some)) + "\n")
@@ -94,11 +149,19 @@ def check_values(folder: Path) -> None:
 
 
 def extraction(folder: Path, count: int) -> None:
+    for recipe in (
+        Recipe(precision="bfloat16", size_multiple=224),
+        Recipe(backbone="torchvision:resnet50", weights="random", precision="bfloat16", size_multiple=224),
+        Recipe(backbone="timm:convnext_tiny", weights="random", precision="bfloat16", size_multiple=224),
+    ):
+        print(f"\n| {recipe.backbone} | images/s | share of the bare network |\n|---|---|---|")
+        extraction_by(recipe, folder, count)
+
+
+def extraction_by(recipe: Recipe, folder: Path, count: int) -> None:
     from sppfeat.backbones.backbone import load_backbone
     from sppfeat.images.resizing import prepare_image
 
-    print("\n| extraction | images/s | share of the bare network |\n|---|---|---|")
-    recipe = Recipe(precision="bfloat16", size_multiple=224)
     files = sorted(folder.rglob("*.jpg"))[:count]
     backbone = load_backbone(recipe).to(torch.device("cuda"))
     shape = prepare_image(str(files[0]), backbone.descriptions[0].recipe).inputs[0].shape
@@ -225,11 +288,12 @@ def main() -> None:
     print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, {', '.join(versions)}")
     if not torch.cuda.is_available():
         print("\nNo NVIDIA GPU found: nothing was measured on one.")
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
         done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"the kernels, interpreted: wrong values\n{done.stderr}")
         print("\n* the kernels of the pyramid, in Triton's interpreter: the values of the torch form, bit by bit")
+        print("* the kernel that resizes: the bytes of a processor")
         return
     driver = torch.cuda.get_device_properties(0)
     print(f"{driver.name}, {driver.total_memory >> 30} GiB, CUDA {torch.version.cuda}\n")
@@ -242,6 +306,7 @@ def main() -> None:
                 (folder / f"{number:05}.jpg").symlink_to(path.resolve())
         check_values(folder)
         with torch.inference_mode():
+            resizing()
             pooling()
         extraction(folder, arguments.count)
         svm()
