@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UsageError,
         WindowsError,
     )
-    from sppfeat.extraction import Described, Describer, Extraction, extract_folder
+    from sppfeat.extraction import Described, Describer, Extraction, calibrate, calibrated_as, extract_folder
     from sppfeat.pyramid.pooling import SpatialPyramidPool, pool_pyramid, pool_rois
     from sppfeat.recipe import Recipe, RunOptions
     from sppfeat.retrieval import (
@@ -89,6 +89,8 @@ _HOMES = {
         "Described",
         "Describer",
         "Extraction",
+        "calibrate",
+        "calibrated_as",
         "extract_folder",
     ),
     "pyramid.pooling": (
@@ -184,6 +186,8 @@ __all__ = [
     "__version__",
     "add_map",
     "add_to_gallery",
+    "calibrate",
+    "calibrated_as",
     "create_gallery",
     "evaluate_retrieval",
     "evaluate_transfer",

@@ -129,6 +129,7 @@ def extract_folder(
     shards: write a folder of shards, as for an `output` that is a folder or ends with a slash: then images are
     described while the sources are listed, and memory does not grow with their number.
     cluster: describe on many machines into such a folder, which all of them reach; see `RayCluster`.
+    A recipe of precision int8 without a calibration gets that of the resumed store, or a new one; see `calibrate`.
     Raises StoreError for an output that is not a store or was made with another recipe, and whatever `find_images` and
     `Describer` raise. An image that cannot be described is a failed row, not an error.
     """
