@@ -61,7 +61,7 @@ def main() -> None:
     print("|---|" + "---|" * (len(STEPS) + 3))
     recipe = Recipe(scales=(arguments.scale,))
     for folder in arguments.folders:
-        files = sorted(folder.rglob("*.jpg"))
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".jpg")
         files = files[:: max(1, len(files) // arguments.count)][: arguments.count]
         for path in files:
             path.read_bytes()
