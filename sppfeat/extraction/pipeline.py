@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -112,6 +114,31 @@ _Results = list[tuple[_Key, "np.ndarray | str"]]
 _Decoding = tuple[int, Item, "Future[PreparedImage | DecodedImage | _Unreadable]"]
 
 
+class _Threads:
+    """Pools of threads by name, which stay from one use to the next: what an engine keeps for each of its threads takes
+    longer to make than an image, CUDA's recorded passes above all."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._making = threading.Lock()
+
+    def pool(self, name: str, count: int) -> ThreadPoolExecutor:
+        with self._making:
+            if name not in self._pools:
+                self._pools[name] = ThreadPoolExecutor(count, thread_name_prefix=name)
+            return self._pools[name]
+
+    def end(self) -> None:
+        """End all threads that are at rest, and the others when they are."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _give_up(futures: Iterable[Future[Any]]) -> None:
+    """Cancel what has not begun, and wait for the rest."""
+    wait([future for future in futures if not future.cancel()])
+
+
 def check_windows(recipe: Recipe) -> None:
     """Raise UsageError for a recipe that windows cannot be described with."""
     if recipe.crop != "none":
@@ -150,6 +177,8 @@ class Describer:
         self.nearest_dim = sum(branch.dim for branch in self._branches)
         self.workers = options.num_workers or available_cores()
         self._resizes = all(branch.resizes for branch in self._branches)
+        self._threads = _Threads()
+        weakref.finalize(self, self._threads.end)
 
     def _completed(self, recipe: Recipe, channels: tuple[int, ...]) -> Recipe:
         recipes = self._recipes
@@ -235,22 +264,24 @@ class Describer:
     def _run(
         self, items: Iterable[Item], scales: str, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
-        decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        decoders = self._threads.pool("decode", self.workers)
+        begun: deque[_Decoding] = deque()
         try:
             numbered = iter(enumerate(items))
             # The first images are decoded while the network loads.
-            begun = deque(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
+            begun.extend(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
             if not begun:
                 return
             with contextlib.ExitStack() as stack:
                 for engine in self.load():
                     stack.enter_context(engine.at_work())
-                forwarders = ThreadPoolExecutor(self.streams, thread_name_prefix="forward")
-                stack.callback(forwarders.shutdown, cancel_futures=True)
-                yield from self._pipeline(numbered, begun, scales, decoders, forwarders, stop)
+                forwarders = self._threads.pool("forward", self.streams)
+                forwarding: deque[Future[_Results]] = deque()
+                stack.callback(_give_up, forwarding)
+                yield from self._pipeline(numbered, begun, scales, decoders, forwarders, forwarding, stop)
         finally:
             read_ahead.forget()
-            decoders.shutdown(cancel_futures=True)
+            _give_up(future for _, _, future in begun)
 
     def _ahead(self, passes: int) -> int:
         """How many images may be decoded ahead of the network, which processes `passes` of them at a time."""
@@ -274,11 +305,11 @@ class Describer:
         window_scales: str,
         decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
+        forwarding: deque[Future[_Results]],
         stop: Callable[[], bool],
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         streams = self.streams
         ahead = self._ahead(streams * max(branch.batch_size for branch in self._branches))
-        forwarding: deque[Future[_Results]] = deque()
         batchers = {branch: self._batcher(branch) for branch in self._branches}
         ending = False
         rows: dict[int, _Row] = {}
