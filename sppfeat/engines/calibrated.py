@@ -62,10 +62,12 @@ class CalibratedNetwork(msgspec.Struct, frozen=True):
 
 
 def keep_calibrated(network: CalibratedNetwork) -> str:
-    """Keep a network; returns its fingerprint."""
+    """Keep a network; returns its fingerprint. Raises BackboneError."""
     body = msgspec.msgpack.encode(network)
     fingerprint = hashlib.sha256(body).hexdigest()[:16]
     write_entry(_entry(fingerprint), body, kept=_KEPT)
+    if not is_calibrated(fingerprint):
+        raise BackboneError(f"precision int8: its network cannot be kept: {_entry(fingerprint)} cannot be written")
     return fingerprint
 
 

@@ -166,6 +166,14 @@ def test_a_network_that_is_lost(calibrated: Recipe, tmp_path: Path, monkeypatch:
         load_engine(Network(INT8))
 
 
+def test_a_cache_that_cannot_be_written(calibrated: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = read_calibrated(Network(calibrated).descriptions)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BackboneError, match="precision int8: its network cannot be kept: .* cannot be written"):
+        keep_calibrated(network)
+
+
 def test_a_processor_that_gives_other_values(calibrated: Recipe) -> None:
     """What the network gave where it was calibrated is kept with it."""
     network = read_calibrated(Network(calibrated).descriptions)
