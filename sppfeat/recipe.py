@@ -147,7 +147,7 @@ class Recipe:
 
     def _check_calibration(self) -> None:
         if self.precision != "int8":
-            raise UsageError(f"calibration: expected none with precision {self.precision}, found {self.calibration!r}")
+            raise UsageError(f"calibration must be none with precision {self.precision}, found {self.calibration!r}")
         if not isinstance(self.calibration, str) or not re.fullmatch(
             r"[0-9a-f]{16}(\+[0-9a-f]{16})*", self.calibration
         ):

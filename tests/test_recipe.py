@@ -81,8 +81,9 @@ def test_json_is_one_object_with_every_field_and_the_version() -> None:
     document = json.loads(Recipe().to_json())
     assert list(document) == sorted(document)
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(document) == {"recipe_version", *fields} - {"channels"}, "of one part, which older versions read"
-    several = Recipe(channels=(3, 4))
+    absent = {"channels", "calibration"}
+    assert set(document) == {"recipe_version", *fields} - absent, "of one part, which older versions read"
+    several = Recipe(channels=(3, 4), precision="int8", calibration="0123456789abcdef")
     assert set(json.loads(several.to_json())) == {"recipe_version", *fields}
     assert document["recipe_version"] == RECIPE_VERSION
 
@@ -139,6 +140,7 @@ BAD: dict[str, list[Any]] = {
     "fuse": ["sum"],
     "normalize": ["l1"],
     "precision": ["float64"],
+    "calibration": ["", "0123456789abcdef", 5],
     "dtype": ["bfloat16"],
     "crop": ["centre"],
     "size_multiple": [0, 513, 1.0, True, None],
@@ -195,6 +197,7 @@ OTHER: dict[str, Any] = {
     "fuse": "max",
     "normalize": "none",
     "precision": "bfloat16",
+    "calibration": "0123456789abcdef",
     "dtype": "float32",
     "crop": "center",
     "size_multiple": 16,
@@ -213,7 +216,8 @@ OTHER: dict[str, Any] = {
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
 def test_every_field_but_the_path_of_the_weights_is_part_of_the_identity(field: str) -> None:
     """Weights count by content: a renamed file gives the same descriptors. The channels of parts follow from them."""
-    plain, other = Recipe(), Recipe(**{field: OTHER[field]})
+    plain = Recipe(precision="int8") if field == "calibration" else Recipe()
+    other = dataclasses.replace(plain, **{field: OTHER[field]})
     same = field in ("weights", "channels")
     assert (plain.identity("abc") == other.identity("abc")) is same
     assert (plain.differences(other) == []) is same

@@ -17,6 +17,9 @@ from sppfeat.store.manifest import LOCK
 
 # What flock says on network and FUSE file systems that have no locks.
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# A lock may outlive a killed process by a moment, in a child that it was forking.
+_PATIENCE_SECONDS: Final = 1.0
+_PATIENCE_POLL_SECONDS: Final = 0.02
 # Ray ends the workers of a dead driver within some seconds.
 _SHARD_SECONDS: Final = 60
 _SHARD_POLL_SECONDS: Final = 0.25
@@ -59,6 +62,7 @@ def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
         raise StoreError(f"{path}: its folder {path.parent} does not exist") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be created: {os_reason(error)}") from None
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             descriptor = above_standard(os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
@@ -75,6 +79,9 @@ def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
                 ) from None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
+            if time.monotonic() < deadline:
+                time.sleep(_PATIENCE_POLL_SECONDS)
+                continue
             raise StoreBusyError(f"{path}: another process is writing to it; wait for it to end") from None
         # The previous holder may have removed the file between our open and our lock.
         with contextlib.suppress(FileNotFoundError):

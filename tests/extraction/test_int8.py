@@ -233,7 +233,7 @@ def test_recipes_without_a_calibration_keep_their_identity() -> None:
     for wrong in ("", "xyz", "0123456789ABCDEF", "0123456789abcdef+"):
         with pytest.raises(UsageError, match="calibration must be a fingerprint of 16 digits"):
             replace(INT8, calibration=wrong)
-    with pytest.raises(UsageError, match="calibration: expected none with precision float32, found"):
+    with pytest.raises(UsageError, match="calibration must be none with precision float32, found"):
         replace(FLOAT, calibration="0123456789abcdef")
 
 
