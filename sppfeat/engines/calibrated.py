@@ -64,7 +64,7 @@ class CalibratedNetwork(msgspec.Struct, frozen=True):
 def keep_calibrated(network: CalibratedNetwork) -> str:
     """Keep a network; returns its fingerprint. Raises BackboneError."""
     body = msgspec.msgpack.encode(network)
-    fingerprint = hashlib.sha256(body).hexdigest()[:16]
+    fingerprint = _fingerprint(body)
     write_entry(_entry(fingerprint), body, kept=_KEPT)
     if not is_calibrated(fingerprint):
         raise BackboneError(f"precision int8: its network cannot be kept: {_entry(fingerprint)} cannot be written")
@@ -89,10 +89,16 @@ def read_calibrated(descriptions: Sequence[Description]) -> CalibratedNetwork:
             f"{what}: expected the network of calibration {recipe.calibration} in the cache, found none: {entry}; copy "
             "it from where the store was made, or describe the images again with --overwrite"
         )
+    if (found := _fingerprint(body)) != recipe.calibration:
+        raise BackboneError(f"{what}: {entry}: expected the network of that calibration, found that of {found}")
     try:
         return msgspec.msgpack.decode(body, type=CalibratedNetwork)
     except msgspec.DecodeError as error:
         raise BackboneError(f"{what}: {entry}: expected a network, found another file ({error})") from None
+
+
+def _fingerprint(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
 
 
 def _entry(fingerprint: str) -> Path:

@@ -139,6 +139,11 @@ def extract_folder(
     recipe = recipe or Recipe()
     if recipe.precision == "int8" and cluster is not None:
         raise UsageError("precision int8: its network is calibrated and kept on one machine: expected no cluster")
+    if recipe.precision == "int8" and recipe.calibration is None and shards is not None and shards.part is not None:
+        raise UsageError(
+            "precision int8: parts that are calibrated by themselves do not fit together: expected --calibration-of a "
+            "store with --part"
+        )
     for each in options.devices():
         for branch in recipe.branches():
             engine_device(branch, replace(options, device=each))

@@ -18,7 +18,7 @@ from sppfeat import BackboneError, MissingExtraError, Recipe, RunOptions, UsageE
 from sppfeat.backbones import Network
 from sppfeat.engines import keep_calibrated, load_engine
 from sppfeat.engines.calibrated import read_calibrated
-from sppfeat.extraction import Calibration, Describer, calibrate, calibration
+from sppfeat.extraction import Calibration, Describer, ShardOptions, calibrate, calibration
 from sppfeat.images import find_images
 from sppfeat.progress import Observer
 
@@ -164,6 +164,27 @@ def test_a_network_that_is_lost(calibrated: Recipe, tmp_path: Path, monkeypatch:
         load_engine(Network(calibrated))
     with pytest.raises(BackboneError, match="expected a calibration, found none: `sppfeat extract` makes one"):
         load_engine(Network(INT8))
+
+
+def test_a_network_under_another_name_is_not_taken(calibrated: Recipe) -> None:
+    """As when the wrong file of a cache is copied."""
+    from sppfeat.files import cache_folder
+
+    folder, other = cache_folder() / "calibrated", "0123456789abcdef"
+    shutil.copy(folder / f"{calibrated.calibration}.network", folder / f"{other}.network")
+    message = f"{other}.network: expected the network of that calibration, found that of {calibrated.calibration}"
+    with pytest.raises(BackboneError, match=message):
+        load_engine(Network(replace(calibrated, calibration=other)))
+    (folder / f"{other}.network").unlink()
+
+
+def test_parts_need_one_calibration(calibrated: Recipe, folder: Path, tmp_path: Path) -> None:
+    part = ShardOptions(part=(1, 2))
+    with pytest.raises(UsageError, match="parts that are calibrated by themselves do not fit together: expected --cal"):
+        extract_folder(folder, tmp_path / "p1", INT8, shards=part)
+    assert not (tmp_path / "p1").exists()
+    both = [extract_folder(folder, tmp_path / f"p{at}", calibrated, shards=ShardOptions(part=(at, 2))) for at in (1, 2)]
+    assert sum(done.described for done in both) == 30
 
 
 def test_a_cache_that_cannot_be_written(calibrated: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
