@@ -97,7 +97,10 @@ def stubbed(dim: int) -> Iterator[Describer]:
     prepared = np.zeros((8, 8, 3), np.uint8)
     recipe = Recipe(levels=(1,))
     description = SimpleNamespace(
-        layer=SimpleNamespace(name="stub"),
+        layer=SimpleNamespace(name="stub", stride=1, cells=0),
+        fixed_side=None,
+        hooked=False,
+        steps=(),
         channels=dim,
         minimum_side=1,
         weights_sha256=SHA,
@@ -124,7 +127,7 @@ def describe_rows(rows: int, dim: int, folder: Path) -> dict[str, float]:
     with stubbed(dim) as describer:
         times, wall, cpu = ThreadTimes(), time.perf_counter(), time.process_time()
         with StoreWriter(store) as writer:
-            for number, _ in enumerate(workers.fill_rows(writer, describer, todo, lambda: False, Stages())):
+            for number, _ in enumerate(workers.fill_rows(writer, describer, todo, (), lambda: False, Stages())):
                 if number % 1000 == 999:
                     times.look()
             writer.flush()

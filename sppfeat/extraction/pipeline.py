@@ -23,7 +23,7 @@ from sppfeat.engines import Engine
 from sppfeat.errors import ImageError, StoreError, UsageError, unknown_name
 from sppfeat.extraction.branch import Branch, Gate, Windowed
 from sppfeat.extraction.stages import Stages
-from sppfeat.extraction.values import fuse, to_stored
+from sppfeat.extraction.values import as_stored, fuse, to_stored
 from sppfeat.images import (
     MOST_UNRESIZED,
     DecodedImage,
@@ -406,8 +406,7 @@ class Describer:
             return Described(index, None, size, fingerprint, row.error, {})
         if row.windows is None:
             return self._fused_whole(index, row)
-        with np.errstate(over="ignore"):
-            stored = self._of_windows(row).astype(self.recipe.dtype, copy=False)
+        stored = as_stored(self._of_windows(row), self.recipe.dtype)
         errors = {
             int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
