@@ -8,17 +8,20 @@ from sppfeat.engines.engine import (
     Engine,
     ImageRefusedError,
     ResizingEngine,
+    StoringEngine,
     choose_engine,
     engine_device,
     engine_of,
     load_engine,
     resizes_images,
+    stores_rows,
 )
 
 __all__ = [
     "Engine",
     "ImageRefusedError",
     "ResizingEngine",
+    "StoringEngine",
     "choose_engine",
     "engine_device",
     "engine_of",
@@ -27,4 +30,5 @@ __all__ = [
     "load_engine",
     "resizes_images",
     "resolve_device",
+    "stores_rows",
 ]

@@ -83,6 +83,23 @@ class ResizingEngine(Engine, Protocol):
         """As `feature_maps`, of images whose shape after resizing is the same."""
 
 
+@runtime_checkable
+class StoringEngine(Engine, Protocol):
+    """An engine that also makes the rows as they are stored."""
+
+    def pool_stored(self, maps: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The rows [N, D] of N images in the store's type, of their maps of all layers, each layer normalised.
+
+        With the largest absolute value of each before it was rounded, float32 [N], not finite if a value is not.
+        """
+
+
+def stores_rows(engine: str, device: str) -> bool:
+    """Whether an engine of this name makes rows as they are stored on this device: torch on a GPU, whose copies to the
+    processor take time."""
+    return engine == "torch" and device != "cpu"
+
+
 def resizes_images(engine: str, device: str) -> bool:
     """Whether an engine of this name resizes images on this device: torch on an NVIDIA GPU, with Triton."""
     return engine == "torch" and device.startswith("cuda") and importlib.util.find_spec("triton") is not None

@@ -15,6 +15,7 @@ import torch
 from sppfeat.backbones.backbone import Backbone
 from sppfeat.engines.cuda_graphs import Pass, RecurringPasses, capture_into_one_pool
 from sppfeat.engines.engine import ImageRefusedError, cpu_streams
+from sppfeat.engines.torch_rows import copied_out, stored_rows
 from sppfeat.engines.torch_settings import exact_convolutions
 from sppfeat.errors import DeviceError, SppFeatWarning, one_line
 from sppfeat.images import Unresized
@@ -159,6 +160,16 @@ class TorchEngine:
         with told_apart():
             rows = pool_pyramid(maps, recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p)
             return _to_numpy(rows)
+
+    def pool_stored(self, maps: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """See `StoringEngine.pool_stored`."""
+        recipe = self._recipe
+        with told_apart():
+            layers = [
+                pool_pyramid(of_layer, recipe.levels, pooling=recipe.pooling, gem_p=recipe.gem_p) for of_layer in maps
+            ]
+            rows, largest = copied_out(stored_rows(layers, recipe.normalize, recipe.dtype))
+            return rows.numpy(), largest.numpy()
 
     def pool_windows(self, feature_map: torch.Tensor, rois: np.ndarray) -> np.ndarray:
         recipe = self._recipe

@@ -37,10 +37,16 @@ def fuse(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
 
 def to_stored(descriptors: np.ndarray, dtype: str) -> list[np.ndarray | str]:
     """Rows [N, D] of float32 in the store's type; for a row that is not finite in it, the reason instead."""
+    return finite_rows(as_stored(descriptors, dtype), np.maximum(descriptors.max(1), -descriptors.min(1)), dtype)
+
+
+def finite_rows(stored: np.ndarray, largest: np.ndarray, dtype: str) -> list[np.ndarray | str]:
+    """Rows [N, D] in the store's type; for one that is not finite, the reason instead.
+
+    largest: [N] the largest absolute value of each, float32, before it was rounded; not finite if a value was not.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        stored = as_stored(descriptors, dtype)
         # Rounding keeps order: all values are finite if the largest is.
-        largest = np.maximum(descriptors.max(1), -descriptors.min(1))
         finite = np.isfinite(largest.astype(dtype))
     rows: list[np.ndarray | str] = list(stored)
     for at in np.flatnonzero(~finite):
