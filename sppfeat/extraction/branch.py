@@ -17,15 +17,17 @@ from sppfeat.engines import (
     Engine,
     ImageRefusedError,
     ResizingEngine,
+    StoringEngine,
     choose_engine,
     engine_device,
     engine_of,
     load_engine,
     resizes_images,
+    stores_rows,
 )
 from sppfeat.errors import BackboneError, UsageError, one_line
 from sppfeat.extraction.stages import Stages
-from sppfeat.extraction.values import normalize, to_stored
+from sppfeat.extraction.values import finite_rows, normalize, to_stored
 from sppfeat.images import Input, Unresized
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.windows import map_windows
@@ -139,8 +141,8 @@ class Branch:
         """Threads that run the network; 0 before it is loaded."""
         return self._engine.streams if self._engine is not None else 0
 
-    def forward(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str]:
-        """The descriptor [D] of each image of a batch, or of the windows [k, D] of the only one; or why it has none.
+    def forward(self, images: Sequence[Input], windowed: Sequence[Windowed] | None) -> list[np.ndarray | str]:
+        """The descriptor [D] of each image of a batch, or those of its windows [k, D]; or why it has none.
 
         If memory is short, the batch is tried again without other passes, and in halves. Raises BackboneError.
         """
@@ -156,7 +158,7 @@ class Branch:
         finally:
             self._times.spend("forward", time.perf_counter() - start)
 
-    def _forward_alone(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str]:
+    def _forward_alone(self, images: Sequence[Input], windowed: Sequence[Windowed] | None) -> list[np.ndarray | str]:
         """The results of one batch or its halves, down to single images; one that does not fit has its reason."""
         for release in self._gate.release:
             release()
@@ -178,9 +180,10 @@ class Branch:
             return [reason]
         half = len(images) // 2
         self.fitting[shape] = min(half, self.fitting.get(shape, half))  # for later batches, too
-        return self._forward_alone(images[:half], windowed) + self._forward_alone(images[half:], windowed)
+        first, second = (None, None) if windowed is None else (windowed[:half], windowed[half:])
+        return self._forward_alone(images[:half], first) + self._forward_alone(images[half:], second)
 
-    def _pass(self, images: Sequence[Input], windowed: Windowed | None) -> list[np.ndarray | str] | str:
+    def _pass(self, images: Sequence[Input], windowed: Sequence[Windowed] | None) -> list[np.ndarray | str] | str:
         """The results of one batch; a message if it ran out of memory. Raises BackboneError."""
         height, width = images[0].shape[:2]
         engine = self.load()
@@ -201,7 +204,7 @@ class Branch:
             ) from None
 
     def _descriptors(
-        self, engine: Engine, images: Sequence[Input], windowed: Windowed | None
+        self, engine: Engine, images: Sequence[Input], windowed: Sequence[Windowed] | None
     ) -> list[np.ndarray | str]:
         decoded = [each for each in images if isinstance(each, Unresized)]
         if decoded:
@@ -212,13 +215,18 @@ class Branch:
         kind = self.recipe.normalize
         if windowed is not None:
             start = time.perf_counter()
-            rois = [self._rois(geometry, images[0], windowed) for geometry in self.geometries]
-            pooled = [engine.pool_windows(of_layer[0], each) for of_layer, each in zip(maps, rois, strict=True)]
-            rows = _joined([normalize(each, kind) for each in pooled])
+            rows: list[np.ndarray | str] = []
+            for at, each in enumerate(windowed):
+                rois = [self._rois(geometry, images[at], each) for geometry in self.geometries]
+                pooled = [engine.pool_windows(of_layer[at], some) for of_layer, some in zip(maps, rois, strict=True)]
+                rows.append(_joined([normalize(of_layer, kind) for of_layer in pooled]))
             self._times.spend("pool", time.perf_counter() - start)
-            return [rows]
-        described = _joined([normalize(engine.pool(of_layer), kind) for of_layer in maps])
+            return rows
         # Of several passes, the stored values are known when all are joined.
+        if self._whole and stores_rows(engine.name, engine.device):
+            assert isinstance(engine, StoringEngine)
+            return finite_rows(*engine.pool_stored(maps), self.recipe.dtype)
+        described = _joined([normalize(engine.pool(of_layer), kind) for of_layer in maps])
         return to_stored(described, self.recipe.dtype) if self._whole else list(described)
 
     @staticmethod

@@ -48,6 +48,10 @@ _log = logging.getLogger(__name__)
 
 # Approximate limit of decoded images that wait for the network; at `native` scale they are large.
 AHEAD_BYTES: Final = 1 << 29
+# Images with windows in a batch, on a GPU, and how many such batches an incomplete one waits for: of each image that
+# waits, the rows are held, some 30 MB for 2,000 windows.
+WINDOWS_BATCH: Final = 8
+WINDOWS_PATIENCE: Final = 2
 
 
 class Described(NamedTuple):
@@ -245,8 +249,8 @@ class Describer:
         Windows are pooled from one forward pass per scale. scales: `all` pools each window at every scale, normalises
         and fuses as for a whole image, so that a window of the whole image has the image's descriptor; `nearest` pools
         each at the one scale that brings its area closest to 224 x 224. A window that reaches outside its image comes
-        with a reason. Images with windows run through the network one by one: so readable ones come in order, and only
-        the rows of few images are held at a time.
+        with a reason. Readable images with windows come in order, and the rows of few of them are held at a time: on a
+        processor they run through the network one by one, on a GPU in small batches.
         Once `stop()` is true no new image is started, and those in flight are still yielded. Memory does not depend on
         the number of items. Batches depend only on the order of the images.
         Raises UsageError for windows if the recipe crops.
@@ -310,13 +314,21 @@ class Describer:
     ) -> Iterator[tuple[int, _Row | _Unreadable]]:
         streams = self.streams
         ahead = self._ahead(streams * max(branch.batch_size for branch in self._branches))
-        batchers = {branch: self._batcher(branch) for branch in self._branches}
+        whole = {branch: self._batcher(branch) for branch in self._branches}
+        with_windows = {branch: self._windows_batcher(branch) for branch in self._branches}
         ending = False
         rows: dict[int, _Row] = {}
+        in_order: deque[int] = deque()  # images with windows
 
         def submit(batch: list[tuple[_Key, Input]]) -> None:
-            index, at = batch[0][0]
-            forwarding.append(forwarders.submit(self._forward, batch, rows[index].windowed(at)))
+            windowed = [rows[index].windowed(at) for (index, at), _ in batch]
+            forwarding.append(forwarders.submit(self._forward, batch, [each for each in windowed if each is not None]))
+
+        def finished(index: int) -> Iterator[tuple[int, _Row]]:
+            if rows[index].windows is None:
+                yield index, rows.pop(index)
+            while in_order and not rows[in_order[0]].left:
+                yield (first := in_order.popleft()), rows.pop(first)
 
         def collect(most: int) -> Iterator[tuple[int, _Row]]:
             while len(forwarding) > most or (forwarding and forwarding[0].done()):
@@ -328,7 +340,7 @@ class Describer:
                     else:
                         row.results[at] = result
                     if not row.left:
-                        yield index, rows.pop(index)
+                        yield from finished(index)
 
         while True:
             if not ending:
@@ -346,19 +358,19 @@ class Describer:
             windowed = [row.windowed(at) for at in range(len(self._passes))]
             wanted = [at for at, chosen in enumerate(windowed) if chosen is None or len(chosen.windows)]
             row.left = len(wanted)
+            if item.windows is not None:
+                in_order.append(index)
             if not wanted:
-                yield index, rows.pop(index)
+                yield from finished(index)
             # Batches become smaller towards the end, so that every stream gets work.
             share = -(-(1 + len(decoding)) // (2 * streams)) if ending and self.device == "cpu" else None
+            batchers = whole if item.windows is None else with_windows
             for at in wanted:
-                if item.windows is not None:
-                    submit([((index, at), prepared.inputs[at])])
-                    continue
                 for batch in batchers[self._passes[at].branch].add((index, at), prepared.inputs[at], share=share):
                     submit(batch)
             prepared.inputs.clear()
             yield from collect(2 * streams)
-        for batcher in batchers.values():
+        for batcher in (*whole.values(), *with_windows.values()):
             for batch in batcher.flush():
                 submit(batch)
                 yield from collect(2 * streams)
@@ -368,6 +380,12 @@ class Describer:
     def _batcher(branch: Branch) -> ShapeBatcher[_Key]:
         patience = branch.load().patience * branch.batch_size * len(branch.recipe.scales)
         return ShapeBatcher(branch.batch_size, patience=patience, most=branch.fitting)
+
+    @staticmethod
+    def _windows_batcher(branch: Branch) -> ShapeBatcher[_Key]:
+        size = 1 if branch.device == "cpu" else min(branch.batch_size, WINDOWS_BATCH)
+        patience = WINDOWS_PATIENCE * size * len(branch.recipe.scales)
+        return ShapeBatcher(size, patience=patience, most=branch.fitting)
 
     def _row(self, prepared: PreparedImage | DecodedImage, windows: np.ndarray | None, window_scales: str) -> _Row:
         nearest: list[np.ndarray] | None = None
@@ -379,9 +397,9 @@ class Describer:
                 nearest += [scale_of == scale for scale in range(count)]
         return _Row(prepared, windows, nearest, [None] * len(prepared.inputs))
 
-    def _forward(self, batch: list[tuple[_Key, Input]], windowed: Windowed | None) -> _Results:
+    def _forward(self, batch: list[tuple[_Key, Input]], windowed: list[Windowed]) -> _Results:
         keys, images = zip(*batch, strict=True)
-        return list(zip(keys, self._passes[keys[0][1]].branch.forward(images, windowed), strict=True))
+        return list(zip(keys, self._passes[keys[0][1]].branch.forward(images, windowed or None), strict=True))
 
     def _prepare(self, item: Item) -> PreparedImage | DecodedImage | _Unreadable:
         start = time.perf_counter()
