@@ -19,7 +19,7 @@ def interval(
     """The bootstrap interval of a mean of measures, each of images that are drawn with replacement (Efron 1979).
 
     measures: for each trial, its number of test images [n], and the measure of a draw, from how often each is drawn
-    [n]. Draws for which a measure is not a number, such as those without any image of a class, do not count.
+    [n]. Draws for which a measure is not a number do not count.
     """
     generator = np.random.default_rng(_SEED)
     values = np.empty((len(measures), resamples))

@@ -55,18 +55,27 @@ class Verdict:
         return len(self.labels)
 
     def resampled(self, times: np.ndarray) -> float:
-        """The value, had each test image been drawn so many times [M]; NaN if a class that was tested is not drawn."""
+        """The value over the classes that are drawn, had each test image been drawn so many times [M].
+
+        Many draws lack a class where it has few images; without these draws, little would be left to tell from.
+        """
         if self.labels.ndim == 2:
             rows = np.repeat(np.arange(len(times)), times)
             tested = ~np.isnan(self.per_class)
             found = average_precisions(self.labels[rows][:, tested], self.scores[rows][:, tested], method=self.method)
-            return 100 * float(found.mean())
+            return _mean_of_known(found)
         drawn = np.bincount(self.labels, times, minlength=len(self.per_class))
         right = np.bincount(self.labels, times * self.right, minlength=len(self.per_class))
         tested = ~np.isnan(self.per_class)
         with np.errstate(invalid="ignore"):
             shares: np.ndarray = right[tested] / drawn[tested]
-        return 100 * float(shares.mean())
+        return _mean_of_known(shares)
+
+
+def _mean_of_known(shares: np.ndarray) -> float:
+    """The mean in percent of those that are not NaN; NaN if all are."""
+    known = shares[~np.isnan(shares)]
+    return 100 * float(known.mean()) if len(known) else float("nan")
 
 
 def judge(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:

@@ -28,7 +28,9 @@ from sppfeat import (
 from sppfeat.images.sources import Fingerprint
 from sppfeat.report.pages import check_page
 from sppfeat.store.writing import StoreWriter, create_store
+from sppfeat.svm.statistics import interval
 from sppfeat.transfer.evaluation import evaluate_transfer
+from sppfeat.transfer.judging import Verdict
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report
@@ -643,3 +645,25 @@ def test_voc_real_data(shared: Path, tmp_path: Path) -> None:
     assert len(labels.classes) == 20 and {"train", "person"} <= set(labels.classes)
     assert sum(part == "train" for part in labels.splits.values()) == 400 and len(labels.splits) == 600
     assert {int(value) for row in labels.targets.values() for value in row} == {-1, 0, 1}
+
+
+def test_the_interval_of_few_images_is_over_the_classes_that_a_draw_has() -> None:
+    """With one test image per class nearly every draw lacks a class: their measures still count."""
+    labels = np.arange(8)
+    right = np.array([True] * 6 + [False] * 2)
+    verdict = Verdict(
+        value=75.0,
+        per_class=right.astype(float),
+        area_per_class=np.zeros(0),
+        top1=75.0,
+        top5=100.0,
+        confusion=np.zeros((8, 8), int),
+        mistakes=[],
+        right=right,
+        labels=labels,
+        scores=np.zeros((8, 8)),
+    )
+    assert verdict.resampled(np.array([2, 0, 1, 1, 1, 1, 1, 1])) == pytest.approx(100 * 5 / 7)
+    assert np.isnan(verdict.resampled(np.zeros(8, int)))
+    low, high = interval([(8, verdict.resampled)] * 5)
+    assert 30 < low < 75 < high <= 100
