@@ -12,18 +12,30 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, SppFeatWarning, UsageError
+from sppfeat_cli.commands import Group
 from sppfeat_cli.output import printable, results_alone
 
-COMMANDS: Final = (
-    *("extract", "inspect", "models", "evaluate", "train", "predict", "windows", "detect", "index", "search"),
-    *("duplicates", "serve", "tune", "export", "merge"),
-)
+# The sections of the help, in the order in which a newcomer needs them.
+SECTIONS: Final = {
+    "Describe images": ("extract", "models"),
+    "Evaluate": ("evaluate",),
+    "Search": ("index", "search", "duplicates", "serve"),
+    "Detect objects": ("windows", "detect"),
+    "Train and classify": ("train", "predict", "tune"),
+    "Files": ("inspect", "export", "merge"),
+}
+COMMANDS: Final = tuple(name for names in SECTIONS.values() for name in names)
+
+
+class _Main(Group):
+    sections = SECTIONS
 
 
 def build(named: str | None = None) -> typer.Typer:
     """The app, with the command named alone, where it is one: importing and building all takes a tenth of a second."""
     app = typer.Typer(
         name="sppfeat",
+        cls=_Main,
         help="Fixed-length image descriptors by spatial pyramid pooling, from folders of images of any size.",
         epilog="Example: sppfeat extract photos/ -o feats.h5",
         no_args_is_help=True,

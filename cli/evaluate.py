@@ -7,6 +7,7 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat_cli import evaluate_all, evaluate_detection, options
+from sppfeat_cli.commands import Group
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import (
     after_results,
@@ -26,14 +27,15 @@ _TRANSFER = options.Defaults("sppfeat.transfer:TransferOptions")
 
 def register(app: typer.Typer) -> None:
     evaluate = typer.Typer(
+        cls=Group,
         help="Evaluate descriptors and detectors by established protocols.",
         epilog="Example: sppfeat evaluate transfer feats.h5",
         no_args_is_help=True,
     )
     evaluate.command(epilog="Example: sppfeat evaluate transfer feats.h5 --protocol split --c 1")(transfer)
+    evaluate.command(epilog="Example: sppfeat evaluate retrieval feats.h5 --relevant folder")(retrieval)
     evaluate_detection.register(evaluate)
     evaluate_all.register(evaluate)
-    evaluate.command(epilog="Example: sppfeat evaluate retrieval feats.h5 --relevant folder")(retrieval)
     app.add_typer(evaluate, name="evaluate")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sppfeat.errors import one_of
 from sppfeat.recipe import DTYPES
 from sppfeat_cli import options
 from sppfeat_cli.output import counted, print_json, printable
@@ -38,9 +39,7 @@ def export(
     levels: options.StoredLevels = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help=f"Type of the stored values: {options.one_of(DTYPES)}.", show_default="the store's"
-        ),
+        typer.Option(metavar="NAME", help=f"Type of the stored values: {one_of(DTYPES)}.", show_default="the store's"),
     ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,

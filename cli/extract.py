@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat.errors import UsageError
+from sppfeat.errors import UsageError, one_of
 from sppfeat.recipe import (
     CROPS,
     DTYPES,
@@ -22,7 +22,6 @@ from sppfeat.recipe import (
 )
 from sppfeat.recipes import NAMED, named_recipe
 from sppfeat_cli import options
-from sppfeat_cli.options import one_of
 from sppfeat_cli.output import counted, integers, numbers, print_json, printable, scales
 from sppfeat_cli.progress import Progress
 

@@ -2,23 +2,18 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat.errors import UsageError, require_extra, unknown_name
+from sppfeat.errors import UsageError, one_of, require_extra, unknown_name
 from sppfeat.recipe import ENGINES
 from sppfeat_cli.output import integers, numbers
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import ProjectionOptions
-
-
-def one_of(names: Sequence[str]) -> str:
-    """`a, b or c`."""
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 class Defaults:

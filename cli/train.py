@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from sppfeat_cli import options, train_detector, train_vocabulary
+from sppfeat_cli.commands import Group
 from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable
 
 _SVM = options.Defaults("sppfeat.svm:SvmOptions")
@@ -12,6 +13,7 @@ _SVM = options.Defaults("sppfeat.svm:SvmOptions")
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(
+        cls=Group,
         help="Train models that classify images or detect objects in them, and vocabularies that describe images.",
         epilog="Example: sppfeat train svm feats.h5 -o animals.h5",
         no_args_is_help=True,

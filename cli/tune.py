@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from sppfeat.errors import one_of
 from sppfeat.recipe import POOLINGS, Recipe
 from sppfeat_cli import options
-from sppfeat_cli.options import one_of
 from sppfeat_cli.output import (
     after_results,
     counted,

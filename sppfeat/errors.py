@@ -19,9 +19,13 @@ the command line prints it on one line, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Final
+
+# Names of which each is compared letter by letter with a mistyped one: a tenth of a second.
+MOST_COMPARED: Final = 10_000
 
 
 class SppFeatError(Exception):
@@ -90,16 +94,56 @@ def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
-    """Message for a name that is not in `valid`: the nearest valid names, or all of them if few."""
-    import difflib  # slower to load than everything else here, and rarely needed
-
+    """Message for a name that is not in `valid`: all of them if few, else those that may be meant."""
     names = list(dict.fromkeys(valid))
-    nearest = difflib.get_close_matches(found, names, n=5, cutoff=0.4)
     if len(names) <= 8:
         return f"unknown {kind} {found!r}: expected one of {', '.join(names)}"
-    if nearest:
-        return f"unknown {kind} {found!r}: did you mean {', '.join(nearest)}?"
+    if nearest := nearest_names(found, names):
+        return f"unknown {kind} {found!r}: did you mean {one_of(nearest)}?"
     return f"unknown {kind} {found!r}: expected one of {len(names)} names, such as {', '.join(names[:5])}"
+
+
+def one_of(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+
+
+def nearest_names(found: str, valid: Iterable[str], *, most: int = 5) -> list[str]:
+    """The names that may be meant by one that is not valid, the likeliest first: those that it begins or that begin
+    it, those that it is a part of, then those that differ in few letters. Of very many names, only the former."""
+    names = list(dict.fromkeys(valid))
+    typed, few = found.lower(), len(names) <= MOST_COMPARED
+    ranked = []
+    for at, name in enumerate(names):
+        known = name.lower()
+        if not typed:
+            continue
+        if known.startswith(typed) or (len(known) > 2 and typed.startswith(known)):
+            ranked.append((0, abs(len(known) - len(typed)), at, name))
+        elif len(typed) > 2 and typed in known:
+            ranked.append((1, len(known) - len(typed), at, name))
+        elif few and (edits := _edits(typed, known, most=max(len(typed) > 1, len(typed) // 3))) is not None:
+            ranked.append((2, edits, at, name))
+    return [name for *_, name in sorted(ranked)[:most]]
+
+
+def _edits(one: str, other: str, *, most: int) -> int | None:
+    """Letters to insert, delete, replace or swap with their neighbor that lead from one text to another; None if more
+    than `most` (the optimal string alignment distance)."""
+    if abs(len(one) - len(other)) > most:
+        return None
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        earlier, before, row = before, row, [i + 1]
+        for j, against in enumerate(other):
+            cost = min(before[j + 1] + 1, row[j] + 1, before[j] + (letter != against))
+            if i and j and letter == other[j - 1] and one[i - 1] == against:
+                cost = min(cost, earlier[j - 1] + 1)
+            row.append(cost)
+        if min(row) > most:
+            return None
+    return row[-1] if row[-1] <= most else None
 
 
 def one_line(error: BaseException) -> str:

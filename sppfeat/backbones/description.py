@@ -19,7 +19,7 @@ import msgspec
 
 from sppfeat._version import __version__
 from sppfeat.backbones.geometry import Geometry, Step, follow
-from sppfeat.errors import BackboneError, SppFeatError, UsageError, unknown_name
+from sppfeat.errors import BackboneError, SppFeatError, UsageError, nearest_names, one_of, unknown_name
 from sppfeat.files import cache_folder, cache_key, decode_document, read_entry, write_entry
 from sppfeat.recipe import SIFT_BOW, Recipe
 
@@ -116,7 +116,19 @@ def check_backbone(name: str) -> None:
 
 
 def unknown_backbone(name: str) -> str:
-    """The message for a name of no backbone."""
+    """The message for a name of no backbone: those of torchvision and timm have a prefix, which may be missing."""
+    # They import torch, and so only here, where nothing else is left to do.
+    import timm
+    from torchvision import models
+
+    families = {"torchvision": models.list_models(module=models), "timm": timm.list_models()}
+    plain = {"torchvision": name, "timm": name.split(".")[0]}  # timm's may name their weights
+    found = [f"{family}:{name}" for family, names in families.items() if plain[family] in names]
+    if not found:
+        prefixed = [f"{family}:{each}" for family, names in families.items() for each in names]
+        found = nearest_names(name, [*PACKAGED, SIFT_BOW, *prefixed])
+    if found:
+        return f"unknown backbone {name!r}: did you mean {one_of(found)}?"
     return unknown_name("backbone", name, [*PACKAGED, SIFT_BOW, "torchvision:NAME", "timm:NAME"])
 
 

@@ -314,8 +314,10 @@ def test_random_weights_are_the_same_everywhere_and_leave_the_generator_alone(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("efficientnet_lite9", "unknown backbone 'efficientnet_lite9': expected one of efficientnet_lite0, "),
-        ("resnet18", "unknown backbone 'resnet18': expected one of .*torchvision:NAME, timm:NAME"),
+        ("efficientnet_lite9", "unknown backbone 'efficientnet_lite9': did you mean efficientnet_lite0, "),
+        ("resnet18", r"unknown backbone 'resnet18': did you mean torchvision:resnet18 or timm:resnet18\?"),
+        ("resnet18.a1_in1k", r"unknown backbone .*: did you mean timm:resnet18\.a1_in1k\?"),
+        ("no such network", "unknown backbone .*: expected one of efficientnet_lite0, .*torchvision:NAME, timm:NAME"),
         ("keras:resnet18", "unknown backbone 'keras:resnet18'"),
         ("timm:", "unknown backbone 'timm:'"),
         ("torchvision:resnet81", "unknown torchvision backbone 'resnet81': did you mean .*resnet18"),

@@ -91,7 +91,7 @@ def with_one(value: float) -> np.ndarray:
         ({"objective": "much"}, "damaged: expected a vocabulary"),
         ({"seed": None}, "damaged: expected a vocabulary"),
         ({"versions": "[1]"}, "expected a JSON document 'versions'"),
-        ({"format": "sppfeat-svm"}, "expected a vocabulary .*, found an SVM"),
+        ({"format": "sppfeat-svm"}, "expected a vocabulary, found an SVM; `sppfeat train vocabulary` makes one"),
         ({"format_version": 2}, "its format 2 is newer than this sppfeat reads"),
     ],
 )

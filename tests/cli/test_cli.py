@@ -102,7 +102,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
         (
             ["extract", "one.png", "-o", "f.h5", "--backbone", "resnet50"],
             2,
-            "unknown backbone 'resnet50': .*torchvision:NAME",
+            "unknown backbone 'resnet50': did you mean torchvision:resnet50 or timm:resnet50",
         ),
         (["extract", "one.png", "-o", "f.h5", "--backbone", "torchvision:resnet5"], 2, "did you mean .*resnet50"),
         (["extract", "one.png", "-o", "f.h5", "--weights", "none.pth"], 1, "none.pth: expected a weights file"),
