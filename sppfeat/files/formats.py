@@ -39,6 +39,17 @@ NOUNS = {
 }
 
 
+# The commands that make them.
+_MADE_BY = {
+    STORE: "sppfeat extract",
+    SVM: "sppfeat train svm",
+    DETECTOR: "sppfeat train detector",
+    WINDOWS: "sppfeat windows",
+    GALLERY: "sppfeat index",
+    VOCABULARY: "sppfeat train vocabulary",
+}
+
+
 class _Format(msgspec.Struct):
     format: str
 
@@ -82,7 +93,7 @@ def open_hdf5(
             found = file.attrs.get("format")
             if found != kind:
                 what = NOUNS.get(str(found), f"an HDF5 file with format {found!r}")
-                raise error(f"{path}: expected {noun} (format {kind!r}), found {what}")
+                raise error(f"{path}: expected {noun}, found {what}; `{_MADE_BY[kind]}` makes one")
             number = int(file.attrs["format_version"])
             if number > version:
                 raise error(f"{path}: its format {number} is newer than this sppfeat reads ({version}): update sppfeat")
@@ -90,7 +101,8 @@ def open_hdf5(
     except FileNotFoundError:
         raise error(f"{path}: expected {noun}, found no such file") from None
     except IsADirectoryError:
-        raise error(f"{path}: expected {noun}, found a folder") from None
+        hint = f"; `{_MADE_BY[kind]}` makes one" if kind is not None else ""
+        raise error(f"{path}: expected {noun}, found a folder{hint}") from None
     except OSError as reason:
         raise error(f"{path}: expected {noun}, found a file that cannot be opened: {hdf5_reason(reason)}") from None
     except (*DAMAGE, UsageError) as reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sppfeat.images.archives import from_builtins, to_builtins
 from sppfeat.images.batching import ShapeBatcher
+from sppfeat.images.instead import found_instead
 from sppfeat.images.items import (
     EXTENSIONS,
     NO_FINGERPRINT,
@@ -61,6 +62,7 @@ __all__ = [
     "find_images",
     "fingerprint_of",
     "fingerprints",
+    "found_instead",
     "from_builtins",
     "is_image_name",
     "is_there",

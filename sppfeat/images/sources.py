@@ -336,9 +336,12 @@ def _open_source(source: str) -> _Source:
         return _List(source)
     if end in EXTENSIONS or is_archive(source):
         return _Single(_absolute(source))
+    from sppfeat.files import NOUNS, format_of  # h5py, which images do not need
+
     raise UsageError(
         f"{source}: expected a folder, an image ({', '.join(sorted(EXTENSIONS))}), an archive "
         f"({', '.join(sorted(ARCHIVE_EXTENSIONS))}) or a text list ({', '.join(sorted(LIST_EXTENSIONS))})"
+        + (f", found {NOUNS[kind]}" if (kind := format_of(source)) is not None else "")
     )
 
 

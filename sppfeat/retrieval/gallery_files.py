@@ -39,7 +39,6 @@ from sppfeat._version import __version__
 from sppfeat.errors import GalleryError, one_line
 from sppfeat.files import (
     GALLERY,
-    NOUNS,
     appearing,
     appearing_hdf5,
     decode_document,
@@ -49,7 +48,7 @@ from sppfeat.files import (
     sync_folder,
     unsafe_name,
 )
-from sppfeat.images import absolute
+from sppfeat.images import absolute, found_instead
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries, FileEntry, Version
 from sppfeat.retrieval.arrays import write_arrays
 from sppfeat.retrieval.bins import BinSource, write_bins, write_channels
@@ -166,13 +165,13 @@ def require_gallery(path: Path) -> None:
     if not path.exists():
         found = "no such folder"
     elif not path.is_dir():
-        found = NOUNS.get(str(format_of(path)), "a file") + " (a gallery is a folder)"
+        found = found_instead(path, GALLERY) or "a file (a gallery is a folder)"
     elif (path / DESCRIPTION).exists():
         found = f"a folder whose {DESCRIPTION} is not that of a gallery"
     elif any(_OURS.fullmatch(name) for name in os.listdir(path)):
         found = "one that was interrupted before it was complete; build it again with `sppfeat index`"
     else:
-        found = f"a folder without {DESCRIPTION}"
+        found = found_instead(path, GALLERY) or f"a folder without {DESCRIPTION}"
     raise GalleryError(f"{path}: expected a gallery, found {found}")
 
 

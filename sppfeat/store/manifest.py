@@ -21,6 +21,7 @@ import msgspec
 
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import STORE, appearing, decode_document, os_reason
+from sppfeat.images import found_instead
 from sppfeat.recipe import Recipe
 
 MANIFEST: Final = "manifest.json"
@@ -143,7 +144,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise StoreError(f"{folder}: expected a store, found a folder without {MANIFEST}") from None
+        found = found_instead(folder, STORE) or f"a folder without {MANIFEST}"
+        raise StoreError(f"{folder}: expected a store, found {found}") from None
     except OSError as error:
         raise StoreError(f"{path}: could not be read: {os_reason(error)}") from None
 

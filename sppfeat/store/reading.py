@@ -28,7 +28,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, one_line
 from sppfeat.files import DAMAGE, STORE, check_hdf5, format_of, hdf5_reason, os_reason, read_document
-from sppfeat.images import is_url
+from sppfeat.images import found_instead, is_url
 from sppfeat.recipe import Recipe
 from sppfeat.store.digests import DIGEST_BYTES, name_digests
 from sppfeat.store.joined import FileNames, JoinedNames, Shards, Values, joined
@@ -206,9 +206,8 @@ def open_file(path: Path, *, names: bool = True) -> Store:
     except OSError as error:
         if path.name == VIEW and (path.parent / MANIFEST).exists():
             raise StoreError(f"{path}: is for other programs; give the folder {path.parent} instead") from None
-        raise StoreError(
-            f"{path}: expected a store, found a file that cannot be opened: {hdf5_reason(error)}"
-        ) from None
+        found = found_instead(path, STORE) or f"a file that cannot be opened: {hdf5_reason(error)}"
+        raise StoreError(f"{path}: expected a store, found {found}") from None
     except (*DAMAGE, UsageError) as error:
         raise StoreError(f"{path}: damaged: expected a store, found: {one_line(error)}") from None
 
@@ -216,7 +215,8 @@ def open_file(path: Path, *, names: bool = True) -> Store:
 def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> Store:
     kind = file.attrs.get("format")
     if kind != STORE:
-        raise StoreError(f"{path}: expected a store (format {STORE!r}), found an HDF5 file with format {kind!r}")
+        other = found_instead(path, STORE) or f"an HDF5 file with format {kind!r}"
+        raise StoreError(f"{path}: expected a store, found {other}")
     found = int(file.attrs["format_version"])
     if found > FORMAT_VERSION:
         raise StoreError(

@@ -123,7 +123,11 @@ def test_a_part_of_an_image(folder: Path, call: Run) -> None:
         (["index", "f.h5", "-o", "g2", "--whitening-from", "f.h5"], 2, "expected --whiten or --project with it"),
         (["index", "f.h5", "-o", "f.h5"], 1, "expected a gallery folder or no file, found a file"),
         (["index", "g", "-o", "g2"], 1, "g: expected a store"),
-        (["search", "f.h5", "q.png"], 1, r"f.h5: expected a gallery, found a store \(a gallery is a folder\)"),
+        (
+            ["search", "f.h5", "q.png"],
+            1,
+            r"f.h5: expected a gallery, found a store; first: sppfeat index f.h5 -o gallery/",
+        ),
         (["search", "nowhere", "q.png"], 1, "nowhere: expected a gallery, found no such folder"),
         (["search", "g", "q.png", "--box", "5,5,1,9"], 2, "box must be x1,y1,x2,y2 .*found 5,5,1,9"),
         (["search", "g", "q.png", "--box", "5,5,9"], 2, "--box: expected X1,Y1,X2,Y2, found '5,5,9'"),

@@ -220,7 +220,7 @@ def test_a_projection_goes_with_the_gallery(make_store: MakeStore, tmp_path: Pat
     assert before is not None and after is not None and np.array_equal(before.matrix, after.matrix)
     assert open_gallery(path).index.d == 9 and sorted(p.name for p in path.glob("projection*")) == ["projection-1.npz"]
     clamped = create_gallery(first, path, projection=ProjectionOptions(dims=500), overwrite=True)
-    assert clamped.notes[0].startswith("only 16 dimensions are kept")
+    assert clamped.notes == [f"project: 500 components asked, 16 kept: {len(first)} rows of 16 values have no more"]
 
 
 def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> 
         create_gallery(store, tmp_path / "empty")
     create_gallery(store, tmp_path / "empty", overwrite=True)
     assert_every_row_finds_itself(tmp_path / "empty", store)
-    with pytest.raises(GalleryError, match="expected a gallery, found a folder without gallery.json"):
+    with pytest.raises(GalleryError, match="expected a gallery, found a folder of images; first: sppfeat extract "):
         open_gallery(tmp_path / "photos")
     with pytest.raises(GalleryError, match=re.escape("found a store (a gallery is a folder)")):
         open_gallery(store.path)

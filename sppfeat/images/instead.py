@@ -1,0 +1,62 @@
+"""What is found where a store or a gallery belongs, in words, with the command that makes one of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Final
+
+from sppfeat.images.archives import is_archive
+from sppfeat.images.items import is_image_name
+
+# A folder that holds images has one early on; a home folder must not be walked for the sake of a message.
+_LOOKED_AT: Final = 2_000
+
+
+def found_instead(path: str | os.PathLike[str], belongs: str) -> str | None:
+    """What is at a path where a store or a gallery belongs, and what to do first; None if that is not known.
+
+    belongs: STORE or GALLERY, of `sppfeat.files`.
+    """
+    from sppfeat.files import NOUNS, format_of  # h5py, which images do not need
+
+    found = format_of(path)
+    if found is not None and found != belongs:
+        return NOUNS[found] + _first(found, belongs, path)
+    if (images := _images(Path(path))) is not None:
+        return images + _first(None, belongs, path)
+    return None
+
+
+def _first(found: str | None, belongs: str, path: str | os.PathLike[str]) -> str:
+    from sppfeat.files import GALLERY, STORE
+
+    place = shlex.quote(os.fspath(path))
+    if found is None:
+        then = ", then: sppfeat index feats.h5 -o gallery/" * (belongs == GALLERY)
+        return f"; first: sppfeat extract {place} -o feats.h5{then}"
+    if (found, belongs) == (STORE, GALLERY):
+        return f"; first: sppfeat index {place} -o gallery/"
+    if (found, belongs) == (GALLERY, STORE):
+        return f"; give the store that it was built from, which `sppfeat inspect {place}` names"
+    return ""
+
+
+def _images(path: Path) -> str | None:
+    if path.is_dir():
+        return "a folder of images" if _holds_images(path) else None
+    if not path.is_file():
+        return None
+    return "an image" if is_image_name(path.name) else "an archive" if is_archive(path.name) else None
+
+
+def _holds_images(folder: Path) -> bool:
+    looked_at = 0
+    for _, folders, files in os.walk(folder):
+        if any(map(is_image_name, files)):
+            return True
+        looked_at += len(folders) + len(files)
+        if looked_at > _LOOKED_AT:
+            break
+    return False
