@@ -1,5 +1,6 @@
 """`sppfeat evaluate retrieval`: evaluate search for images of the same thing."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -173,6 +174,8 @@ def retrieval(
         )
     else:
         typer.echo(_text(done))
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _document(done: "Retrieval") -> dict[str, Any]:

@@ -324,7 +324,9 @@ Voting = Annotated[
 
 def memory(default: str) -> Any:
     """`--memory` of a command, and what it bounds."""
-    return typer.Option(metavar="SIZE", help="Memory limit, such as 4GB.", show_default=default)
+    return typer.Option(
+        metavar="SIZE", help="Memory limit, such as 512MB or 4GB; a number alone is in bytes.", show_default=default
+    )
 
 
 def split(default: str) -> Any:

@@ -207,11 +207,19 @@ def scales(text: str) -> tuple[int | str, ...]:
 
 
 def byte_count(option: str, text: str) -> int:
-    """`4GB` as bytes; units are powers of 1000, as `human_bytes` prints them, or of 1024 if written GiB."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kKmMgGtT]?)(i?)[bB]?)\s*", text)
+    """`4GB` as bytes; units are powers of 1000, as `human_bytes` prints them, or of 1024 if written GiB; bytes without.
+
+    Raises UsageError for anything else, and for a number alone that is no sensible count of bytes.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kKmMgGtT]?)(i?)([bB]?))\s*", text)
     if found is None or (found[3] and not found[2]):
         raise UsageError(f"--{option}: expected a size such as 800MB or 4GB, found {text!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+    count = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+    if not found[2] and not found[4] and count < 1_000_000:
+        raise UsageError(
+            f"--{option}: expected a size such as 800MB or 4GB, found {text!r}, a number of bytes: {found[1]}GB?"
+        )
+    return count
 
 
 def human_bytes(count: int) -> str:

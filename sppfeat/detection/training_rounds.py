@@ -100,7 +100,8 @@ class Trainer:
         if wanted > capacity // 2:
             needed = 4 * (dim + 1) * wanted
             raise UsageError(
-                f"memory for rows must be at least {needed} bytes for {wanted} objects, found {options.memory}"
+                f"memory for rows must be at least {needed / 1e6:.1f} MB for {wanted} objects, found "
+                f"{options.memory / 1e6:.1f} MB"
             )
         self.cache = RowCache(capacity, dim + 1, len(self.classes))
         per_class = max(16, options.memory // 2 // (2 * dim) // len(self.classes))

@@ -104,13 +104,12 @@ def create_gallery(
         check_new_gallery(path, overwrite=overwrite)
         rows = unit_rows(store)
         _check_names(store, rows.names)
-        notes = []
+        notes: list[str] = []
         learned = None
         if projection is not None:
             source = rows if whitening_from is None else _comparable(store, whitening_from)
             learned = learn_projection(source, projection)
-            if learned.dim < projection.dims:
-                notes.append(f"only {learned.dim} dimensions are kept: {len(source)} rows have no more")
+            notes += learned.notes(projection.dims)
             rows = dataclasses.replace(rows, projection=learned)
         built = build_index(rows, options)
         table = GalleryRows(

@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -70,6 +70,7 @@ class Retrieval:
     left_out: queries without any relevant row. projection: the one used. learned_here: from evaluated rows.
     overlap: mean intersection over union of the boxes found in relevant images and the true ones, 0 to 1, and 0 where
     the query was not looked for. located: how many of them are over 0.5, in percent. Both None without true boxes.
+    notes: for the user.
     """
 
     queries: int
@@ -85,6 +86,7 @@ class Retrieval:
     learned_here: bool
     overlap: float | None = None
     located: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
@@ -172,6 +174,7 @@ def evaluate_retrieval(
         and (whitening_from is None or any(_same_file(whitening_from, one) for one in (gallery, queries))),
         overlap=float(np.mean(found)) if found else None,
         located=100 * float(np.mean(np.array(found) > 0.5)) if found else None,
+        notes=[] if projection is None or options.projection is None else projection.notes(options.projection.dims),
     )
 
 

@@ -37,6 +37,9 @@ OVERSAMPLING: Final = 32
 ROUNDS: Final = 5
 # Relative to the largest eigenvalue; anything below is rounding of float32 products.
 RANK_TOLERANCE: Final = 1e-6
+# Rows per kept component below which the weakest variances are mostly those of the sample: with N = 3 K rows of noise
+# of equal variance, estimated variances already differ by a factor of 14 (Marchenko and Pastur, 1967).
+ENOUGH_ROWS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,20 @@ class Projection:
         """[N, K] float32 rows of length 1, from unit rows [N, D] float32, which are overwritten."""
         units -= self.mean
         return normalize_rows(units @ self.matrix)
+
+    def notes(self, asked: int) -> list[str]:
+        """What the user should know: that fewer components are kept than were asked for, or whitened by few rows."""
+        found = []
+        if self.dim < asked:
+            size = f"{self.rows} rows of {len(self.mean)} values"
+            found.append(f"project: {asked} components asked, {self.dim} kept: {size} have no more")
+        if self.power and self.rows < ENOUGH_ROWS * self.dim:
+            found.append(
+                f"whiten: learned from {self.rows} rows for {self.dim} components, expected at least "
+                f"{ENOUGH_ROWS * self.dim}: the weakest are chance; --whitening-from a larger store, or a "
+                "smaller --project"
+            )
+        return found
 
 
 def learn_projection(rows: UnitRows, options: ProjectionOptions | None = None) -> Projection:

@@ -76,6 +76,22 @@ def test_no_more_components_than_the_rows_have(make_store: MakeStore) -> None:
     assert learn_projection(unit_rows(make_store(twice, recipe=FLOAT32)), ProjectionOptions(dims=512)).dim == 4
 
 
+def test_whitening_from_few_rows_is_told_with_both_numbers(make_store: MakeStore) -> None:
+    """As is a projection onto more components than there are."""
+    store = make_store(spread(60, 30), recipe=FLOAT32)
+
+    def notes(dims: int, **options: bool) -> list[str]:
+        return learn_projection(unit_rows(store), ProjectionOptions(dims=dims, **options)).notes(dims)  # type: ignore[arg-type]
+
+    assert notes(20, whiten=True) == notes(30) == notes(21) == []
+    assert [note[:81] for note in notes(21, whiten=True)] == [
+        "whiten: learned from 60 rows for 21 components, expected at least 63: the weakest"
+    ]
+    both = notes(512, whiten=True)
+    assert both[0] == "project: 512 components asked, 30 kept: 60 rows of 30 values have no more"
+    assert both[1].startswith("whiten: learned from 60 rows for 30 components, expected at least 90: ")
+
+
 def test_rows_that_cannot_be_projected(make_store: MakeStore) -> None:
     with pytest.raises(UsageError, match=r"expected at least 2 described images to project, found 1"):
         learn_projection(unit_rows(make_store(np.ones((1, 4)))))

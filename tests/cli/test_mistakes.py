@@ -1,0 +1,214 @@
+"""What a new user mistypes or mixes up: one line that says what is there and what to type."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeStore
+from typer.main import get_command
+
+from sppfeat.errors import nearest_names, unknown_name
+from sppfeat_cli import main
+from sppfeat_cli.app import COMMANDS, SECTIONS, build
+from sppfeat_cli.output import byte_count
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command line within this process and folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sppfeat", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def told(call: Call, words: str) -> str:
+    """The one line that a wrong command ends in, without the program's name."""
+    code, out, errors = call(*words.split())
+    assert code in (1, 2) and out == "" and errors.count("\n") == 1, (code, out, errors)
+    return errors.removeprefix("sppfeat: ").removesuffix("\n")
+
+
+FIRST = "expected a store, found a folder of images; first: sppfeat extract images -o feats.h5"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect images",
+        "export images -o f.csv",
+        "index images -o g",
+        "index images --add-to g",
+        "index f.h5 -o g2 --whiten --whitening-from images",
+        "evaluate transfer images",
+        "evaluate retrieval images --relevant folder",
+        "train svm images -o svm.h5",
+        "merge out images",
+        "duplicates images",
+    ],
+)
+def test_images_where_a_store_belongs(
+    words: str, call: Call, make_images: Callable[..., Path], make_store: MakeStore, tmp_path: Path
+) -> None:
+    make_images(2, "images/below")
+    make_store(np.random.default_rng(0).normal(size=(6, 8)), "f.h5")
+    assert told(call, words) == f"images: {FIRST}"
+
+
+def test_one_thing_where_another_belongs(
+    call: Call, make_images: Callable[..., Path], make_store: MakeStore, tmp_path: Path
+) -> None:
+    pytest.importorskip("faiss")
+    make_images(2, "my images")
+    store = make_store(np.random.default_rng(0).normal(size=(6, 8)))
+    store.path.rename(tmp_path / "feats.h5")
+    assert call("index", "feats.h5", "-o", "g", "--quiet")[0] == 0
+    (tmp_path / "one.jpg").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+
+    def line(*words: str) -> str:
+        code, _, errors = call(*words)
+        assert code == 1
+        return errors.removeprefix("sppfeat: ").removesuffix("\n")
+
+    assert line("search", "my images", "one.jpg") == (
+        "my images: expected a gallery, found a folder of images; first: sppfeat extract 'my images' -o feats.h5, "
+        "then: sppfeat index feats.h5 -o gallery/"
+    )
+    assert line("search", "feats.h5", "one.jpg") == (
+        "feats.h5: expected a gallery, found a store; first: sppfeat index feats.h5 -o gallery/"
+    )
+    assert line("serve", "feats.h5").endswith("found a store; first: sppfeat index feats.h5 -o gallery/")
+    assert line("inspect", "one.jpg") == (
+        "one.jpg: expected a store, found an image; first: sppfeat extract one.jpg -o feats.h5"
+    )
+    assert line("export", "g", "-o", "x.csv") == (
+        "g: expected a store, found a gallery; give the store that it was built from, which `sppfeat inspect g` names"
+    )
+    assert line("inspect", "empty") == "empty: expected a store, found a folder without manifest.json"
+    assert line("predict", "feats.h5", ".") == (
+        "feats.h5: expected an SVM, found a store; `sppfeat train svm` makes one"
+    )
+    assert line("detect", "g", ".") == "g: expected a detector, found a folder; `sppfeat train detector` makes one"
+    code, _, errors = call("extract", "feats.h5", "-o", "new.h5")
+    assert code == 2 and errors.endswith("or a text list (.lst, .txt), found a store\n")
+
+
+def test_a_large_folder_is_not_walked_for_a_message(
+    call: Call, make_images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppfeat.images.instead._LOOKED_AT", 3)
+    (tmp_path / "large/a/b").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / f"large/a/{number}.dat").touch()
+    shutil.move(make_images(1), tmp_path / "large/a/b/images")
+    assert told(call, "inspect large") == "large: expected a store, found a folder without manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "evaluate feats.h5",
+            "evaluate what? transfer, retrieval, detection or all, such as: sppfeat evaluate transfer feats.h5",
+        ),
+        (
+            "evaluate --protocol split feats.h5",
+            "evaluate what? transfer, retrieval, detection or all, such as: "
+            "sppfeat evaluate transfer --protocol split feats.h5",
+        ),
+        ("train feats.h5", "train what? svm, detector or vocabulary, such as: sppfeat train svm feats.h5 -o FILE"),
+        ("train f.h5 -o m.h5", "train what? svm, detector or vocabulary, such as: sppfeat train svm f.h5 -o m.h5"),
+        ("train svmm f.h5", "unknown command 'svmm': did you mean svm?"),
+        (
+            "train detector.h5",
+            "train what? svm, detector or vocabulary, such as: sppfeat train svm detector.h5 -o FILE",
+        ),
+        ("extrcat photos", "unknown command 'extrcat': did you mean extract?"),
+        ("photos", "unknown command 'photos': `sppfeat --help` lists all commands"),
+        ("--versio", "unknown option '--versio' of sppfeat: did you mean --version?"),
+        ("extract . -o f.h5 --scale 224", "unknown option '--scale' of sppfeat extract: did you mean --scales?"),
+        (
+            "evaluate transfer f.h5 --lable x",
+            "unknown option '--lable' of sppfeat evaluate transfer: did you mean --labels?",
+        ),
+        ("index f.h5 --memroy 4GB", "unknown option '--memroy' of sppfeat index: did you mean --memory?"),
+        ("extract . -o f.h5 -z", "unknown option '-z' of sppfeat extract: `sppfeat extract --help` lists all options"),
+    ],
+)
+def test_commands_and_options_that_do_not_exist(words: str, line: str, call: Call) -> None:
+    assert told(call, words) == line
+
+
+def test_names_are_ranked_by_what_was_typed() -> None:
+    options = ["--cluster", "--fuse", "--scales", "--shard-rows"]
+    assert nearest_names("--scale", options) == ["--scales"]
+    objects = [f"obj{number}_t{take}" for number in range(20) for take in (1, 2)]
+    assert nearest_names("obj1", objects)[:2] == ["obj1_t1", "obj1_t2"]
+    # A prefix, then a part, then few letters, swapped ones included; case does not matter.
+    assert nearest_names("abcd", ["xxxx", "abce", "xabcd", "ABCDE"]) == ["ABCDE", "xabcd", "abce"]
+    assert nearest_names("resnet81", ["resnet34", "resnet18"]) == ["resnet18", "resnet34"]
+    assert nearest_names("abacus", ["zebra", "ox"]) == [] and nearest_names("", ["a"]) == []
+    many = [f"{number:06}.jpg" for number in range(200_000)]
+    assert nearest_names("000123", many)[0] == "000123.jpg"
+    assert unknown_name("class", "obj1", objects).startswith("unknown class 'obj1': did you mean obj1_t1, obj1_t2, ")
+    assert unknown_name("x", "q", [str(n) for n in range(9)]).endswith("expected one of 9 names, such as 0, 1, 2, 3, 4")
+
+
+def test_help_has_its_commands_in_sections(call: Call) -> None:
+    code, shown, _ = call("--help")
+    assert code == 0
+    places = [shown.index(f"\n{title}:\n") for title in SECTIONS]
+    assert places == sorted(places) and "\nCommands:" not in shown
+    for title, names in SECTIONS.items():
+        section = shown.split(f"\n{title}:\n")[1].split("\n\n")[0]
+        assert [line.split()[0] for line in section.splitlines() if line[2] != " "] == list(names)
+    assert {*COMMANDS} == get_command(build()).commands.keys()  # type: ignore[attr-defined]
+    assert "..." not in shown.split("Describe images:")[1]  # no sentence is cut short
+
+
+@pytest.mark.parametrize("words", ["index f.h5 -o g", "train detector voc -o det.h5 --windows w.csv"])
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [
+        ("lots", "--memory: expected a size such as 800MB or 4GB, found 'lots'"),
+        ("4 apples", "--memory: expected a size such as 800MB or 4GB, found '4 apples'"),
+        ("4", "--memory: expected a size such as 800MB or 4GB, found '4', a number of bytes: 4GB?"),
+    ],
+)
+def test_memory_is_a_size_in_every_command(words: str, size: str, line: str, call: Call) -> None:
+    code, out, errors = call(*words.split(), "--memory", size)
+    assert (code, out, errors) == (2, "", f"sppfeat: {line}\n")
+
+
+def test_sizes() -> None:
+    same = ("4GB", "4gb", "4 GB", "4G", "4000MB", "4000000000", "4000000000B")
+    assert {byte_count("memory", text) for text in same} == {4_000_000_000}
+    assert byte_count("memory", "1GiB") == 1 << 30 and byte_count("memory", "100B") == 100
+
+
+def test_evaluation_notes_what_a_projection_became(call: Call, make_store: MakeStore) -> None:
+    names = [f"{number % 3}/{number}.jpg" for number in range(12)]
+    make_store(np.random.default_rng(0).normal(size=(12, 8)), "f.h5", names=names)
+    code, shown, errors = call("evaluate", "retrieval", "f.h5", "--whiten")
+    assert code == 0 and "mAP" in shown
+    assert errors.splitlines()[0] == "note: project: 512 components asked, 8 kept: 12 rows of 8 values have no more"
+    assert errors.splitlines()[1].startswith(
+        "note: whiten: learned from 12 rows for 8 components, expected at least 24"
+    )
