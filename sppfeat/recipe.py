@@ -276,13 +276,32 @@ class Recipe:
             del fields["calibration"]  # files made before there was one keep their identity
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other: Recipe) -> list[str]:
-        """Fields that differ, as `name: ours here, theirs there`; except weights, which are compared by content
-        elsewhere, and channels, which follow from them."""
-        return [
-            f"{field.name}: {_show(getattr(self, field.name))} here, {_show(getattr(other, field.name))} there"
+    def differences(
+        self,
+        other: Recipe,
+        names: tuple[str, str],
+        *,
+        weights: tuple[str, str] | None = None,
+        dims: tuple[int, int] | None = None,
+    ) -> list[str]:
+        """What differs, such as `scales: store 224, asked 224,320`, where the names are `store` and `asked`.
+
+        weights: the SHA-256 of both, since paths say nothing. dims: the lengths of both descriptors. Channels are not
+        compared: they follow from the rest.
+        """
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
             for field in dataclasses.fields(self)
-            if field.name not in ("weights", "channels") and getattr(self, field.name) != getattr(other, field.name)
+            if field.name not in ("weights", "channels")
+        }
+        if weights is not None and weights[0] != weights[1]:
+            pairs["weights"] = short_sha(weights[0]), short_sha(weights[1])
+        if dims is not None:
+            pairs["dimensions"] = dims
+        return [
+            f"{field}: {names[0]} {_show(ours)}, {names[1]} {_show(theirs)}"
+            for field, (ours, theirs) in pairs.items()
+            if ours != theirs
         ]
 
 

@@ -74,7 +74,7 @@ def test_json_gives_the_same_recipe_back(recipe: Recipe) -> None:
     assert read == recipe
     assert read.to_json() == recipe.to_json()
     assert read.identity("w") == recipe.identity("w")
-    assert read.differences(recipe) == []
+    assert read.differences(recipe, ("one", "other")) == []
 
 
 def test_json_is_one_object_with_every_field_and_the_version() -> None:
@@ -220,10 +220,10 @@ def test_every_field_but_the_path_of_the_weights_is_part_of_the_identity(field: 
     other = dataclasses.replace(plain, **{field: OTHER[field]})
     same = field in ("weights", "channels")
     assert (plain.identity("abc") == other.identity("abc")) is same
-    assert (plain.differences(other) == []) is same
+    assert (plain.differences(other, ("one", "other")) == []) is same
     if not same:
-        (difference,) = plain.differences(other)
-        assert difference.startswith(f"{field}: ") and difference.endswith(" there")
+        (difference,) = plain.differences(other, ("one", "other"))
+        assert difference.startswith(f"{field}: one ") and ", other " in difference
 
 
 def test_other_weights_are_another_identity() -> None:
@@ -232,7 +232,14 @@ def test_other_weights_are_another_identity() -> None:
 
 
 def test_difference_says_both_values() -> None:
-    assert Recipe(levels=(2, 1)).differences(Recipe()) == ["levels: 2,1 here, 6,3,2,1 there"]
+    store, asked = Recipe(), Recipe(scales=(224, 320), weights="a.pth")
+    assert store.differences(asked, ("store", "asked")) == ["scales: store 224, asked 224,320"]
+    assert store.differences(asked, ("store", "asked"), weights=("1" * 64, "2" * 64), dims=(8, 16)) == [
+        "scales: store 224, asked 224,320",
+        "weights: store 111111111111, asked 222222222222",
+        "dimensions: store 8, asked 16",
+    ]
+    assert store.differences(Recipe(weights="a.pth"), ("a", "b"), weights=("1", "1"), dims=(8, 8)) == []
 
 
 def test_recipe_is_frozen() -> None:

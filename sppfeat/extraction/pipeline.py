@@ -38,7 +38,7 @@ from sppfeat.images import (
     scaled_size,
 )
 from sppfeat.machine import available_cores
-from sppfeat.recipe import Recipe, RunOptions, short_sha
+from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
 from sppfeat.windows import nearest_scales, outside, part_of_image
@@ -204,10 +204,8 @@ class Describer:
 
     def check_made(self, path: Path, recipe: Recipe, weights_sha256: str) -> None:
         """Raise StoreError, with the fields that differ, unless an output was made with this network and recipe."""
-        differences = recipe.differences(self.recipe)
-        if weights_sha256 != self.weights_sha256:
-            differences.append(f"weights: {short_sha(weights_sha256)} here, {short_sha(self.weights_sha256)} there")
-        if differences:
+        both = weights_sha256, self.weights_sha256
+        if differences := recipe.differences(self.recipe, ("store", "asked"), weights=both):
             raise StoreError(
                 f"{path}: was made with another recipe ({'; '.join(differences)}); "
                 "choose another output, or use --overwrite"

@@ -19,7 +19,7 @@ from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import unsafe_name
 from sppfeat.images import Item
 from sppfeat.machine import available_cores
-from sppfeat.recipe import RunOptions, short_sha
+from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.alignment import align, cells_of, locate, rectangles
 from sppfeat.retrieval.bins import BinLayout, bin_layout, bins_of, part_recipe
 from sppfeat.retrieval.channels import to_bytes
@@ -173,13 +173,9 @@ def _describer(store: Store, options: RunOptions | None, weights: str | None) ->
     recipe = store.recipe if weights is None else replace(store.recipe, weights=weights)
     describer = Describer(part_recipe(recipe, _FACTORS), options)
     made = replace(describer.recipe, scales=store.recipe.scales, fuse=store.recipe.fuse)
-    differences = store.recipe.differences(made)
-    if describer.weights_sha256 != store.weights_sha256:
-        differences.append(
-            f"weights: {short_sha(store.weights_sha256)} there, {short_sha(describer.weights_sha256)} here"
-        )
-    if differences:
-        raise StoreError(f"{store.place}: was made with another network than the one here ({'; '.join(differences)})")
+    both = store.weights_sha256, describer.weights_sha256
+    if differences := store.recipe.differences(made, ("store", "network"), weights=both):
+        raise StoreError(f"{store.place}: was made with another network ({'; '.join(differences)})")
     return describer
 
 

@@ -17,7 +17,6 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
-from sppfeat.recipe import short_sha
 from sppfeat.retrieval.bins import part_recipe
 from sppfeat.retrieval.channels import check_bin_dim
 from sppfeat.retrieval.ground_truth import GroundTruth
@@ -183,10 +182,8 @@ def _check_parts(gallery: Store, queries: Store | None) -> None:
     wanted = part_recipe(gallery.recipe, PART_FACTORS)
     if queries is None:
         raise UsageError("parts: expected queries of their own, which are described smaller, found none")
-    differences = wanted.differences(queries.recipe)
-    if queries.weights_sha256 != gallery.weights_sha256:
-        differences.append(f"weights: {short_sha(gallery.weights_sha256)}, found {short_sha(queries.weights_sha256)}")
-    if differences:
+    weights = gallery.weights_sha256, queries.weights_sha256
+    if differences := wanted.differences(queries.recipe, ("expected", "found"), weights=weights):
         scales = ",".join(map(str, wanted.scales))
         raise UsageError(
             f"{queries.place}: parts: expected queries described as the gallery, but with --scales {scales} --fuse "

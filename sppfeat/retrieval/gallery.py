@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line
-from sppfeat.recipe import Recipe, short_sha
+from sppfeat.recipe import Recipe
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries
 from sppfeat.retrieval.arrays import read_arrays
 from sppfeat.retrieval.bins import BinLayout, Bins, bin_layout, join_bins, read_bins, read_channels
@@ -180,14 +180,15 @@ def _read_part(
     return found, table, kept, None if regions is None else read_regions(regions, count, layout)
 
 
-def check_recipe(gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str) -> None:
-    """Raise GalleryError, naming what differs, unless descriptors of a recipe can be compared with the gallery's."""
-    differences = gallery.recipe.differences(recipe)
-    if gallery.weights_sha256 != weights_sha256:
-        differences.append(f"weights: {short_sha(gallery.weights_sha256)} here, {short_sha(weights_sha256)} there")
-    if gallery.dim != dim:
-        differences.append(f"dimensions: {gallery.dim} here, {dim} there")
-    if differences:
+def check_recipe(
+    gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str, *, kind: str = "store"
+) -> None:
+    """Raise GalleryError, naming what differs, unless descriptors of a recipe can be compared with the gallery's.
+
+    name, kind: of what makes such descriptors.
+    """
+    weights, dims = (gallery.weights_sha256, weights_sha256), (gallery.dim, dim)
+    if differences := gallery.recipe.differences(recipe, ("gallery", kind), weights=weights, dims=dims):
         raise GalleryError(f"{gallery.path}: was made with another recipe than {name} ({'; '.join(differences)})")
 
 

@@ -394,7 +394,7 @@ def describer_for(
     if factors is not None:
         made_with = replace(made_with, scales=gallery.recipe.scales, fuse=gallery.recipe.fuse)
     dim = describer.dim // len(recipe.scales) if factors is not None else describer.dim
-    check_recipe(gallery, made_with, describer.weights_sha256, dim, "the network here")
+    check_recipe(gallery, made_with, describer.weights_sha256, dim, "the network", kind="network")
     return describer
 
 

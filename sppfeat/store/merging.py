@@ -20,7 +20,6 @@ import numpy as np
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.files import appearing, os_reason, sync_folder
 from sppfeat.images import is_url
-from sppfeat.recipe import short_sha
 from sppfeat.store.digests import repeated_digests
 from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import (
@@ -169,13 +168,9 @@ def _all_parts(path: Path, manifest: Manifest, stores: Sequence[Store]) -> list[
 
 def _check_same(path: Path, manifest: Manifest, store: Store) -> None:
     """Raise StoreError for a store whose rows cannot be among those of a folder."""
-    differences = manifest.read_recipe().differences(store.recipe)
-    if manifest.weights_sha256 != store.weights_sha256:
-        differences.append(
-            f"weights: {short_sha(manifest.weights_sha256)} here, {short_sha(store.weights_sha256)} there"
-        )
-    if manifest.dim != store.dim:
-        differences.append(f"dimensions: {manifest.dim} here, {store.dim} there")
+    weights, dims = (manifest.weights_sha256, store.weights_sha256), (manifest.dim, store.dim)
+    recipe = manifest.read_recipe()
+    differences = recipe.differences(store.recipe, ("output", "part"), weights=weights, dims=dims)
     if manifest.recipe_hash != store.recipe_hash or differences:
         what = "; ".join(differences) or "recipe_hash"
         raise StoreError(f"{store.path}: was made with another recipe than {path} ({what}); nothing is merged")

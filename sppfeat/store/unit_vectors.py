@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -13,7 +13,6 @@ import numpy as np
 from sppfeat.errors import StoreError, UsageError
 from sppfeat.images import Item, is_there, item_at, name_to_path
 from sppfeat.machine import available_memory
-from sppfeat.recipe import short_sha
 from sppfeat.store.reading import Status, Store, require_complete
 from sppfeat.store.row_names import Box, split_row_name
 
@@ -173,16 +172,8 @@ def check_same_recipe(first: Store, second: Store) -> None:
     """Raise StoreError, with the fields that differ, unless the descriptors of two stores are comparable."""
     if first.recipe_hash == second.recipe_hash and first.dim == second.dim:
         return
-    raise StoreError(
-        f"{second.place}: was made with another recipe than {first.place} ({recipe_differences(first, second)})"
-    )
-
-
-def recipe_differences(first: Store, second: Store) -> str:
-    """The differences between two stores' recipes, as text."""
-    found: Sequence[str] = first.recipe.differences(second.recipe)
-    if first.weights_sha256 != second.weights_sha256:
-        found = [*found, f"weights: {short_sha(first.weights_sha256)} here, {short_sha(second.weights_sha256)} there"]
-    if first.dim != second.dim:
-        found = [*found, f"dimensions: {first.dim} here, {second.dim} there"]
-    return "; ".join(found) or "recipe_hash"
+    one, other = (os.path.basename(store.place.rstrip("/")) for store in (first, second))
+    names = (one, other) if one != other else (first.place, second.place)
+    weights, dims = (first.weights_sha256, second.weights_sha256), (first.dim, second.dim)
+    found = "; ".join(first.recipe.differences(second.recipe, names, weights=weights, dims=dims)) or "recipe_hash"
+    raise StoreError(f"{second.place}: was made with another recipe than {first.place} ({found})")

@@ -177,7 +177,7 @@ def _fitting_view(store: Store, classifier: Classifier) -> DescriptorView | str:
                 continue
             view = DescriptorView(store)
         if view.weights_sha256 == classifier.weights_sha256:
-            differences = recipe.differences(view.recipe)
+            differences = recipe.differences(view.recipe, ("model", "store"))
             if not differences:
                 return view
             reason = f"was made with another recipe ({'; '.join(differences)})"

@@ -113,9 +113,9 @@ def test_a_store_keeps_its_calibration(
 def test_another_calibration_is_another_recipe(calibrated: Recipe, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "f.h5"
     extract_folder(folder, store, calibrated)
-    with pytest.raises(Exception, match=f"calibration: {calibrated.calibration} here, 0123456789abcdef there"):
+    with pytest.raises(Exception, match=f"calibration: store {calibrated.calibration}, asked 0123456789abcdef"):
         extract_folder(folder, store, replace(calibrated, calibration="0123456789abcdef"))
-    with pytest.raises(Exception, match="precision: int8 here, float32 there"):
+    with pytest.raises(Exception, match="precision: store int8, asked float32"):
         extract_folder(folder, store, FLOAT)
 
 

@@ -180,7 +180,7 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(make_images: Make
     extract_folder(folder, output, TINY)
     before = output.read_bytes()
     other = replace(TINY, levels=(3, 1), pooling="avg")
-    with pytest.raises(StoreError, match=r"levels: 2,1 here, 3,1 there; pooling: max here, avg there") as caught:
+    with pytest.raises(StoreError, match=r"levels: store 2,1, asked 3,1; pooling: store max, asked avg") as caught:
         extract_folder(folder, output, other)
     assert "scales" not in str(caught.value) and "\n" not in str(caught.value)
     assert output.read_bytes() == before
@@ -198,7 +198,7 @@ def test_other_weights_are_refused(make_images: MakeImages, tmp_path: Path) -> N
         files.append(tmp_path / f"{number}.pth")
         torch.save(network.state_dict(), files[-1])
     extract_folder(folder, output, replace(TINY, weights=str(files[0])))
-    with pytest.raises(StoreError, match=r"weights: \w{12} here, \w{12} there"):
+    with pytest.raises(StoreError, match=r"weights: store \w{12}, asked \w{12}"):
         extract_folder(folder, output, replace(TINY, weights=str(files[1])))
     # The same weights under another name are the same recipe.
     files[0].rename(tmp_path / "renamed.pth")

@@ -229,7 +229,7 @@ def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) 
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     with pytest.raises(GalleryError, match=r"already holds '0000.jpg' with another descriptor .*index --remove"):
         add_to_gallery(make_store(descriptors(20, 9), "b.h5"), path)
-    with pytest.raises(GalleryError, match=r"another recipe than .*c.h5 \(dimensions: 16 here, 8 there\)"):
+    with pytest.raises(GalleryError, match=r"another recipe than .*c.h5 \(dimensions: gallery 16, store 8\)"):
         add_to_gallery(make_store(descriptors(20, 9, dim=8), "c.h5"), path)
     with pytest.raises(GalleryError, match="unknown name '0200.jpg': did you mean .*, and 1 more; nothing is removed"):
         remove_from_gallery(path, ["0001.jpg", "0200.jpg", "0201.jpg"])

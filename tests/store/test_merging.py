@@ -158,7 +158,7 @@ class TestRefused:
         [
             (
                 {"recipe": Recipe(pooling="avg")},
-                r"other: was made with another recipe than \S+part-1 \(pooling: max",
+                r"other: was made with another recipe than \S+part-1 \(pooling: output max",
             ),
             ({"weights_sha256": "1" * 64}, r"other: was made .* \(weights: 000000000000 here, 111111111111 there\)"),
             ({"dim": 4}, r"other: was made .* \(dimensions: 3 here, 4 there\)"),

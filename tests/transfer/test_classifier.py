@@ -90,7 +90,7 @@ def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Pat
         source: {one.name: one.scores for one in predict(classifier, [tmp_path / source], note=notes.append)}
         for source in ("colours", "f.h5", "other.h5")
     }
-    assert len(notes) == 1 and "other.h5: was made with another recipe (pooling: max here, avg there)" in notes[0]
+    assert len(notes) == 1 and "other.h5: was made with another recipe (pooling: model max, store avg)" in notes[0]
     assert found["colours"].keys() == found["f.h5"].keys() == found["other.h5"].keys() and len(found["colours"]) == 18
     for name, scores in found["colours"].items():
         assert scores is not None
