@@ -35,6 +35,7 @@ from sppfeat.store.manifest import (
 )
 from sppfeat.store.reading import Store, open_file, open_shard, open_store, require_complete, shard_entry
 from sppfeat.store.shards import Folder, copy_file, new_manifest, recovered_manifest
+from sppfeat.store.unit_vectors import short_names
 from sppfeat.store.writing import check_output
 
 # What linking says where it cannot: another file system, one without links, another user's file, too many links.
@@ -169,8 +170,8 @@ def _all_parts(path: Path, manifest: Manifest, stores: Sequence[Store]) -> list[
 def _check_same(path: Path, manifest: Manifest, store: Store) -> None:
     """Raise StoreError for a store whose rows cannot be among those of a folder."""
     weights, dims = (manifest.weights_sha256, store.weights_sha256), (manifest.dim, store.dim)
-    recipe = manifest.read_recipe()
-    differences = recipe.differences(store.recipe, ("output", "part"), weights=weights, dims=dims)
+    names, recipe = short_names(str(path), store.place), manifest.read_recipe()
+    differences = recipe.differences(store.recipe, names, weights=weights, dims=dims)
     if manifest.recipe_hash != store.recipe_hash or differences:
         what = "; ".join(differences) or "recipe_hash"
         raise StoreError(f"{store.path}: was made with another recipe than {path} ({what}); nothing is merged")

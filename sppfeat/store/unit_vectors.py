@@ -172,8 +172,13 @@ def check_same_recipe(first: Store, second: Store) -> None:
     """Raise StoreError, with the fields that differ, unless the descriptors of two stores are comparable."""
     if first.recipe_hash == second.recipe_hash and first.dim == second.dim:
         return
-    one, other = (os.path.basename(store.place.rstrip("/")) for store in (first, second))
-    names = (one, other) if one != other else (first.place, second.place)
+    names = short_names(first.place, second.place)
     weights, dims = (first.weights_sha256, second.weights_sha256), (first.dim, second.dim)
     found = "; ".join(first.recipe.differences(second.recipe, names, weights=weights, dims=dims)) or "recipe_hash"
     raise StoreError(f"{second.place}: was made with another recipe than {first.place} ({found})")
+
+
+def short_names(first: str, second: str) -> tuple[str, str]:
+    """The last parts of two places, or the places themselves where these are the same."""
+    one, other = (os.path.basename(place.rstrip("/")) for place in (first, second))
+    return (one, other) if one != other else (first, second)

@@ -452,7 +452,7 @@ def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> 
     assert_every_row_finds_itself(tmp_path / "empty", store)
     with pytest.raises(GalleryError, match="expected a gallery, found a folder of images; first: sppfeat extract "):
         open_gallery(tmp_path / "photos")
-    with pytest.raises(GalleryError, match=re.escape("found a store (a gallery is a folder)")):
+    with pytest.raises(GalleryError, match=re.escape("found a store; first: sppfeat index ")):
         open_gallery(store.path)
 
 

@@ -158,10 +158,10 @@ class TestRefused:
         [
             (
                 {"recipe": Recipe(pooling="avg")},
-                r"other: was made with another recipe than \S+part-1 \(pooling: output max",
+                r"other: was made with another recipe than \S+part-1 \(pooling: part-1 max, other avg",
             ),
-            ({"weights_sha256": "1" * 64}, r"other: was made .* \(weights: 000000000000 here, 111111111111 there\)"),
-            ({"dim": 4}, r"other: was made .* \(dimensions: 3 here, 4 there\)"),
+            ({"weights_sha256": "1" * 64}, r"other: was made .* \(weights: part-1 000000000000, other 111111111111\)"),
+            ({"dim": 4}, r"other: was made .* \(dimensions: part-1 3, other 4\)"),
             (
                 {"source_root": "/elsewhere"},
                 r"other: expected images below /images .*, as in \S+part-1, found",

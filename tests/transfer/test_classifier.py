@@ -143,7 +143,7 @@ def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) ->
         ("colours", "expected an SVM, found a folder"),
         ("text.h5", "cannot be opened"),
         ("cut.h5", "cut short"),
-        ("f.h5", "expected an SVM .*, found a store"),
+        ("f.h5", "expected an SVM, found a store; `sppfeat train svm` makes one"),
     ):
         with pytest.raises(ModelError, match=f"{name}: .*{message}"):
             open_classifier(tmp_path / name)
