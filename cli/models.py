@@ -1,7 +1,7 @@
 """`sppfeat models`: list backbones and their layers."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,9 @@ from sppfeat.errors import UsageError
 from sppfeat_cli import options
 from sppfeat_cli.output import print_json
 from sppfeat_cli.progress import new_bar
+
+if TYPE_CHECKING:
+    from sppfeat.backbones.description import Layer
 
 
 def register(app: typer.Typer) -> None:
@@ -33,22 +36,23 @@ def models(
             raise UsageError(f"--all lists every family: expected no backbone, found {backbone}")
         _families(as_json)
         return
-    from sppfeat.backbones.backbone import describe_backbones, list_layers
+    from sppfeat.backbones.backbone import describe_backbones, layers_and_default
 
     if backbone is not None:
-        layers = list_layers(backbone)
+        layers, default = layers_and_default(backbone)
         if as_json:
             print_json(
                 {
                     "backbone": backbone,
-                    "layers": [{"name": x.name, "channels": x.channels, "stride": x.stride} for x in layers],
+                    "layers": [_layer_document(layer, default) for layer in layers],
                 }
             )
             return
         width = max(len(layer.name) for layer in layers)
         typer.echo(f"{'layer':<{width}}  channels  stride")
         for layer in layers:
-            typer.echo(f"{layer.name:<{width}}  {layer.channels:>8}  {layer.stride:>6}")
+            mark = "  (default)" if layer.name == default else ""
+            typer.echo(f"{layer.name:<{width}}  {layer.channels:>8}  {layer.stride:>6}{mark}")
         return
     found = describe_backbones()
     if as_json:
@@ -57,10 +61,7 @@ def models(
                 "backbones": [
                     {
                         "name": x.name,
-                        "layers": [
-                            {"name": y.name, "channels": y.channels, "stride": y.stride, "default": y.name == x.layer}
-                            for y in x.layers
-                        ],
+                        "layers": [_layer_document(layer, x.layer) for layer in x.layers],
                         "weights_at_hand": x.weights_at_hand,
                         "install": x.install,
                     }
@@ -80,6 +81,15 @@ def models(
         "  downloaded, or read from the file given by --weights. `sppfeat models NAME` lists the layers of one.\n"
         "sift-bow: bags of visual words of SIFT, no network; its vocabulary is made by `sppfeat train vocabulary`."
     )
+
+
+def _layer_document(layer: "Layer", default: str | None) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "channels": layer.channels,
+        "stride": layer.stride,
+        "default": layer.name == default,
+    }
 
 
 def _families(as_json: bool) -> None:

@@ -239,12 +239,21 @@ def build_network(backbone: str) -> nn.Module:
 
 def list_layers(backbone: str) -> list[Layer]:
     """Every layer of a backbone that can be pooled, in order; needs no weights. Raises UsageError."""
+    return layers_and_default(backbone)[0]
+
+
+def layers_and_default(backbone: str) -> tuple[list[Layer], str | None]:
+    """The layers, as `list_layers` gives them, and the name of the one that is pooled by default, if there is one."""
     if backbone == SIFT_BOW:
         raise UsageError(
             f"backbone {SIFT_BOW}: its only layer, words, has a channel per word of its vocabulary, and stride "
             f"{SPACING}: see `sppfeat inspect` of the vocabulary"
         )
-    return cuttable_of(backbone, build_network(backbone), ()).layers()
+    cuttable = cuttable_of(backbone, build_network(backbone), ())
+    default = PACKAGED[backbone].layer if backbone in PACKAGED else None
+    with contextlib.suppress(BackboneError):
+        default = default or cuttable.default_layer()
+    return cuttable.layers(), default
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from sppfeat.errors import ImageError, UsageError, one_line
 from sppfeat.files import decode_document, unsafe_name
-from sppfeat.images import EXTENSIONS, Item, find_images, name_to_path, open_image, path_to_name, upright_size
+from sppfeat.images import EXTENSIONS, Item, find_images, name_to_path, open_image, path_to_name, upright_size, voc_root
 from sppfeat.store import window_text
 
 _MAX_XML_BYTES: Final = 1 << 24
@@ -76,15 +76,17 @@ class AnnotatedImages:
 def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
     """Read the VOC layout below `root`: ImageSets/Main/SPLIT.txt, Annotations/ID.xml, JPEGImages/ID.jpg.
 
+    root: VOC2007, or the folder that holds it.
     Raises UsageError if the layout or the split is not found. A listed image without a file, or without a valid
     annotation, is recorded as a problem.
     """
-    root = os.fspath(root)
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+    try:
+        root = os.fspath(voc_root(root))
+    except UsageError as error:
+        raise UsageError(f"{error}; for another layout, pass --images and --annotations") from None
+    for folder in ("JPEGImages", "Annotations"):
         if not os.path.isdir(os.path.join(root, folder)):
-            raise UsageError(
-                f"{root}: expected the VOC layout, found no folder {folder}; or pass --images and --annotations"
-            )
+            raise UsageError(f"{root}: expected a VOC folder with {folder}, found none in it")
     lists = os.path.join(root, "ImageSets", "Main")
     path = os.path.join(lists, f"{split}.txt")
     if not os.path.isfile(path):

@@ -35,6 +35,7 @@ from sppfeat.images.resizing import (
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
 from sppfeat.images.unresized import Input, Unresized
 from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
+from sppfeat.images.voc import find_voc, voc_root
 
 __all__ = [
     "Columns",
@@ -60,6 +61,7 @@ __all__ = [
     "decoding",
     "file_system",
     "find_images",
+    "find_voc",
     "fingerprint_of",
     "fingerprints",
     "found_instead",
@@ -81,4 +83,5 @@ __all__ = [
     "to_builtins",
     "tried",
     "upright_size",
+    "voc_root",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sppfeat.errors import UsageError, one_line, unknown_name
 from sppfeat.files import os_reason
+from sppfeat.images import find_voc
 from sppfeat.recipe import Recipe
 from sppfeat.recipes import named_recipe
 from sppfeat.retrieval import RetrievalOptions
@@ -114,9 +115,7 @@ def _of_layout(name: str, folder: Path) -> DataSet:
         raise UsageError(f"{folder}: expected a folder or a TOML file of data sets, found neither")
     if not _NAME.fullmatch(name):
         raise UsageError(f"{folder}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
-    nested = folder / "VOC2007"
-    voc = next((one for one in (folder, nested) if (one / "ImageSets" / "Main").is_dir()), None)
-    if voc is not None:
+    if (voc := find_voc(folder)) is not None:
         return DataSet(name, voc, None, True, TransferOptions(protocol="voc2007"))
     split = (folder / _TRAIN).is_dir() and any((folder / part).is_dir() for part in _TEST)
     return DataSet(name, folder, None, False, TransferOptions(protocol="split" if split else "random"))

@@ -18,6 +18,7 @@ import numpy as np
 
 from sppfeat.errors import UsageError, one_line
 from sppfeat.files import os_reason
+from sppfeat.images import voc_root
 
 # The parts that a split may name. Later ones are tested where the earlier ones have no images.
 TEST_PARTS: Final = ("test", "val", "valid", "validation")
@@ -86,12 +87,7 @@ def read_voc_labels(folder: str | os.PathLike[str], *, train: str = "trainval", 
 
     folder: VOC2007, or the folder that holds it. Raises UsageError, naming the file and what is wrong with it.
     """
-    root = Path(folder)
-    if not (root / "ImageSets").is_dir() and (root / "VOC2007" / "ImageSets").is_dir():
-        root = root / "VOC2007"
-    lists = root / "ImageSets" / "Main"
-    if not lists.is_dir():
-        raise UsageError(f"{folder}: expected a VOC folder with ImageSets/Main, found none")
+    lists = voc_root(folder) / "ImageSets" / "Main"
     parts = {"train": train, "test": test}
     found = {
         part: sorted(path.name.removesuffix(f"_{split}.txt") for path in lists.glob(f"*_{split}.txt"))

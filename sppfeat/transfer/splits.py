@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sppfeat.errors import SppFeatWarning, UsageError
+from sppfeat.errors import SppFeatWarning, UsageError, nearest_names
 from sppfeat.store import Store
 from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels
 from sppfeat.transfer.options import TransferOptions
@@ -20,11 +20,17 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
     Raises UsageError for labels that match no row, and if every row with a label failed.
     """
     if not any(name in labels.classes for name in store.names):
-        raise UsageError(
-            f"{store.place}: none of its {len(store)} names has a label; use one folder per class, or a labels file"
-        )
+        hint = "use one folder per class, or a labels file"
+        if labels.classes:
+            hint = f"the store has {store.names[0]!r}, the labels {next(iter(labels.classes))!r}"
+        raise UsageError(f"{store.place}: none of its {len(store)} names has a label; {hint}")
     if unknown := labels.classes.keys() - set(store.names):
-        raise UsageError(f"{len(unknown)} labels match no row of {store.place}, such as {min(unknown)!r}")
+        example = min(unknown)
+        near = nearest_names(example, store.names, most=1)
+        raise UsageError(
+            f"{len(unknown)} labels match no row of {store.place}, such as {example!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"the store has {store.names[0]!r}")
+        )
     names = [name for name in store.names if name in labels.classes and name not in failed]
     if not names:
         labelled = sum(name in labels.classes for name in store.names)
@@ -95,7 +101,7 @@ def voc_task(store: Store, failed: set[str], labels: VocLabels, options: Transfe
     if lacking := labels.targets.keys() - names.keys():
         raise UsageError(
             f"{len(lacking)} of {len(labels.targets)} images of the VOC lists match no row of {store.place}, such as "
-            f"{min(lacking)!r}"
+            f"{min(lacking)!r}; the store has {store.names[0]!r}"
         )
     numbers = [number for number, name in names.items() if name not in failed]
     parts = np.array([labels.splits[number] for number in numbers])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,9 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MakeStore
+from PIL import Image
 from typer.main import get_command
+from voc_xml import xml
 
-from sppfeat.errors import nearest_names, unknown_name
+from sppfeat.backbones.backbone import load_trunk
+from sppfeat.detection import read_annotations
+from sppfeat.errors import UsageError, nearest_names, unknown_name
+from sppfeat.matrix import read_data
+from sppfeat.recipe import Recipe
+from sppfeat.transfer import read_voc_labels
 from sppfeat_cli import main
 from sppfeat_cli.app import COMMANDS, SECTIONS, build
 from sppfeat_cli.output import byte_count
@@ -212,3 +221,46 @@ def test_evaluation_notes_what_a_projection_became(call: Call, make_store: MakeS
     assert errors.splitlines()[1].startswith(
         "note: whiten: learned from 12 rows for 8 components, expected at least 24"
     )
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "timm:test_resnet", "timm:test_vit"])
+def test_the_default_layer_is_marked(backbone: str, call: Call) -> None:
+    """It is that of a store made without --layer."""
+    layer = load_trunk(Recipe(backbone=backbone, weights="random")).recipe.layer
+    code, shown, _ = call("models", backbone)
+    assert code == 0
+    assert [line.split()[0] for line in shown.splitlines() if line.endswith("  (default)")] == [layer]
+    document = json.loads(call("models", backbone, "--json")[1])
+    assert [one["name"] for one in document["layers"] if one["default"]] == [layer]
+
+
+def test_voc_folders_are_accepted_alike(tmp_path: Path) -> None:
+    """The folder, with or without a slash, its VOCdevkit, and what holds that; each by every reader."""
+    voc = tmp_path / "unpacked/VOCdevkit/VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (voc / folder).mkdir(parents=True)
+    Image.new("RGB", (120, 90)).save(voc / "JPEGImages/1.jpg")
+    (voc / "Annotations/1.xml").write_text(xml(("cat", 31, 21, 90, 70), size=(120, 90)))
+    for part in ("trainval", "test"):
+        number = "1" if part == "test" else "2"
+        (voc / f"ImageSets/Main/{part}.txt").write_text("1\n")
+        (voc / f"ImageSets/Main/cat_{part}.txt").write_text(f"{number} 1\n")
+    for given in (voc, voc.parent, voc.parent.parent):
+        for text in (str(given), f"{given}/"):
+            assert list(read_annotations(text, split="test").images) == ["1.jpg"]
+            assert read_voc_labels(text).classes == ["cat"]
+            (data,) = read_data([text])
+            assert data.voc and data.path == voc
+    expected = "expected a VOC folder such as VOC2007, with ImageSets/Main, JPEGImages and Annotations, or the folder "
+    for wrong, found in ((tmp_path / "gone", "no such folder"), (voc / "JPEGImages", "no ImageSets/Main in it")):
+        line = f"{wrong}: {expected}that holds it, found {found}"
+        with pytest.raises(UsageError, match=re.escape(line)):
+            read_voc_labels(wrong)
+        with pytest.raises(UsageError, match=re.escape(line)):
+            read_annotations(str(wrong))
+    shutil.copytree(voc, voc.parent / "VOC2012")
+    with pytest.raises(UsageError, match="VOCdevkit: expected one VOC folder in it, found VOC2007, VOC2012: give one"):
+        read_voc_labels(voc.parent)
+    shutil.rmtree(voc / "JPEGImages")
+    with pytest.raises(UsageError, match="VOC2007: expected a VOC folder with JPEGImages, found none in it"):
+        read_annotations(str(voc))

@@ -154,7 +154,7 @@ def test_the_voc_layout(tmp_path: Path) -> None:
         read_voc(tmp_path, "val")
     with pytest.raises(UsageError, match="expected images, found an empty list"):
         read_voc(tmp_path, "empty")
-    with pytest.raises(UsageError, match="expected the VOC layout, found no folder JPEGImages"):
+    with pytest.raises(UsageError, match="expected a VOC folder such as VOC2007, .* pass --images and --annotations"):
         read_voc(tmp_path / "ImageSets", "train")
 
 

@@ -199,8 +199,12 @@ def test_too_few_images_are_named_with_counts(make_store: Callable[..., Store]) 
             "name,label,split\na,x,dev\n",
             "line 2: expected split train, test, val, valid, validation or none, found 'dev'",
         ),
-        ("name,label\nnowhere.jpg,x\n", "none of its 48 names has a label"),
-        ("name,label\nnowhere.jpg,x\nclass0/000.jpg,x\n", "1 labels match no row of"),
+        (
+            "name,label\nnowhere.jpg,x\n",
+            "none of its 48 names has a label; the store has 'class0/000.jpg', the labels 'nowhere.jpg'",
+        ),
+        ("name,label\nnowhere.jpg,x\nclass0/000.jpg,x\n", "such as 'nowhere.jpg'; the store has 'class0/000.jpg'"),
+        ("name,label\n000.jpg,x\nclass0/000.jpg,x\n", "such as '000.jpg'; did you mean 'class0/000.jpg'?"),
     ],
 )
 def test_bad_labels(make_store: Callable[..., Store], tmp_path: Path, text: str, message: str) -> None:
@@ -379,7 +383,7 @@ def test_voc_images_and_rows_that_do_not_meet(voc: tuple[Path, Store, np.ndarray
         evaluate_transfer([store], options)
     with pytest.raises(UsageError, match="protocol random: expected no VOC folder"):
         evaluate_transfer([store], labels=labels)
-    with pytest.raises(UsageError, match="expected a VOC folder with ImageSets/Main, found none"):
+    with pytest.raises(UsageError, match="expected a VOC folder such as VOC2007, .*, found no such folder"):
         read_voc_labels(tmp_path / "nowhere")
 
 
