@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sppfeat.backbones.description import PACKAGED, Description, Layer, package_file, shortest_side, unknown_backbone
+from sppfeat.backbones.downloads import hub_if_reachable
 from sppfeat.backbones.geometry import Step
 from sppfeat.backbones.hooking import HookedNetwork, HookedTrunk
 from sppfeat.backbones.layer_steps import layer_steps
@@ -393,13 +394,14 @@ def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, InputSpec]:
     base = name.split(".")[0]
     if base not in timm.list_models():
         raise UsageError(unknown_name("timm backbone", name, timm.list_models()))
-    try:
-        try:  # positions that are interpolated to the size of the image, where timm can
-            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
-        except TypeError:
-            network = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # whatever the download or the hub cache raises
-        raise BackboneError(_not_built(f"timm:{name}", pretrained, error)) from None
+    with hub_if_reachable() if pretrained else contextlib.nullcontext() as unreachable:
+        try:
+            try:  # positions that are interpolated to the size of the image, where timm can
+                network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+            except TypeError:
+                network = timm.create_model(name, pretrained=pretrained)
+        except Exception as error:  # whatever the download or the hub cache raises
+            raise BackboneError(_not_built(f"timm:{name}", pretrained, error, unreachable)) from None
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     return network, InputSpec(tuple(config["mean"]), tuple(config["std"]), _interpolation(config["interpolation"]))
 
@@ -408,12 +410,13 @@ def _interpolation(name: str) -> str:
     return name if name in ("bicubic", "bilinear", "lanczos") else "bicubic"
 
 
-def _not_built(backbone: str, pretrained: bool, error: Exception) -> str:
+def _not_built(backbone: str, pretrained: bool, error: Exception, unreachable: str | None = None) -> str:
     if not pretrained:
         return f"backbone {backbone}: cannot be built ({one_line(error)})"
+    reason = one_line(error) if unreachable is None else f"{unreachable} cannot be reached"
     return (
-        f"backbone {backbone}: its pretrained weights could not be obtained ({one_line(error)}); "
-        "when offline, pass them as a file with --weights"
+        f"backbone {backbone}: its pretrained weights could not be downloaded ({reason}); without a network, give a "
+        "file of them with --weights FILE"
     )
 
 

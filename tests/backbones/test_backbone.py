@@ -278,14 +278,15 @@ def test_pretrained_weights_that_cannot_be_obtained(monkeypatch: pytest.MonkeyPa
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no network\nand much more")
 
+    monkeypatch.setattr("sppfeat.backbones.downloads._answers", lambda host, port: True)
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(models, "get_model", offline)
     for name in ("timm:resnet18", "torchvision:resnet18"):
         with pytest.raises(BackboneError) as caught:
             load_backbone(Recipe(backbone=name))
         assert str(caught.value) == (
-            f"backbone {name}: its pretrained weights could not be obtained (no network); "
-            "when offline, pass them as a file with --weights"
+            f"backbone {name}: its pretrained weights could not be downloaded (no network); "
+            "without a network, give a file of them with --weights FILE"
         )
 
 
