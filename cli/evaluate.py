@@ -139,7 +139,7 @@ def transfer(
     else:
         typer.echo(_table(done))
     if page is not None:
-        with after_results():
+        with after_results(page):
             write_transfer_report(page, done)
 
 

@@ -75,7 +75,7 @@ def evaluate_all(
     else:
         typer.echo(table(cells))
     if page is not None:
-        with after_results():
+        with after_results(page, quiet=quiet):
             write_matrix_page(page, cells)
     if any(cell.failed for cell in cells):
         raise typer.Exit(3)

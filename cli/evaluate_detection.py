@@ -93,7 +93,7 @@ def detection(
     else:
         typer.echo(_table(done))
     if page is not None:
-        with after_results():
+        with after_results(page, quiet=quiet):
             write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
     if done.failed or done.notes:
         raise typer.Exit(3)

@@ -87,14 +87,21 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def after_results() -> Iterator[None]:
+def after_results(page: str | os.PathLike[str], *, quiet: bool = False) -> Iterator[None]:
     """Write a page here: it comes after the results, which its failure does not affect. That is told, and the exit code
-    is 1."""
+    is 1; else where it was written."""
     try:
         yield
     except ReportError as error:
         print(f"sppfeat: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(1) from None
+    wrote(page, quiet=quiet)
+
+
+def wrote(file: str | os.PathLike[str], *, quiet: bool = False) -> None:
+    """Say on standard error where something was written besides the results."""
+    if not quiet:
+        print(f"wrote {printable(os.fspath(file))}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

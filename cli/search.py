@@ -10,7 +10,7 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import numbers, print_json_list, printable
+from sppfeat_cli.output import after_results, numbers, print_json_list, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Answer, Explanation, Neighbor, SearchResult
@@ -125,7 +125,8 @@ def search(
             print(f"note: {note}", file=sys.stderr)
     # The page comes after the results, which its failure does not affect.
     if page is not None and shown.result is not None:
-        write_hits_page(page, opened, shown.result, queries=shown.count)
+        with after_results(page, quiet=quiet):
+            write_hits_page(page, opened, shown.result, queries=shown.count)
     if shown.failed:
         raise typer.Exit(3)
 

@@ -241,7 +241,7 @@ def _end_tuning(done: "TunedDetector", page: Path | None, as_json: bool, quiet: 
     if page is not None and done.file is not None:
         from sppfeat.detection import write_detector_page
 
-        with after_results():
+        with after_results(page, quiet=quiet):
             write_detector_page(page, done)
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed or done.notes:

@@ -140,7 +140,7 @@ def tune(
             f"of {chosen.epochs} kept{held}; {done.seconds:.0f} s, {human_bytes(done.peak_bytes)}"
         )
     if page is not None and done.file is not None:
-        with after_results():
+        with after_results(page, quiet=quiet):
             write_tuning_page(page, done)
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed:
