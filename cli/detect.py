@@ -1,14 +1,21 @@
 """`sppfeat detect`: detect objects in images."""
 
+import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import counted, print_json, printable
+from sppfeat_cli.output import counted, print_json, printable, wrote
 from sppfeat_cli.progress import Progress
+
+if TYPE_CHECKING:
+    from sppfeat.detection.detecting import Detecting
+
+# Seconds of proposing windows, over all processes, from which keeping them for the next run is worth a thought.
+_LONG: Final = 20.0
 
 _DETECT = options.Defaults("sppfeat.detection:DetectOptions")
 
@@ -50,7 +57,7 @@ def detect(
 
     The score is the probability that the detection is correct (of a detector that is not calibrated, an SVM score).
     Boxes are x1,y1,x2,y2 in pixels of the upright image, both ends inclusive. Without --windows, windows are proposed
-    on the fly, in the same way as for the detector's training.
+    first, in the same way as for the detector's training, which takes most of the time: `sppfeat windows` keeps them.
     """
     run = RunOptions(device=device, engine=engine)
     options.check_sources(sources)
@@ -100,14 +107,20 @@ def detect(
             f"{done.seconds:.1f} s on {done.device}; busy: {stages}",
             file=sys.stderr,
         )
+        if (hint := _about_windows(done, windows, sources)) is not None:
+            print(f"note: {printable(hint)}", file=sys.stderr)
     # Drawings and the page come after the results, which their failure does not affect.
     unwritten = results.unwritten
+    if draw is not None and not unwritten:
+        wrote(draw, quiet=quiet)
     if page is not None and page_path is not None:
         kind = "probability" if model.probable else "score"
         try:
             page.write(page_path, title=f"Detections of {detector}", note=f"{kind} at least {least:g}")
         except ReportError as error:
             unwritten.append(error)
+        else:
+            wrote(page_path, quiet=quiet)
     for reason in unwritten:
         print(f"sppfeat: {printable(str(reason))}", file=sys.stderr)
     if unwritten:
@@ -118,3 +131,15 @@ def detect(
         raise typer.Exit(130)
     if done.failed or done.notes or results.not_drawn:
         raise typer.Exit(3)
+
+
+def _about_windows(done: "Detecting", windows: str | None, sources: list[str]) -> str | None:
+    """What `sppfeat windows` would do for the next run; None: nothing."""
+    given = shlex.join(sources)
+    if windows is not None:
+        of = counted(done.bare, "image") + (" has" if done.bare == 1 else " have")
+        return f"{of} no windows in {windows}: sppfeat windows {given} -o windows.h5" if done.bare else None
+    spent = done.stages.get("windows", 0.0)
+    if spent < _LONG or spent < sum(done.stages.values()) / 2:
+        return None
+    return f"most of the time went into windows; to keep them for other runs: sppfeat windows {given} -o windows.h5"

@@ -34,7 +34,7 @@ def inspect(
     """Show what a store, model, vocabulary, file of windows or gallery holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
     from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, VOCABULARY, WINDOWS, format_of
-    from sppfeat.store import open_store, store_bytes, verify_store
+    from sppfeat.store import open_store, split_row_name, store_bytes, verify_store
 
     kind = format_of(file)
     if kind == GALLERY and not failures:
@@ -83,7 +83,8 @@ def inspect(
         for name, reason in store.failures():
             typer.echo(f"{printable(name)}: {printable(reason)}")
     else:
-        typer.echo(_text(about))
+        of_windows = len(store) > 0 and split_row_name(store.names[0])[1] is not None
+        typer.echo(_text(about, "window" if of_windows else "image"))
     if verify and not as_json:
         for problem in problems:
             print(f"sppfeat: {printable(file)}: {printable(problem)}", file=sys.stderr)
@@ -327,9 +328,9 @@ def _gallery_text(about: dict[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _text(about: dict[str, Any]) -> str:
+def _text(about: dict[str, Any], unit: str) -> str:
     lines = [
-        f"{printable(about['file'])}: store of {counted(about['images'], 'image')}, {human_bytes(about['bytes'])}",
+        f"{printable(about['file'])}: store of {counted(about['images'], unit)}, {human_bytes(about['bytes'])}",
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
         *_folder_lines(about),
         f"  descriptors: {about['dim']} values, {about['dtype']}",
@@ -340,7 +341,7 @@ def _text(about: dict[str, Any]) -> str:
     ]
     lines.append("  made with: " + _versions(about["versions"]))
     if about["pending"] or about.get("building", {}).get("shards"):
-        lines.append("  to describe pending images, run the same `sppfeat extract` again")
+        lines.append(f"  to describe pending {unit}s, run the same `sppfeat extract` again")
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ class Progress(Observer):
         self._verb = verb
         self._unit = unit
         self._all_listed_by = all_listed_by
+        self._stage = ""
         self._counts: Counter[str] = Counter()
         self._bar: Any = None
         self._signalled = 0.0
@@ -77,6 +78,10 @@ class Progress(Observer):
         with contextlib.suppress(OSError):
             os.write(2, b"sppfeat: finishing images in flight; interrupt again to stop at once\n")
 
+    def stage(self, name: str) -> None:
+        """What the next work is about, instead of the verb."""
+        self._stage = name
+
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
         """The work is known. gone: what was described before and no longer exists."""
         if self._can_finish_early and not self._handlers:
@@ -86,7 +91,9 @@ class Progress(Observer):
         self.close()
         where = f" on {device}" if device else ""
         kept = f", {reused} already done" if reused else ""
-        print(f"{counted(todo, self._unit)} {self._verb}{where}{kept}", file=sys.stderr)
+        work = f"{counted(todo, self._unit)}"
+        work = f"{self._stage}: {work}" if self._stage else f"{work} {self._verb}"
+        print(f"{work}{where}{kept}", file=sys.stderr)
         for name in gone[:LISTED]:
             self.say(f"gone: {name} (its row is kept)")
         if len(gone) > LISTED:

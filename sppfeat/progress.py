@@ -8,6 +8,9 @@ from collections.abc import Sequence
 class Observer:
     """Progress callbacks of long-running work, called from the caller's thread. By default they do nothing."""
 
+    def stage(self, name: str) -> None:
+        """What the next `started` is about, where work has several stages."""
+
     def started(self, *, todo: int, reused: int, gone: Sequence[str] = (), device: str = "") -> None:
         """The work is planned: `todo` rows or images to process, and `reused` ones to keep.
 

@@ -18,7 +18,7 @@ from xml.parsers import expat
 import msgspec
 import numpy as np
 
-from sppfeat.errors import ImageError, UsageError, one_line
+from sppfeat.errors import ImageError, UsageError, one_line, unknown_name
 from sppfeat.files import decode_document, unsafe_name
 from sppfeat.images import EXTENSIONS, Item, find_images, name_to_path, open_image, path_to_name, upright_size, voc_root
 from sppfeat.store import window_text
@@ -210,9 +210,11 @@ def read_annotations(
 
 def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> AnnotatedImages:
     """The same images with boxes of only some classes, in that order; a note names each other class. Raises UsageError
-    for a duplicate or empty class name."""
+    for a duplicate or empty class name, and if none of the classes is annotated."""
     if len(set(classes)) != len(classes) or "" in classes:
         raise UsageError(f"expected unique class names, found {','.join(classes)!r}")
+    if not set(classes) & set(annotated.classes):
+        raise UsageError(unknown_name("class", next(iter(classes)), annotated.classes))
     others: dict[str, int] = {}
     images: dict[str, Annotation] = {}
     for name, one in annotated.images.items():

@@ -115,7 +115,8 @@ class DetectorRunner:
     """A detector with its network loaded. Raises ModelError if the network is not the one it was trained with.
 
     describer: an existing one for the detector's recipe.
-    seconds: of work per stage (decode, forward, pool, score, suppress), summed over threads; pool is part of forward.
+    seconds: of work per stage (windows, if they are proposed, decode, forward, pool, score, suppress), summed over
+    threads and processes; pool is part of forward. proposing_seconds: those of the windows.
     """
 
     def __init__(
@@ -132,13 +133,14 @@ class DetectorRunner:
         dim = self._describer.nearest_dim
         if detector.weights.shape[1] != dim:
             raise ModelError(f"the detector expects descriptors of {detector.weights.shape[1]} values, found {dim}")
-        self._score_seconds = self._suppress_seconds = 0.0
+        self._score_seconds = self._suppress_seconds = self.proposing_seconds = 0.0
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of work per stage."""
         times = self._describer.times
-        return {
+        proposing = {"windows": self.proposing_seconds} if self.proposing_seconds else {}
+        return proposing | {
             "decode": times.decode,
             "forward": times.forward,
             "pool": times.pool,
@@ -269,6 +271,7 @@ def detected(
 
         def proposed() -> Iterator[Item]:
             for position, (item, one) in enumerate(proposer.stream(items, stop=stop)):
+                runner.proposing_seconds += one.seconds
                 if one.error is not None:
                     reasons[position] = one.error
                 yield replace(item, windows=np.asarray(one.windows, np.float64))
@@ -281,12 +284,14 @@ def detected(
 class Detecting:
     """What a run of `detect_images` did.
 
-    images: listed. searched: in this run. failed: those that could not be searched, by name, and why. notes: images
-    without windows, or with some outside the image. stages: seconds of work per stage, summed over threads.
+    images: listed. searched: in this run. bare: those of them without windows. failed: those that could not be
+    searched, by name, and why. notes: images without windows, or with some outside the image. stages: seconds of work
+    per stage, summed over threads and processes.
     """
 
     images: int
     searched: int
+    bare: int
     found: int
     failed: dict[str, str]
     notes: list[str]
@@ -335,7 +340,7 @@ def detect_images(
     runner = DetectorRunner(detector, run)
     failed: dict[str, str] = {}
     notes: list[str] = []
-    count = searched = 0
+    count = searched = bare = 0
     observer.started(todo=len(images.items), reused=0)
     for done in detected(runner, images.items, windows, options, stop=stop):
         item = images.items[done.position]
@@ -343,6 +348,7 @@ def detect_images(
             failed[item.name] = done.error
         else:
             searched += 1
+            bare += not done.windows
             count += len(done.scores)
             notes += window_notes(item.name, done)
             observer.found(item, done)
@@ -350,6 +356,7 @@ def detect_images(
     return Detecting(
         images=len(images.items),
         searched=searched,
+        bare=bare,
         found=count,
         failed=failed,
         notes=sorted(notes),

@@ -130,7 +130,9 @@ def windows_beside(
     path = output.with_suffix(".windows.h5")
     sources = [annotated.item(name).path for name in annotated.images]
     observer.say(f"windows are proposed first, and kept in {path}")
+    observer.stage("windows")
     done = propose_folder(sources, path, options, root=annotated.root, observer=observer, stop=stop)
+    observer.stage("")
     return None if done.pending else open_windows(path)
 
 

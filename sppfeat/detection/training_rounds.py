@@ -139,7 +139,7 @@ class Trainer:
             self.done[:] = False
         # Not in the state: trained again from the same rows, they are the same.
         self._folds = self._fold_detectors()
-        self._observer.say("calibration: detecting in each image by SVMs that were trained without it")
+        self._observer.stage("calibration, detecting in each image by SVMs that were trained without it")
         if not self._pass(stop, self._take_held_out):
             self._save()
             return False
@@ -150,6 +150,7 @@ class Trainer:
         while self._step <= self._options.passes:
             if self._step and len(self.hard) < self._step:
                 self.hard.append(0)
+            self._observer.stage(f"pass {self._step}, hard negatives" if self._step else "objects and first negatives")
             if not self._pass(stop, self._take):
                 self._save()
                 return False
@@ -162,8 +163,8 @@ class Trainer:
                 if self._fresh:
                     self._solve(_TOLERANCE)
                 self._observer.say(
-                    f"pass {self._step}: {added} hard negatives added, {self.cache.count} rows, "
-                    f"solved in {self.solve_seconds:.1f} s so far"
+                    f"pass {self._step}: {added} hard negatives added, easy ones dropped: {self.cache.count} rows "
+                    f"left; SVMs solved in {self.solve_seconds:.1f} s so far"
                 )
                 if added <= FEW_NEW * self.cache.count:
                     break

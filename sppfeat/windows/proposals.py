@@ -200,7 +200,7 @@ def propose_folder(
         failed=failed,
         empty=empty,
         pending=len(images.names) - len(known),
-        windows=written.count,
+        windows=sum(len(written[name]) for name in known),
         seconds=time.perf_counter() - began,
     )
 
@@ -210,12 +210,13 @@ def _check_same(path: Path, before: WindowFile | None, options: ProposalOptions,
         return
     if before.options != options:
         raise WindowsError(
-            f"{path}: expected {_show(options)}, found {_show(before.options)}; choose another output, or remove it"
+            f"{path}: expected {_show(options)}, found {_show(before.options)}; choose another output, or use "
+            "--overwrite"
         )
     if before.source_root != root and os.path.isdir(before.source_root):
         raise WindowsError(
             f"{path}: its names are relative to {before.source_root}, these images to {root}; "
-            "choose another output, or remove it"
+            "choose another output, or use --overwrite"
         )
 
 

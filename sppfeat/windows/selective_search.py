@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -69,12 +70,13 @@ class ProposalOptions:
 
 
 class Proposed(NamedTuple):
-    """One image's windows [K, 4] int32, or why it has none."""
+    """One image's windows [K, 4] int32, or why it has none; the seconds that it took, in a worker process."""
 
     windows: np.ndarray
     image_size: tuple[int, int]
     fingerprint: Fingerprint
     error: str | None
+    seconds: float = 0.0
 
 
 def propose(source: Item | str, options: ProposalOptions | None = None) -> Proposed:
@@ -185,7 +187,8 @@ class Proposer:
 def _propose_item(item: Item, options: ProposalOptions) -> Proposed:
     if item.problem is not None:
         return Proposed(np.zeros((0, 4), np.int32), (0, 0), item.fingerprint(), item.problem)
-    return propose(item, options)
+    start = time.perf_counter()
+    return propose(item, options)._replace(seconds=time.perf_counter() - start)
 
 
 def _begin_worker() -> None:

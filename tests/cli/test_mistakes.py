@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from voc_xml import xml
 
 from sppfeat.backbones.backbone import load_trunk
 from sppfeat.detection import read_annotations
+from sppfeat.detection.detecting import Detecting
 from sppfeat.errors import UsageError, nearest_names, unknown_name
 from sppfeat.matrix import read_data
 from sppfeat.recipe import Recipe
 from sppfeat.transfer import read_voc_labels
 from sppfeat_cli import main
 from sppfeat_cli.app import COMMANDS, SECTIONS, build
+from sppfeat_cli.detect import _about_windows
 from sppfeat_cli.output import byte_count
 
 Call = Callable[..., tuple[int, str, str]]
@@ -264,3 +267,56 @@ def test_voc_folders_are_accepted_alike(tmp_path: Path) -> None:
     shutil.rmtree(voc / "JPEGImages")
     with pytest.raises(UsageError, match="VOC2007: expected a VOC folder with JPEGImages, found none in it"):
         read_annotations(str(voc))
+
+
+def test_a_store_of_windows_counts_windows(call: Call, make_store: MakeStore) -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 8))
+    make_store(rows, "w.h5", names=["a.jpg#0,0,9,9", "a.jpg#5,5,9,9"])
+    make_store(rows, "f.h5", names=["a.jpg", "b.jpg"])
+    assert "w.h5: store of 2 windows, " in call("inspect", "w.h5")[1]
+    assert "f.h5: store of 2 images, " in call("inspect", "f.h5")[1]
+
+
+def test_windows_of_other_options_are_kept_or_replaced(
+    call: Call, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("cv2")
+    make_images(3)
+    assert call("windows", "images", "-o", "w.h5", "-j", "1")[0] == 0
+    assert told(call, "windows images -o w.h5 --base-k 99 -j 1").endswith("; choose another output, or use --overwrite")
+    assert told(call, "windows images -o w.h5 --no-resume -j 1").endswith("; choose another output, or use --overwrite")
+    # Of the images asked for, not of all in the file.
+    counts = [
+        int(re.search(r"(\d+) windows;", call("windows", place, "-o", "w.h5", "-j", "1")[1])[1])  # type: ignore[index]
+        for place in ("images/0000.png", "images/0001.png", "images/0002.png", "images")
+    ]
+    assert sum(counts[:3]) == counts[3] > counts[0] > 0
+    whole = call("inspect", "w.h5")[1]
+    assert whole.startswith(f"w.h5: {counts[3]} windows of 3 images, ")
+
+
+def test_who_writes_a_page_says_where(call: Call, make_store: MakeStore) -> None:
+    names = [f"{number % 2}/{number}.jpg" for number in range(20)]
+    make_store(np.random.default_rng(0).normal(size=(20, 8)), "f.h5", names=names)
+    words = ("evaluate", "transfer", "f.h5", "--c", "1", "--trials", "1", "--per-class", "4", "--report", "r.html")
+    code, shown, errors = call(*words)
+    assert (code, errors.splitlines()[-1]) == (0, "wrote r.html") and "wrote" not in shown and Path("r.html").exists()
+    pytest.importorskip("faiss")
+    assert call("index", "f.h5", "-o", "g", "--quiet")[0] == 0
+    page = ("search", "g", "f.h5", "--html", "p.html", "--overwrite")
+    assert call(*page)[2].splitlines()[-1] == "wrote p.html"
+    assert "wrote" not in call(*page, "--quiet")[2] and Path("p.html").exists()
+
+
+def test_detect_says_what_windows_cost() -> None:
+    """And what images without windows would need."""
+    done = Detecting(3, 3, 0, 0, {}, [], 30.0, "cpu", {"windows": 25.0, "decode": 1.0, "forward": 9.0})
+    said = _about_windows(done, None, ["my images"])
+    assert said is not None and said.endswith("for other runs: sppfeat windows 'my images' -o windows.h5")
+    quick = replace(done, stages={"windows": 2.0, "decode": 0.1})
+    busy = replace(done, stages={"windows": 25.0, "forward": 99.0})
+    assert _about_windows(quick, None, ["x"]) is _about_windows(busy, None, ["x"]) is None
+    assert _about_windows(done, "w.h5", ["x"]) is None
+    assert _about_windows(replace(done, bare=2), "w.h5", ["x"]) == (
+        "2 images have no windows in w.h5: sppfeat windows x -o windows.h5"
+    )

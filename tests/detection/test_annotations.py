@@ -233,6 +233,8 @@ def test_classes_are_selected_and_the_others_named(make_pair: Callable[..., tupl
     found = read_voc_files(*make_pair({"a": xml(("dog", 1, 1, 9, 9), ("cat", 1, 1, 9, 9), ("dog", 3, 3, 9, 9))}))
     chosen = select_classes(found, ["cat", "cow"])
     assert chosen.images["a.png"].labels == ["cat"] and len(chosen.images["a.png"].boxes) == 1
+    with pytest.raises(UsageError, match="unknown class 'do': expected one of .*dog"):
+        select_classes(found, ["do"])
     assert chosen.classes == ["cat", "cow"] and chosen.notes == ["unknown class 'dog': its 2 boxes are skipped"]
     assert found.images["a.png"].labels == ["dog", "cat", "dog"]
 

@@ -256,22 +256,13 @@ def test_windows_that_reach_outside_are_skipped(trained: Path, voc: Path, window
     np.testing.assert_array_equal(both.boxes, inside.boxes)
 
 
-class Counting:
+class Counting(Observer):
     """Counts the processed images."""
 
     seen = 0
 
-    def started(self, *, todo: int, reused: int) -> None:
-        pass
-
     def row(self, name: str, error: str | None) -> None:
         self.seen += 1
-
-    def note(self, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def same(a: Path, b: Path) -> bool:
@@ -641,6 +632,10 @@ def test_command_line_on_coco_without_windows(
     assert "unknown class '2'" in done.stderr and "annotation 8" not in done.stderr
     assert "000.png: annotation " in done.stderr and "nan" in done.stderr
     assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
+    # What each count of images is of; the windows are not trained on.
+    for stage in ("windows", "objects and first negatives", "pass 1, hard negatives"):
+        assert f"\n{stage}: 8 images\n" in done.stderr
+    assert "to train on" not in done.stderr
     found = run_sppfeat("evaluate", "detection", det, *data, "--json")
     assert found.returncode == 3 and json.loads(found.stdout)["per_class"].keys() == {"1"}, found.stderr
     table = run_sppfeat("evaluate", "detection", det, *data).stdout.splitlines()
