@@ -12,7 +12,7 @@ from sppfeat_cli.output import counted, print_json, printable, wrote
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from sppfeat.detection.detecting import Detecting
+    from sppfeat.detection import Detecting
 
 # Seconds of proposing windows, over all processes, from which keeping them for the next run is worth a thought.
 _LONG: Final = 20.0

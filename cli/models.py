@@ -11,7 +11,7 @@ from sppfeat_cli.output import print_json
 from sppfeat_cli.progress import new_bar
 
 if TYPE_CHECKING:
-    from sppfeat.backbones.description import Layer
+    from sppfeat.backbones import Layer
 
 
 def register(app: typer.Typer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sppfeat.backbones.description import Description, network_versions
+from sppfeat.backbones.description import Description, Layer, network_versions
 from sppfeat.backbones.geometry import Geometry
 from sppfeat.backbones.network import Network
 from sppfeat.backbones.sift import PATCH as SIFT_PATCH
@@ -12,6 +12,7 @@ from sppfeat.backbones.vocabulary import MAX_WORDS, Vocabulary, open_vocabulary,
 __all__ = [
     "Description",
     "Geometry",
+    "Layer",
     "MAX_WORDS",
     "Network",
     "SIFT_PATCH",

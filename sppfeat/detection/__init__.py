@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sppfeat.detection.annotations import read_annotations, select_classes
 from sppfeat.detection.detecting import (
+    Detecting,
     DetectionObserver,
     Detections,
     DetectOptions,
@@ -19,6 +20,7 @@ from sppfeat.detection.tuning_page import write_detector_page
 
 __all__ = [
     "DetectOptions",
+    "Detecting",
     "DetectionEvaluation",
     "DetectionObserver",
     "DetectionPage",

@@ -18,8 +18,7 @@ from typer.main import get_command
 from voc_xml import xml
 
 from sppfeat.backbones.backbone import load_trunk
-from sppfeat.detection import read_annotations
-from sppfeat.detection.detecting import Detecting
+from sppfeat.detection import Detecting, read_annotations
 from sppfeat.errors import UsageError, nearest_names, unknown_name
 from sppfeat.matrix import read_data
 from sppfeat.recipe import Recipe
