@@ -32,9 +32,8 @@ class Group(TyperGroup):
         width = max(map(len, names))
         for title, members in (self.sections or {"Commands": names}).items():
             with formatter.section(title):
-                formatter.write_dl(
-                    [(f"{name:<{width}}", self.commands[name].get_short_help_str(200)) for name in members]
-                )
+                rows = [(name, self.commands[name]) for name in members if name in self.commands]
+                formatter.write_dl([(f"{name:<{width}}", command.get_short_help_str(200)) for name, command in rows])
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
