@@ -91,7 +91,7 @@ class Retrieval:
     def interval(self) -> tuple[float, float]:
         """Of the mean average precision: that of 95 % of bootstrap draws of queries."""
         values = np.array(list(self.average_precisions.values()))
-        return interval([(len(values), lambda times: float(times @ values / len(values)))])
+        return interval([(np.zeros(len(values), int), lambda times: float(times @ values / len(values)))])
 
 
 def evaluate_retrieval(

@@ -14,19 +14,26 @@ _SEED: Final = 20140618
 
 
 def interval(
-    measures: Sequence[tuple[int, Callable[[np.ndarray], float]]], *, level: float = 0.95, resamples: int = RESAMPLES
+    measures: Sequence[tuple[np.ndarray, Callable[[np.ndarray], float]]],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """The bootstrap interval of a mean of measures, each of images that are drawn with replacement (Efron 1979).
 
-    measures: for each trial, its number of test images [n], and the measure of a draw, from how often each is drawn
-    [n]. Draws for which a measure is not a number do not count.
+    measures: for each trial, the stratum of each test image [n], numbers from 0 on, and the measure of a draw, from how
+    often each is drawn [n]. As many are drawn from each stratum as it has. Draws for which a measure is not a number do
+    not count.
     """
     generator = np.random.default_rng(_SEED)
     values = np.empty((len(measures), resamples))
-    for trial, (count, measure) in enumerate(measures):
+    for trial, (strata, measure) in enumerate(measures):
+        order = np.argsort(strata, kind="stable")
+        sizes = np.bincount(strata)
+        size, start = np.repeat(sizes, sizes), np.repeat(np.cumsum(sizes) - sizes, sizes)
         for draw in range(resamples):
-            times = np.bincount(generator.integers(0, count, count), minlength=count)
-            values[trial, draw] = measure(times)
+            drawn = order[start + generator.integers(0, size)]
+            values[trial, draw] = measure(np.bincount(drawn, minlength=len(order)))
     means = values.mean(0)
     means = means[np.isfinite(means)]
     if not len(means):

@@ -204,7 +204,7 @@ def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Trans
         options=options,
         metric="mAP" if task.several else "mean_per_class_accuracy",
         trials=[verdict.value for verdict in verdicts],
-        interval=interval([(verdict.images, verdict.resampled) for verdict in verdicts]),
+        interval=interval([(verdict.strata, verdict.resampled) for verdict in verdicts]),
         top1=float(np.mean([verdict.top1 for verdict in verdicts])),
         top5=float(np.mean([verdict.top5 for verdict in verdicts])),
         shots=shots,

@@ -54,11 +54,16 @@ class Verdict:
         """Test images."""
         return len(self.labels)
 
-    def resampled(self, times: np.ndarray) -> float:
-        """The value over the classes that are drawn, had each test image been drawn so many times [M].
+    @property
+    def strata(self) -> np.ndarray:
+        """[M] what test images are drawn within, for an interval: their class, or all where they can have several.
 
-        Many draws lack a class where it has few images; without these draws, little would be left to tell from.
+        The figure is a mean over classes, of which each split tests a fixed number of images.
         """
+        return self.labels if self.labels.ndim == 1 else np.zeros(len(self.labels), int)
+
+    def resampled(self, times: np.ndarray) -> float:
+        """The value over the classes that are drawn, had each test image been drawn so many times [M]."""
         if self.labels.ndim == 2:
             rows = np.repeat(np.arange(len(times)), times)
             tested = ~np.isnan(self.per_class)

@@ -42,11 +42,28 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(200):
         right = generator.random(120) < 0.7
-        low, high = interval([(120, lambda times, right=right: float(times @ right / 120))], resamples=200)
+        low, high = interval(
+            [(np.zeros(120, int), lambda times, right=right: float(times @ right / 120))], resamples=200
+        )
         covered += low <= 0.7 <= high
     assert 0.88 <= covered / 200 <= 0.99
-    low, high = interval([(4, lambda times: math.nan)], resamples=10)
+    low, high = interval([(np.zeros(4, int), lambda times: math.nan)], resamples=10)
     assert math.isnan(low) and math.isnan(high)
+
+
+def test_images_are_drawn_within_their_strata() -> None:
+    strata, seen = np.array([2, 0, 1, 2, 0, 2]), []
+
+    def measure(times: np.ndarray) -> float:
+        seen.append(times)
+        return float(times[0])
+
+    low, high = interval([(strata, measure)], resamples=300)
+    for stratum in range(3):
+        totals = {int(times[strata == stratum].sum()) for times in seen}
+        assert totals == {int((strata == stratum).sum())}
+    assert {int(times[2]) for times in seen} == {1} and {int(times[0]) for times in seen} == {0, 1, 2, 3}
+    assert abs(np.mean([times[0] for times in seen]) - 1) < 0.2 and (low, high) == (0, 3)
 
 
 def test_the_paired_bootstrap() -> None:

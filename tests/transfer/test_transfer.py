@@ -652,23 +652,22 @@ def test_voc_real_data(shared: Path, tmp_path: Path) -> None:
     assert {int(value) for row in labels.targets.values() for value in row} == {-1, 0, 1}
 
 
-def test_the_interval_of_few_images_is_over_the_classes_that_a_draw_has() -> None:
-    """With one test image per class nearly every draw lacks a class: their measures still count."""
-    labels = np.arange(8)
-    right = np.array([True] * 6 + [False] * 2)
+def test_the_interval_of_few_images_holds_the_value() -> None:
+    """Nearly every draw of all images would lack a class of one test image; those within classes have it."""
+    labels = np.array([*range(6), 6, 6, 6, 6])
+    right = np.array([True, True, False, False, False, False, True, True, True, False])
+    per_class = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.75])
     verdict = Verdict(
-        value=75.0,
-        per_class=right.astype(float),
+        value=100 * per_class.mean(),
+        per_class=per_class,
         area_per_class=np.zeros(0),
-        top1=75.0,
+        top1=50.0,
         top5=100.0,
-        confusion=np.zeros((8, 8), int),
+        confusion=np.zeros((7, 7), int),
         mistakes=[],
         right=right,
         labels=labels,
-        scores=np.zeros((8, 8)),
+        scores=np.zeros((10, 7)),
     )
-    assert verdict.resampled(np.array([2, 0, 1, 1, 1, 1, 1, 1])) == pytest.approx(100 * 5 / 7)
-    assert np.isnan(verdict.resampled(np.zeros(8, int)))
-    low, high = interval([(8, verdict.resampled)] * 5)
-    assert 30 < low < 75 < high <= 100
+    low, high = interval([(verdict.strata, verdict.resampled)] * 5)
+    assert low < verdict.value < high < 100 * 3 / 7 + 1e-9
