@@ -1,6 +1,6 @@
-"""Draws docs/overview.png, the image in README, from a real photograph and the default recipe.
+"""Draws docs/images/overview.png, the image in README and the guide, from a real photograph and the default recipe.
 
-python docs/overview.py
+python docs/images/overview.py
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def main() -> None:
     title(20, "Images of any size", "whole, never padded or cropped")
     shown = ("animals/cat.jpg", "places/piazza_panorama.jpg", "people/astronaut.jpg")
     for name, box in zip(shown, ((20, 80, 240, 226), (20, 240, 240, 295), (20, 305, 240, 390)), strict=True):
-        photo = Image.open(HERE.parent / "photos" / name).convert("RGB")
+        photo = Image.open(HERE.parents[1] / "photos" / name).convert("RGB")
         photo.thumbnail((box[2] - box[0], box[3] - box[1]))
         canvas.paste(photo, box[:2])
     backbone = load_backbone(Recipe(scales=(448,)))
-    pixels = prepare_image(str(HERE.parent / "photos" / shown[0]), backbone.descriptions[0].recipe).inputs[0]
+    pixels = prepare_image(str(HERE.parents[1] / "photos" / shown[0]), backbone.descriptions[0].recipe).inputs[0]
     with torch.inference_mode():
         feature_map = backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0]
     energy = feature_map[0].clamp(min=0).pow(2).mean(0).sqrt().numpy()
@@ -77,7 +77,7 @@ def main() -> None:
     recipe = backbone.descriptions[0].recipe
     with torch.inference_mode():
         for row, name in enumerate(shown):
-            pixels = prepare_image(str(HERE.parent / "photos" / name), recipe).inputs[0]
+            pixels = prepare_image(str(HERE.parents[1] / "photos" / name), recipe).inputs[0]
             values = pool_pyramid(backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0], recipe.levels)[0]
             some = values[:6000:60].numpy()[None]
             strip = heat(some, some.min(), some.max())

@@ -1,6 +1,6 @@
 """Takes the screenshots of `sppfeat serve` over the project's photographs and parts of them: serve*.jpg.
 
-python docs/serve.py
+python docs/images/serve.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sppfeat import Recipe, extract_folder, open_store
 from sppfeat.retrieval import add_map, create_gallery
 
 HERE = Path(__file__).parent
-PHOTOS = HERE.parent / "photos"
+PHOTOS = HERE.parents[1] / "photos"
 QUERY = "people/astronaut.jpg"
 BOX = (0.15, 0.66, 0.46, 0.87)  # of width and height: the badge
 PARTS, SEED = 4, 3

@@ -1,6 +1,6 @@
-"""Draws `located.jpg`, the image in README: a part of one of the project's photographs, found where it is.
+"""Draws `located.jpg`, an image in README and the guide: a part of a photograph of the project, found where it is.
 
-python docs/located.py
+python docs/images/located.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from sppfeat import Recipe, extract_folder, open_store
 from sppfeat.retrieval import SearchOptions, create_gallery, open_gallery, search_images
 
-PHOTOS = Path(__file__).parents[1] / "photos"
+PHOTOS = Path(__file__).parents[2] / "photos"
 SHOWN = "people/photographer.jpg"
 PART = (0.36, 0.1, 0.72, 0.55)  # of width and height
 ENLARGED = 1.6

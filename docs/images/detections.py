@@ -1,7 +1,7 @@
-"""Draws `detections.jpg`, the image in README: what a detector finds in the project's photographs.
+"""Draws `detections.jpg`, the image in README and the guide: what a detector finds in the project's photographs.
 
 
-    python docs/detections.py DETECTOR.h5 [THRESHOLD]
+    python docs/images/detections.py DETECTOR.h5 [THRESHOLD]
 
 The detector is one of PASCAL VOC's classes: `sppfeat train detector VOC2007/ -o voc.h5 --split trainval`.
 """
@@ -18,7 +18,7 @@ from sppfeat.detection.detector import open_detector
 from sppfeat.detection.drawing import draw_detections
 from sppfeat.images import Item, read_image
 
-PHOTOS = Path(__file__).parents[1] / "photos"
+PHOTOS = Path(__file__).parents[2] / "photos"
 SHOWN = ("animals/cat.jpg", "people/photographer.jpg")
 HEIGHT, GAP = 420, 12
 
