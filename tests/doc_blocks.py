@@ -30,8 +30,8 @@ from sppfeat_cli.app import build
 
 ROOT: Final = Path(__file__).parents[1]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-# What a reader may have and a test has not; `time`: minutes, or what the test suite itself runs.
-NEEDS: Final = ("browser", "bucket", "cluster", "data", "gpu", "network", "time")
+# What a reader may have and a test has not. edit: a change of the source; time: minutes, or a run of the tests.
+NEEDS: Final = ("browser", "bucket", "cluster", "data", "edit", "gpu", "network", "time")
 
 _FENCE: Final = re.compile(r'```(\w*)(?: title="([^"]+)")?$')
 _NEEDS: Final = re.compile(r"<!-- needs: (\w+) -->$")
@@ -163,7 +163,9 @@ def call(arguments: list[str]) -> int:
 def with_sppfeat(folder: Path) -> Mapping[str, str]:
     """An environment in which `sppfeat` is the command line of this Python."""
     (tools := folder.parent / "tools").mkdir(exist_ok=True)
-    (script := tools / "sppfeat").write_text(f"#!{sys.executable}\nfrom sppfeat_cli import main\n\nmain()\n")
+    # Processes that it spawns import it again.
+    text = f'#!{sys.executable}\nfrom sppfeat_cli import main\n\nif __name__ == "__main__":\n    main()\n'
+    (script := tools / "sppfeat").write_text(text)
     script.chmod(0o755)
     return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "110"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -118,8 +119,9 @@ def test_installation_names_extras_that_exist() -> None:
         for extra in found.split(",")
     }
     assert len(named) > 10
-    assert {extra for _, extra in named} >= set(extras) - {"dev"}
     assert {(page, extra) for page, extra in named if extra not in extras} == set()
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/install.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(extras)
 
 
 def test_every_public_name_is_on_the_page_of_the_python_api() -> None:
@@ -138,6 +140,20 @@ def test_every_result_of_a_benchmark_is_in_the_guide() -> None:
     text = (ROOT / "docs/benchmarks.md").read_text("utf-8")
     for file in (*(ROOT / "benchmarks/results").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")):
         assert f"{file.relative_to(ROOT)}" in text, f"docs/benchmarks.md: expected {file.name}"
+
+
+def test_contributing_lists_every_room_with_its_purpose() -> None:
+    text = (ROOT / "docs/contributing.md").read_text("utf-8")
+    for file in ROOT.glob("sppfeat/*/__init__.py"):
+        purpose = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n")[0]
+        line = f"| `sppfeat/{file.parent.name}/` | {purpose} |"
+        assert line in text, f"docs/contributing.md: expected {line}"
+
+
+def test_what_commands_print_is_on_the_page() -> None:
+    """`python tests/doc_blocks.py` writes it there."""
+    empty = [block.place for page in PAGES for block in read_blocks(page) if not block.text.strip()]
+    assert empty == []
 
 
 class _Loaded(HTMLParser):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from overview import ACCENT, FONT, INK, SMALL, SOFT, heat
-from PIL import Image, ImageDraw
+from overview import ACCENT, INK, SOFT, heat
+from PIL import Image, ImageDraw, ImageFont
 
 from sppfeat import Recipe, pool_pyramid
 from sppfeat.backbones.backbone import load_backbone
@@ -23,7 +23,9 @@ PHOTOS = HERE.parents[1] / "photos"
 SHOWN = "people/photographer.jpg"
 WINDOW = (150, 30, 365, 330)  # the photographer, in pixels
 PINK, WHITE = (214, 0, 108), (255, 255, 255)
-WIDTH = 1320
+WIDTH = 1320  # twice that of the guide's column
+FONT = ImageFont.load_default(size=27)
+SMALL = ImageFont.load_default(size=23)
 
 
 def canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -32,7 +34,7 @@ def canvas(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def title(draw: ImageDraw.ImageDraw, x: int, text: str, below: str) -> None:
-    draw.text((x, 14), text, INK, FONT)
+    draw.text((x, 6), text, INK, FONT)
     draw.text((x, 40), below, SOFT, SMALL)
 
 
@@ -49,39 +51,39 @@ def arrow(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, text: str = ""
 
 def flow() -> None:
     """What travels, from a source to what is made of a store."""
-    image, draw = canvas(330)
+    image, draw = canvas(340)
 
     def box(x: int, y: int, width: int, name: str, below: str, color: tuple[int, int, int] = INK) -> None:
-        draw.rounded_rectangle((x, y, x + width, y + 84), 8, outline=color, width=2)
-        draw.text((x + width / 2, y + 20), name, color, FONT, anchor="ma")
-        draw.text((x + width / 2, y + 50), below, SOFT, SMALL, anchor="ma")
+        draw.rounded_rectangle((x, y, x + width, y + 94), 8, outline=color, width=2)
+        draw.text((x + width / 2, y + 14), name, color, FONT, anchor="ma")
+        draw.text((x + width / 2, y + 54), below, SOFT, SMALL, anchor="ma")
 
     steps = (
-        ("source", "folder, tar, bucket"),
+        ("source", "folder, tar, URL"),
         ("plan", "what is missing"),
         ("decode", "resize, never pad"),
-        ("network", "batches of a shape"),
+        ("network", "in batches"),
         ("pyramid", "max over bins"),
         ("store", "rows and names"),
     )
     for number, (name, below) in enumerate(steps):
-        box(20 + 220 * number, 40, 180, name, below, ACCENT if name == "store" else INK)
+        box(2 + 224 * number, 46, 194, name, below, ACCENT if name == "store" else INK)
         if number:
-            arrow(draw, 20 + 220 * number - 38, 82, 36)
-    draw.text((20, 10), "An item travels: a name, a way to its bytes, a fingerprint, its windows.", SOFT, SMALL)
+            arrow(draw, 224 * number - 26, 93, 26)
+    draw.text((2, 6), "An item travels: a name, a way to its bytes, a fingerprint, its windows.", SOFT, SMALL)
     uses = (
-        ("classes", "evaluate, train, predict"),
+        ("classes", "evaluate, predict"),
         ("gallery", "index, search, serve"),
         ("duplicates", "groups of images"),
         ("files", "export, merge"),
     )
     for number, (name, below) in enumerate(uses):
-        box(240 + 270 * number, 220, 230, name, below)
-        x = 240 + 270 * number + 115
-        draw.line([(x, 170), (x, 206)], ACCENT, 3)
-        draw.polygon([(x - 8, 206), (x, 219), (x + 8, 206)], ACCENT)
-    draw.line([(355, 170), (1210, 170)], ACCENT, 3)
-    draw.line([(1210, 126), (1210, 170)], ACCENT, 3)
+        box(226 + 280 * number, 238, 250, name, below)
+        x = 226 + 280 * number + 125
+        draw.line([(x, 190), (x, 224)], ACCENT, 3)
+        draw.polygon([(x - 8, 224), (x, 237), (x + 8, 224)], ACCENT)
+    draw.line([(351, 190), (1219, 190)], ACCENT, 3)
+    draw.line([(1219, 140), (1219, 190)], ACCENT, 3)
     image.save(HERE / "how_flow.png", optimize=True)
 
 
@@ -112,8 +114,8 @@ def pyramid(photo: Image.Image, energy: np.ndarray) -> None:
                 draw.rectangle((*edges, *ends), outline=WHITE if (row + column) % 2 else PINK, width=2)
     draw.text(
         (385, 85 + 29 * height + 14),
-        "Bin (i, j) of level n covers rows floor(i h / n) to ceil((i + 1) h / n), columns alike: neighbors overlap "
-        "where n does not\ndivide the side, and no bin is empty. Brightness: the energy of all 320 channels in a cell.",
+        "Pink and white: bins and the cells that they cover. Neighbors overlap where n does\n"
+        "not divide the side. Brightness: the energy of all 320 channels in a cell.",
         SOFT,
         SMALL,
     )
@@ -122,7 +124,7 @@ def pyramid(photo: Image.Image, energy: np.ndarray) -> None:
 
 def geometry(photo: Image.Image, energy: np.ndarray, description: object, size: tuple[int, int]) -> None:
     """A window, the pixels that cells are centred on, and the roi."""
-    image, draw = canvas(450)
+    image, draw = canvas(520)
     rows, columns = description.geometry(size[1], size[0])  # type: ignore[attr-defined]
     roi = map_windows(np.array([WINDOW]), photo.size, size, columns, rows)[0]
     factor = 570 / photo.width
@@ -130,17 +132,17 @@ def geometry(photo: Image.Image, energy: np.ndarray, description: object, size: 
     title(
         draw, 20, "A window, and where cells are centred", f"stride {columns.stride}, offset {columns.offset:g} pixels"
     )
-    image.paste(shown, (20, 65))
+    image.paste(shown, (20, 85))
     across, down = photo.width / size[0], photo.height / size[1]
     for y in range(rows.size):
         for x in range(columns.size):
             at_x = 20 + ((columns.offset + columns.stride * x + 0.5) * across) * factor
-            at_y = 65 + ((rows.offset + rows.stride * y + 0.5) * down) * factor
+            at_y = 85 + ((rows.offset + rows.stride * y + 0.5) * down) * factor
             inside = roi[0] <= x <= roi[2] and roi[1] <= y <= roi[3]
             radius = 6 if inside else 4
             color = PINK if inside else WHITE
             draw.ellipse((at_x - radius, at_y - radius, at_x + radius, at_y + radius), color, (28, 33, 40))
-    outline(draw, tuple((20 if n % 2 == 0 else 65) + edge * factor for n, edge in enumerate(WINDOW)))  # type: ignore[arg-type]
+    outline(draw, tuple((20 if n % 2 == 0 else 85) + edge * factor for n, edge in enumerate(WINDOW)))  # type: ignore[arg-type]
     arrow(draw, 610, 250, 70, "mapping")
     cell = 52
     title(
@@ -160,11 +162,11 @@ def geometry(photo: Image.Image, energy: np.ndarray, description: object, size: 
 
 def store(backbone: object, recipe: Recipe) -> None:
     """A store file, row by row, and a folder of shards."""
-    image, draw = canvas(440)
-    title(draw, 20, "feats.h5: rows and names in one file", "allocated when it is created; then only rows are written")
-    heads = ((20, ""), (140, "/names"), (390, "/descriptors"), (640, "/status"), (760, "/checksum"))
+    image, draw = canvas(485)
+    title(draw, 2, "feats.h5: rows and names", "allocated when it is created; then only rows are written")
+    heads = ((116, "/names"), (434, "/descriptors"), (630, "/status"), (752, "/checksum"))
     for x, text in heads:
-        draw.text((x, 78), text, ACCENT, SMALL)
+        draw.text((x, 80), text, ACCENT, SMALL)
     shown = (
         ("animals/cat.jpg", "1 done"),
         ("people/astronaut.jpg", "1 done"),
@@ -172,39 +174,39 @@ def store(backbone: object, recipe: Recipe) -> None:
         ("space/hubble.jpg", "0 pending"),
     )
     for number, (name, status) in enumerate(shown):
-        y = 108 + 78 * number
+        y = 118 + 78 * number
         thumbnail = Image.open(PHOTOS / name).convert("RGB")
         thumbnail.thumbnail((100, 64))
-        image.paste(thumbnail, (20, y + (64 - thumbnail.height) // 2))
-        draw.text((140, y + 22), name, INK, SMALL)
+        image.paste(thumbnail, (2, y + (64 - thumbnail.height) // 2))
+        draw.text((116, y + 18), name, INK, SMALL)
         done = status.startswith("1")
         if done:
             pixels = prepare_image(str(PHOTOS / name), recipe).inputs[0]
             with torch.inference_mode():
                 found = backbone.feature_maps(torch.from_numpy(pixels.copy())[None])[0]  # type: ignore[attr-defined]
             values = pool_pyramid(found, recipe.levels)[0][:6000:60].numpy()[None]
-            strip = heat(values, values.min(), values.max()).resize((230, 44), Image.Resampling.NEAREST)
-            image.paste(strip, (390, y + 10))
+            strip = heat(values, values.min(), values.max()).resize((180, 44), Image.Resampling.NEAREST)
+            image.paste(strip, (434, y + 10))
         else:
-            draw.rectangle((390, y + 10, 620, y + 54), outline=(200, 204, 210))
-        draw.text((640, y + 22), status, INK if done else SOFT, SMALL)
-        draw.text((760, y + 22), "CRC-32" if done else "", SOFT, SMALL)
-    title(draw, 900, "feats/: a folder of shards", "each shard is such a file")
+            draw.rectangle((434, y + 10, 614, y + 54), outline=(200, 204, 210))
+        draw.text((630, y + 18), status, INK if done else SOFT, SMALL)
+        draw.text((752, y + 18), "CRC-32" if done else "", SOFT, SMALL)
+    title(draw, 890, "feats/: a folder of shards", "each shard is such a file")
     files = (
-        ("manifest.json", "names the shards, the recipe, the counts"),
-        ("shard-00000.h5", "65,536 rows; never written to again"),
+        ("manifest.json", "names the shards; the recipe"),
+        ("shard-00000.h5", "65,536 rows; never changed"),
         ("shard-00001.h5", "65,536 rows"),
         (".building-00002.h5", "under work"),
         ("all.h5", "all rows, for any HDF5 program"),
         (".unfinished", "there while a run writes"),
     )
     for number, (name, text) in enumerate(files):
-        y = 90 + 54 * number
+        y = 84 + 66 * number
         draw.rounded_rectangle(
-            (900, y, 1300, y + 46), 6, outline=ACCENT if "shard" in name else (200, 204, 210), width=2
+            (890, y, 1318, y + 60), 6, outline=ACCENT if "shard" in name else (200, 204, 210), width=2
         )
-        draw.text((914, y + 4), name, INK, SMALL)
-        draw.text((914, y + 23), text, SOFT, SMALL)
+        draw.text((904, y + 2), name, INK, SMALL)
+        draw.text((904, y + 29), text, SOFT, SMALL)
     image.save(HERE / "how_store.png", optimize=True)
 
 
