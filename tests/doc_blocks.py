@@ -8,6 +8,7 @@ of that name, which the commands after it read. A block `text` right after comma
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -114,7 +115,7 @@ def sppfeat_arguments(line: str) -> Iterator[list[str]]:
 
 def check_arguments(arguments: list[str]) -> None:
     """Raise unless the command line has such a command, and it such options."""
-    command: Any = get_command(build())
+    command = whole_command_line()
     rest = list(arguments)
     if rest == ["--version"]:
         return
@@ -123,6 +124,12 @@ def check_arguments(arguments: list[str]) -> None:
         name = rest.pop(0)
         command = command.commands[name]
     command.make_context(name, rest)
+
+
+@functools.cache
+def whole_command_line() -> Any:
+    """The group of all commands."""
+    return get_command(build())
 
 
 def run_block(block: Block, folder: Path, names: dict[str, Any]) -> None:
@@ -172,7 +179,7 @@ def with_sppfeat(folder: Path) -> Mapping[str, str]:
 
 def prepare(folder: Path) -> None:
     """Make the folder that a reader starts in: it holds the photographs."""
-    shutil.copytree(os.environ.get("SPPFEAT_PHOTOS", ROOT / "photos"), folder / "photos")
+    shutil.copytree(ROOT / "photos", folder / "photos")
 
 
 def write_outputs(page: Path) -> None:
