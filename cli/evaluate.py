@@ -100,8 +100,8 @@ def transfer(
     """Train a classifier on some of the images and report mean per-class accuracy, or mAP, on others.
 
     C of SVMs and of logistic regression is chosen by 3-fold cross-validation on the training images. The interval is
-    that of 95 % of bootstrap draws of test images, within each class. Several stores are compared with the first on the same splits: p is
-    that of Nadeau and Bengio's corrected t-test for repeated splits, of McNemar's test for one.
+    that of 95 % of bootstrap draws of test images, within each class. Several stores are compared with the first on
+    the same splits: p is that of Nadeau and Bengio's corrected t-test for repeated splits, of McNemar's test for one.
     """
     from sppfeat.report import check_page
     from sppfeat.store import open_store
