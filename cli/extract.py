@@ -154,6 +154,10 @@ def extract(
     name_column: options.NameColumn = None,
     resume: options.Resume = True,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed images.")] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Remove the rows of images that are gone from the folders and archives given."),
+    ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -161,7 +165,8 @@ def extract(
     """Describe images of any size by one fixed-length descriptor each, in one HDF5 file or a folder of them (a store).
 
     Run the same command again to resume: described images are kept, changed and new ones are described. An image that
-    cannot be described is reported and marked failed, and never stops the run.
+    cannot be described is reported and marked failed, and never stops the run. Rows of deleted images are kept, unless
+    --prune removes them.
     """
     fields: dict[str, Any] = {
         "backbone": backbone,
@@ -218,6 +223,7 @@ def extract(
             columns=Columns(image_column, name_column),
             resume=resume,
             retry_failed=retry_failed,
+            prune=prune,
             overwrite=overwrite,
             shards=shards,
             cluster=cluster,
@@ -227,7 +233,7 @@ def extract(
     if as_json:
         print_json(_document(done))
     elif not quiet:
-        typer.echo(_summary(done, recipe.precision))
+        typer.echo(_summary(done, recipe.precision, prune=prune))
     if done.interrupted:
         how = "without --overwrite and --no-resume, " if overwrite or not resume else ""
         left = f"{'at least ' * done.stopped}{counted(done.pending, _unit(done))} left"
@@ -269,6 +275,7 @@ def _document(done: "Extraction") -> dict[str, Any]:
         "failed": done.failed,
         "changed": done.changed,
         "gone": done.gone,
+        "removed": done.removed,
         "pending": done.pending,
         "dim": done.dim,
         "seconds": round(done.seconds, 3),
@@ -305,13 +312,14 @@ def _bottleneck(done: "Extraction", precision: str) -> str:
     return f"the network; {helps}, or --precision {faster}, which changes values"
 
 
-def _summary(done: "Extraction", precision: str) -> str:
+def _summary(done: "Extraction", precision: str, *, prune: bool) -> str:
     parts = [f"{done.described} described"]
     for count, word in (
         (done.changed, "of them changed"),
         (done.reused, "reused"),
         (done.failed, "failed"),
         (done.gone, "gone"),
+        (done.removed, "removed"),
         (done.repeated, "listed twice"),
         (done.pending, "left"),
         (done.without_windows, "images without windows"),
@@ -326,6 +334,8 @@ def _summary(done: "Extraction", precision: str) -> str:
     )
     if done.bottleneck is not None:
         text += f"\nbottleneck: {_bottleneck(done, precision)}"
+    if done.gone and not prune:
+        text += "\nto remove the rows of images that are gone: the same command with --prune"
     if done.failed:
         text += f"\nto list failures: sppfeat inspect {printable(done.store)} --failures"
     return text

@@ -17,6 +17,7 @@ from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreE
 from sppfeat.extraction.calibration import calibrate
 from sppfeat.extraction.pipeline import Describer, check_windows
 from sppfeat.extraction.plan import Job, WithWindows, make_plan, with_windows
+from sppfeat.extraction.pruning import check_prunable, check_something_stays, check_whole, is_removable, tell_unlisted
 from sppfeat.extraction.sharded import ShardOptions, coverage, fill_shards, prepare_folder
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import Tally, fill_file
@@ -36,6 +37,7 @@ from sppfeat.store import (
     lock_store,
     open_folder,
     open_store,
+    remove_rows,
     row_names,
 )
 
@@ -48,7 +50,8 @@ class Extraction:
 
     images: listed in the sources. repeated: duplicates in the sources. described: in this run. reused: described
     before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
-    changed. gone: rows of the store whose file no longer exists; they are kept. pending: rows left for the next run,
+    changed. gone: rows of the store whose file no longer exists, and which are kept. removed: such rows that were
+    removed. pending: rows left for the next run,
     after an interruption. stopped: before all sources were listed. dim: length of a descriptor. device, engine: where
     and how the network ran.
     seconds: of this run. stages: of its work, summed over threads.
@@ -72,6 +75,7 @@ class Extraction:
     stages: Stages
     without_windows: int | None = None
     stopped: bool = False
+    removed: int = 0
 
     @property
     def bottleneck(self) -> str | None:
@@ -112,6 +116,7 @@ def extract_folder(
     columns: Columns = DEFAULT_COLUMNS,
     resume: bool = True,
     retry_failed: bool = False,
+    prune: bool = False,
     overwrite: bool = False,
     shards: ShardOptions | None = None,
     cluster: str | None = None,
@@ -122,7 +127,9 @@ def extract_folder(
 
     An existing store is resumed: rows that are done stay, pending rows and changed files are described, and new files
     are added at the end. `retry_failed` tries failed rows again. `overwrite` starts over; `resume=False` rejects an
-    existing store. Names are relative to `root`; by default to the root of the resumed store, if it contains all
+    existing store. `prune` removes rows whose images are gone: those below the folders, archives and prefixes among the
+    sources that were listed to the end, and no others; not if none of the rows that the store had would be left.
+    Names are relative to `root`; by default to the root of the resumed store, if it contains all
     sources, else to the folder that does. columns: of parquet files.
     windows: [K, 4] by image name (see `read_windows`): each window is described instead, from one pass per image, in a
     row named `image#x1,y1,x2,y2` (see `split_row_name`). Images without windows get no row.
@@ -149,6 +156,8 @@ def extract_folder(
             engine_device(branch, replace(options, device=each))
     if windows is not None:
         check_windows(recipe)
+    if prune:
+        check_prunable(windows=windows is not None, cluster=cluster is not None)
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     stays = resume and not overwrite
     with contextlib.ExitStack() as stack:
@@ -162,7 +171,9 @@ def extract_folder(
             path = Path(os.path.realpath(output)) if os.path.islink(output) else Path(output)
             in_folder = shards is not None or cluster is not None or path.is_dir() or os.fspath(output).endswith(os.sep)
             check_output(path, overwrite=overwrite, resume=resume, folder=in_folder)
-        run = _Run(several, path, kind, recipe, options, windows, root, columns, stays, retry_failed, observer, stop)
+        run = _Run(
+            several, path, kind, recipe, options, windows, root, columns, stays, retry_failed, prune, observer, stop
+        )
         found = None
         if not in_folder:  # listed before anything is created
             found = _list(run)
@@ -196,6 +207,7 @@ class _Run:
     columns: Columns
     resume: bool
     retry_failed: bool
+    prune: bool
     observer: Observer
     stop: Callable[[], bool]
 
@@ -230,10 +242,13 @@ def _calibrated(run: _Run, images: ImageList | None) -> Recipe:
 def _into_file(run: _Run, describer: Describer, images: ImageList, without_windows: int | None) -> Extraction:
     path, device = run.path, run.device(describer)
     created = not path.exists() or not path.stat().st_size
-    store = _prepare_store(path, images, describer, fresh=not run.resume)
+    store, lost = _prepare_store(path, images, describer, fresh=not run.resume, prune=run.prune)
     rows = {name: row for row, name in enumerate(store.names)}
     plan = make_plan(store, rows, images, retry_failed=run.retry_failed)
-    run.observer.started(todo=plan.rows, reused=plan.reused, gone=plan.gone, device=device)
+    gone = [name for name in plan.gone if rows[name] not in lost]
+    run.observer.started(todo=plan.rows, reused=plan.reused, gone=gone, device=device)
+    if run.prune and images.extent is not None:
+        tell_unlisted(images.extent, run.observer)
     tally = Tally()
     job = Job(0, plan.todo, redo=sorted(plan.redo), changed=frozenset(plan.changed), lost=plan.lost)
     try:
@@ -242,6 +257,11 @@ def _into_file(run: _Run, describer: Describer, images: ImageList, without_windo
         if created and not describer.streams and not tally.described + tally.failed:
             path.unlink()  # no network was loaded, and nothing was made but a list of names
         raise
+    pending = plan.rows - tally.described - tally.failed
+    removed = 0
+    if lost and not pending:
+        remove_rows(store, np.array(sorted(lost)))
+        removed = len(lost)
     return Extraction(
         store=str(path),
         images=sum(len(row_names(item)) for item in images.items),
@@ -249,8 +269,8 @@ def _into_file(run: _Run, describer: Describer, images: ImageList, without_windo
         reused=plan.reused,
         failed=tally.failed + plan.failed_before,
         changed=tally.changed,
-        gone=len(plan.gone),
-        pending=plan.rows - tally.described - tally.failed,
+        gone=len(gone) if removed else len(plan.gone),
+        pending=pending,
         repeated=images.repeated,
         dim=describer.dim,
         device=device,
@@ -258,6 +278,7 @@ def _into_file(run: _Run, describer: Describer, images: ImageList, without_windo
         seconds=0.0,
         stages=tally.stages,
         without_windows=without_windows,
+        removed=removed,
     )
 
 
@@ -267,6 +288,8 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
     is_new = not run.resume or not is_folder_store(path)
     if run.root is None and not is_new and _is_below(sources.root, before := open_folder(path).manifest.source_root):
         sources = open_sources(run.sources, root=before, columns=run.columns)
+    if run.prune:
+        check_whole(sources.prefixes())
     items: Iterable[Item] = sources
     with_windows = None
     if run.windows is not None:
@@ -283,7 +306,7 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
             stack.callback(folder.remove_if_empty)
         if cluster is not None and isinstance(folder, BucketFolder):
             folder.leave_to_others()
-        listed, tally, stopped = fill_shards(
+        listed, tally, stopped, removed = fill_shards(
             folder,
             items,
             # Windows that are no longer asked for are not gone.
@@ -296,7 +319,10 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
             observer=run.observer,
             stop=run.stop,
             cluster=cluster,
+            removable=(lambda name: is_removable(sources.extent, name)) if run.prune else (lambda _: False),
         )
+    if run.prune:
+        tell_unlisted(sources.extent, run.observer)
     if cluster is not None:
         engine = cluster.engine or engine
     if not listed.images and shards.part is None and not stopped:
@@ -318,6 +344,7 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
         stages=tally.stages,
         without_windows=None if with_windows is None else with_windows.without,
         stopped=stopped,
+        removed=removed,
     )
 
 
@@ -326,6 +353,8 @@ def _list(run: _Run) -> tuple[ImageList, int | None]:
     found, without_windows = find_images(run.sources, root=run.root, columns=run.columns), None
     if not found.items:
         raise UsageError(f"{_show_sources(run.sources)}: expected images, found none")
+    if run.prune and found.extent is not None:
+        check_whole(found.extent.whole)
     if run.windows is not None:
         found, without_windows = with_windows(found, run.windows)
     if run.root is None and run.resume and run.path.exists() and run.path.stat().st_size:
@@ -335,7 +364,10 @@ def _list(run: _Run) -> tuple[ImageList, int | None]:
     return found, without_windows
 
 
-def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh: bool) -> Store:
+def _prepare_store(
+    path: Path, images: ImageList, describer: Describer, *, fresh: bool, prune: bool
+) -> tuple[Store, set[int]]:
+    """The store with a row for each item, and the rows to remove if `prune` is set."""
     listed = [name for item in images.items for name in row_names(item)]
     if fresh or not path.exists() or not path.stat().st_size:
         create_store(
@@ -346,7 +378,7 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
             dim=describer.dim,
             source_root=images.root,
         )
-        return open_store(path)
+        return open_store(path), set()
     store = open_store(path)
     describer.check_made(path, store.recipe, store.weights_sha256)
     names = store.names
@@ -366,10 +398,15 @@ def _prepare_store(path: Path, images: ImageList, describer: Describer, *, fresh
             f"{path}: expected some of these images among its {len(store)} names, found none; "
             "choose another output, or use --overwrite"
         )
+    lost: set[int] = set()
+    if prune and images.extent is not None:
+        here = set(listed)
+        lost = {row for row, name in enumerate(names) if name not in here and is_removable(images.extent, name)}
+        check_something_stays(path, len(lost), len(names))
     if new or moved:
         extend_store(store, [*names, *new], source_root=images.root)
-        return open_store(path)
-    return store
+        store = open_store(path)
+    return store, lost
 
 
 def _is_below(folder: str, root: str) -> bool:

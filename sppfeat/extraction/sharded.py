@@ -16,6 +16,7 @@ import numpy as np
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.plan import Job
+from sppfeat.extraction.pruning import check_something_stays, prune_shards
 from sppfeat.extraction.streaming import Listed, StreamingPlan
 from sppfeat.extraction.workers import Tally, fill_file
 from sppfeat.images import Item, Sources, is_there
@@ -106,11 +107,12 @@ def _show_part(part: tuple[int, int] | None) -> str:
 
 
 class Filled(NamedTuple):
-    """What a run found and did; stopped: before all sources were listed."""
+    """What a run found and did; stopped: before all sources were listed. removed: rows that left the store."""
 
     listed: Listed
     tally: Tally
     stopped: bool
+    removed: int = 0
 
 
 def fill_shards(
@@ -126,22 +128,25 @@ def fill_shards(
     observer: Observer,
     stop: Callable[[], bool],
     cluster: RayCluster | None = None,
+    removable: Callable[[str], bool] = lambda _: False,
 ) -> Filled:
-    """Describe the items that a folder lacks, or whose files changed. Hold its lock.
+    """Describe the items that a folder lacks, or whose files changed, and then remove rows. Hold its lock.
 
-    covers: see `StreamingPlan`.
+    covers, removable: see `StreamingPlan`. Raises StoreError if all rows that were there are to be removed.
     """
     root = folder.manifest.source_root
     _open_shard.cache_clear()  # of an earlier run in this process; the files may be others now
     numbers = sorted(folder.shards.keys() | folder.building.keys())
+    before = [OnDisk(folder, number) for number in numbers]
     plan = StreamingPlan(
-        [OnDisk(folder, number) for number in numbers],
+        before,
         _part_of(items, shards.part),
         shard_rows=shards.rows,
         workers=1 if cluster is None else cluster.workers,
         retry_failed=retry_failed,
         covers=covers,
         exists=lambda name: is_there(root, name) or is_there(root, split_row_name(name)[0]),
+        removable=removable,
     )
     writing = Writing(folder, plan, numbers, Tally(), device, observer, stop)
     with contextlib.closing(_ahead(plan.jobs())) as jobs:
@@ -152,7 +157,13 @@ def fill_shards(
     if plan.listed.images:
         writing.tell()
     folder.finish(complete=not writing.stopped)
-    return Filled(plan.listed, writing.tally, writing.stopped)
+    lost = {numbers[shard]: rows for shard, rows in plan.to_remove.items()}
+    removed = 0
+    if lost and not writing.stopped and not folder.building:
+        _open_shard.cache_clear()
+        check_something_stays(folder.path, sum(map(len, lost.values())), sum(map(len, before)))
+        removed = prune_shards(folder, lost, writing.must_stop)
+    return Filled(plan.listed, writing.tally, writing.stopped, removed)
 
 
 @dataclass

@@ -41,7 +41,7 @@ class ShardRows(KnownRows, Protocol):
 
 @dataclass
 class Listed:
-    """What a plan has found so far, counted in rows; gone are those whose file no longer exists."""
+    """What a plan has found so far, counted in rows; gone are those whose file no longer exists, and that stay."""
 
     images: int = 0
     repeated: int = 0
@@ -88,8 +88,10 @@ class StreamingPlan:
 
     A file is looked at only if its row is done or failed. listed: counts, final once `jobs` has ended.
     covers: whether an image of this name would have been listed if it existed; None: of no name. exists: whether there
-    is an image of this name. workers: how many share the jobs; for several, new shards are smaller than `shard_rows`
-    until many images are listed. Call `settle` for a new shard that is a file: then its digests are not held in memory.
+    is an image of this name. removable: whether a row that was not listed is to be removed, asked once all is listed.
+    to_remove: such rows of each shard, ascending, once `jobs` has ended. workers: how many share the jobs; for several,
+    new shards are smaller than `shard_rows` until many images are listed. Call `settle` for a new shard that is a file:
+    then its digests are not held in memory.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class StreamingPlan:
         retry_failed: bool = False,
         covers: Callable[[str], bool] | None = None,
         exists: Callable[[str], bool] = lambda _: True,
+        removable: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.listed = Listed()
+        self.to_remove: dict[int, np.ndarray] = {}
         self._items = items
         self._shards = shards
         self._known: list[KnownRows] = [*shards]  # and those of this run
@@ -115,7 +119,7 @@ class StreamingPlan:
         self._workers = workers
         self._rows_given = 0  # in jobs for new shards
         self._retry_failed = retry_failed
-        self._covers, self._exists = covers, exists
+        self._covers, self._exists, self._removable = covers, exists, removable
         self._work: dict[int, _Work] = defaultdict(_Work)
         self._near = 0  # the shard in which rows were last found
         # New rows that wait for their shard to be full.
@@ -302,10 +306,16 @@ class StreamingPlan:
             if not len(missing) or (self._covers is None and shard.complete):
                 continue
             status = shard.states()[0][missing]
-            for row, name, state in zip(missing.tolist(), shard.names(missing), status.tolist(), strict=True):
+            remove = np.zeros(len(missing), bool)
+            for at, (row, name, state) in enumerate(
+                zip(missing.tolist(), shard.names(missing), status.tolist(), strict=True)
+            ):
+                remove[at] = self._removable(name)
                 if state == Status.PENDING:
                     if not self._exists(name):
                         lost.setdefault(number, []).append(row)
                 elif self._covers is not None and self._covers(name):
-                    self.listed.gone += 1
+                    self.listed.gone += not remove[at]
+            if remove.any():
+                self.to_remove[number] = missing[remove].astype(np.int32)
         return lost

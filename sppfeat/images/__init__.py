@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sppfeat.images.archives import from_builtins, to_builtins
 from sppfeat.images.batching import ShapeBatcher
+from sppfeat.images.extent import Extent, is_lost
 from sppfeat.images.instead import found_instead
 from sppfeat.images.items import (
     EXTENSIONS,
@@ -43,6 +44,7 @@ __all__ = [
     "DEFAULT_COLUMNS",
     "DecodedImage",
     "EXTENSIONS",
+    "Extent",
     "Fingerprint",
     "HeldFile",
     "ImageList",
@@ -67,6 +69,7 @@ __all__ = [
     "found_instead",
     "from_builtins",
     "is_image_name",
+    "is_lost",
     "is_there",
     "is_url",
     "item_at",

@@ -18,6 +18,7 @@ from typing import BinaryIO, Final, NamedTuple
 from sppfeat.errors import ImageError, UsageError
 from sppfeat.images.archives import ARCHIVE_EXTENSIONS, archive_items, is_archive, member_at, places_within
 from sppfeat.images.blobs import Blob
+from sppfeat.images.extent import Extent
 from sppfeat.images.items import (
     AVIF,
     EXTENSIONS,
@@ -30,6 +31,7 @@ from sppfeat.images.items import (
     path_to_name,
     reason_not_readable,
 )
+from sppfeat.images.members import REST
 from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
 from sppfeat.images.remote import UrlFile
 from sppfeat.images.urls import (
@@ -60,13 +62,15 @@ class Sources:
     """The images of sources as a stream of items, which can be iterated again and holds no list of them.
 
     Iterating twice gives the same order. The same name may come twice, where sources overlap or a list repeats a line:
-    who keeps rows by name leaves out the second. root: the folder or URL that names are relative to.
+    who keeps rows by name leaves out the second. root: the folder or URL that names are relative to. extent: what was
+    listed, known once the stream has come to its end; before, nothing.
     Iterating raises UsageError for what only reading shows: a prefix that cannot be listed, a parquet file without the
     columns, a list that changed meanwhile.
     """
 
     def __init__(self, sources: Sequence[_Source], root: str, columns: Columns) -> None:
         self.root = root
+        self.extent = Extent(root)
         self._sources = sources
         self._columns = columns
         self._prefix = root if root.endswith("/") else root + "/"
@@ -75,37 +79,54 @@ class Sources:
         """What the names begin with of everything below the folders, prefixes and archives among the sources."""
         for source in self._sources:
             if (place := source.whole()) is not None:
-                yield "" if place == self.root else path_to_name(place.removeprefix(self._prefix)) + "/"
+                yield self._start(place)
+
+    def _start(self, place: str) -> str:
+        """What the names begin with of everything below a place."""
+        return "" if place == self.root else path_to_name(place.removeprefix(self._prefix)) + "/"
 
     def __iter__(self) -> Iterator[Item]:
+        self.extent = Extent(self.root)
+        unlisted = []
         for source in self._sources:
-            for found in source:
-                if not found.place.startswith(self._prefix):  # a list that changed after its root was found
-                    raise UsageError(f"{found.place}: expected a path below the root {self.root}")
-                name = path_to_name(found.place.removeprefix(self._prefix))
-                if is_url(found.place):
-                    name = "/".join("\\x2e." if part == ".." else part for part in name.split("/"))
-                if found.problem is not None:
-                    yield Item(self.root, name, problem=found.problem)
-                elif is_archive(found.place):
-                    yield from archive_items(self.root, name, found.place, self._columns)
-                elif is_url(found.place):
-                    content = UrlFile(found.place, *(found.fingerprint or ()))
-                    yield Item(self.root, name, content=content)
-                else:
-                    yield Item(self.root, name)
+            sound = cut = False
+            for item in self._items(source):
+                sound = sound or item.problem is None
+                cut = cut or (item.problem is not None and item.name.endswith(f"/{REST}"))
+                yield item
+            if (place := source.whole()) is not None and (cut or not sound):
+                unlisted.append(self._start(place))
+        self.extent = Extent(self.root, tuple(self.prefixes()), tuple(unlisted))
+
+    def _items(self, source: _Source) -> Iterator[Item]:
+        for found in source:
+            if not found.place.startswith(self._prefix):  # a list that changed after its root was found
+                raise UsageError(f"{found.place}: expected a path below the root {self.root}")
+            name = path_to_name(found.place.removeprefix(self._prefix))
+            if is_url(found.place):
+                name = "/".join("\\x2e." if part == ".." else part for part in name.split("/"))
+            if found.problem is not None:
+                yield Item(self.root, name, problem=found.problem)
+            elif is_archive(found.place):
+                yield from archive_items(self.root, name, found.place, self._columns)
+            elif is_url(found.place):
+                content = UrlFile(found.place, *(found.fingerprint or ()))
+                yield Item(self.root, name, content=content)
+            else:
+                yield Item(self.root, name)
 
 
 @dataclass(frozen=True)
 class ImageList:
     """The images of sources, in a stable order, with unique names relative to `root`.
 
-    repeated: how many listed paths were left out because they name a file already listed.
+    repeated: how many listed paths were left out because they name a file already listed. extent: what was listed.
     """
 
     root: str
     items: list[Item]
     repeated: int
+    extent: Extent | None = None
 
     @property
     def names(self) -> list[str]:
@@ -125,7 +146,7 @@ class ImageList:
         """The same images, named from a folder further up."""
         prefix = path_to_name(os.path.relpath(self.root, root)) + "/"
         items = [replace(item, root=root, name=prefix + item.name) for item in self.items]
-        return ImageList(root, items, self.repeated)
+        return ImageList(root, items, self.repeated, None if self.extent is None else self.extent.below(prefix, root))
 
 
 def open_sources(
@@ -175,7 +196,7 @@ def find_images(
         known = items.get(item.name)
         if known is None or (known.problem is None and item.problem is not None):
             items[item.name] = item
-    return ImageList(stream.root, list(items.values()), repeated=count - len(items))
+    return ImageList(stream.root, list(items.values()), count - len(items), stream.extent)
 
 
 def item_at(root: str, name: str) -> Item:

@@ -36,7 +36,7 @@ from sppfeat.store.unit_vectors import (
     to_units,
     unit_rows,
 )
-from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store
+from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store, remove_rows
 
 __all__ = [
     "BLOCK_BYTES",
@@ -83,6 +83,7 @@ __all__ = [
     "open_folder",
     "open_store",
     "reason_text",
+    "remove_rows",
     "require_complete",
     "row_name",
     "row_names",

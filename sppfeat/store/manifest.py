@@ -98,6 +98,10 @@ class Manifest(_Document, frozen=True, kw_only=True, omit_defaults=True):
         shards = {one.index: one for one in self.shards} | {entry.index: entry}
         return msgspec.structs.replace(self, shards=[shards[index] for index in sorted(shards)])
 
+    def without_shard(self, index: int) -> Manifest:
+        """The manifest without a shard."""
+        return msgspec.structs.replace(self, shards=[one for one in self.shards if one.index != index])
+
 
 class _Version(msgspec.Struct):
     format: str

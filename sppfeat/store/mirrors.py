@@ -25,16 +25,18 @@ import msgspec
 import numpy as np
 
 from sppfeat.errors import SppFeatError, StoreError, UsageError
-from sppfeat.files import appearing, cache_folder, decode_document, os_reason
+from sppfeat.files import appearing, cache_folder, decode_document, os_reason, partial_path
 from sppfeat.images import is_image_name
 from sppfeat.recipe import Recipe
-from sppfeat.store.buckets import Bucket, Object, Values
+from sppfeat.store.buckets import Bucket, Object
+from sppfeat.store.hollow import make_hollow, values_of
 from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import (
     MANIFEST,
     UNFINISHED,
     VIEW,
     Manifest,
+    building_file,
     building_files,
     is_part_of_store,
     is_shard_file,
@@ -49,7 +51,6 @@ from sppfeat.store.shards import Folder
 from sppfeat.store.writing import create_store
 
 _READING: Final = re.compile(r"[0-9a-f]{16}-shard-\d{5,9}\.h5", re.ASCII)
-_BLOCK: Final = 1 << 24
 # A file that is being fetched is written to more often: each request has a minute, and some tries.
 _DEAD_SECONDS: Final = 3600
 _LOOKS: Final = 10
@@ -358,6 +359,19 @@ class BucketFolder(Folder):
         # Only now: after a kill before, the file here is another than the object.
         self._mirror.keep(final.name, etag)
 
+    @contextlib.contextmanager
+    def whole_shard(self, index: int) -> Iterator[Path]:
+        whole = partial_path(self.path / building_file(index))
+        try:
+            self.copy_shard(index, whole)
+            yield whole
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def drop(self, final: Path) -> None:
+        self._mirror.remove(final.name)
+        super().drop(final)
+
     def leave_to_others(self) -> None:
         """From now on other machines fill the shards; those under work here, which they cannot see, are dropped."""
         for path in self.building.values():
@@ -473,21 +487,3 @@ class RemoteShard:
         """Publish the file, all of whose rows are described."""
         values = values_of(open_file(path, names=False))
         Bucket(self.url).put(self.file, path, replaces=self.etag, values=values)
-
-
-def values_of(shard: Store) -> Values:
-    """Where the descriptors are in a store file."""
-    column = shard.columns["descriptors"]
-    return Values(column.offset, column.row_bytes * column.shape[0])
-
-
-def make_hollow(path: Path, values: Values) -> None:
-    """Replace the descriptors of a store file by a hole, which takes no space. Raises StoreError."""
-    with appearing(path, StoreError) as partial, open(path, "rb") as old, open(partial, "wb") as new:
-        size = os.fstat(old.fileno()).st_size
-        for start, end in ((0, values.offset), (sum(values), size)):
-            old.seek(start)
-            new.seek(start)
-            for at in range(start, end, _BLOCK):
-                new.write(old.read(min(_BLOCK, end - at)))
-        new.truncate(size)

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from sppfeat.errors import StoreError
-from sppfeat.files import STORE, appearing, appearing_hdf5, os_reason, sync_folder
+from sppfeat.files import STORE, appearing, appearing_hdf5, os_reason, partial_path, sync_folder
 from sppfeat.recipe import Recipe
 from sppfeat.store.locking import lock_shard
 from sppfeat.store.manifest import (
@@ -52,7 +52,7 @@ from sppfeat.store.reading import (
     shard_entry,
     shard_fault,
 )
-from sppfeat.store.writing import create_store, library_versions
+from sppfeat.store.writing import copy_without, create_store, library_versions
 
 VIEW_FORMAT: Final = "sppfeat-store-view"
 _COPY_BYTES: Final = 1 << 30
@@ -229,6 +229,42 @@ class Folder:
         del self.building[index]
         self.write(self.manifest.with_shard(shard_entry(shard, final)))
         remove_marks(self.path)
+
+    def remove_rows(self, index: int, rows: np.ndarray) -> None:
+        """Replace a published shard by one without some of its rows, or remove it if these are all.
+
+        After a kill the shard is as it was, or as it is to be. Who reads it now keeps the old rows.
+        """
+        final = self.path / shard_file(index)
+        self.begin()
+        if len(rows) == len(open_file(final, names=False)):
+            # In this order: a file that the manifest lacks is published again, one that only the manifest has is lost.
+            self.write(self.manifest.without_shard(index))
+            self.drop(final)
+            return
+        partial = partial_path(final)
+        try:
+            with self.whole_shard(index) as whole:
+                copy_without(open_file(whole), partial, rows)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            (self.path / publishing_file(index)).touch()
+            self.place(open_file(partial, names=False), final)
+            sync_folder(self.path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StoreError(f"{final}: cannot be replaced: {os_reason(error)}") from None
+        self.write(self.manifest.with_shard(shard_entry(open_file(final, names=False))))
+        remove_marks(self.path)
+
+    @contextlib.contextmanager
+    def whole_shard(self, index: int) -> Iterator[Path]:
+        """A published shard as a file that has all of its values."""
+        yield self.shards[index]
+
+    def drop(self, final: Path) -> None:
+        """Remove the file of a shard that the manifest does not name."""
+        final.unlink(missing_ok=True)
 
     def place(self, shard: Store, final: Path) -> None:
         """Put a complete shard where its readers find it. Raises OSError."""

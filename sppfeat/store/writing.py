@@ -144,26 +144,48 @@ def extend_store(store: Store, names: Sequence[str], *, source_root: str) -> Non
     Hold `lock_store`.
     """
     with appearing(store.path, StoreError) as partial:
-        _write_structure(
-            partial,
-            names,
-            store.dim,
-            store.recipe.dtype,
-            {
-                "recipe": store.recipe.to_json(),
-                "recipe_hash": store.recipe_hash,
-                "weights_sha256": store.weights_sha256,
-                "source_root": np.void(os.fsencode(source_root)),
-                "versions": json.dumps(store.versions),
-            },
-        )
-        with h5py.File(partial, "r", locking=False) as file:
-            places = {name: file[name].id.get_offset() for name in store.columns}
-        with open(store.path, "rb") as old, open(partial, "r+b") as new:
-            for name, column in store.columns.items():  # not the digests, which follow from the names
-                old.seek(column.offset)
-                new.seek(places[name])
-                left = column.row_bytes * len(store)
+        _copy_rows(store, partial, [(0, len(store))], names, source_root)
+
+
+def remove_rows(store: Store, rows: np.ndarray) -> None:
+    """Rewrite a store that is one file without some of its rows. Hold `lock_store`."""
+    with appearing(store.path, StoreError) as partial:
+        copy_without(store, partial, rows)
+
+
+def copy_without(store: Store, target: Path, rows: np.ndarray) -> None:
+    """Write the other rows of a store that is one file to a new one; they are in the same order. Raises OSError."""
+    kept = np.setdiff1d(np.arange(len(store)), rows)
+    runs = [(int(kept[first]), int(kept[end - 1]) + 1) for first, end in _runs(kept)]
+    names = [name for first, end in runs for name in store.names[first:end]]
+    _copy_rows(store, target, runs, names, store.source_root)
+
+
+def _copy_rows(
+    store: Store, target: Path, runs: Sequence[tuple[int, int]], names: Sequence[str], source_root: str
+) -> None:
+    """Write a store whose first rows are those of a store between the first and one-past-last ones of some runs."""
+    _write_structure(
+        target,
+        names,
+        store.dim,
+        store.recipe.dtype,
+        {
+            "recipe": store.recipe.to_json(),
+            "recipe_hash": store.recipe_hash,
+            "weights_sha256": store.weights_sha256,
+            "source_root": np.void(os.fsencode(source_root)),
+            "versions": json.dumps(store.versions),
+        },
+    )
+    with h5py.File(target, "r", locking=False) as file:
+        places = {name: file[name].id.get_offset() for name in store.columns}
+    with open(store.path, "rb") as old, open(target, "r+b") as new:
+        for name, column in store.columns.items():  # not the digests, which follow from the names
+            new.seek(places[name])
+            for first, end in runs:
+                old.seek(column.offset + first * column.row_bytes)
+                left = column.row_bytes * (end - first)
                 while left:
                     block = old.read(min(left, _COPY_BYTES))
                     if not block:
