@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,15 @@ def test_rooms_import_only_what_others_export() -> None:
             elif len(parts) == 3 and parts[1] != own and path != ROOT / "__init__.py" and not loads_torch(module):
                 wrong.append(f"{path.name}: {module} is behind the door of {parts[1]}")
     assert wrong == []
+
+
+def test_every_extra_that_a_message_names_exists() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    named = set()
+    for path in [*ROOT.rglob("*.py"), *CLI.glob("*.py")]:
+        text = path.read_text("utf-8")
+        named |= set(re.findall(r"sppfeat\[([a-z0-9]+)\]", text))
+        named |= set(re.findall(r'require_extra\(\s*[^,]+,\s*"([a-z0-9]+)"', text))
+    assert named <= project["optional-dependencies"].keys() and len(named) >= 6
+    # Pages are for everybody.
+    assert any(one.startswith("jinja2") for one in project["dependencies"])

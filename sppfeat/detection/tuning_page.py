@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_detector_page(path: Path, done: TunedDetector) -> None:
-    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError."""
+    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError."""
     recipe = done.recipe
     levels, scales = (", ".join(map(str, each)) for each in (recipe.levels, recipe.scales))
     about = (

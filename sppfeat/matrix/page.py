@@ -10,7 +10,7 @@ from sppfeat.report import write_page
 
 
 def write_matrix_page(path: Path, cells: Sequence[Cell]) -> None:
-    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError."""
+    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError."""
     data = list(dict.fromkeys((cell.data, cell.metric) for cell in cells))
     of = {(cell.recipe, cell.data): cell for cell in cells}
     best = {name: max(cell.value for cell in cells if cell.data == name) for name, _ in data}

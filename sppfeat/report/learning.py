@@ -15,7 +15,7 @@ def write_learning_page(
     """Write one self-contained page. measure: what `Epoch.held_out` is. about: a sentence on images and options.
 
     best: number of the epoch that was kept. diverged: why the run ended early, else None. See `check_page`. Raises
-    ReportError, MissingExtraError.
+    ReportError.
     """
     ticks = [(float(one.number), str(one.number)) for one in history]
     ticks = ticks[:: max(1, len(ticks) // 10)]

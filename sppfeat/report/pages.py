@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sppfeat._version import __version__
-from sppfeat.errors import ImageError, ReportError, require_extra
+from sppfeat.errors import ImageError, ReportError
 from sppfeat.files import appearing, check_new_file, os_reason, unsafe_name
 from sppfeat.images import Item, decode, decoding, open_image, upright_size
 from sppfeat.store import item_of
@@ -33,9 +33,8 @@ def check_page(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The path, if a page may be written there; call this before the work that fills it.
 
     Raises ReportError for a folder that does not exist or is not writable, and for an existing file, unless it
-    is a page and `overwrite` is set; MissingExtraError without jinja2.
+    is a page and `overwrite` is set.
     """
-    require_extra("jinja2", "report", "an HTML page")
     return check_new_file(path, overwrite=overwrite, error=ReportError, kind="an HTML page", other=_other_than_page)
 
 
@@ -50,9 +49,10 @@ def _other_than_page(path: Path) -> str | None:
 def write_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
     """Fill a template of `templates/` and write the page atomically. Text is escaped.
 
-    Raises ReportError if it cannot be written, MissingExtraError without jinja2.
+    Raises ReportError if it cannot be written.
     """
-    jinja2 = require_extra("jinja2", "report", "an HTML page")
+    import jinja2  # only where a page is written
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sppfeat.report"),
         autoescape=True,

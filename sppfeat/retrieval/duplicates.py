@@ -145,7 +145,7 @@ def _members(rows: UnitRows, keeping: Keeping, which: np.ndarray) -> list[Member
 def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
     """Write the groups, and the crops if any were looked for, with thumbnails to one HTML file.
 
-    Raises ReportError, MissingExtraError.
+    Raises ReportError.
     """
     shown = [
         {

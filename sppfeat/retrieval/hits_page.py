@@ -20,7 +20,7 @@ PAGE_EXPLAINED: Final = 100
 
 
 def write_hits_page(path: Path, gallery: Gallery, result: SearchResult, *, queries: int | None = None) -> None:
-    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError, MissingExtraError.
+    """Write queries and their neighbors with thumbnails to one HTML file. Raises ReportError.
 
     queries: how many there were, if not all answers are here: the page shows PAGE_QUERIES.
     """

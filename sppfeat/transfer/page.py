@@ -25,7 +25,7 @@ _NAMED_CLASSES: Final = 30  # up to this many, the confusion matrix has room for
 def write_transfer_report(path: Path, done: Sequence[Transfer]) -> None:
     """Write one self-contained page about stores that were evaluated together. See `sppfeat.report.pages.check_page`.
 
-    Raises ReportError, MissingExtraError.
+    Raises ReportError.
     """
     first = done[0]
     write_page(

@@ -9,7 +9,7 @@ from sppfeat.tuning.result import Tuned
 
 
 def write_tuning_page(path: Path, done: Tuned) -> None:
-    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError."""
+    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError."""
     recipe, options = done.recipe, done.options
     levels = ", ".join(map(str, recipe.levels))
     about = (

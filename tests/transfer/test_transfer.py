@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from sppfeat import (
-    MissingExtraError,
     Recipe,
     ReportError,
     SppFeatWarning,
@@ -636,12 +634,6 @@ def test_page_by_command_line(
     store, page = make_store(noise=2.5).path, tmp_path / "r.html"
     done = run_sppfeat("evaluate", "transfer", store, "--c", "1", "--trials", "2", "--report", page)
     assert done.returncode == 0 and "image not available" in page.read_text()  # type: ignore[attr-defined]
-
-
-def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtraError, match=re.escape("an HTML page needs jinja2, which is not installed: pip")):
-        check_page(tmp_path / "r.html", overwrite=False)
 
 
 def test_voc_real_data(shared: Path, tmp_path: Path) -> None:
