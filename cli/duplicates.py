@@ -18,16 +18,19 @@ _CROPS = options.Defaults("sppfeat.retrieval:find_crops")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: sppfeat duplicates feats.h5 --threshold 0.95 --csv dups.csv --html dups.html")(
-        duplicates
-    )
+    app.command(epilog="Example: sppfeat duplicates feats.h5 --csv dups.csv --html dups.html")(duplicates)
 
 
 def duplicates(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Store made by `sppfeat extract`.", show_default=False)],
     threshold: Annotated[
-        float, typer.Option(metavar="X", help="Minimum cosine similarity of duplicates.")
-    ] = _DUPLICATES.threshold,
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Minimum cosine similarity of duplicates, whose images are then not compared.",
+            show_default="copies of one image, by their pixels",
+        ),
+    ] = None,
     keep: Annotated[
         str,
         typer.Option(
@@ -65,11 +68,13 @@ def duplicates(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find groups of near-duplicates, the largest first: every two images of a group reach the threshold.
+    """Find groups of near-duplicates, the largest first: every two images of a group are copies of one image.
 
-    All pairs are compared, also of a million images. The first image of a group is the one to keep; scores are cosine
-    similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to each; an image that cannot
-    be described again is reported, and the exit code is then 3.
+    Copies may differ in size, quality and color, and lack a narrow border; mirrored images are others. The images are
+    read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
+    of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
+    keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to
+    each; an image that cannot be described again is reported, and the exit code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     from sppfeat.report import check_page
@@ -119,6 +124,7 @@ def _document(found: "Duplicates", crops: "Crops | None") -> dict[str, Any]:
     return {
         "store": found.store,
         "threshold": found.threshold,
+        "compared": found.compared,
         "keep": found.keep,
         "images": found.images,
         "pairs": found.pairs,
@@ -165,8 +171,9 @@ def _text(found: "Duplicates", crops: "Crops | None") -> str:
             # Rows of windows differ by name; their path is that of the image.
             shown = one.name if one.box or not one.path else one.path
             lines.append(f"  {one.score:7.4f}  {width} x {height}  {printable(shown)}")
+    how = "of copies" if found.compared else f"at {found.threshold:g}"
     lines.append(
-        f"{counted(len(found.groups), 'group')} at {found.threshold:g} in {counted(found.images, 'image')}; "
+        f"{counted(len(found.groups), 'group')} {how} in {counted(found.images, 'image')}; "
         f"{found.spare} removable (keeps the {found.keep} of each group)"
     )
     if crops is not None:

@@ -25,9 +25,16 @@ from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
 from sppfeat.retrieval.linkage import link_rows
 from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.near_rows import equal_rows, near_components
+from sppfeat.retrieval.same_images import SameImages
 from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
+# Of images that cannot be read.
 DEFAULT_THRESHOLD: Final = 0.95
+# From here on images are compared: 99 of 100 copies of half the size and 98 of JPEG quality 20 are, but only every
+# second of a quarter of the size (benchmarks/results/duplicates.md).
+COMPARED_FROM: Final = 0.8
+# Images linked through others of which all pairs are compared; of more, those that link them.
+COMPARED_ROWS: Final = 512
 # With more thumbnails, a phone could not open the page.
 PAGE_GROUPS: Final = 200
 PAGE_MEMBERS: Final = 48
@@ -38,6 +45,7 @@ CSV_COLUMNS: Final = ("group", "action", "name", "path", "score", "width", "heig
 class Duplicates:
     """Groups of two or more, the largest first; every pair in a group reaches the threshold.
 
+    compared: whether the images were compared; then a group is of copies, and the threshold is that of candidates.
     The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
     threshold, in one group or not. root: the folder that names are relative to. unreadable: images that could not be
     read to tell which is the sharpest, and why. notes: for the user.
@@ -50,6 +58,7 @@ class Duplicates:
     images: int
     pairs: int
     groups: list[list[Member]]
+    compared: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -61,22 +70,33 @@ class Duplicates:
 
 def find_duplicates(
     store: Store,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | None = None,
     *,
     keep: str = KEEP[0],
     progress: Callable[[float], None] = lambda part: None,
 ) -> Duplicates:
-    """Find all pairs of a finished store's described rows that reach the threshold, and groups of such rows.
+    """Find all pairs of a finished store's described rows that are near each other, and groups of such rows.
 
-    threshold: cosine similarity, above 0 and at most 1. keep: one of KEEP, see `Keeping`; for `sharpest`, the images of
-    groups are read. progress: called with the fraction of the work done, 0 to 1.
+    threshold: cosine similarity, above 0 and at most 1, which pairs reach. None: pairs are copies of one image, of
+    another size, quality or color, or with a narrow border cut off: every two of a group are, and they are linked by
+    pairs that reach COMPARED_FROM. Their images are read for this, see `same_images`; of those that cannot be, pairs
+    reach DEFAULT_THRESHOLD. keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read.
+    progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError, StoreError.
     """
-    if not 0 < threshold <= 1:
+    if threshold is not None and not 0 < threshold <= 1:
         raise UsageError(f"threshold must be above 0 and at most 1, found {threshold}")
     check_keeping(store, keep)
     rows = unit_rows(store)
-    found, pairs, notes = _groups(rows, threshold, lambda part: progress(0.9 * part))
+    same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None
+    threshold = COMPARED_FROM if threshold is None else threshold
+    found, pairs, notes = _groups(rows, threshold, same, lambda part: progress(0.9 * part))
+    if same is not None and (count := len(same.unreadable)):
+        name, reason = next(iter(same.unreadable.items()))
+        notes.append(
+            f"{count} {'images' if count > 1 else 'image'} could not be read, and must have a cosine similarity of "
+            f"{DEFAULT_THRESHOLD:g} with others to be duplicates, such as {name}: {reason}"
+        )
     keeping = plan_keeping(rows, found, keep)
     groups = [_members(rows, keeping, members) for members in found]
     groups.sort(key=lambda group: (-len(group), group[0].name))
@@ -94,13 +114,14 @@ def find_duplicates(
         len(rows),
         pairs,
         groups,
+        same is not None,
         keeping.unreadable,
         notes,
     )
 
 
 def _groups(
-    rows: UnitRows, threshold: float, progress: Callable[[float], None]
+    rows: UnitRows, threshold: float, same: SameImages | None, progress: Callable[[float], None]
 ) -> tuple[list[np.ndarray], int, list[str]]:
     """Ascending positions of each group, the number of pairs, and notes."""
     # Equal rows are nearest each other, and as near to any other: one of them stands for all.
@@ -109,12 +130,13 @@ def _groups(
     groups: list[np.ndarray] = []
     notes = []
     pairs = int((copies * (copies - 1) // 2).sum())
-    for component in near_components(rows, np.flatnonzero(copies), threshold, progress):
+    for component in near_components(rows, np.flatnonzero(copies), threshold, progress, same):
         if len(component) == 2:
             groups.append(component)
             pairs += int(copies[component].prod())
             continue
-        linked = link_rows(rows, component, copies[component], threshold)
+        fully = same if len(component) <= COMPARED_ROWS else None
+        linked = link_rows(rows, component, copies[component], threshold, fully)
         groups += linked.groups
         pairs += linked.pairs
         if not linked.exact:

@@ -7,6 +7,7 @@ of nearest neighbours, which takes the square of the rows in time (Murtagh, The 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,10 +36,18 @@ class Linked:
     exact: bool = True
 
 
-def link_rows(rows: UnitRows, which: np.ndarray, copies: np.ndarray, threshold: float) -> Linked:
+def link_rows(
+    rows: UnitRows,
+    which: np.ndarray,
+    copies: np.ndarray,
+    threshold: float,
+    same: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> Linked:
     """Complete linkage among the rows at the ascending positions `which`.
 
     copies: [N] the equal rows that each of the positions stands for, itself included; they count in `pairs`.
+    same: which pairs may be in one group, by two positions and the cosine of each, instead of those that reach the
+    threshold.
     With more than LINKAGE_ROWS of them, each row instead joins the first group whose rows it reaches, one row after the
     other: no group has a pair below the threshold, but a row may be in another group than that of its nearest.
     """
@@ -47,6 +56,9 @@ def link_rows(rows: UnitRows, which: np.ndarray, copies: np.ndarray, threshold: 
     units = rows.take(which) if len(which) <= block_rows(rows.dim) else None
     scores = units @ units.T if units is not None else _scores(rows, which)
     near = np.triu(scores >= threshold - ROUNDING, 1)
+    if same is not None:
+        one, other = np.triu_indices(len(which), 1)
+        near[one, other] = same(which[one], which[other], scores[one, other])
     pairs = sum(int(copies[row] * copies[reached].sum()) for row, reached in enumerate(near))
     return Linked([which[group] for group in complete_linkage(scores, near)], pairs)
 

@@ -23,6 +23,9 @@ from sppfeat.store import UnitRows, block_rows
 
 _T = TypeVar("_T")
 
+# Whether pairs of rows, by two positions and the cosine of each, belong together.
+Same = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
 # Rows that give the basis, and that tell how well it does, half each.
 SAMPLE: Final = 2048
 # The rounding of float32 in cosines of short vectors, with a margin of ten.
@@ -79,11 +82,16 @@ def equal_rows(rows: UnitRows) -> np.ndarray:
 
 
 def near_components(
-    rows: UnitRows, which: np.ndarray, threshold: float, progress: Callable[[float], None] = lambda part: None
+    rows: UnitRows,
+    which: np.ndarray,
+    threshold: float,
+    progress: Callable[[float], None] = lambda part: None,
+    same: Same | None = None,
 ) -> list[np.ndarray]:
     """The rows that pairs at or above the threshold link, directly or through others: ascending positions of each set.
 
-    which: ascending positions to compare. Sets have two rows or more, and come in the order of their first rows.
+    which: ascending positions to compare. same: which of the pairs count; None: all. Sets have two rows or more, and
+    come in the order of their first rows.
     Needs about 4 * (_LONG + 2 k) bytes a row, where k, about 16 to 64, is chosen on a sample.
     """
     if len(which) < 2:
@@ -96,18 +104,24 @@ def near_components(
         one.append(a)
         other.append(b)
         if sum(map(len, one)) >= WAITING_PAIRS:
-            _compare(rows, which, links, np.concatenate(one), np.concatenate(other), threshold)
+            _compare(rows, which, links, np.concatenate(one), np.concatenate(other), threshold, same)
             one, other = [], []
         progress(0.2 + 0.8 * part)
     if one:
-        _compare(rows, which, links, np.concatenate(one), np.concatenate(other), threshold)
+        _compare(rows, which, links, np.concatenate(one), np.concatenate(other), threshold, same)
     return [which[group] for group in links.groups()]
 
 
 def _compare(
-    rows: UnitRows, which: np.ndarray, links: _Links, one: np.ndarray, other: np.ndarray, threshold: float
+    rows: UnitRows,
+    which: np.ndarray,
+    links: _Links,
+    one: np.ndarray,
+    other: np.ndarray,
+    threshold: float,
+    same: Same | None,
 ) -> None:
-    """Link those pairs whose rows, as stored, reach the threshold."""
+    """Link those pairs whose rows, as stored, reach the threshold, and which are the same."""
     by_row = np.lexsort((other, one))
     one, other = one[by_row], other[by_row]
     size = max(1, block_rows(rows.dim) // 4)
@@ -120,7 +134,9 @@ def _compare(
         needed, places = np.unique(np.concatenate([a, b]), return_inverse=True)
         units = rows.take(which[needed])
         scores = np.einsum("nd,nd->n", units[places[: len(a)]], units[places[len(a) :]])
-        near = scores >= threshold - ROUNDING
+        near = np.flatnonzero(scores >= threshold - ROUNDING)
+        if same is not None:
+            near = near[same(which[a[near]], which[b[near]], scores[near])]
         links.join(a[near], b[near])
 
 

@@ -1,0 +1,188 @@
+"""Whether two images are copies of one: enlarged, recompressed, without color, or with a narrow border cut off.
+
+Cosines alone cannot tell: of the default recipe, half-size copies have 0.80 to 0.99, and different stop signs up to
+0.98 (benchmarks/results/duplicates.md). So small gray versions of both are laid over each other, and the worst block
+decides: a copy differs a little everywhere, another image differs much somewhere.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from sppfeat.errors import ImageError
+from sppfeat.files import unsafe_name
+from sppfeat.machine import available_cores
+from sppfeat.report import small_image
+from sppfeat.store import UnitRows, item_of
+
+# Side of the gray versions, and of the blocks that are compared, in pixels.
+SIDE: Final = 48
+BLOCK: Final = 4
+_BORDER: Final = 2  # left out: what is cut off a copy is not there to be compared
+# The mean difference of the worst block, in standard deviations of the image: up to 0.1 in 99 % of resized and
+# recompressed copies, 0.12 without 5 % of each side, 0.25 without 10 %; 0.64 and more between drawings of a stop sign.
+LARGEST_DIFFERENCE: Final = 0.2
+# Gray values; in an image with less contrast, noise is not a difference.
+_LEAST_DEVIATION: Final = 16.0
+# Copies without 10 % of a side differ by this much in the ratio of their sides.
+_LARGEST_ASPECT: Final = 1.12
+# Correlation of 8 x 8 pixels below which images are not laid over each other: 0.74 in 99 % of copies without 10 %.
+_LEAST_CORRELATION: Final = 0.6
+_STEPS: Final = 8  # of Gauss and Newton, in which a shift of 2 pixels is found
+_PAIRS: Final = 64  # laid over each other at once
+_KEPT: Final = 1 << 17  # gray versions, in 300 MB
+
+
+class SameImages:
+    """Compares images of a store's rows, each of which is read once, by the files as they are now.
+
+    strict: the cosine from which images that cannot be read are taken for copies. unreadable: reasons by name.
+    """
+
+    def __init__(self, rows: UnitRows, strict: float) -> None:
+        self._rows = rows
+        self._strict = strict
+        self._small: OrderedDict[int, np.ndarray | None] = OrderedDict()
+        self.unreadable: dict[str, str] = {}
+
+    def __call__(self, one: np.ndarray, other: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """[P] which pairs of positions [P], with their cosines [P], are copies of one image."""
+        found = np.zeros(len(one), bool)
+        likely = np.flatnonzero(self._sides(one, other) <= _LARGEST_ASPECT)
+        for start in range(0, len(likely), _KEPT // 2):
+            pairs = likely[start : start + _KEPT // 2]
+            self._read(np.union1d(one[pairs], other[pairs]))
+            for at in range(0, len(pairs), _PAIRS):
+                part = pairs[at : at + _PAIRS]
+                found[part] = self._compared(one[part], other[part], scores[part])
+        return found
+
+    def _sides(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """How many times as long for its height an image is as the other; 1 for windows, whose sizes are not stored."""
+        sizes = [self._rows.store.image_size[self._rows.rows[which]].astype(np.float64) for which in (one, other)]
+        (w1, h1), (w2, h2) = (np.maximum(size, 1).T for size in sizes)
+        ratio = (w1 * h2) / (h1 * w2)
+        sides: np.ndarray = np.maximum(ratio, 1 / ratio)
+        return sides
+
+    def _read(self, which: np.ndarray) -> None:
+        wanted = [at for at in which.tolist() if at not in self._small]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for at, found in zip(wanted, pool.map(self._gray, wanted), strict=True):
+                if isinstance(found, str):
+                    self.unreadable[self._rows.names[at]] = found
+                self._small[at] = None if isinstance(found, str) else found
+        for at in which.tolist():
+            self._small.move_to_end(at)
+        while len(self._small) > max(_KEPT, len(which)):
+            self._small.popitem(last=False)
+
+    def _gray(self, at: int) -> np.ndarray | str:
+        """[SIDE, SIDE] uint8, or why there is none."""
+        name = self._rows.names[at]
+        if (reason := unsafe_name(name)) is not None:
+            return f"its name {reason}"
+        try:
+            item, window = item_of(self._rows.store.source_root, name)
+            shown, _ = small_image(item, 4 * SIDE, window)
+        except (ImageError, OSError, ValueError) as error:  # ValueError: a path that is invalid on this system
+            return str(error)
+        return np.asarray(shown.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+    def _compared(self, one: np.ndarray, other: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        pairs = [(self._small[a], self._small[b]) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
+        same = scores >= self._strict
+        there = np.array([at for at, (a, b) in enumerate(pairs) if a is not None and b is not None], np.int64)
+        if len(there):
+            a, b = (_blurred([pairs[at][side] for at in there.tolist()]) for side in (0, 1))
+            same[there] = copies(a, b)
+        return same
+
+
+def copies(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """[P] which of the gray images [P, SIDE, SIDE] float32, slightly blurred, are copies of each other."""
+    same = _correlation(_coarse(one), _coarse(other)) >= _LEAST_CORRELATION
+    a, b = one[same], other[same]
+    if len(a):
+        same[same] = np.minimum(difference(a, b), difference(b, a)) <= LARGEST_DIFFERENCE
+    return same
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """[P] the mean difference of the worst block, in standard deviations, once the first is laid over the second.
+
+    It is moved and stretched along both axes by least squares (Lucas and Kanade, IJCAI 1981).
+    """
+    place = np.zeros((len(one), 4))
+    for _ in range(_STEPS):
+        moved = _moved(one, place)
+        down, across = np.gradient(moved, 2 / SIDE, axis=(1, 2))
+        slopes = np.stack([across * _ACROSS, across, down * _DOWN, down], -1).reshape(len(one), -1, 4)
+        turned = slopes.transpose(0, 2, 1)
+        square = (turned @ slopes).astype(np.float64) + 1e-3 * np.eye(4)
+        missing = (turned @ (other - moved).reshape(len(one), -1, 1)).astype(np.float64)
+        place = np.clip(place + np.linalg.solve(square, missing)[..., 0], -0.2, 0.2)
+    inside = slice(_BORDER, SIDE - _BORDER)
+    apart = np.abs(other - _moved(one, place))[:, inside, inside]
+    blocks = apart.reshape(len(one), (SIDE - 2 * _BORDER) // BLOCK, BLOCK, -1, BLOCK).mean((2, 4))
+    deviation = np.maximum(other.std((1, 2)), _LEAST_DEVIATION)
+    worst: np.ndarray = blocks.max((1, 2)) / deviation
+    return worst
+
+
+# Places of pixels from -1 to 1, along each axis.
+_PLACES = (2 * np.arange(SIDE, dtype=np.float32) + 1) / SIDE - 1
+_ACROSS, _DOWN = _PLACES[None, :], _PLACES[:, None]
+
+
+def _moved(images: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Images [P, SIDE, SIDE] at stretched and shifted places [P, 4], by linear interpolation."""
+    stretch_x, shift_x, stretch_y, shift_y = place.astype(np.float32).T[:, :, None]
+    weights = []
+    for stretch, shift in ((stretch_x, shift_x), (stretch_y, shift_y)):
+        at = np.clip(((_PLACES * (1 + stretch) + shift + 1) * SIDE - 1) / 2, 0, SIDE - 1.001)
+        low = at.astype(np.int64)
+        weight = np.zeros((len(images), SIDE, SIDE), np.float32)  # of each source pixel, for each place
+        rows, columns = np.arange(len(images))[:, None], np.arange(SIDE)[None, :]
+        weight[rows, columns, low] = 1 - (at - low)
+        weight[rows, columns, low + 1] = at - low
+        weights.append(weight)
+    across, down = weights
+    moved: np.ndarray = down @ images @ across.transpose(0, 2, 1)
+    return moved
+
+
+def _blurred(images: Sequence[np.ndarray | None]) -> np.ndarray:
+    """[P, SIDE, SIDE] float32, so that edges differ little by how an image was resized."""
+    return np.asarray(_BLUR @ np.stack([one for one in images if one is not None]).astype(np.float32) @ _BLUR.T)
+
+
+def _blur() -> np.ndarray:
+    weights = np.zeros((SIDE, SIDE), np.float32)
+    for step, weight in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True):
+        np.add.at(weights, (np.arange(SIDE), np.clip(np.arange(SIDE) + step, 0, SIDE - 1)), weight / 16)
+    return weights
+
+
+_BLUR = _blur()
+
+
+def _coarse(images: np.ndarray) -> np.ndarray:
+    """[P, 64] the means of 8 x 8 parts."""
+    part = SIDE // 8
+    means: np.ndarray = images.reshape(len(images), 8, part, 8, part).mean((2, 4)).reshape(len(images), 64)
+    return means
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """[P] of values [P, n]; 1 where both have no contrast."""
+    a, b = (values - values.mean(1, keepdims=True) for values in (one, other))
+    size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    found: np.ndarray = np.where(size > 64, (a * b).sum(1) / np.maximum(size, 1e-6), 1.0)
+    return found
