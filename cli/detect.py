@@ -47,6 +47,11 @@ def detect(
         typer.Option(metavar="DIR", help="Also draw the detections on copies of the images.", show_default=False),
     ] = None,
     html: options.Html = None,
+    root: options.Root = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Weights file of the detector, if it has moved.", show_default=False),
+    ] = None,
     overwrite: options.Overwrite = False,
     device: options.Device = RunOptions.device,
     engine: options.Engine = RunOptions.engine,
@@ -85,7 +90,17 @@ def detect(
     drawings = DrawingFolder(draw, sources, overwrite=overwrite) if draw is not None else None
     with Progress(quiet=quiet) as progress:
         results = Results(progress, model, drawings, page, as_json)
-        done = detect_images(model, sources, boxes, chosen, run, observer=results, stop=progress.stop.is_set)
+        done = detect_images(
+            model,
+            sources,
+            boxes,
+            chosen,
+            run,
+            weights=weights,
+            root=root,
+            observer=results,
+            stop=progress.stop.is_set,
+        )
         for note in done.notes:
             progress.note(note)
     if as_json:

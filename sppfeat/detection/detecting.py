@@ -317,18 +317,21 @@ def detect_images(
     options: DetectOptions | None = None,
     run: RunOptions | None = None,
     *,
+    weights: str | None = None,
+    root: str | None = None,
     observer: DetectionObserver,
     stop: Callable[[], bool] = lambda: False,
 ) -> Detecting:
     """Detect objects in the images of folders, files or lists (see `find_images`); the observer gets the results.
 
-    windows: as in `detected`, by names relative to the folder of the sources. Raises UsageError, ModelError, and what
+    windows: as in `detected`, by names. root: what names are relative to; None: the folder that holds all images.
+    weights: where the network's weights are now, if they moved. Raises UsageError, ModelError, and what
     `Describer` raises. An image that cannot be read is reported, not raised.
     """
     began = time.perf_counter()
     threshold_for(detector, options or DetectOptions())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    images = find_images(several)
+    images = find_images(several, root=root)
     if not images.items:
         raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
     if windows is not None and not set(windows) & set(images.names):
@@ -337,7 +340,8 @@ def detect_images(
             f"{images.names[0]!r}, found {next(iter(windows), '')!r}"
         )
     observer.listed(images)
-    runner = DetectorRunner(detector, run)
+    recipe = detector.recipe if weights is None else replace(detector.recipe, weights=weights)
+    runner = DetectorRunner(detector, describer=Describer(recipe, run))
     failed: dict[str, str] = {}
     notes: list[str] = []
     count = searched = bare = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sppfeat.images.archives import from_builtins, to_builtins
 from sppfeat.images.batching import ShapeBatcher
 from sppfeat.images.extent import Extent, is_lost
+from sppfeat.images.given import as_given
 from sppfeat.images.instead import found_instead
 from sppfeat.images.items import (
     EXTENSIONS,
@@ -57,6 +58,7 @@ __all__ = [
     "Sources",
     "Unresized",
     "absolute",
+    "as_given",
     "coefficients",
     "decode",
     "decode_image",

@@ -14,7 +14,8 @@ import numpy as np
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Described, Describer
 from sppfeat.files import unsafe_name
-from sppfeat.images import ImageList, Item, find_images
+from sppfeat.images import ImageList, Item, as_given, find_images
+from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.store import (
     Box,
@@ -34,11 +35,16 @@ _BLOCK_ROWS: Final = 256  # scored at once: the weights are read once for all of
 
 @dataclass(frozen=True)
 class Prediction:
-    """The scores [K] of one image, or the reason why there are none."""
+    """The scores [K] of one image, or the reason why there are none.
+
+    root: what the name is relative to. path: of the image as its source was given, or the name of a store's row.
+    """
 
     name: str
     scores: np.ndarray | None
     error: str | None
+    root: str = ""
+    path: str = ""
 
 
 def predict(
@@ -46,15 +52,22 @@ def predict(
     sources: Sequence[str | os.PathLike[str]],
     options: RunOptions | None = None,
     *,
+    weights: str | None = None,
+    root: str | None = None,
     note: Callable[[str], None] = lambda text: None,
+    observer: Observer | None = None,
 ) -> Iterator[Prediction]:
     """Score images of folders, files and lists, or of stores, roughly in order; memory does not grow with their number.
 
+    root: what names are relative to; None: the folder that holds all images. weights: where the network's weights are
+    now, if they moved.
     Images are described with the classifier's own recipe. A store's descriptors are used as is if that recipe made
     them, or one that its levels can be cut out of; else its images are described again, and `note` is told why.
     Raises UsageError for sources without images, ModelError if the network's weights are not those of the classifier.
     """
     options = options or RunOptions()
+    observer = observer or Observer()
+    todo = 0
     stores = [source for source in sources if os.fspath(source) != "-" and is_store(source)]
     others = [source for source in sources if source not in stores]
     jobs: list[Callable[[Describer], Iterator[_Row]]] = []
@@ -64,29 +77,43 @@ def predict(
         if isinstance(view, str):
             note(f"{path}: {view}; its images are described again with the classifier's recipe")
             jobs.append(partial(_describe_store, store))
+            todo += len(store)
         else:
-            yield from _predict_rows(classifier, store, view)
+            for one in _predict_rows(classifier, store, view):
+                observer.row(one.path, one.error)
+                yield one
     if others:
-        found = find_images(others)
+        found = find_images(others, root=root)
         if not found.names:
             raise UsageError(f"{', '.join(os.fspath(source) for source in others)}: expected images, found none")
-        jobs.append(partial(_describe_images, found))
+        shown = (lambda item: item.name) if root is not None else (lambda item: as_given(item.path, others))
+        jobs.append(partial(_describe_images, found, shown))
+        todo += len(found.items)
     if not jobs:
         return
-    describer = classifier_describer(classifier, options)
+    describer = classifier_describer(classifier, options, weights=weights)
+    observer.started(todo=todo, reused=0, device=describer.device)
     for job in jobs:
         rows = job(describer)
         while block := list(islice(rows, _BLOCK_ROWS)):
             good = [row.descriptor for row in block if row.descriptor is not None]
             scores = iter(classifier.svm.scores(np.stack(good)) if good else ())
-            yield from (
-                Prediction(row.name, None if row.descriptor is None else next(scores), row.error) for row in block
-            )
+            for row in block:
+                observer.row(row.path, row.error)
+                yield Prediction(
+                    row.name, None if row.descriptor is None else next(scores), row.error, row.root, row.path
+                )
 
 
-def classifier_describer(classifier: Classifier, options: RunOptions | None = None) -> Describer:
-    """The network that a classifier was trained with. Raises ModelError if the one here differs."""
-    describer = Describer(classifier.recipe, options)
+def classifier_describer(
+    classifier: Classifier, options: RunOptions | None = None, *, weights: str | None = None
+) -> Describer:
+    """The network that a classifier was trained with. Raises ModelError if the one here differs.
+
+    weights: where its weights are now, if they moved.
+    """
+    recipe = classifier.recipe if weights is None else replace(classifier.recipe, weights=weights)
+    describer = Describer(recipe, options)
     if describer.weights_sha256 != classifier.weights_sha256:
         raise ModelError(
             f"backbone {classifier.recipe.backbone}: expected the weights that the classifier was trained with (sha256 "
@@ -106,11 +133,14 @@ class _Row(NamedTuple):
     name: str
     descriptor: np.ndarray | None
     error: str | None
+    root: str
+    path: str
 
 
-def _describe_images(images: ImageList, describer: Describer) -> Iterator[_Row]:
+def _describe_images(images: ImageList, shown: Callable[[Item], str], describer: Describer) -> Iterator[_Row]:
     for one in describer.describe(images.items):
-        yield _Row(images.items[one.position].name, *one.row())
+        item = images.items[one.position]
+        yield _Row(item.name, *one.row(), images.root, shown(item))
 
 
 def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
@@ -139,7 +169,7 @@ def _describe_store(store: Store, describer: Describer) -> Iterator[_Row]:
     for one in describer.describe(items):
         ready[one.position] = one
         while (done := ready.pop(position, None)) is not None:
-            yield from (_Row(name, *done.row(at)) for at, name in enumerate(names[position]))
+            yield from (_Row(name, *done.row(at), store.source_root, name) for at, name in enumerate(names[position]))
             position += 1
 
 
@@ -193,6 +223,6 @@ def _predict_rows(classifier: Classifier, store: Store, view: DescriptorView) ->
         scores = iter(classifier.svm.scores(view, rows[done], names=store.names) if done.any() else ())
         for name, is_done, reason in zip(store.names[part], done, store.error[part], strict=True):
             if is_done:
-                yield Prediction(name, next(scores), None)
+                yield Prediction(name, next(scores), None, store.source_root, name)
             else:
-                yield Prediction(name, None, reason_text(reason))
+                yield Prediction(name, None, reason_text(reason), store.source_root, name)

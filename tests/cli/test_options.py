@@ -26,7 +26,7 @@ from sppfeat_cli.app import build
 # Names whose values, or what they are of, differ by command, which their texts say.
 VARIED = {
     *("--output", "--device", "--levels", "--windows", "--c", "--weights", "--threshold", "--parts", "--classifier"),
-    *("--batch-size", "--scales", "--precision", "--from", "--pooling"),
+    *("--batch-size", "--scales", "--precision", "--from", "--pooling", "--csv"),
 }
 
 

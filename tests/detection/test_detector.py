@@ -17,7 +17,7 @@ from PIL import Image
 from scenes import draw_scene, make_voc, propose_around
 from typer.testing import CliRunner, Result
 
-from sppfeat import ModelError, UsageError
+from sppfeat import BackboneError, ModelError, UsageError, read_windows
 from sppfeat.detection.annotations import AnnotatedImages, Annotation, read_voc
 from sppfeat.detection.average_precision import Objects, coco_figures, voc_average_precision, voc_ranking
 from sppfeat.detection.detecting import DEFAULT_PROBABILITY, DetectOptions, DetectorRunner
@@ -564,6 +564,16 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
         "sppfeat: threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
         "probability that a detection is correct; found -0.6\n"
     )
+    below = call("detect", det, voc / "JPEGImages", "--root", voc, "--windows", windows)
+    assert isinstance(below.exception, UsageError) and "such as 'JPEGImages/000.png'" in str(below.exception)
+    named = {f"JPEGImages/{name}": boxes.tolist() for name, boxes in read_windows(windows).items()}
+    (tmp_path / "below.json").write_text(json.dumps(named))
+    rooted = call("detect", det, voc / "JPEGImages", "--root", voc, "--windows", tmp_path / "below.json", "--json")
+    assert [f"JPEGImages/{one['image']}" for one in results] == [
+        one["image"] for one in json.loads(rooted.stdout)["results"]
+    ]
+    other = call("detect", *data, "--weights", "pretrained")
+    assert isinstance(other.exception, (BackboneError, ModelError))
     assert len(list(drawn.glob("*.jpg"))) == 36
     assert page.read_text().count("<figure") == sum(bool(one["detections"]) for one in results)
     lines = call("detect", det, voc / "JPEGImages", "--windows", windows).stdout.splitlines()

@@ -122,11 +122,11 @@ def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: 
     Image.new("RGB", (90, 70), (200, 30, 20)).save(tmp_path / "new" / "a.jpg")
     (tmp_path / "new" / "bad.jpg").write_bytes(b"no image")
     sorted_ = run_sppfeat("predict", tmp_path / "m.h5", tmp_path / "new", "--json", "--top", "2")
-    results = {one["image"]: one for one in json.loads(sorted_.stdout)["results"]}
-    assert sorted_.returncode == 3 and "failed: bad.jpg" in sorted_.stderr
+    results = {Path(one["image"]).name: one for one in json.loads(sorted_.stdout)["results"]}
+    assert sorted_.returncode == 3 and f"failed: {tmp_path}/new/bad.jpg" in sorted_.stderr
     assert results["a.jpg"]["label"] == "red" and len(results["a.jpg"]["top"]) == 2 and "error" in results["bad.jpg"]
     people = run_sppfeat("predict", tmp_path / "m.h5", tmp_path / "new" / "a.jpg")
-    assert people.returncode == 0 and people.stdout.startswith("a.jpg: red ")
+    assert people.returncode == 0 and people.stdout.startswith(f"{tmp_path}/new/a.jpg: red ")
     assert "SVM of 3 classes (blue, green, red)" in run_sppfeat("inspect", tmp_path / "m.h5").stdout
     refused = run_sppfeat("inspect", tmp_path / "m.h5", "--verify")
     assert refused.returncode == 2 and "are for stores, found an SVM" in refused.stderr
