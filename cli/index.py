@@ -8,11 +8,12 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat_cli import options
-from sppfeat_cli.output import byte_count, human_bytes, print_json, printable
+from sppfeat_cli.output import byte_count, human_bytes, print_json, printable, tell_lost
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Change, ProjectionOptions
+    from sppfeat.store import Store
 
 _WHICH = (
     "expected index STORE -o GALLERY, index STORE --add-to GALLERY, index --remove NAMES.txt --from GALLERY, "
@@ -111,11 +112,12 @@ def index(
         from sppfeat.retrieval import check_map
 
         check_map()  # before the work
+    opened = _opened(store, quiet)
     done = (
         None
         if only_map
         else _build(
-            str(store),
+            opened,
             output,
             {
                 "factory": factory,
@@ -132,7 +134,7 @@ def index(
             overwrite,
         )
         if output is not None
-        else _change(store, add_to, remove, remove_from, device)
+        else _change(opened, add_to, remove, remove_from, device)
     )
     if map_:
         done = _mapped(str(output or add_to or remove_from), done, quiet)
@@ -149,8 +151,17 @@ def index(
             print(f"note: {printable(note)}", file=sys.stderr)
 
 
+def _opened(store: str | None, quiet: bool) -> "Store | None":
+    from sppfeat.store import open_store
+
+    opened = open_store(store) if store is not None else None
+    if opened is not None and not quiet:
+        tell_lost(opened)
+    return opened
+
+
 def _build(
-    store: str,
+    store: "Store | None",
     output: str,
     given: dict[str, Any],
     projection: "ProjectionOptions | None",
@@ -162,11 +173,11 @@ def _build(
     from sppfeat.retrieval import IndexOptions, create_gallery
     from sppfeat.store import open_store
 
-    chosen = IndexOptions(**given)
+    assert store is not None  # which the options were checked for
     return create_gallery(
-        open_store(store),
+        store,
         output,
-        chosen,
+        IndexOptions(**given),
         projection,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
         keep_bins=keep_bins,
@@ -176,13 +187,12 @@ def _build(
 
 
 def _change(
-    store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str
+    store: "Store | None", add_to: str | None, remove: str | None, remove_from: str | None, device: str
 ) -> "Change":
     from sppfeat.retrieval import add_to_gallery, read_names, remove_from_gallery
-    from sppfeat.store import open_store
 
     if store is not None and add_to is not None:
-        return add_to_gallery(open_store(store), add_to, device=device)
+        return add_to_gallery(store, add_to, device=device)
     return remove_from_gallery(str(remove_from), read_names(str(remove)))
 
 

@@ -34,7 +34,7 @@ def inspect(
     """Show what a store, model, vocabulary, file of windows or gallery holds: recipe, counts, failures."""
     from sppfeat.errors import UsageError
     from sppfeat.files import DETECTOR, GALLERY, NOUNS, STORE, SVM, VOCABULARY, WINDOWS, format_of
-    from sppfeat.store import open_store, split_row_name, store_bytes, verify_store
+    from sppfeat.store import count_lost, open_store, split_row_name, store_bytes, verify_store
 
     kind = format_of(file)
     if kind == GALLERY and not failures:
@@ -57,6 +57,7 @@ def inspect(
 
     store = open_store(file)
     problems = verify_store(store) if verify else []
+    lost = count_lost(store)
     about: dict[str, Any] = {
         "file": file,
         "format": "store",
@@ -67,6 +68,7 @@ def inspect(
         "bytes": store_bytes(store),
         **_folder_document(store),
         "source_root": store.source_root,
+        "files": None if lost is None else {"checked": lost.checked, "lost": lost.lost},
         "weights_sha256": store.weights_sha256,
         "recipe_hash": store.recipe_hash,
         "recipe": dataclasses.asdict(store.recipe),
@@ -84,7 +86,8 @@ def inspect(
             typer.echo(f"{printable(name)}: {printable(reason)}")
     else:
         of_windows = len(store) > 0 and split_row_name(store.names[0])[1] is not None
-        typer.echo(_text(about, "window" if of_windows else "image"))
+        files = "not checked: no such folder on this machine" if lost is None else str(lost)
+        typer.echo(_text(about, "window" if of_windows else "image", files))
     if verify and not as_json:
         for problem in problems:
             print(f"sppfeat: {printable(file)}: {printable(problem)}", file=sys.stderr)
@@ -328,7 +331,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _text(about: dict[str, Any], unit: str) -> str:
+def _text(about: dict[str, Any], unit: str, files: str) -> str:
     lines = [
         f"{printable(about['file'])}: store of {counted(about['images'], unit)}, {human_bytes(about['bytes'])}",
         f"  done {about['done']}, failed {about['failed']}, pending {about['pending']}",
@@ -336,12 +339,15 @@ def _text(about: dict[str, Any], unit: str) -> str:
         f"  descriptors: {about['dim']} values, {about['dtype']}",
         *_part_lines(about["parts"]),
         f"  images below: {printable(about['source_root'])}",
+        f"  files: {files}",
         f"  weights: sha256 {printable(short_sha(about['weights_sha256']))}",
         *_recipe_lines(about["recipe"]),
     ]
     lines.append("  made with: " + _versions(about["versions"]))
     if about["pending"] or about.get("building", {}).get("shards"):
         lines.append(f"  to describe pending {unit}s, run the same `sppfeat extract` again")
+    if about["files"] is not None and about["files"]["lost"]:
+        lines.append("  to remove the rows of images that no longer exist, run the same `sppfeat extract` with --prune")
     return "\n".join(lines)
 
 

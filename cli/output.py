@@ -19,6 +19,7 @@ from sppfeat.errors import ReportError, SppFeatError, UsageError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from sppfeat.store import Store
     from sppfeat.svm import Convergence
     from sppfeat.training import Epoch
 
@@ -55,6 +56,16 @@ def _indented(item: Any) -> str:
         return "    " + json.dumps(item, indent=2, allow_nan=False).replace("\n", "\n    ")
     except ValueError:
         raise SppFeatError("JSON: expected finite numbers, found NaN or infinity") from None
+
+
+def tell_lost(store: "Store") -> None:
+    """Say on standard error how many images of a store no longer exist, if any."""
+    from sppfeat.store import count_lost
+
+    found = count_lost(store)
+    if found is not None and found.lost:
+        hint = "`sppfeat extract --prune` removes their rows"
+        print(f"note: {printable(store.place)}: {found}; {hint}", file=sys.stderr)
 
 
 def finite(value: float) -> float | None:

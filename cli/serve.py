@@ -43,8 +43,7 @@ def serve(
     Only this machine can connect, unless --host says otherwise. Ctrl-C ends it.
     """
     from sppfeat.recipe import RunOptions
-    from sppfeat.serve import ServeOptions, open_in_browser
-    from sppfeat.serve import serve as run
+    from sppfeat.serve import ServeOptions, open_in_browser, serve_gallery
 
     def ready(address: str) -> None:
         if not quiet:
@@ -52,7 +51,7 @@ def serve(
         if open_page:
             open_in_browser(address)
 
-    run(
+    serve_gallery(
         gallery,
         ServeOptions(host=host, port=port, token=token, images=images),
         RunOptions(device=device),

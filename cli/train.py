@@ -6,7 +6,7 @@ import typer
 
 from sppfeat_cli import options, train_detector, train_vocabulary
 from sppfeat_cli.commands import Group
-from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable
+from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable, tell_lost
 
 _SVM = options.Defaults("sppfeat.svm:SvmOptions")
 
@@ -61,6 +61,7 @@ def svm(
     known = read_labels(labels) if labels is not None else None
     check_new_file(output, overwrite=overwrite, error=ModelError, kind=SVM)
     opened = open_store(store)
+    tell_lost(opened)
     # It imports torch, so options and files are checked first.
     from sppfeat.transfer.train_classifier import train_classifier
 

@@ -319,16 +319,19 @@ def detect_images(
     *,
     weights: str | None = None,
     root: str | None = None,
-    observer: DetectionObserver,
+    observer: DetectionObserver | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Detecting:
     """Detect objects in the images of folders, files or lists (see `find_images`); the observer gets the results.
+
+    Write a class of your own after `DetectionObserver`, whose `found` is called with the detections in each image.
 
     windows: as in `detected`, by names. root: what names are relative to; None: the folder that holds all images.
     weights: where the network's weights are now, if they moved. Raises UsageError, ModelError, and what
     `Describer` raises. An image that cannot be read is reported, not raised.
     """
     began = time.perf_counter()
+    observer = observer or DetectionObserver()
     threshold_for(detector, options or DetectOptions())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several, root=root)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sppfeat.serve.options import ServeOptions
-from sppfeat.serve.server import open_in_browser, serve
+from sppfeat.serve.server import open_in_browser, serve_gallery
 
-__all__ = ["ServeOptions", "open_in_browser", "serve"]
+__all__ = ["ServeOptions", "open_in_browser", "serve_gallery"]

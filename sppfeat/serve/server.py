@@ -72,7 +72,7 @@ def open_in_browser(address: str) -> None:
     threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
-def serve(
+def serve_gallery(
     gallery: str,
     options: ServeOptions | None = None,
     run_options: RunOptions | None = None,

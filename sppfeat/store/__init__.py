@@ -7,6 +7,7 @@ from sppfeat.store.checking import verify_store
 from sppfeat.store.digests import name_digests
 from sppfeat.store.export import FORMATS, Exported, export_store
 from sppfeat.store.locking import lock_shard, lock_store
+from sppfeat.store.lost_files import LostFiles, count_lost
 from sppfeat.store.manifest import SHARD_ROWS, Manifest
 from sppfeat.store.merging import Merged, merge_stores
 from sppfeat.store.mirrors import BucketFolder, Mirror, RemoteShard
@@ -50,6 +51,7 @@ __all__ = [
     "FORMATS",
     "Folder",
     "FolderKind",
+    "LostFiles",
     "Manifest",
     "Matrix",
     "Merged",
@@ -65,6 +67,7 @@ __all__ = [
     "building_progress",
     "check_output",
     "check_same_recipe",
+    "count_lost",
     "create_folder",
     "create_store",
     "export_store",
