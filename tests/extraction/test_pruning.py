@@ -231,3 +231,35 @@ def test_a_file_that_cannot_be_looked_at_is_not_lost(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "lstat", forbidden)
     assert not is_lost(root, "a/gone.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # botocore's own
+def test_a_store_in_a_bucket(bucket: str, make_images: MakeImages, tmp_path: Path) -> None:
+    """Shards are replaced or removed there, too; what is kept of them here stays without descriptors."""
+    folder, url = make_images(12), f"{bucket}/pruned/feats/"
+    extract_folder(folder, url, TINY, CPU, shards=ShardOptions(rows=4))
+    before = rows(open_store(url))
+    gone = {"0000.png", "0004.png", "0005.png", "0006.png", "0007.png"}
+    for name in gone:
+        (folder / name).unlink()
+    assert extract_folder(folder, url, TINY, CPU, prune=True).removed == 5
+    store = open_store(url)
+    assert rows(store) == {name: row for name, row in before.items() if name not in gone}
+    assert verify_store(store) == [] and not store.unfinished
+    make_images(14)
+    again = extract_folder(folder, url, TINY, CPU, prune=True)
+    assert (again.described, again.reused, again.removed) == (7, 7, 0) and len(open_store(url)) == 14
+
+
+@both
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_images_in_a_bucket(bucket: str, make_images: MakeImages, tmp_path: Path, kind: str) -> None:
+    """What the listing of a prefix lacks is gone."""
+    s3 = pytest.importorskip("s3fs").S3FileSystem(skip_instance_cache=True)
+    place = f"{bucket}/images-{'-'.join(kind.split())}"
+    s3.put(str(make_images(5)), f"{place}/", recursive=True)
+    extract_folder(place, tmp_path / "f", TINY, CPU, shards=KINDS[kind])
+    before = names(tmp_path / "f")
+    s3.rm(f"{place}/{before[1]}")
+    assert extract_folder(place, tmp_path / "f", TINY, CPU, prune=True).removed == 1
+    assert names(tmp_path / "f") == [before[0], *before[2:]]
