@@ -112,12 +112,11 @@ def index(
         from sppfeat.retrieval import check_map
 
         check_map()  # before the work
-    opened = _opened(store, quiet)
     done = (
         None
         if only_map
         else _build(
-            opened,
+            str(store),
             output,
             {
                 "factory": factory,
@@ -132,9 +131,10 @@ def index(
             keep_bins,
             bin_dim,
             overwrite,
+            quiet,
         )
         if output is not None
-        else _change(opened, add_to, remove, remove_from, device)
+        else _change(store, add_to, remove, remove_from, device, quiet)
     )
     if map_:
         done = _mapped(str(output or add_to or remove_from), done, quiet)
@@ -151,17 +151,17 @@ def index(
             print(f"note: {printable(note)}", file=sys.stderr)
 
 
-def _opened(store: str | None, quiet: bool) -> "Store | None":
+def _opened(store: str, quiet: bool) -> "Store":
     from sppfeat.store import open_store
 
-    opened = open_store(store) if store is not None else None
-    if opened is not None and not quiet:
+    opened = open_store(store)
+    if not quiet:
         tell_lost(opened)
     return opened
 
 
 def _build(
-    store: "Store | None",
+    store: str,
     output: str,
     given: dict[str, Any],
     projection: "ProjectionOptions | None",
@@ -169,15 +169,16 @@ def _build(
     keep_bins: bool,
     bin_dim: int | None,
     overwrite: bool,
+    quiet: bool,
 ) -> "Change":
     from sppfeat.retrieval import IndexOptions, create_gallery
     from sppfeat.store import open_store
 
-    assert store is not None  # which the options were checked for
+    chosen = IndexOptions(**given)
     return create_gallery(
-        store,
+        _opened(store, quiet),
         output,
-        IndexOptions(**given),
+        chosen,
         projection,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
         keep_bins=keep_bins,
@@ -187,12 +188,12 @@ def _build(
 
 
 def _change(
-    store: "Store | None", add_to: str | None, remove: str | None, remove_from: str | None, device: str
+    store: str | None, add_to: str | None, remove: str | None, remove_from: str | None, device: str, quiet: bool
 ) -> "Change":
     from sppfeat.retrieval import add_to_gallery, read_names, remove_from_gallery
 
     if store is not None and add_to is not None:
-        return add_to_gallery(store, add_to, device=device)
+        return add_to_gallery(_opened(store, quiet), add_to, device=device)
     return remove_from_gallery(str(remove_from), read_names(str(remove)))
 
 

@@ -30,9 +30,12 @@ from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
 # Of images that cannot be read.
 DEFAULT_THRESHOLD: Final = 0.95
-# From here on images are compared: 99 of 100 copies of half the size and 98 of JPEG quality 20 are, but only every
-# second of a quarter of the size (benchmarks/results/duplicates.md).
-COMPARED_FROM: Final = 0.8
+# From here on images are compared: as low as the number of pairs allows, since small copies of low quality are not
+# nearer. Of 2,020 images of Caltech-101, 1 pair in 1,000 reaches 0.7, 1 in 9,000 reaches 0.8
+# (benchmarks/results/duplicates.md).
+COMPARED_FROM: Final = 0.7
+COMPARED_FROM_OF_MANY: Final = 0.8
+FEW_IMAGES: Final = 20_000
 # Images linked through others of which all pairs are compared; of more, those that link them.
 COMPARED_ROWS: Final = 512
 # With more thumbnails, a phone could not open the page.
@@ -79,9 +82,10 @@ def find_duplicates(
 
     threshold: cosine similarity, above 0 and at most 1, which pairs reach. None: pairs are copies of one image, of
     another size, quality or color, or with a narrow border cut off: every two of a group are, and they are linked by
-    pairs that reach COMPARED_FROM. Their images are read for this, see `same_images`; of those that cannot be, pairs
-    reach DEFAULT_THRESHOLD. keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read.
-    progress: called with the fraction of the work done, 0 to 1.
+    pairs that reach COMPARED_FROM, or of more than FEW_IMAGES COMPARED_FROM_OF_MANY. Their images are read for this,
+    see `same_images`; of those that cannot be, pairs reach DEFAULT_THRESHOLD.
+    keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read. progress: called with the fraction
+    of the work done, 0 to 1.
     Raises UsageError, StoreError.
     """
     if threshold is not None and not 0 < threshold <= 1:
@@ -89,7 +93,8 @@ def find_duplicates(
     check_keeping(store, keep)
     rows = unit_rows(store)
     same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None
-    threshold = COMPARED_FROM if threshold is None else threshold
+    if threshold is None:
+        threshold = COMPARED_FROM if len(rows) <= FEW_IMAGES else COMPARED_FROM_OF_MANY
     found, pairs, notes = _groups(rows, threshold, same, lambda part: progress(0.9 * part))
     if same is not None and (count := len(same.unreadable)):
         name, reason = next(iter(same.unreadable.items()))
