@@ -78,11 +78,11 @@ def predict(
             if one.error is None:
                 shown = ", ".join(f"{printable(label)} {score:.2f}" for label, score in one.top)
                 typer.echo(f"{printable(one.path)}: {shown}")
-    # Files come after the results, which their failure does not affect.
-    with after_results():
-        if table is not None:
+    if table is not None:
+        with after_results(table, quiet=quiet):
             write_predictions_csv(table, found)
-        if page is not None:
+    if page is not None:
+        with after_results(page, quiet=quiet):
             write_predictions_page(page, found, title=f"Classes by {model}")
     if any(one.error is not None for one in found):
         raise typer.Exit(3)
