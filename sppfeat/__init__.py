@@ -6,7 +6,7 @@ What each command calls:
     windows                         propose_folder
     inspect                         open_store, open_classifier, open_detector, open_vocabulary, open_windows,
                                     describe_gallery; with --verify also verify_store, verify_gallery
-    models                          describe_backbones, list_layers
+    models                          describe_backbones, layers_and_default, survey_families
     evaluate transfer, retrieval,   evaluate_transfer, evaluate_retrieval,
         detection, all              evaluate_detector, evaluate_matrix
     train svm, detector,            train_classifier, train_detector (tune_detector with --tune),
@@ -31,7 +31,8 @@ from sppfeat._version import __version__
 
 if TYPE_CHECKING:
     from sppfeat.backbones import Vocabulary, open_vocabulary
-    from sppfeat.backbones.backbone import describe_backbones, list_layers
+    from sppfeat.backbones.backbone import describe_backbones, layers_and_default
+    from sppfeat.backbones.families import survey_families
     from sppfeat.detection import (
         Detecting,
         DetectionEvaluation,
@@ -150,8 +151,9 @@ _HOMES = {
     ),
     "backbones.backbone": (
         "describe_backbones",
-        "list_layers",
+        "layers_and_default",
     ),
+    "backbones.families": ("survey_families",),
     "detection": (
         "DetectOptions",
         "Detecting",
@@ -393,8 +395,8 @@ __all__ = [
     "find_crops",
     "find_duplicates",
     "iter_blocks",
+    "layers_and_default",
     "learn_vocabulary",
-    "list_layers",
     "merge_stores",
     "open_classifier",
     "open_detector",
@@ -421,6 +423,7 @@ __all__ = [
     "select_classes",
     "serve_gallery",
     "split_row_name",
+    "survey_families",
     "to_numpy",
     "train_classifier",
     "train_detector",

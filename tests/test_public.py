@@ -22,7 +22,7 @@ CALLS = {
     "windows": ["propose_folder"],
     "inspect": ["open_store", "open_classifier", "open_detector", "open_vocabulary", "open_windows"]
     + ["describe_gallery", "verify_store", "verify_gallery", "count_lost"],
-    "models": ["describe_backbones", "list_layers"],
+    "models": ["describe_backbones", "layers_and_default", "survey_families"],
     "evaluate transfer": ["evaluate_transfer"],
     "evaluate retrieval": ["evaluate_retrieval"],
     "evaluate detection": ["evaluate_detector"],
