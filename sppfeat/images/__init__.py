@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sppfeat.images.archives import from_builtins, to_builtins
 from sppfeat.images.batching import ShapeBatcher
+from sppfeat.images.decoder import Answer, Decoded, Decoder, Part, Unreadable, heard_answer, told_item
 from sppfeat.images.extent import Extent, is_lost
 from sppfeat.images.given import as_given
 from sppfeat.images.instead import found_instead
@@ -31,7 +32,9 @@ from sppfeat.images.resizing import (
     PreparedImage,
     decode_image,
     decoding,
+    lend_decoding,
     prepare_image,
+    regain_decoding,
     scaled_size,
 )
 from sppfeat.images.sources import ImageList, Sources, find_images, is_there, item_at, open_sources
@@ -40,10 +43,13 @@ from sppfeat.images.urls import absolute, file_system, is_url, leads_out, tried
 from sppfeat.images.voc import find_voc, voc_root
 
 __all__ = [
+    "Answer",
     "Columns",
     "Content",
     "DEFAULT_COLUMNS",
+    "Decoded",
     "DecodedImage",
+    "Decoder",
     "EXTENSIONS",
     "Extent",
     "Fingerprint",
@@ -53,9 +59,11 @@ __all__ = [
     "Item",
     "MOST_UNRESIZED",
     "NO_FINGERPRINT",
+    "Part",
     "PreparedImage",
     "ShapeBatcher",
     "Sources",
+    "Unreadable",
     "Unresized",
     "absolute",
     "as_given",
@@ -70,12 +78,14 @@ __all__ = [
     "fingerprints",
     "found_instead",
     "from_builtins",
+    "heard_answer",
     "is_image_name",
     "is_lost",
     "is_there",
     "is_url",
     "item_at",
     "leads_out",
+    "lend_decoding",
     "member_to_name",
     "name_to_path",
     "open_image",
@@ -84,8 +94,10 @@ __all__ = [
     "prepare_image",
     "read_ahead",
     "read_image",
+    "regain_decoding",
     "scaled_size",
     "to_builtins",
+    "told_item",
     "tried",
     "upright_size",
     "voc_root",

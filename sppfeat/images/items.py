@@ -59,6 +59,9 @@ class Content(Protocol):
     def expect(self) -> None:
         """Say that `open` follows soon: where bytes are far away, fetching them may begin."""
 
+    def is_apart(self) -> bool:
+        """Whether another process opens it at no more cost: nothing is fetched ahead, or read with its neighbors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -94,6 +97,10 @@ class Item:
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of the file as it is now, or as its archive or bucket lists it."""
         return fingerprint_of(self.path) if self.content is None else self.content.fingerprint()
+
+    def is_apart(self) -> bool:
+        """Whether another process can open it as well as this one; see `Content.is_apart`."""
+        return self.problem is None and (self.content is None or self.content.is_apart())
 
     def expect(self) -> None:
         """Say that the image is opened soon; see `Content.expect`."""

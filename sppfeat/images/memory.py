@@ -40,6 +40,19 @@ class DecodingMemory:
                 self._taken -= amount
                 self._changed.notify_all()
 
+    def lend(self, count: int, *, keep: int) -> int:
+        """Lower the limit by what each of `count` other processes may use, which is returned, but not below `keep`."""
+        with self._changed:
+            each = max(0, self._most - keep) // count
+            self._most -= each * count
+            return each
+
+    def regain(self, amount: int) -> None:
+        """Raise the limit by what was lent."""
+        with self._changed:
+            self._most += amount
+            self._changed.notify_all()
+
 
 _held: Final = DecodingMemory(HELD_BYTES)
 

@@ -53,6 +53,9 @@ class ParquetRow(msgspec.Struct, frozen=True, tag=True):
     def expect(self) -> None:
         """Nothing: rows are read in order, many at once."""
 
+    def is_apart(self) -> bool:
+        return False
+
 
 def parquet_members(archive: Blob, columns: Columns) -> Iterator[Member]:
     """The rows of a parquet file, named by their path, or `row-` and their number; `(rest)` with the reason if it is

@@ -67,6 +67,9 @@ class UrlFile(msgspec.Struct, frozen=True, tag=True):
         if self.size <= MAX_AHEAD:
             read_ahead.expect(self, lambda: self._fetch(MAX_AHEAD))
 
+    def is_apart(self) -> bool:
+        return False
+
     def _fetch(self, most: int) -> tuple[bytes | None, Fingerprint]:
         if self.size == _UNKNOWN:
             return read_object(self.url, most=most)

@@ -27,6 +27,9 @@ CORE_BYTES: Final = 256 << 20
 # Larger images are resized before they wait for the network.
 MOST_UNRESIZED: Final = 1 << 20  # pixels
 
+# Set by `limit_decoding`.
+_most_lent: int | None = None
+
 
 @functools.cache
 def _decoding_memory() -> DecodingMemory:
@@ -34,9 +37,31 @@ def _decoding_memory() -> DecodingMemory:
     return DecodingMemory(max(MAX_WORKING_SET, min(available_cores() * CORE_BYTES, available_memory() // 4)))
 
 
+def lend_decoding(count: int) -> int:
+    """Bytes of this process's limit that each of `count` others may use from now on: all but the largest image's."""
+    return _decoding_memory().lend(count, keep=MAX_WORKING_SET)
+
+
+def regain_decoding(amount: int) -> None:
+    """Count bytes that were lent among this process's again."""
+    _decoding_memory().regain(amount)
+
+
+def limit_decoding(most: int) -> None:
+    """From now on, an image that takes more bytes to decode is a MemoryError; for a process that was lent so much."""
+    global _most_lent
+    _most_lent = most
+
+
 def decoding(image: Image.Image) -> contextlib.AbstractContextManager[None]:
-    """Wait until this process may hold what an opened image takes to decode, and hold it within the block."""
-    return _decoding_memory().take(working_set(image, turned=True))
+    """Wait until this process may hold what an opened image takes to decode, and hold it within the block.
+
+    Raises MemoryError for more than a limit that was set.
+    """
+    amount = working_set(image, turned=True)
+    if _most_lent is not None and amount > _most_lent:
+        raise MemoryError(f"{amount:,} bytes to decode: expected at most {_most_lent:,}")
+    return _decoding_memory().take(amount)
 
 
 class PreparedImage(NamedTuple):

@@ -80,6 +80,9 @@ class TarMember(msgspec.Struct, frozen=True, tag=True):
         if self.archive.is_remote and not self.compression and self.size <= MAX_AHEAD:
             read_ahead.expect(self, lambda: self.archive.read(self.start, self.size))
 
+    def is_apart(self) -> bool:
+        return not self.compression and not self.archive.is_remote
+
 
 @functools.lru_cache(maxsize=2)
 def _reader(archive: Blob, compression: str) -> ForwardReader:

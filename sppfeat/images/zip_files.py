@@ -65,6 +65,10 @@ class ZipMember(msgspec.Struct, frozen=True, tag=True):
         if self.archive.is_remote and self.size <= MAX_AHEAD and self.packed <= MAX_AHEAD:
             read_ahead.expect(self, self._whole)
 
+    def is_apart(self) -> bool:
+        # Large ones, which are held whole, count among what one process holds.
+        return not self.archive.is_remote and (self.method == _STORED or self.size <= MAX_AHEAD)
+
     def _whole(self) -> bytes:
         """From the local header to the end of the packed bytes, or a little further."""
         return self.archive.read(self.header, _LOCAL.size + 1024 + self.packed)

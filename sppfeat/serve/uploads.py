@@ -31,6 +31,9 @@ class _Bytes:
     def expect(self) -> None:
         pass
 
+    def is_apart(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Query:
