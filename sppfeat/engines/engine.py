@@ -77,7 +77,16 @@ class Engine(Protocol):
 
 @runtime_checkable
 class ResizingEngine(Engine, Protocol):
-    """An engine that also takes images as they were decoded."""
+    """An engine that also takes images as they were decoded.
+
+    It reads them until their rows are pooled, or the pass has failed: whoever calls it keeps them so long.
+    """
+
+    def pin(self, memory: np.ndarray) -> None:
+        """Prepare memory of which images will be views, uint8 [bytes], for copies to the device.
+
+        Raises DeviceError where the system does not allow it; such memory is copied from as any other.
+        """
 
     def feature_maps_of(self, images: Sequence[Unresized]) -> list[Any]:
         """As `feature_maps`, of images whose shape after resizing is the same."""
