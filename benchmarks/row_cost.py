@@ -32,11 +32,11 @@ from extract import processor
 
 from sppfeat import Recipe, RunOptions, open_store
 from sppfeat.backbones import Network
-from sppfeat.extraction import branch, pipeline, workers
+from sppfeat.extraction import branch, workers
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.plan import Todo
 from sppfeat.extraction.stages import Stages
-from sppfeat.images import Fingerprint, Item, PreparedImage
+from sppfeat.images import Fingerprint, Item, PreparedImage, decoder
 from sppfeat.machine import available_cores
 from sppfeat.store import StoreWriter, create_store
 
@@ -107,8 +107,8 @@ def stubbed(dim: int) -> Iterator[Describer]:
         geometry=lambda *_: None,
     )
     network = cast(Network, SimpleNamespace(descriptions=(description,), recipe=recipe))
-    real = pipeline.prepare_image, branch.load_engine
-    patched, loading = cast(Any, pipeline), cast(Any, branch)
+    real = decoder.prepare_image, branch.load_engine
+    patched, loading = cast(Any, decoder), cast(Any, branch)
     patched.prepare_image = lambda *_, **__: PreparedImage([prepared], (8, 8), Fingerprint(1, 1))
     loading.load_engine = lambda *_: StubEngine(dim)
     try:

@@ -335,7 +335,7 @@ class RunOptions:
         each (`extract_folder` alone).
     engine: `auto` (the fastest that is installed and runs the network), `torch` or `openvino`.
     batch_size: maximum images per forward pass; None: chosen for the device.
-    num_workers: decoding threads; None: one per core.
+    num_workers: decoding threads, or, for many images on a GPU, processes; None: one per core.
     """
 
     device: str = "auto"

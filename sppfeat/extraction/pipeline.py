@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,27 +18,28 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 
 from sppfeat.backbones import Network
-from sppfeat.engines import Engine
-from sppfeat.errors import ImageError, StoreError, UsageError, unknown_name
+from sppfeat.engines import Engine, ResizingEngine
+from sppfeat.errors import StoreError, UsageError, unknown_name
 from sppfeat.extraction.branch import Branch, Gate, Windowed
+from sppfeat.extraction.decoders import Decoders
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.values import as_stored, fuse, to_stored
 from sppfeat.images import (
     MOST_UNRESIZED,
+    Decoded,
     DecodedImage,
+    Decoder,
     Fingerprint,
     Input,
     Item,
     PreparedImage,
     ShapeBatcher,
-    decode_image,
-    prepare_image,
+    Unreadable,
     read_ahead,
     scaled_size,
 )
 from sppfeat.machine import available_cores
 from sppfeat.recipe import Recipe, RunOptions
-from sppfeat.settings import quiet_pillow
 from sppfeat.store import window_text
 from sppfeat.windows import nearest_scales, outside, part_of_image
 
@@ -79,11 +79,6 @@ class Described(NamedTuple):
 WINDOW_SCALES: Final = ("all", "nearest")
 
 
-class _Unreadable(NamedTuple):
-    reason: str
-    fingerprint: Fingerprint
-
-
 @dataclass
 class _Row:
     """An image in the pipeline, with the results of its passes so far.
@@ -115,7 +110,7 @@ class _Pass(NamedTuple):
 
 _Key = tuple[int, int]  # which image, which pass
 _Results = list[tuple[_Key, "np.ndarray | str"]]
-_Decoding = tuple[int, Item, "Future[PreparedImage | DecodedImage | _Unreadable]"]
+_Decoding = tuple[int, Item, "Future[Decoded]"]
 
 
 class _Threads:
@@ -153,8 +148,8 @@ class Describer:
     """Describes images by a recipe, which it completes (layer, mean, ...). Networks are loaded on first use.
 
     dim: length of a descriptor; nearest_dim: of a window at its nearest scale. device: where networks run.
-    weights_sha256: of the network up to the layer, or of each part, joined by `+`. workers: decoding threads.
-    network: the recipe's, if it is of one backbone and at hand.
+    weights_sha256: of the network up to the layer, or of each part, joined by `+`. workers: decoding threads, or
+    processes. network: the recipe's, if it is of one backbone and at hand.
     Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 
@@ -180,8 +175,14 @@ class Describer:
         self.dim = recipe.bins * sum(channels)
         self.nearest_dim = sum(branch.dim for branch in self._branches)
         self.workers = options.num_workers or available_cores()
-        self._resizes = all(branch.resizes for branch in self._branches)
+        unresized = all(branch.resizes for branch in self._branches)
+        most = self.recipe.max_pixels
+        pixels = sum(most if isinstance(scale, str) else min(most, 2 * scale * scale) for _, scale in self._passes)
+        self._most_bytes = 3 * max(pixels, MOST_UNRESIZED if unresized else 0)  # of what an ordinary image becomes
+        decoder = Decoder(tuple(self._recipes), self.minimum_side, unresized)
+        self._decoders = Decoders(decoder, self.workers, self._most_bytes, self.times)
         self._threads = _Threads()
+        weakref.finalize(self, self._decoders.end)
         weakref.finalize(self, self._threads.end)
 
     def _completed(self, recipe: Recipe, channels: tuple[int, ...]) -> Recipe:
@@ -258,58 +259,55 @@ class Describer:
         for index, row in self._run(
             (each if isinstance(each, Item) else Item.at(each) for each in items), scales, stop
         ):
-            if isinstance(row, _Unreadable):
+            if isinstance(row, Unreadable):
                 yield Described(index, None, (0, 0), row.fingerprint, row.reason, {})
             else:
                 yield self._fused(index, row)
 
     def _run(
         self, items: Iterable[Item], scales: str, stop: Callable[[], bool]
-    ) -> Iterator[tuple[int, _Row | _Unreadable]]:
-        decoders = self._threads.pool("decode", self.workers)
+    ) -> Iterator[tuple[int, _Row | Unreadable]]:
         begun: deque[_Decoding] = deque()
         try:
             numbered = iter(enumerate(items))
             # The first images are decoded while the network loads.
-            begun.extend(self._begin(islice(numbered, 0 if stop() else self._ahead(0)), decoders))
+            begun.extend(self._begin(islice(numbered, 0 if stop() else self._ahead(0))))
             if not begun:
                 return
             with contextlib.ExitStack() as stack:
-                for engine in self.load():
+                engines = self.load()
+                for engine in engines:
                     stack.enter_context(engine.at_work())
+                if self.device != "cpu":  # which takes more images than threads decode; a processor does not
+                    self._decoders.allow_processes([e.pin for e in engines if isinstance(e, ResizingEngine)])
                 forwarders = self._threads.pool("forward", self.streams)
                 forwarding: deque[Future[_Results]] = deque()
                 stack.callback(_give_up, forwarding)
-                yield from self._pipeline(numbered, begun, scales, decoders, forwarders, forwarding, stop)
+                yield from self._pipeline(numbered, begun, scales, forwarders, forwarding, stop)
         finally:
             read_ahead.forget()
             _give_up(future for _, _, future in begun)
 
     def _ahead(self, passes: int) -> int:
         """How many images may be decoded ahead of the network, which processes `passes` of them at a time."""
-        most = self.recipe.max_pixels
-        pixels = sum(most if isinstance(scale, str) else min(most, 2 * scale * scale) for _, scale in self._passes)
-        if self._resizes:
-            pixels = max(pixels, MOST_UNRESIZED)
-        return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // (3 * pixels)))
+        return min(4 * self.workers + passes, max(self.workers, AHEAD_BYTES // self._most_bytes))
 
-    def _begin(self, items: Iterable[tuple[int, Item]], decoders: ThreadPoolExecutor) -> Iterator[_Decoding]:
+    def _begin(self, items: Iterable[tuple[int, Item]]) -> Iterator[_Decoding]:
         for index, item in items:
             if item.windows is not None:
                 check_windows(self.recipe)
             item.expect()
-            yield index, item, decoders.submit(self._prepare, item)
+            yield index, item, self._decoders.submit(item)
 
     def _pipeline(
         self,
         items: Iterator[tuple[int, Item]],
         decoding: deque[_Decoding],
         window_scales: str,
-        decoders: ThreadPoolExecutor,
         forwarders: ThreadPoolExecutor,
         forwarding: deque[Future[_Results]],
         stop: Callable[[], bool],
-    ) -> Iterator[tuple[int, _Row | _Unreadable]]:
+    ) -> Iterator[tuple[int, _Row | Unreadable]]:
         streams = self.streams
         ahead = self._ahead(streams * max(branch.batch_size for branch in self._branches))
         whole = {branch: self._batcher(branch) for branch in self._branches}
@@ -342,13 +340,13 @@ class Describer:
 
         while True:
             if not ending:
-                decoding.extend(self._begin(islice(items, 0 if stop() else ahead - len(decoding)), decoders))
+                decoding.extend(self._begin(islice(items, 0 if stop() else ahead - len(decoding))))
                 ending = len(decoding) < ahead
             if not decoding:
                 break
             index, item, future = decoding.popleft()
             prepared = future.result()
-            if isinstance(prepared, _Unreadable):
+            if isinstance(prepared, Unreadable):
                 yield index, prepared
                 continue
             row = rows[index] = self._row(prepared, item.windows, window_scales)
@@ -398,23 +396,6 @@ class Describer:
     def _forward(self, batch: list[tuple[_Key, Input]], windowed: list[Windowed]) -> _Results:
         keys, images = zip(*batch, strict=True)
         return list(zip(keys, self._passes[keys[0][1]].branch.forward(images, windowed or None), strict=True))
-
-    def _prepare(self, item: Item) -> PreparedImage | DecodedImage | _Unreadable:
-        start = time.perf_counter()
-        # Taken first: a file that is still being copied is another one by the next run. To ask a bucket takes time.
-        early = item.fingerprint() if item.content is None else None
-        if item.problem is not None:
-            return _Unreadable(item.problem, early or item.fingerprint())
-        try:
-            with quiet_pillow:
-                read = decode_image if self._resizes else prepare_image
-                return read(item, *self._recipes, minimum=self.minimum_side)
-        except ImageError as error:
-            return _Unreadable(str(error), early or item.fingerprint())
-        except MemoryError:
-            return _Unreadable("cannot be decoded: out of memory", early or item.fingerprint())
-        finally:
-            self.times.spend("decode", time.perf_counter() - start)
 
     def _fused(self, index: int, row: _Row) -> Described:
         size, fingerprint = row.prepared.size, row.prepared.fingerprint

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 class Stages:
     """Seconds of work by stage, summed over the threads that did it; `pool`, of windows, is a part of `forward`.
 
-    workers, streams: the threads that decode, and that run the network.
+    workers, streams: the threads or processes that decode, and the threads that run the network.
     """
 
     decode: float = 0.0

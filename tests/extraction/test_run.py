@@ -644,7 +644,7 @@ def test_an_image_that_was_still_being_copied_is_tried_again(
         finally:
             file.write_bytes(whole)
 
-    monkeypatch.setattr("sppfeat.extraction.pipeline.prepare_image", finished_meanwhile)
+    monkeypatch.setattr("sppfeat.images.decoder.prepare_image", finished_meanwhile)
     assert extract_folder(folder, tmp_path / "s.h5", TINY).failed == 1
     monkeypatch.undo()
     assert extract_folder(folder, tmp_path / "s.h5", TINY).described == 1

@@ -195,9 +195,9 @@ def test_kill_9_at_random_moments(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "f"
     code = (
         "import sys, time; from sppfeat import extract_folder, Recipe, RunOptions\n"
-        "from sppfeat.extraction import ShardOptions, pipeline\n"
-        "prepare = pipeline.prepare_image\n"
-        "pipeline.prepare_image = lambda *a, **k: (time.sleep(0.1), prepare(*a, **k))[1]\n"
+        "from sppfeat.extraction import ShardOptions; from sppfeat.images import decoder\n"
+        "prepare = decoder.prepare_image\n"
+        "decoder.prepare_image = lambda *a, **k: (time.sleep(0.1), prepare(*a, **k))[1]\n"
         "print('ready', flush=True)\n"
         "extract_folder(sys.argv[1], sys.argv[2], Recipe.from_json(sys.argv[3]),"
         " RunOptions(device='cpu', num_workers=1), shards=ShardOptions(rows=5))"
