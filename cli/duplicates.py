@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import counted, print_json, printable, wrote
+from sppfeat_cli.output import command_line, counted, print_json, printable, wrote
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def duplicates(
         write_duplicates_csv(table, found, crops)
         wrote(table, quiet=quiet)
     if page is not None:
-        write_duplicates_page(page, found, crops)
+        write_duplicates_page(page, found, crops, command=command_line())
         wrote(page, quiet=quiet)
     if crops is not None and crops.failed:
         raise typer.Exit(3)

@@ -11,6 +11,7 @@ from sppfeat_cli.commands import Group
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import (
     after_results,
+    command_line,
     convergence_document,
     counted,
     finite,
@@ -140,7 +141,7 @@ def transfer(
         typer.echo(_table(done))
     if page is not None:
         with after_results(page):
-            write_transfer_report(page, done)
+            write_transfer_report(page, done, command=command_line())
 
 
 def _document(done: "Transfer", labels: str | None, voc: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, print_json, printable
+from sppfeat_cli.output import after_results, command_line, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -76,6 +76,6 @@ def evaluate_all(
         typer.echo(table(cells))
     if page is not None:
         with after_results(page, quiet=quiet):
-            write_matrix_page(page, cells)
+            write_matrix_page(page, cells, known, command=command_line())
     if any(cell.failed for cell in cells):
         raise typer.Exit(3)

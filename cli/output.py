@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -113,6 +114,12 @@ def wrote(file: str | os.PathLike[str], *, quiet: bool = False) -> None:
     """Say on standard error where something was written besides the results."""
     if not quiet:
         print(f"wrote {printable(os.fspath(file))}", file=sys.stderr)
+
+
+def command_line() -> str:
+    """The command as it was given, for a page that says what made it; without users and passwords in URLs."""
+    given = re.sub(r"(\w://)[^/@\s]+@", r"\1", shlex.join(["sppfeat", *sys.argv[1:]]))
+    return printable(given)
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ import typer
 from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, numbers, print_json_list, printable
+from sppfeat_cli.output import after_results, command_line, numbers, print_json_list, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Answer, Explanation, Neighbor, SearchResult
@@ -126,7 +126,7 @@ def search(
     # The page comes after the results, which its failure does not affect.
     if page is not None and shown.result is not None:
         with after_results(page, quiet=quiet):
-            write_hits_page(page, opened, shown.result, queries=shown.count)
+            write_hits_page(page, opened, shown.result, queries=shown.count, command=command_line())
     if shown.failed:
         raise typer.Exit(3)
 

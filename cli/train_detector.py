@@ -12,6 +12,7 @@ from sppfeat_cli import options
 from sppfeat_cli.output import (
     after_results,
     byte_count,
+    command_line,
     counted,
     end_learning,
     epochs_document,
@@ -242,7 +243,7 @@ def _end_tuning(done: "TunedDetector", page: Path | None, as_json: bool, quiet: 
         from sppfeat.detection import write_detector_page
 
         with after_results(page, quiet=quiet):
-            write_detector_page(page, done)
+            write_detector_page(page, done, command=command_line())
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed or done.notes:
         raise typer.Exit(3)

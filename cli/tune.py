@@ -9,6 +9,7 @@ from sppfeat.recipe import POOLINGS, Recipe
 from sppfeat_cli import options
 from sppfeat_cli.output import (
     after_results,
+    command_line,
     counted,
     end_learning,
     epochs_document,
@@ -141,7 +142,7 @@ def tune(
         )
     if page is not None and done.file is not None:
         with after_results(page, quiet=quiet):
-            write_tuning_page(page, done)
+            write_tuning_page(page, done, command=command_line())
     end_learning(done.file, done.history, done.diverged, overwrite=overwrite)
     if done.failed:
         raise typer.Exit(3)

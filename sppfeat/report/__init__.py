@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from sppfeat.report.learning import write_learning_page
-from sppfeat.report.pages import (
+from sppfeat.report.names import common_folder, image_link
+from sppfeat.report.pages import Origin, check_page, write_page
+from sppfeat.report.plots import plot_counts, plot_line
+from sppfeat.report.shown import Shown, shown_item, shown_row
+from sppfeat.report.thumbnails import (
+    FOUND_COLOR,
+    TRUE_COLOR,
     Heat,
-    check_page,
+    Mark,
     image_address,
-    item_thumbnail,
-    plot_line,
     small_image,
     thumbnail,
-    write_page,
 )
 
 __all__ = [
+    "FOUND_COLOR",
     "Heat",
+    "Mark",
+    "Origin",
+    "Shown",
+    "TRUE_COLOR",
     "check_page",
+    "common_folder",
     "image_address",
-    "item_thumbnail",
+    "image_link",
+    "plot_counts",
     "plot_line",
+    "shown_item",
+    "shown_row",
     "small_image",
     "thumbnail",
     "write_learning_page",

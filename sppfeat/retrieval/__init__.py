@@ -10,8 +10,8 @@ from sppfeat.retrieval.duplicates import (
     check_duplicates_csv,
     find_duplicates,
     write_duplicates_csv,
-    write_duplicates_page,
 )
+from sppfeat.retrieval.duplicates_page import write_duplicates_page
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
 from sppfeat.retrieval.explanation import Explanation
 from sppfeat.retrieval.faiss_index import IndexOptions

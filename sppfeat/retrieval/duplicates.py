@@ -19,7 +19,7 @@ import numpy as np
 from sppfeat.errors import ReportError, UsageError
 from sppfeat.files import appearing, check_new_file
 from sppfeat.images import path_to_name
-from sppfeat.report import thumbnail, write_page
+from sppfeat.recipe import Recipe
 from sppfeat.retrieval.crops import Crops, by_whole
 from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
 from sppfeat.retrieval.linkage import link_rows
@@ -38,9 +38,6 @@ COMPARED_FROM_OF_MANY: Final = 0.8
 FEW_IMAGES: Final = 20_000
 # Images linked through others of which all pairs are compared; of more, those that link them.
 COMPARED_ROWS: Final = 512
-# With more thumbnails, a phone could not open the page.
-PAGE_GROUPS: Final = 200
-PAGE_MEMBERS: Final = 48
 CSV_COLUMNS: Final = ("group", "action", "name", "path", "score", "width", "height", "bytes")
 
 
@@ -50,12 +47,15 @@ class Duplicates:
 
     compared: whether the images were compared; then a group is of copies, and the threshold is that of candidates.
     The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
-    threshold, in one group or not. root: the folder that names are relative to. unreadable: images that could not be
+    threshold, in one group or not. root: the folder that names are relative to. recipe, weights_sha256: of the
+    descriptors compared. unreadable: images that could not be
     read to tell which is the sharpest, and why. notes: for the user.
     """
 
     store: str
     root: str
+    recipe: Recipe
+    weights_sha256: str
     threshold: float
     keep: str
     images: int
@@ -114,6 +114,8 @@ def find_duplicates(
     return Duplicates(
         store.place,
         store.source_root,
+        store.recipe,
+        store.weights_sha256,
         threshold,
         keep,
         len(rows),
@@ -167,38 +169,6 @@ def _members(rows: UnitRows, keeping: Keeping, which: np.ndarray) -> list[Member
     size = block_rows(rows.dim)
     scores = np.concatenate([rows.take(which[at : at + size]) @ first for at in range(0, len(which), size)])
     return [member_of(rows, int(at), float(score)) for at, score in zip(which, scores, strict=True)]
-
-
-def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = None) -> None:
-    """Write the groups, and the crops if any were looked for, with thumbnails to one HTML file.
-
-    Raises ReportError.
-    """
-    shown = [
-        {
-            "members": [
-                {
-                    "name": one.name,
-                    "thumbnail": thumbnail(found.root, one.name),
-                    "size": one.size,
-                    "score": one.score,
-                }
-                for one in group[:PAGE_MEMBERS]
-            ],
-            "count": len(group),
-            "lowest": min(one.score for one in group),
-        }
-        for group in found.groups[:PAGE_GROUPS]
-    ]
-    parts = [
-        {
-            "crop": one,
-            "part": thumbnail(found.root, one.part.name),
-            "whole": thumbnail(found.root, one.whole.name, mark=one.box),
-        }
-        for one in sorted(crops.found if crops is not None else [], key=lambda one: -one.score)[:PAGE_GROUPS]
-    ]
-    write_page(path, "duplicates.html", {"found": found, "groups": shown, "crops": crops, "parts": parts})
 
 
 def check_duplicates_csv(path: str | os.PathLike[str], *, overwrite: bool) -> Path:

@@ -83,10 +83,10 @@ class Transfer(_Trials):
     per_class: mean over the trials, by class; NaN for a class without a test image, which no mean includes.
     area_per_class: for mAP, AP as the area under the curve; else empty.
     confusion: [K, K] test images by class and predicted class, over all trials; empty for mAP.
-    mistakes: the most confident ones, worst first. rows: images in the splits. train, test: images of
-    each part, in one trial. test_part: the name of that part, for protocol split; else None. left_out_by_reason: how
-    many images are in no part of any trial, by reason. convergence: of the SVMs of the classes, and of those that C
-    was chosen with. route: of the solver.
+    mistakes: the most confident ones, worst first. mistaken: how many there are, in all trials. rows: images in the
+    splits. train, test: images of each part, in one trial. test_part: the name of that part, for protocol split; else
+    None. left_out_by_reason: how many images are in no part of any trial, by reason. convergence: of the SVMs of the
+    classes, and of those that C was chosen with. route: of the solver.
     """
 
     store: str
@@ -106,6 +106,7 @@ class Transfer(_Trials):
     area_per_class: dict[str, float]
     confusion: np.ndarray
     mistakes: list[Mistake]
+    mistaken: int
     rows: int
     train: int
     test: int
@@ -220,6 +221,7 @@ def _evaluate(store: Store, task: Task, options: TransferOptions) -> tuple[Trans
         else {},
         confusion=np.sum([verdict.confusion for verdict in verdicts], 0),
         mistakes=_once(worst)[:MISTAKES],
+        mistaken=sum(verdict.mistaken for verdict in verdicts),
         rows=len(task.names),
         train=len(task.splits[0][0]),
         test=len(task.splits[0][1]),

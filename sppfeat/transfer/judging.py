@@ -33,7 +33,8 @@ class Verdict:
 
     value: mean accuracy per class, or mAP. per_class: [K] of each class, NaN for one without a test image.
     area_per_class: [K] AP as the area under the curve, where an image can have several classes; else empty. top1, top5:
-    images whose class is the first, or among the first five, of all; NaN with several classes. right: [M] which test
+    images whose class is the first, or among the first five, of all; NaN with several classes. mistakes: the most
+    confident of them; mistaken: how many there are. right: [M] which test
     images are classified correctly; else empty. resample: what `sppfeat.svm.statistics.interval` takes.
     """
 
@@ -44,6 +45,7 @@ class Verdict:
     top5: float
     confusion: np.ndarray
     mistakes: list[Mistake]
+    mistaken: int
     right: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
@@ -114,6 +116,7 @@ def _judge_one_class(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdic
         top5=100 * float((before < _TOP).mean()),
         confusion=confusion,
         mistakes=mistakes,
+        mistaken=int((best != of).sum()),
         right=best == of,
         labels=of,
         scores=np.zeros((0, 0), np.float32),
@@ -139,6 +142,7 @@ def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> 
         top5=float("nan"),
         confusion=np.zeros((0, 0), np.int64),
         mistakes=mistakes,
+        mistaken=int((wrong > 0).sum()),
         right=np.zeros(0, bool),
         labels=targets,
         scores=scores,

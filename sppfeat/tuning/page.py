@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sppfeat.report import write_learning_page
+from sppfeat.report import Origin, write_learning_page
 from sppfeat.tuning.result import Tuned
 
 
-def write_tuning_page(path: Path, done: Tuned) -> None:
-    """Write one self-contained page. See `sppfeat.report.check_page`. Raises ReportError."""
+def write_tuning_page(path: Path, done: Tuned, *, command: str = "") -> None:
+    """Write one self-contained page. command: what made it.
+
+    See `sppfeat.report.check_page`. Raises ReportError.
+    """
     recipe, options = done.recipe, done.options
     levels = ", ".join(map(str, recipe.levels))
     about = (
@@ -17,4 +20,14 @@ def write_tuning_page(path: Path, done: Tuned) -> None:
         f"levels {levels}; {options.described()}."
     )
     title = f"Tuning {recipe.backbone}"
-    write_learning_page(path, title, about, "Held-out images right", done.history, done.best, done.diverged)
+    write_learning_page(
+        path,
+        title,
+        about,
+        "Held-out images right",
+        done.history,
+        done.best,
+        done.diverged,
+        origin=Origin("the network before tuning", recipe),
+        command=command,
+    )

@@ -20,9 +20,10 @@ from sppfeat.files.formats import SVM
 from sppfeat.files.names import unsafe_name
 from sppfeat.files.output import check_new_file
 from sppfeat.images import Item, find_images
-from sppfeat.report.pages import check_page, thumbnail
+from sppfeat.report import check_page, thumbnail
 from sppfeat.retrieval.changes import create_gallery
-from sppfeat.retrieval.duplicates import find_duplicates, write_duplicates_page
+from sppfeat.retrieval.duplicates import find_duplicates
+from sppfeat.retrieval.duplicates_page import write_duplicates_page
 from sppfeat.retrieval.gallery import open_gallery
 from sppfeat.retrieval.hits_page import write_hits_page
 from sppfeat.retrieval.search import Answer, SearchOptions, SearchResult, search_store
@@ -237,7 +238,7 @@ def test_hits_of_an_archive_are_shown(folder: Path, make_store: Callable[..., St
 
 
 def test_a_query_given_by_its_path_is_shown(folder: Path, make_store: Callable[..., Store], tmp_path: Path) -> None:
-    """Wherever it is: the user named it. Its name says nothing about windows."""
+    """Wherever it is: the user named it. Its name says nothing about windows. A part of it is outlined in the whole."""
     odd = tmp_path / r"back\slash#1,1,9,9.jpg"
     (tmp_path / "secret.jpg").rename(odd)
     store = make_store(np.ones((2, 8)), names=["a.jpg", "b.jpg"], root=str(folder))
@@ -245,4 +246,10 @@ def test_a_query_given_by_its_path_is_shown(folder: Path, make_store: Callable[.
     answer = Answer("query", str(odd), [], box=(5, 5, 14, 9), item=Item.at(odd))
     write_hits_page(tmp_path / "p.html", open_gallery(tmp_path / "g"), SearchResult([answer], [], 0.0, 0.0))
     (address,) = re.findall(r'src="(data:[^"]+)"', (tmp_path / "p.html").read_text())
-    assert shown(address).size == (10, 5)
+    assert shown(address).size == (30, 30)
+    pixels = np.asarray(shown(address)).astype(int)
+    assert pixels[7, 10].max() < 90 and pixels[4, 10, 0] > 150  # black inside, an outline above
+    answer = Answer("query", str(odd), [], item=Item.at(odd))
+    write_hits_page(tmp_path / "p.html", open_gallery(tmp_path / "g"), SearchResult([answer], [], 0.0, 0.0))
+    (address,) = re.findall(r'src="(data:[^"]+)"', (tmp_path / "p.html").read_text())
+    assert np.asarray(shown(address)).max() < 60

@@ -95,5 +95,5 @@ def test_a_page_of_many_hits_is_bounded(gallery: Path, photos: Path, tmp_path: P
     many = replace(answer, neighbors=[replace(answer.neighbors[0], rank=rank) for rank in range(1, 1501)])
     write_hits_page(tmp_path / "hits.html", open_gallery(gallery), replace(done, answers=[many, answer]))
     text = (tmp_path / "hits.html").read_text()
-    assert text.count('class="hit"') == PAGE_HITS and "500 more neighbors are not shown" in text
-    assert "5 more neighbors are not shown" in text
+    assert text.count('class="hit"') == PAGE_HITS and "1,000 of 1,500 neighbors shown" in text
+    assert "0 of 5 neighbors shown" in text

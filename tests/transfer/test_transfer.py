@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -578,7 +579,7 @@ def test_results_come_before_the_page(
 ) -> None:
     from sppfeat_cli.app import build
 
-    def full(path: Path, done: object) -> None:
+    def full(path: Path, done: object, *, command: str) -> None:
         raise ReportError(f"{path}: cannot be written: the disk is full")
 
     monkeypatch.setattr("sppfeat.transfer.page.write_transfer_report", full)
@@ -615,7 +616,9 @@ def test_page(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) ->
     write_transfer_report(page, done)
     text = page.read_text()
     assert "&lt;b&gt;" in text and "<b>/" not in text and "data:image/jpeg;base64," in text
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text) and "http" not in text
+    assert not re.findall(r"src=[\"'](?!data:)", text) and "http" not in text
+    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall(r'href="([^"]*)"', text)]
+    assert links and all(link.startswith("./data/") and (tmp_path / link).is_file() for link in links)
     for name in {mistake.name for one in done for mistake in one.mistakes[:5]}:
         assert html.escape(name) in text
     with pytest.raises(ReportError, match="already exists"):
@@ -663,3 +666,26 @@ def test_the_interval_of_few_images_holds_the_value() -> None:
     )
     low, high = interval([(verdict.strata, verdict.resampled)] * 5)
     assert low < verdict.value < high < 100 * 3 / 7 + 1e-9
+
+
+def test_stores_side_by_side_on_the_page(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """A bar with its interval for each, and the classes that differ from the first store's; those at 100 % at once."""
+    stores = [make_store("good.h5", noise=0.3), make_store("bad.h5", noise=2.5)]
+    good, bad = evaluate_transfer(stores, TransferOptions(trials=2, costs=(1.0,), per_class=4))
+    write_transfer_report(tmp_path / "r.html", [good, bad], command="sppfeat evaluate transfer good.h5 bad.h5")
+    text = (tmp_path / "r.html").read_text()
+    for one in (good, bad):
+        low, high = one.interval
+        assert f'<i style="width: {one.value:.2f}%"></i>' in text
+        assert f'class="interval" style="left: {low:.2f}%; width: {high - low:.2f}%"' in text
+    differences = {name: value - good.per_class[name] for name, value in bad.per_class.items()}
+    differing = sorted(value for value in differences.values() if value)
+    shown = re.findall(r'<i class="(worse|better)" style="width: ([\d.]+)%"></i></span><b>([+-]\d+)</b>', text)
+    assert [int(number) for _, _, number in shown] == [round(value) for value in differing] and differing[0] < -5
+    assert all((kind == "worse") == (number[0] == "-") for kind, _, number in shown)
+    assert max(float(width) for _, width, _ in shown) == 50
+    perfect = [name for name, value in good.per_class.items() if value == 100]
+    assert len(perfect) > 1 and f"{len(perfect)} classes at 100 %</summary>" in text
+    assert f"{min(24, len(bad.mistakes))} of {bad.mistaken} mistakes in 2 trials shown" in text
+    assert bad.mistaken == bad.confusion.sum() - np.trace(bad.confusion) > 24
+    assert "<code>sppfeat evaluate transfer good.h5 bad.h5</code>" in text and text.count("<summary>Recipe of ") == 2
