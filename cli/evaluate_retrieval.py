@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat_cli import options
-from sppfeat_cli.output import counted, options_document, print_json, printable
+from sppfeat_cli.output import after_results, command_line, counted, options_document, print_json, printable
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Retrieval
@@ -100,6 +100,8 @@ def retrieval(
     neighborhood: options.Neighborhood = _RETRIEVAL.neighborhood,
     alpha: options.Alpha = _RETRIEVAL.alpha,
     bin_dim: options.BinDim = _RETRIEVAL.bin_dim,
+    report: options.Report = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Rank a gallery exactly for every query, and report mAP and recall@1, 5 and 10.
@@ -114,12 +116,14 @@ def retrieval(
 
       sppfeat evaluate retrieval --ground-truth gnd.json --gallery gallery.h5 --queries queries.h5
     """
+    from sppfeat.report import check_page
     from sppfeat.retrieval import (
         RetrievalOptions,
         evaluate_retrieval,
         read_boxes,
         read_ground_truth,
         write_query_windows,
+        write_retrieval_page,
     )
     from sppfeat.store import open_store
 
@@ -129,8 +133,8 @@ def retrieval(
     if boxes is not None:
         truth = read_boxes(boxes)
     if write_windows is not None:
-        if truth is None or store is not None or gallery is not None or queries is not None:
-            raise UsageError("--write-windows: expected --ground-truth PATH, and no store")
+        if truth is None or store is not None or gallery is not None or queries is not None or report is not None:
+            raise UsageError("--write-windows: expected --ground-truth PATH, and no store or --report")
         count = write_query_windows(truth, write_windows)
         if as_json:
             print_json({"windows": write_windows, "queries": count})
@@ -151,6 +155,7 @@ def retrieval(
         whole_queries=whole_queries,
         bin_dim=bin_dim,
     )
+    page = check_page(report, overwrite=overwrite) if report is not None else None
     opened = open_store(str(store or gallery))
     done = evaluate_retrieval(
         opened,
@@ -176,6 +181,9 @@ def retrieval(
         typer.echo(_text(done))
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
+    if page is not None:
+        with after_results(page):
+            write_retrieval_page(page, done, command=command_line())
 
 
 def _document(done: "Retrieval") -> dict[str, Any]:

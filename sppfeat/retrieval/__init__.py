@@ -21,6 +21,7 @@ from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.map import check_map, tile_order
 from sppfeat.retrieval.members import Member
 from sppfeat.retrieval.queries import rows_of_image
+from sppfeat.retrieval.retrieval_page import write_retrieval_page
 from sppfeat.retrieval.search import (
     Answer,
     Neighbor,
@@ -84,4 +85,5 @@ __all__ = [
     "write_duplicates_page",
     "write_hits_page",
     "write_query_windows",
+    "write_retrieval_page",
 ]

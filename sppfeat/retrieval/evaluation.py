@@ -17,9 +17,11 @@ from typing import Final
 import numpy as np
 
 from sppfeat.errors import StoreError, UsageError, unknown_name
+from sppfeat.recipe import Recipe
 from sppfeat.retrieval.bins import part_recipe
 from sppfeat.retrieval.channels import check_bin_dim
 from sppfeat.retrieval.ground_truth import GroundTruth
+from sppfeat.retrieval.hard_queries import Hardest, HardQuery
 from sppfeat.retrieval.parts import PART_FACTORS, in_pixels
 from sppfeat.retrieval.rankings import Ranking, rankings
 from sppfeat.retrieval.rerank import RerankOptions
@@ -65,13 +67,21 @@ class RetrievalOptions(RerankOptions):
 class Retrieval:
     """The result: mean average precision and recall@k over the queries, in percent.
 
+    store: the gallery's; recipe, weights_sha256: of its descriptors. gallery_root, queries_root: what names are
+    relative to. queries, gallery: how many.
     precision: mean precision at k, of revisited ground truth; else empty. average_precisions: by query, in percent.
-    left_out: queries without any relevant row. projection: the one used. learned_here: from evaluated rows.
+    left_out: queries without any relevant row. hardest: those with the lowest average precision. projection: the one
+    used. learned_here: from evaluated rows.
     overlap: mean intersection over union of the boxes found in relevant images and the true ones, 0 to 1, and 0 where
     the query was not looked for. located: how many of them are over 0.5, in percent. Both None without true boxes.
     notes: for the user.
     """
 
+    store: str
+    recipe: Recipe
+    weights_sha256: str
+    gallery_root: str
+    queries_root: str
     queries: int
     gallery: int
     mean_average_precision: float
@@ -79,6 +89,7 @@ class Retrieval:
     precision: dict[int, float]
     average_precisions: dict[str, float]
     left_out: list[str]
+    hardest: list[HardQuery]
     ap: str
     dim: int
     projection: Projection | None
@@ -137,6 +148,7 @@ def evaluate_retrieval(
     ap = options.ap or ("step" if truth is None or truth.boxed else "trapezoid")
     values: dict[str, float] = {}
     left_out: list[str] = []
+    hardest = Hardest(rows)
     recalls = {k: 0.0 for k in RECALLS}
     precisions = {k: 0.0 for k in RECALLS} if truth is not None and truth.revisited else {}
     found: list[float] = []
@@ -152,6 +164,7 @@ def evaluate_retrieval(
             left_out.append(name)
             continue
         values[name] = 100 * ranked_average_precision(ranked, method=ap)
+        hardest.add(name, values[name], ranking.order, ranked)
         for k in recalls:
             recalls[k] += 100 * recall_at(ranked, k)
         for k in precisions:
@@ -159,6 +172,11 @@ def evaluate_retrieval(
     if not values:
         raise UsageError(f"{gallery.path}: none of the {len(asked)} queries has a relevant image in it")
     return Retrieval(
+        store=gallery.place,
+        recipe=gallery.recipe,
+        weights_sha256=gallery.weights_sha256,
+        gallery_root=gallery.source_root,
+        queries_root=asked.store.source_root,
         queries=len(values),
         gallery=len(rows),
         mean_average_precision=float(np.mean(list(values.values()))),
@@ -166,6 +184,7 @@ def evaluate_retrieval(
         precision={k: total / len(values) for k, total in precisions.items()},
         average_precisions=values,
         left_out=left_out,
+        hardest=hardest.queries,
         ap=ap,
         dim=rows.dim,
         projection=projection,
