@@ -8,7 +8,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import counted, print_json, printable, wrote
+from sppfeat_cli.output import command_line, counted, print_json, printable, wrote
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,7 +131,12 @@ def detect(
     if page is not None and page_path is not None:
         kind = "probability" if model.probable else "score"
         try:
-            page.write(page_path, title=f"Detections of {detector}", note=f"{kind} at least {least:g}")
+            page.write(
+                page_path,
+                title=f"Detections of {detector}",
+                note=f"{kind} at least {least:g}",
+                command=command_line(),
+            )
         except ReportError as error:
             unwritten.append(error)
         else:

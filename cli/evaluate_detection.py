@@ -8,7 +8,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, options_document, print_json, printable
+from sppfeat_cli.output import after_results, command_line, options_document, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -94,7 +94,14 @@ def detection(
         typer.echo(_table(done))
     if page is not None:
         with after_results(page, quiet=quiet):
-            write_evaluation(page, done, title=f"Detection: {detector}", note=voc or annotations or "")
+            write_evaluation(
+                page,
+                done,
+                model,
+                title=f"Detection: {detector}",
+                note=voc or annotations or "",
+                command=command_line(),
+            )
     if done.failed or done.notes:
         raise typer.Exit(3)
 

@@ -12,9 +12,11 @@ from sppfeat.detection.detecting import (
     detect_images,
     threshold_for,
 )
+from sppfeat.detection.detections_page import DetectionPage
 from sppfeat.detection.detector import Detector, detection_recipe, open_detector
-from sppfeat.detection.drawing import DetectionPage, DrawingFolder, write_evaluation
+from sppfeat.detection.drawing import DrawingFolder
 from sppfeat.detection.evaluation import DetectionEvaluation, complete_options, evaluate_detector
+from sppfeat.detection.evaluation_page import write_evaluation
 from sppfeat.detection.training_options import TrainingOptions
 from sppfeat.detection.tuning_page import write_detector_page
 

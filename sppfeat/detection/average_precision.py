@@ -31,7 +31,8 @@ _COCO_SIZES: Final = {
 class Objects:
     """One class in one image: its objects, and what was found.
 
-    boxes: [G, 4]; difficult, crowd: [G] bool, areas: [G], see `Annotation`. found: [n, 4] windows with scores [n].
+    boxes: [G, 4]; difficult, crowd: [G] bool, areas: [G], see `Annotation`. found: [n, 4] windows; scores: [n],
+    which order them. probabilities: [n] what is told of them; None: the scores.
     """
 
     boxes: np.ndarray
@@ -40,6 +41,23 @@ class Objects:
     found: np.ndarray
     scores: np.ndarray
     areas: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Detections of a class in all images, the best score first.
+
+    images, rows: [R] which detection of which image. targets: [R], see `voc_ranking`. scores: [R]. takers: for each
+    image [G] the rank of the detection that found the object, from 0; -1 for one that is not found. objects: how many.
+    """
+
+    images: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    scores: np.ndarray
+    takers: list[np.ndarray]
+    objects: int
 
 
 def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray, int]:
@@ -49,10 +67,16 @@ def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.nda
     the object is not taken yet, 0 (ignored) if the object is difficult, else -1, so that a second detection of one
     object is wrong (VOCevaldet of the VOC 2007 devkit). Of equal scores the earlier image comes first.
     """
+    ranking = rank_detections(images, overlap)
+    return ranking.targets, ranking.scores, ranking.objects
+
+
+def rank_detections(images: Sequence[Objects], overlap: float = 0.5) -> Ranking:
+    """What `voc_ranking` gives, and which detection found which object."""
     scores = np.concatenate([one.scores for one in images]) if images else np.zeros(0)
     place = [(image, row) for image, one in enumerate(images) for row in range(len(one.scores))]
     shared = [overlaps(one.found, one.boxes) for one in images]
-    taken = [np.zeros(len(one.boxes), bool) for one in images]
+    takers = [np.full(len(one.boxes), -1) for one in images]
     order = np.argsort(-scores, kind="stable")
     targets = np.full(len(order), -1, np.int8)
     for rank, at in enumerate(order):
@@ -65,10 +89,12 @@ def voc_ranking(images: Sequence[Objects], overlap: float = 0.5) -> tuple[np.nda
             continue
         if images[image].difficult[best]:
             targets[rank] = 0
-        elif not taken[image][best]:
+        elif takers[image][best] < 0:
             targets[rank] = 1
-            taken[image][best] = True
-    return targets, scores[order], sum(int((~one.difficult).sum()) for one in images)
+            takers[image][best] = rank
+    which = np.array(place, np.int64).reshape(-1, 2)[order]
+    objects = sum(int((~one.difficult).sum()) for one in images)
+    return Ranking(which[:, 0], which[:, 1], targets, scores[order], takers, objects)
 
 
 def voc_average_precision(images: Sequence[Objects], *, overlap: float = 0.5, method: str = "11-point") -> float:

@@ -1,4 +1,4 @@
-"""Detections drawn on images, and the page that shows them."""
+"""Detections drawn on images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
@@ -21,17 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from sppfeat.detection.detecting import Detections
-from sppfeat.detection.detector import Detector
-from sppfeat.detection.evaluation import ClassResult, DetectionEvaluation
 from sppfeat.errors import ImageError, ReportError, one_line
 from sppfeat.files import check_can_write, os_reason
 from sppfeat.images import ImageList, Item, name_to_path, read_image
-from sppfeat.report import image_address, write_page
 
-# Long side of images on a page: twice the width they are shown at on a wide screen.
-PAGE_SIDE: Final = 640
-# A page with more images is slow to open; those with the best scores are shown.
-MAX_IMAGES: Final = 200
 # More labels than any image has room for; those with the best scores are placed without overlap.
 _LABELS_APART: Final = 500
 # Characters of a class name: no image is wide enough for more.
@@ -45,27 +37,54 @@ _SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unic
 _NO_CHARACTER: Final = "\U0010ffff"  # not a character, so every font draws its missing-glyph box
 # Turning by the golden angle keeps the colours of adjacent classes apart, whatever their number.
 _FIRST_HUE, _HUE_STEP = 0.03, 0.381966
+# Relative luminance (WCAG 2) of all colours: 4.6 to 1 against white text and light pages, 3.4 against dark ones.
+_LUMINANCE: Final = 0.178
+_WEAK_OPACITY: Final = 0.5
 
 
+@functools.lru_cache(maxsize=4096)
 def class_color(label: int) -> tuple[int, int, int]:
-    """A distinct colour per class: strong, and dark enough for white text."""
-    red, green, blue = colorsys.hls_to_rgb((_FIRST_HUE + label * _HUE_STEP) % 1, 0.42, 0.85)
+    """A distinct colour per class, always the same: strong, dark enough for white text, and seen on dark pages."""
+    hue, low, high = (_FIRST_HUE + label * _HUE_STEP) % 1, 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if _luminance(colorsys.hls_to_rgb(hue, middle, 0.85)) < _LUMINANCE:
+            low = middle
+        else:
+            high = middle
+    red, green, blue = colorsys.hls_to_rgb(hue, low, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw_detections(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
+def _luminance(color: tuple[float, float, float]) -> float:
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in color]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def draw_detections(
+    image: Image.Image, found: Detections, classes: Sequence[str], *, weak: float | None = None
+) -> Image.Image:
     """A copy of the image with boxes and labels, sized to be readable; the best detection is on top.
 
     image: the upright original, or a smaller copy; boxes are scaled to it. Labels do not overlap if there is room.
+    weak: detections with a lower score are drawn half transparent.
     """
+    few = np.zeros(len(found.scores), bool) if weak is None else found.scores < weak
     drawn = image.convert("RGB")
+    if few.any():  # below all others, which they do not cover
+        drawn = Image.blend(drawn, _drawn(drawn.copy(), found, classes, few), _WEAK_OPACITY)
+    return _drawn(drawn, found, classes, ~few)
+
+
+def _drawn(drawn: Image.Image, found: Detections, classes: Sequence[str], which: np.ndarray) -> Image.Image:
+    """The image itself, with some of the detections drawn on it."""
     pen = ImageDraw.Draw(drawn)
     short, long = min(drawn.size), max(drawn.size)
     width = max(2, round(long / 180))
     size = max(11, round(min(long / 24, short / 9)))
     ratio = np.array([drawn.width / found.image_size[0], drawn.height / found.image_size[1]] * 2)
     boxes = np.rint((found.boxes + [0, 0, 1, 1]) * ratio - [0, 0, 1, 1]).astype(int)
-    best_last = range(len(boxes) - 1, -1, -1)
+    best_last = np.flatnonzero(which)[::-1].tolist()
     for at in best_last:
         x1, y1, x2, y2 = boxes[at].tolist()
         color = class_color(int(found.labels[at]))
@@ -309,84 +328,3 @@ def _is_drawing(path: Path) -> bool:
             return _MARK in file.read(4096)
     except OSError:
         return False
-
-
-@dataclass
-class DetectionPage:
-    """Images with their detections, gathered for one page. Only the `MAX_IMAGES` with the best scores stay."""
-
-    detector: Detector
-    _entries: list[tuple[float, str, Item | str, Detections]] = field(default_factory=list)
-    _searched: int = 0
-    _found: int = 0
-
-    def add(self, source: Item | str, name: str, found: Detections) -> None:
-        """Add a searched image."""
-        self._searched += 1
-        self._found += len(found.scores)
-        if len(found.scores):
-            self._entries.append((float(found.scores[0]), name, source, found))
-            if len(self._entries) > 2 * MAX_IMAGES:
-                self._prune()
-
-    def write(self, output: Path, *, title: str, note: str) -> None:
-        """Write the page. Raises ReportError."""
-        self._prune()
-        images = []
-        for _, name, source, found in self._entries:
-            address = None
-            with contextlib.suppress(ImageError):  # the file may be gone by now, but its detections are not
-                pixels = read_image(source).pixels
-                pixels.thumbnail((PAGE_SIDE, PAGE_SIDE))
-                address = image_address(draw_detections(pixels, found, self.detector.classes), "JPEG")
-            counts: dict[str, int] = {}
-            for label in found.labels:
-                counts[self.detector.classes[int(label)]] = counts.get(self.detector.classes[int(label)], 0) + 1
-            about = ", ".join(f"{count} {label}" if count > 1 else label for label, count in counts.items())
-            images.append({"address": address, "name": name, "about": about})
-        write_page(
-            output,
-            "detections.html",
-            {
-                "title": title,
-                "note": note,
-                "images": images,
-                "searched": self._searched,
-                "found": self._found,
-                "classes": len(self.detector.classes),
-                "shown": len(images),
-            },
-        )
-
-    def _prune(self) -> None:
-        self._entries.sort(key=lambda entry: (-entry[0], entry[1]))
-        del self._entries[MAX_IMAGES:]
-
-
-def write_evaluation(output: Path, done: DetectionEvaluation, *, title: str, note: str) -> None:
-    """Write the page of an evaluation: figures, a table of the classes, and their curves. Raises ReportError."""
-    classes = sorted(done.classes, key=lambda one: (np.isnan(one.eleven_point), -one.eleven_point, one.name))
-    write_page(
-        output,
-        "detection_evaluation.html",
-        {
-            "title": title,
-            "note": note,
-            "done": done,
-            "classes": [{"result": one, "curve": _curve(one)} for one in classes],
-            "notes": done.notes[:50],
-            "failed": dict(list(done.failed.items())[:50]),
-        },
-    )
-
-
-def _curve(one: ClassResult) -> str:
-    """Points of a precision-recall polyline in a square of 100 x 100, starting in the upper left."""
-    recall, precision = one.recall, one.precision
-    if not len(recall):
-        return ""
-    # Where precision only falls between two hits, its end is enough: curves of many detections stay small.
-    turns = np.flatnonzero(np.diff(recall, prepend=-1, append=2)[:-1] + np.diff(recall, prepend=-1, append=2)[1:] > 0)
-    turns = turns[:: max(1, len(turns) // 400)]
-    points = zip(100 * recall[turns], 100 - 100 * precision[turns], strict=True)
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

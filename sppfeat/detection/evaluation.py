@@ -14,12 +14,14 @@ from sppfeat.detection.average_precision import (
     COCO_DETECTIONS,
     CocoFigures,
     Objects,
+    Ranking,
     coco_figures,
     coco_means,
-    voc_ranking,
+    rank_detections,
 )
 from sppfeat.detection.detecting import DetectOptions, DetectorRunner, detected, threshold_for, window_notes
 from sppfeat.detection.detector import Detector
+from sppfeat.detection.mistakes import Mistakes, find_mistakes
 from sppfeat.errors import UsageError
 from sppfeat.extraction import Describer
 from sppfeat.progress import Observer
@@ -63,7 +65,8 @@ class DetectionEvaluation:
     """What a detector finds in annotated images. Means are over the classes that have objects, in percent.
 
     threshold: the lowest score that `detect` returns by default; a probability if the detector is calibrated.
-    failed: skipped images by name, and why. notes: what else was skipped or suspicious. stages: seconds per stage.
+    mistakes: of the detections from it on. failed: skipped images by name, and why. notes: what else was skipped or
+    suspicious. stages: seconds per stage.
     """
 
     classes: list[ClassResult]
@@ -71,6 +74,7 @@ class DetectionEvaluation:
     threshold: float
     images: int
     windows: int
+    mistakes: Mistakes
     failed: dict[str, str]
     notes: list[str]
     seconds: float
@@ -172,20 +176,31 @@ def evaluate_detector(
             kept[label] += int((done.scores[mine] >= threshold).sum())
             areas = None if one.areas is None else one.areas[of]
             objects[label].append(
-                Objects(one.boxes[of], one.difficult[of], one.crowd[of], done.boxes[mine], done.ranks[mine], areas)
+                Objects(
+                    one.boxes[of],
+                    one.difficult[of],
+                    one.crowd[of],
+                    done.boxes[mine],
+                    done.ranks[mine],
+                    areas,
+                    done.scores[mine],
+                )
             )
         observer.row(name, done.error)
     # In the listed order of the images, not the order they came in: of equal scores the first counts first.
     turns = np.argsort(order)
+    objects = [[of_class[turn] for turn in turns] for of_class in objects]
+    rankings = [rank_detections(of_class, overlap) for of_class in objects]
     return DetectionEvaluation(
         classes=[
-            _class_result(known, [objects[label][turn] for turn in turns], overlap, kept[label])
+            _class_result(known, objects[label], rankings[label], kept[label])
             for label, known in enumerate(detector.classes)
         ],
         overlap=overlap,
         threshold=threshold,
         images=len(names),
         windows=count,
+        mistakes=find_mistakes(annotated, detector.classes, objects, rankings, kept, overlap),
         failed={**annotated.problems, **failed},
         notes=notes,
         seconds=time.perf_counter() - began,
@@ -193,8 +208,8 @@ def evaluate_detector(
     )
 
 
-def _class_result(name: str, images: list[Objects], overlap: float, kept: int) -> ClassResult:
-    targets, _, objects = voc_ranking(images, overlap)
+def _class_result(name: str, images: list[Objects], ranking: Ranking, kept: int) -> ClassResult:
+    targets, objects = ranking.targets, ranking.objects
     hits = targets[targets != 0] > 0
     found = np.cumsum(hits)
     figures = coco_figures(images)

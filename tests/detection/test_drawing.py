@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 
 from sppfeat import ImageError, ReportError
 from sppfeat.detection.detecting import Detections
+from sppfeat.detection.detections_page import DetectionPage
 from sppfeat.detection.detector import Detector, detection_recipe, save_detector
 from sppfeat.detection.drawing import (
-    DetectionPage,
     DrawingFolder,
     class_color,
     draw_detections,
@@ -269,7 +269,7 @@ def test_a_page_of_detections(images: Callable[..., Path], tmp_path: Path) -> No
     text = (tmp_path / "page.html").read_text()
     assert text.count("<figure") == 2 and text.count("data:image/jpeg") == 1 and text.count("image not available") == 1
     assert "<script" not in text and "<b>gone" not in text and html.escape("<b>gone.jpg") in text
-    assert "größe" in text and text.count("&lt;script&gt;") == 4  # title, heading, alternative text, caption
+    assert "größe" in text and text.count("&lt;script&gt;") == 5  # title, heading, legend, alternative text, caption
 
 
 @pytest.fixture
@@ -380,3 +380,51 @@ def test_drawing_by_command_line(
     document = json.loads(shown.out)
     assert document["not_drawn"] == {"b.jpg": "no such file"} and len(document["results"]) == 3
     assert "not drawn: b.jpg: no such file" in shown.err and "image not available" in page.read_text()
+
+
+def luminance(color: tuple[int, ...]) -> float:
+    """Relative luminance, by WCAG 2."""
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_colors_of_classes_are_distinct_and_readable() -> None:
+    """White text on them, and boxes of them on light and dark pages (WCAG: 4.5 and 3 to 1)."""
+    colors = [class_color(label) for label in range(80)]
+    assert len(set(colors)) == 80
+    for color in colors:
+        light = luminance(color) + 0.05
+        assert 1.05 / light > 4.5 and light / (luminance((0x1C, 0x22, 0x29)) + 0.05) > 3
+    for one, other in zip(colors[:20], colors[1:21], strict=True):
+        assert np.abs(np.subtract(one, other)).max() > 60
+
+
+def test_weak_detections_are_dimmed() -> None:
+    """Drawn as any other, half as strong; the others stay."""
+    plain = Image.new("RGB", SIZE)
+    found = found_at((10, 40, 60, 100), (90, 40, 140, 100), score=0.6)  # scores 0.6 and 0.4
+    full, dimmed = (np.asarray(draw_detections(plain, found, ["cat"], weak=weak)).astype(int) for weak in (None, 0.5))
+    assert (full[:, :75] == dimmed[:, :75]).all() and full[70, 91].max() > 90
+    assert np.abs(dimmed[:, 80:] - full[:, 80:] / 2).max() <= 1
+    only = np.asarray(draw_detections(plain, found, ["cat"], weak=0.1)).astype(int)
+    assert (only == full).all()
+
+
+def test_the_page_of_detections_says_what_is_cut_and_which_color_is_whose(
+    images: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppfeat.detection.detections_page.MAX_IMAGES", 2)
+    names = ["x/a.jpg", "x/b.jpg", "x/c.jpg"]
+    source = images(*names)
+    page = DetectionPage(detector_of("cat", "dog"))
+    for at, name in enumerate(names):
+        page.add(str(source / name), name, found_at((20, 30, 120, 100), label=at % 2, score=0.9 - at / 10))
+    page.write(tmp_path / "page.html", title="t", note="n", command="sppfeat detect d.h5")
+    text = (tmp_path / "page.html").read_text()
+    assert "2 of 3 images shown, the best scores first" in text and text.count("<figure") == 2
+    assert [re.findall(r"background: (#\w+)", text)[at] for at in (0, 1)] == [
+        "#{:02x}{:02x}{:02x}".format(*class_color(label)) for label in (0, 1)
+    ]
+    assert re.findall(r'title="(x/\w\.jpg)">(\w\.jpg)<', text) == [("x/a.jpg", "a.jpg"), ("x/b.jpg", "b.jpg")]
+    assert re.findall(r'href="(.*?)"', text)[0] == f"./{(source / names[0]).relative_to(tmp_path)}"
+    assert "<code>sppfeat detect d.h5</code>" in text and "score below 0" in text
