@@ -186,7 +186,9 @@ def test_a_gallery_of_windows(folder: Path, call: Run, tiny: Recipe) -> None:
         str(query),
         [10, 10, 40, 40],
     )
-    assert Path("w.html").read_text().count("data:image/jpeg;base64,") == 4
+    page = Path("w.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 4 and page.count(f"Names are below <code>{folder}</code>") == 1
+    assert "outlined: 10,10,40,40" in page and page.count('href="./images/') == 4
 
 
 def test_a_page_that_cannot_be_written_costs_the_page_alone(

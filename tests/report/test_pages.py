@@ -253,3 +253,19 @@ def test_a_query_given_by_its_path_is_shown(folder: Path, make_store: Callable[.
     write_hits_page(tmp_path / "p.html", open_gallery(tmp_path / "g"), SearchResult([answer], [], 0.0, 0.0))
     (address,) = re.findall(r'src="(data:[^"]+)"', (tmp_path / "p.html").read_text())
     assert np.asarray(shown(address)).max() < 60
+
+
+def test_few_hits_are_shown_large(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """And as fine as they are large, unless there are many of them on the page."""
+    for number in range(12):
+        Image.new("RGB", (900, 600)).save(tmp_path / f"{number:02}.jpg")
+    store = make_store(np.eye(12), names=[f"{number:02}.jpg" for number in range(12)], root=str(tmp_path))
+    create_gallery(store, tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    for k, queries, side, width in ((2, 1, 280, 560), (4, 1, 206, 412), (12, 1, 120, 240), (9, 12, 120, 240)):
+        done = search_store(gallery, store, SearchOptions(k=k))
+        write_hits_page(tmp_path / "p.html", gallery, SearchResult(done.answers[:queries], [], 0.0, 0.0))
+        text = (tmp_path / "p.html").read_text()
+        assert text.count(f'style="--side: {side}px"') == queries
+        addresses = re.findall(r'class="hit">.*?src="(data:[^"]+)"', text, re.DOTALL)
+        assert len(addresses) == k * queries and {shown(one).width for one in addresses} == {width}
