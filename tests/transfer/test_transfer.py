@@ -660,6 +660,7 @@ def test_the_interval_of_few_images_holds_the_value() -> None:
         top5=100.0,
         confusion=np.zeros((7, 7), int),
         mistakes=[],
+        mistaken=int((~right).sum()),
         right=right,
         labels=labels,
         scores=np.zeros((10, 7)),
