@@ -23,7 +23,7 @@ def write_evaluation(
 ) -> None:
     """Write one self-contained page. command: what made it.
 
-    See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError.
+    See `sppfeat.report.check_page`. Raises ReportError.
     """
     classes: list[ClassResult] = sorted(
         done.classes, key=lambda one: (np.isnan(one.eleven_point), -one.eleven_point, one.name)

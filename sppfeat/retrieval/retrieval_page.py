@@ -18,7 +18,7 @@ _EDGES: Final = tuple(range(0, 101, 10))  # of average precisions, in percent
 def write_retrieval_page(path: Path, done: Retrieval, *, command: str = "") -> None:
     """Write one self-contained page. command: what made it.
 
-    See `sppfeat.report.check_page`. Raises ReportError, MissingExtraError.
+    See `sppfeat.report.check_page`. Raises ReportError.
     """
     values = sorted(done.average_precisions.items(), key=lambda one: one[1])
     below = [one for one in values if one[1] < 100 - 1e-9]
