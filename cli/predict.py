@@ -6,7 +6,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, finite, print_json, printable
+from sppfeat_cli.output import after_results, command_line, finite, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def predict(
             write_predictions_csv(table, found)
     if page is not None:
         with after_results(page, quiet=quiet):
-            write_predictions_page(page, found, title=f"Classes by {model}")
+            write_predictions_page(page, found, title=f"Classes by {model}", command=command_line())
     if any(one.error is not None for one in found):
         raise typer.Exit(3)
 

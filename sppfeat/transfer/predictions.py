@@ -13,7 +13,7 @@ from typing import Final
 from sppfeat.errors import ReportError
 from sppfeat.files import appearing, check_new_file
 from sppfeat.images import path_to_name
-from sppfeat.report import thumbnail, write_page
+from sppfeat.report import common_folder, shown_row, write_page
 from sppfeat.transfer.classifier import Classifier
 from sppfeat.transfer.prediction import Prediction
 
@@ -74,8 +74,11 @@ def write_predictions_csv(path: Path, found: Sequence[Ranked]) -> None:
         partial.write_text(text.getvalue(), "utf-8", errors="backslashreplace", newline="")
 
 
-def write_predictions_page(path: Path, found: Sequence[Ranked], *, title: str) -> None:
-    """Write one page: the images of each class, those with the highest scores first. Raises ReportError."""
+def write_predictions_page(path: Path, found: Sequence[Ranked], *, title: str, command: str = "") -> None:
+    """Write one page: the images of each class, those with the highest scores first. command: what made it.
+
+    Raises ReportError.
+    """
     by_class: dict[str, list[Ranked]] = {}
     for one in found:
         if one.top:
@@ -88,7 +91,7 @@ def write_predictions_page(path: Path, found: Sequence[Ranked], *, title: str) -
         left -= len(shown)
         entries = [
             {
-                "thumbnail": thumbnail(one.root, one.name),
+                "image": shown_row(path, one.root, one.name),
                 "path": one.path,
                 "score": one.top[0][1],
                 "others": [f"{name} {score:.2f}" for name, score in one.top[1:2]],
@@ -100,5 +103,12 @@ def write_predictions_page(path: Path, found: Sequence[Ranked], *, title: str) -
     write_page(
         path,
         "predictions.html",
-        {"title": title, "classes": classes, "count": len(found) - len(failed), "failed": failed},
+        {
+            "title": title,
+            "classes": classes,
+            "count": len(found) - len(failed),
+            "failed": failed,
+            "folder": common_folder(one.path for one in found),
+        },
+        command=command,
     )
