@@ -331,7 +331,8 @@ def _summary(done: "Extraction", precision: str, *, prune: bool) -> str:
     if busy.decode:
         text += (
             f"\n{done.seconds:.1f} s, {done.images_per_second:.1f} {_unit(done)}s/s on {done.device} ({done.engine}); "
-            f"busy: decode {busy.decode:.1f} s, forward {busy.forward:.1f} s (over all threads), write {busy.write:.1f} s"
+            f"busy: decode {busy.decode:.1f} s, forward {busy.forward:.1f} s (over all threads), "
+            f"write {busy.write:.1f} s"
         )
     if done.bottleneck is not None:
         text += f"\nbottleneck: {_bottleneck(done, precision)}"

@@ -186,6 +186,7 @@ def write_outputs(page: Path) -> None:
     """Run a page's blocks, each in a process of its own, and write what commands print into the blocks after them."""
     lines, blocks = page.read_text("utf-8").splitlines(), list(read_blocks(page))
     outputs: dict[int, str] = {}
+    code = ""
     with tempfile.TemporaryDirectory() as work:
         (folder := Path(work) / "here").mkdir()
         prepare(folder)
@@ -195,7 +196,8 @@ def write_outputs(page: Path) -> None:
             if block.title is not None:
                 run_block(block, folder, {})
             elif block.language == "python":
-                subprocess.run([sys.executable, "-c", block.text], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                code += block.text  # goes on with the names of the blocks before
+                subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stdout=subprocess.DEVNULL)
             elif block.language == "sh":
                 text = "\n".join(line for line in command_lines(block.text) if not _INSTALLS.search(line))
                 command = ["bash", "-euo", "pipefail", "-c", text]

@@ -252,7 +252,7 @@ def test_from_the_command_line(make_store: MakeStore, tmp_path: Path, run_sppfea
             *("evaluate", "transfer", tmp_path / "a.h5", tmp_path / "b.h5", "--classifier", classifier),
             *("--shots", "1,3", "--c", "1", "--report", tmp_path / f"{classifier}.html"),
         )
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert (done.returncode, done.stderr) == (0, f"wrote {tmp_path / classifier}.html\n"), done.stderr
         assert told in done.stdout and "1 image per class: " in done.stdout and "top-5 " in done.stdout
         assert "corrected t-test)" in done.stdout
         page = (tmp_path / f"{classifier}.html").read_text()
