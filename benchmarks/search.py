@@ -213,7 +213,8 @@ def stages(folder: str) -> dict[str, Any]:
     """One query image on the CPU, warm: medians of 15, in milliseconds. The gallery is the photographs."""
     from sppfeat import Recipe, RunOptions, extract_folder, open_store
     from sppfeat.retrieval import create_gallery, open_gallery
-    from sppfeat.retrieval.search import SearchOptions, describer_for, search_descriptors, search_images
+    from sppfeat.retrieval.queries import describer_for
+    from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_images
 
     options = RunOptions(device="cpu")
     extract_folder(PHOTOS, Path(folder, "photos.h5"), Recipe(), options)

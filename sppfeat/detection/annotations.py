@@ -72,6 +72,15 @@ class AnnotatedImages:
         """Only some of the images; the classes stay."""
         return replace(self, images={name: self.images[name] for name in names}, problems={}, notes=[])
 
+    def count_positives(self) -> dict[str, int]:
+        """Objects of each class, without the difficult ones."""
+        counts = dict.fromkeys(self.classes, 0)
+        for one in self.images.values():
+            for label, difficult in zip(one.labels, one.difficult, strict=True):
+                if label in counts and not difficult:
+                    counts[label] += 1
+        return counts
+
 
 def read_voc(root: str | os.PathLike[str], split: str) -> AnnotatedImages:
     """Read the VOC layout below `root`: ImageSets/Main/SPLIT.txt, Annotations/ID.xml, JPEGImages/ID.jpg.

@@ -78,6 +78,22 @@ class RowCache:
         self.count = len(rows)
         self._known = {(p, w) for p, w in self.origin.tolist() if w != GROUND_TRUTH}
 
+    def drop_easiest(self, weights: np.ndarray, biases: np.ndarray) -> None:
+        """Drop a quarter of the rows: those of negatives alone whose highest score by any class is lowest.
+
+        weights: [K, D], biases: [K].
+        """
+        hardness = np.empty(self.count, np.float32)
+        for first in range(0, self.count, _COPY_ROWS):
+            block = slice(first, first + _COPY_ROWS)
+            scores = self.rows[block].astype(np.float32) @ weights.T + biases
+            hardness[block] = np.where(self.targets[block] == -1, scores, -np.inf).max(1)
+        hardness[(self.targets == 1).any(1)] = np.inf
+        kept = np.ones(self.count, bool)
+        kept[np.argsort(hardness, kind="stable")[: self.count // 4]] = False
+        kept[np.isposinf(hardness)] = True
+        self.keep(kept)
+
     def keep_classes(self, kept: np.ndarray) -> None:
         """Drop the classes that are false in `kept` [K]; the rows stay."""
         self._targets = np.ascontiguousarray(self._targets[:, kept])

@@ -13,7 +13,7 @@ import numpy as np
 from sppfeat.detection.annotations import AnnotatedImages
 from sppfeat.detection.detector import detection_recipe, save_detector
 from sppfeat.detection.training_options import TrainingOptions
-from sppfeat.detection.training_rounds import Trainer, count_positives
+from sppfeat.detection.training_rounds import Trainer
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Describer
 from sppfeat.files import DETECTOR, check_new_file
@@ -141,7 +141,7 @@ def _stopped_before(annotated: AnnotatedImages, describer: Describer, seconds: f
         file=None,
         images=len(annotated.images),
         classes=annotated.classes,
-        positives=count_positives(annotated),
+        positives=annotated.count_positives(),
         rows=0,
         hard=[],
         failed=annotated.problems,

@@ -79,7 +79,7 @@ class Trainer:
         self._options, self._observer, self._state_path = options, observer, state_path
         self.notes: list[str] = []
         self.failed: dict[str, str] = {}
-        self.positives = count_positives(annotated)
+        self.positives = annotated.count_positives()
         self.classes = [name for name in annotated.classes if self.positives[name]]
         for name in annotated.classes:
             if not self.positives[name]:
@@ -433,20 +433,8 @@ class Trainer:
 
     def _make_room(self, wanted: int) -> None:
         """Drop the easiest negatives, a quarter of the rows, if dropping easy ones was not enough."""
-        if self.cache.free >= wanted:
-            return
-        rows = self.cache.rows
-        hardness = np.empty(len(rows), np.float32)
-        for first in range(0, len(rows), 4096):
-            block = slice(first, first + 4096)
-            scores = rows[block].astype(np.float32) @ self._model.T + self._biases
-            hardness[block] = np.where(self.cache.targets[block] == -1, scores, -np.inf).max(1)
-        hardness[(self.cache.targets == 1).any(1)] = np.inf
-        order = np.argsort(hardness, kind="stable")
-        kept = np.ones(len(rows), bool)
-        kept[order[: len(rows) // 4]] = False
-        kept[np.isposinf(hardness)] = True
-        self.cache.keep(kept)
+        if self.cache.free < wanted:
+            self.cache.drop_easiest(self._model, self._biases)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -477,14 +465,8 @@ class Trainer:
         if self._calibrating:
             arrays["held_out"] = self._held_out.state()
         arrays |= {"model": self._model, "biases": self._biases, "norms": self._norms, "done": self.done}
-        values = {
-            "step": self._step,
-            "fresh": self._fresh,
-            "hard": self.hard,
-            "failed": self.failed,
-            "classes": self.classes,
-            "notes": self.notes,
-        }
+        values = {"step": self._step, "fresh": self._fresh, "classes": self.classes}
+        values |= {"hard": self.hard, "failed": self.failed, "notes": self.notes}
         save_state(self._state_path, self._identity, arrays, values)
         self._saved_at = time.perf_counter()
         self._save_seconds = self._saved_at - start
@@ -509,12 +491,3 @@ class Trainer:
             self.hard, self.failed = list(values["hard"]), dict(values["failed"])
         except (KeyError, ValueError, TypeError) as error:
             raise ModelError(f"{self._state_path}: {error}; --overwrite starts over") from None
-
-
-def count_positives(annotated: AnnotatedImages) -> dict[str, int]:
-    counts = dict.fromkeys(annotated.classes, 0)
-    for one in annotated.images.values():
-        for label, difficult in zip(one.labels, one.difficult, strict=True):
-            if label in counts and not difficult:
-                counts[label] += 1
-    return counts

@@ -19,7 +19,6 @@ from sppfeat.backbones.backbone import load_trunk, weights_sha256
 from sppfeat.detection.annotations import AnnotatedImages
 from sppfeat.detection.detector import detection_recipe, save_detector
 from sppfeat.detection.train_detector import windows_beside
-from sppfeat.detection.training_rounds import count_positives
 from sppfeat.detection.window_learning import WindowLearner
 from sppfeat.engines import resolve_device
 from sppfeat.errors import ModelError, UsageError
@@ -103,7 +102,7 @@ def tune_detector(
             "a tuned detector needs one backbone, normalize 'none' and pooling max or avg, found "
             f"{recipe.backbone}, {recipe.normalize!r}, {recipe.pooling!r}"
         )
-    positives = count_positives(annotated)
+    positives = annotated.count_positives()
     classes = [name for name in annotated.classes if positives.get(name)]
     if not classes:
         raise UsageError(f"expected objects in {len(annotated.images)} images, found none that count")
@@ -140,7 +139,7 @@ def tune_detector(
         count = round(options.held_out * len(names)) if len(names) > 1 and options.epochs else 0
         held = sorted(names[at] for at in order[:count])
         rest = sorted(names[at] for at in order[count:])
-        learned_from = count_positives(annotated.subset(rest))
+        learned_from = annotated.subset(rest).count_positives()
         positives = {name: learned_from[name] for name in positives}
         learner = WindowLearner(
             trunk,

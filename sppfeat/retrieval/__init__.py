@@ -20,14 +20,13 @@ from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.map import check_map, tile_order
 from sppfeat.retrieval.members import Member
-from sppfeat.retrieval.queries import rows_of_image
+from sppfeat.retrieval.queries import describer_for, rows_of_image
 from sppfeat.retrieval.retrieval_page import write_retrieval_page
 from sppfeat.retrieval.search import (
     Answer,
     Neighbor,
     SearchOptions,
     SearchResult,
-    describer_for,
     part_factors,
     search_descriptors,
     search_images,

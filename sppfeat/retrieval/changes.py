@@ -24,14 +24,11 @@ from sppfeat.retrieval.faiss_index import (
     build_index,
     drop_rows,
     effort_name,
-    faiss_reason,
     fill,
-    from_device,
-    load_faiss,
-    on_device,
     reconstruct,
     retune,
 )
+from sppfeat.retrieval.faiss_library import faiss_reason, from_device, load_faiss, on_device
 from sppfeat.retrieval.gallery import Gallery, check_recipe, open_gallery
 from sppfeat.retrieval.gallery_files import (
     FORMAT_VERSION,

@@ -23,7 +23,8 @@ from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.alignment import align, cells_of, locate, rectangles
 from sppfeat.retrieval.bins import BinLayout, bin_layout, bins_of, part_recipe
 from sppfeat.retrieval.channels import to_bytes
-from sppfeat.retrieval.faiss_index import build_index, load_faiss
+from sppfeat.retrieval.faiss_index import build_index
+from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.parts import in_pixels
 from sppfeat.store import Box, Store, UnitRows, item_of, unit_rows

@@ -12,7 +12,7 @@ import numpy as np
 
 from sppfeat.errors import GalleryError
 from sppfeat.files import os_reason
-from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss, typed
+from sppfeat.retrieval.faiss_library import faiss_reason, load_faiss, typed
 
 # Where an index keeps nested ones: transforms, refinement, lists' centres, graphs.
 _PARTS: Final = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")

@@ -19,7 +19,8 @@ from sppfeat.retrieval.arrays import read_arrays
 from sppfeat.retrieval.bins import BinLayout, Bins, bin_layout, join_bins, read_bins, read_channels
 from sppfeat.retrieval.channels import Channels
 from sppfeat.retrieval.faiss_files import read_index_file
-from sppfeat.retrieval.faiss_index import is_exact, load_faiss, on_device, reconstruct
+from sppfeat.retrieval.faiss_index import is_exact, reconstruct
+from sppfeat.retrieval.faiss_library import load_faiss, on_device
 from sppfeat.retrieval.gallery_files import GalleryRows, checked_file, read_about, read_rows
 from sppfeat.retrieval.map import read_map
 from sppfeat.retrieval.regions import Regions, read_regions

@@ -52,7 +52,7 @@ from sppfeat.images import absolute, found_instead
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries, FileEntry, Version
 from sppfeat.retrieval.arrays import write_arrays
 from sppfeat.retrieval.bins import BinSource, write_bins, write_channels
-from sppfeat.retrieval.faiss_index import faiss_reason, load_faiss
+from sppfeat.retrieval.faiss_library import faiss_reason, load_faiss
 from sppfeat.retrieval.map import write_map
 from sppfeat.retrieval.regions import write_regions
 from sppfeat.retrieval.whitening import Projection

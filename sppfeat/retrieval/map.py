@@ -17,7 +17,8 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError, require_extra
 from sppfeat.machine import available_cores
 from sppfeat.retrieval.arrays import read_arrays, write_arrays
-from sppfeat.retrieval.faiss_index import faiss_errors, load_faiss, reconstruct
+from sppfeat.retrieval.faiss_index import reconstruct
+from sppfeat.retrieval.faiss_library import faiss_errors, load_faiss
 from sppfeat.store import normalize_rows
 
 # More images than MOST are laid out by a sample of SAMPLE.

@@ -1,17 +1,24 @@
-"""The images that a gallery is searched with, and which of its rows are their own."""
+"""The images that a gallery is searched with, which of its rows are their own, and the network that describes them."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sppfeat.errors import UsageError
 from sppfeat.images import Item, find_images
-from sppfeat.retrieval.gallery import Gallery
+from sppfeat.recipe import RunOptions
+from sppfeat.retrieval.bins import part_recipe
+from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.store import Box, image_of, split_row_name
+
+if TYPE_CHECKING:
+    from sppfeat.extraction import Describer
 
 
 def check_box(box: Box) -> None:
@@ -87,3 +94,28 @@ def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], 
     if not queries:
         raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
     return queries, items, errors
+
+
+def describer_for(
+    gallery: Gallery,
+    run_options: RunOptions | None = None,
+    *,
+    weights: str | None = None,
+    factors: tuple[float, ...] | None = None,
+) -> Describer:
+    """The network that the gallery was described with. Raises GalleryError if the local one differs.
+
+    factors: describe at these parts of the gallery's scale instead, one descriptor after the other.
+    """
+    from sppfeat.extraction import Describer
+
+    recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
+    if factors is not None:
+        recipe = part_recipe(recipe, factors)
+    describer = Describer(recipe, run_options)
+    made_with = describer.recipe
+    if factors is not None:
+        made_with = replace(made_with, scales=gallery.recipe.scales, fuse=gallery.recipe.fuse)
+    dim = describer.dim // len(recipe.scales) if factors is not None else describer.dim
+    check_recipe(gallery, made_with, describer.weights_sha256, dim, "the network", kind="network")
+    return describer

@@ -20,7 +20,7 @@ from sppfeat.files import appearing
 from sppfeat.retrieval.alignment import CELLS, rectangles
 from sppfeat.retrieval.bins import BinLayout, BinSource
 from sppfeat.retrieval.faiss_files import read_index_file
-from sppfeat.retrieval.faiss_index import faiss_errors, load_faiss
+from sppfeat.retrieval.faiss_library import faiss_errors, load_faiss
 
 # Rectangles of each image.
 COUNT: Final = 9

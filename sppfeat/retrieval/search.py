@@ -13,9 +13,10 @@ import numpy as np
 from sppfeat.errors import GalleryError, UsageError
 from sppfeat.images import Item, is_url
 from sppfeat.recipe import RunOptions
-from sppfeat.retrieval.bins import bin_layout, part_recipe
+from sppfeat.retrieval.bins import bin_layout
 from sppfeat.retrieval.explanation import Explanation, explain
-from sppfeat.retrieval.faiss_index import faiss_reason, reconstruct
+from sppfeat.retrieval.faiss_index import reconstruct
+from sppfeat.retrieval.faiss_library import faiss_reason
 from sppfeat.retrieval.flat import search_index
 from sppfeat.retrieval.gallery import Gallery, check_recipe
 from sppfeat.retrieval.parts import (
@@ -28,7 +29,7 @@ from sppfeat.retrieval.parts import (
     require_bins,
     whole_matching,
 )
-from sppfeat.retrieval.queries import check_box, list_queries, own_rows
+from sppfeat.retrieval.queries import check_box, describer_for, list_queries, own_rows
 from sppfeat.retrieval.rerank import MAX_TOGETHER, RerankOptions, reordered
 from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, normalize_rows, to_units, unit_rows
 
@@ -371,31 +372,6 @@ def _blocks(gallery: Gallery, rows: UnitRows, options: SearchOptions) -> Iterato
             own if own is None else own[part],
         )
         yield replace(done, answers=[replace(answer, root=root) for answer in done.answers])
-
-
-def describer_for(
-    gallery: Gallery,
-    run_options: RunOptions | None = None,
-    *,
-    weights: str | None = None,
-    factors: tuple[float, ...] | None = None,
-) -> Describer:
-    """The network that the gallery was described with. Raises GalleryError if the local one differs.
-
-    factors: describe at these parts of the gallery's scale instead, one descriptor after the other.
-    """
-    from sppfeat.extraction import Describer
-
-    recipe = gallery.recipe if weights is None else replace(gallery.recipe, weights=weights)
-    if factors is not None:
-        recipe = part_recipe(recipe, factors)
-    describer = Describer(recipe, run_options)
-    made_with = describer.recipe
-    if factors is not None:
-        made_with = replace(made_with, scales=gallery.recipe.scales, fuse=gallery.recipe.fuse)
-    dim = describer.dim // len(recipe.scales) if factors is not None else describer.dim
-    check_recipe(gallery, made_with, describer.weights_sha256, dim, "the network", kind="network")
-    return describer
 
 
 def _answer(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sppfeat import GalleryError, MissingExtraError, Recipe, ReportError, extract_folder, open_store
 from sppfeat.retrieval.changes import create_gallery
-from sppfeat.retrieval.faiss_index import load_faiss
+from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.gallery import open_gallery
 from sppfeat.retrieval.gallery_files import _write_rows
 from sppfeat.retrieval.search import search_store

@@ -13,12 +13,12 @@ from sppfeat.retrieval.faiss_index import (
     IndexOptions,
     build_index,
     core,
-    load_faiss,
     measure,
     reconstruct,
     set_effort,
     true_neighbors,
 )
+from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.index_choice import FLAT_BYTES, choose_index, list_count
 from sppfeat.store.unit_vectors import unit_rows
 

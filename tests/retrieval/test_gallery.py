@@ -23,7 +23,8 @@ from conftest import MakeStore
 from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError
 from sppfeat.retrieval import changes, gallery_files
 from sppfeat.retrieval.changes import add_to_gallery, create_gallery, read_names, remove_from_gallery
-from sppfeat.retrieval.faiss_index import IndexOptions, core, load_faiss, reconstruct
+from sppfeat.retrieval.faiss_index import IndexOptions, core, reconstruct
+from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.gallery import open_gallery, verify_gallery
 from sppfeat.retrieval.search import SearchOptions, search_descriptors, search_store
 from sppfeat.retrieval.whitening import ProjectionOptions

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sppfeat.retrieval.faiss_index import load_faiss, reconstruct
+from sppfeat.retrieval.faiss_index import reconstruct
+from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.segments import JoinedIndex, JoinedValues
 
 
