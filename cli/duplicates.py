@@ -70,7 +70,7 @@ def duplicates(
 ) -> None:
     """Find groups of near-duplicates, the largest first: every two images of a group are copies of one image.
 
-    Copies may differ in size, quality and color, and lack a narrow border; mirrored images are others. The images are
+    Copies may differ in size, quality and color; shots of one scene and mirrored images are others. The images are
     read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
     of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
     keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to

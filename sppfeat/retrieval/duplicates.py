@@ -81,7 +81,7 @@ def find_duplicates(
     """Find all pairs of a finished store's described rows that are near each other, and groups of such rows.
 
     threshold: cosine similarity, above 0 and at most 1, which pairs reach. None: pairs are copies of one image, of
-    another size, quality or color, or with a narrow border cut off: every two of a group are, and they are linked by
+    another size, quality or color: every two of a group are, and they are linked by
     pairs that reach COMPARED_FROM, or of more than FEW_IMAGES COMPARED_FROM_OF_MANY. Their images are read for this,
     see `same_images`; of those that cannot be, pairs reach DEFAULT_THRESHOLD.
     keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read. progress: called with the fraction

@@ -1,4 +1,4 @@
-"""Whether two images are copies of one: enlarged, recompressed, without color, or with a narrow border cut off.
+"""Whether two images are copies of one: of another size, recompressed, or without color.
 
 Cosines alone cannot tell: of the default recipe, half-size copies have 0.80 to 0.99, and different stop signs up to
 0.98 (benchmarks/results/duplicates.md). So small gray versions of both are laid over each other, and the worst block
@@ -24,18 +24,18 @@ from sppfeat.store import UnitRows, item_of
 # Side of the gray versions, and of the blocks that are compared, in pixels.
 SIDE: Final = 48
 BLOCK: Final = 4
-_BORDER: Final = 2  # left out: what is cut off a copy is not there to be compared
-# The mean difference of the worst block, in standard deviations of the image: below 0.09 in 99 % of resized and
-# recompressed copies, 0.18 without 5 % of each side, 0.29 without 10 %; 0.63 and more between drawings of a stop sign.
-LARGEST_DIFFERENCE: Final = 0.2
+_BORDER: Final = 2  # left out: a resized image is least like itself there
+# The mean difference of the worst block, in standard deviations of the image: at most 0.20 in resized and recompressed
+# copies, in 99 % of them below 0.13; 0.31 and more between shots of a building from one place, 0.64 and more between
+# drawings of a stop sign.
+LARGEST_DIFFERENCE: Final = 0.22
 # Gray values; in an image with less contrast, noise is not a difference.
 _LEAST_DEVIATION: Final = 16.0
-# Copies without 10 % of a side differ by this much in the ratio of their sides.
-_LARGEST_ASPECT: Final = 1.12
-# Correlation of 8 x 8 pixels below which images are not laid over each other: 0.74 in 99 % of copies without 10 %.
+# Copies whose sides are rounded to whole pixels differ by less in the ratio of these.
+_LARGEST_ASPECT: Final = 1.05
+# Correlation of 8 x 8 pixels below which images are not compared further.
 _LEAST_CORRELATION: Final = 0.6
-_STEPS: Final = 8  # of Gauss and Newton, in which a shift of 2 pixels is found
-_PAIRS: Final = 64  # laid over each other at once
+_PAIRS: Final = 64  # compared at once
 _KEPT: Final = 1 << 17  # gray versions, in 300 MB
 
 
@@ -115,47 +115,16 @@ def copies(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[P] the mean difference of the worst block, in standard deviations, once the first is laid over the second.
+    """[P] the mean difference of the worst block, in standard deviations of the second image.
 
-    It is moved and stretched along both axes by least squares (Lucas and Kanade, IJCAI 1981).
+    Neither is moved to fit the other: two shots of one scene differ in where it is, and are no copies.
     """
-    place = np.zeros((len(one), 4))
-    for _ in range(_STEPS):
-        moved = _moved(one, place)
-        down, across = np.gradient(moved, 2 / SIDE, axis=(1, 2))
-        slopes = np.stack([across * _ACROSS, across, down * _DOWN, down], -1).reshape(len(one), -1, 4)
-        turned = slopes.transpose(0, 2, 1)
-        square = (turned @ slopes).astype(np.float64) + 1e-3 * np.eye(4)
-        missing = (turned @ (other - moved).reshape(len(one), -1, 1)).astype(np.float64)
-        place = np.clip(place + np.linalg.solve(square, missing)[..., 0], -0.2, 0.2)
     inside = slice(_BORDER, SIDE - _BORDER)
-    apart = np.abs(other - _moved(one, place))[:, inside, inside]
+    apart = np.abs(other - one)[:, inside, inside]
     blocks = apart.reshape(len(one), (SIDE - 2 * _BORDER) // BLOCK, BLOCK, -1, BLOCK).mean((2, 4))
     deviation = np.maximum(other.std((1, 2)), _LEAST_DEVIATION)
     worst: np.ndarray = blocks.max((1, 2)) / deviation
     return worst
-
-
-# Places of pixels from -1 to 1, along each axis.
-_PLACES = (2 * np.arange(SIDE, dtype=np.float32) + 1) / SIDE - 1
-_ACROSS, _DOWN = _PLACES[None, :], _PLACES[:, None]
-
-
-def _moved(images: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Images [P, SIDE, SIDE] at stretched and shifted places [P, 4], by linear interpolation."""
-    stretch_x, shift_x, stretch_y, shift_y = place.astype(np.float32).T[:, :, None]
-    weights = []
-    for stretch, shift in ((stretch_x, shift_x), (stretch_y, shift_y)):
-        at = np.clip(((_PLACES * (1 + stretch) + shift + 1) * SIDE - 1) / 2, 0, SIDE - 1.001)
-        low = at.astype(np.int64)
-        weight = np.zeros((len(images), SIDE, SIDE), np.float32)  # of each source pixel, for each place
-        rows, columns = np.arange(len(images))[:, None], np.arange(SIDE)[None, :]
-        weight[rows, columns, low] = 1 - (at - low)
-        weight[rows, columns, low + 1] = at - low
-        weights.append(weight)
-    across, down = weights
-    moved: np.ndarray = down @ images @ across.transpose(0, 2, 1)
-    return moved
 
 
 def _blurred(images: Sequence[np.ndarray | None]) -> np.ndarray:
