@@ -42,8 +42,9 @@ def predict(
 ) -> None:
     """Classify images: print the best classes of each image, with scores, ordered by path.
 
-    A score above 0 means that the image belongs to the class. Images are described with the model's own recipe;
-    descriptors of a store with that recipe are used as they are. Paths are printed as given, or relative to --root.
+    The class with the highest score is the answer; where all scores are below 0, the image may be of none. Images are
+    described with the model's own recipe; descriptors of a store with that recipe are used as they are. Paths are
+    printed as given, or relative to --root.
     """
     chosen = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     options.check_sources(sources)

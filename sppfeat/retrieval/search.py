@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images import Item, is_url
+from sppfeat.images import Item, is_lost, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.bins import bin_layout
 from sppfeat.retrieval.explanation import Explanation, explain
@@ -31,7 +31,17 @@ from sppfeat.retrieval.parts import (
 )
 from sppfeat.retrieval.queries import check_box, describer_for, list_queries, own_rows
 from sppfeat.retrieval.rerank import MAX_TOGETHER, RerankOptions, reordered
-from sppfeat.store import Box, Store, UnitRows, block_rows, image_of, normalize_rows, to_units, unit_rows
+from sppfeat.store import (
+    Box,
+    Store,
+    UnitRows,
+    block_rows,
+    image_of,
+    normalize_rows,
+    split_row_name,
+    to_units,
+    unit_rows,
+)
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
@@ -332,7 +342,19 @@ def search_items(
         at: Answer(queries[at], paths[at], error=reason) for at, reason in problems.items()
     }
     ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
-    return replace(result, answers=ordered, describing=describing)
+    return replace(result, answers=ordered, notes=result.notes + _lost(result.answers), describing=describing)
+
+
+def _lost(answers: Sequence[Answer]) -> list[str]:
+    """A note of images that were found, and whose files are gone."""
+    found = {(one.root, one.name) for answer in answers for one in answer.neighbors if one.path is not None}
+    gone = [name for root, name in found if is_lost(root, split_row_name(name)[0])]
+    if not gone:
+        return []
+    return [
+        f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; `sppfeat index --remove` takes a list "
+        "of names"
+    ]
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,8 +31,9 @@ class Choice:
 
 
 def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:
-    """One C for all classes, with the best mean per-class accuracy; the smallest of equally good ones.
+    """One C for all classes, with the best mean per-class accuracy; of equally good ones, the one nearest to 1.
 
+    Classes that are easy to tell apart are so at any C, but with a small one scores hardly leave the bias.
     labels: [M], the class of each of rows [M].
     """
     classes = np.unique(labels)
@@ -45,7 +47,7 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
         )
     costs = sorted(options.costs)
     values = np.full((FOLDS, len(costs)), np.nan)
-    best: tuple[float, SvmSolution] | None = None
+    best: tuple[tuple[float, float], SvmSolution] | None = None
     gap = 0.0
     for number in range(FOLDS):
         fit, held = fold != number, fold == number
@@ -60,11 +62,12 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
             gap = max(gap, float(solution.gaps.max()))
             predicted = classes[problem.scores(solution, rows[held]).argmax(1)]
             values[number, at] = mean_over_classes(accuracy_per_class(labels[held], predicted, classes))
-            if number == FOLDS - 1 and (best is None or _mean(values[:, at]) > best[0]):
-                best = float(_mean(values[:, at])), solution
+            rank = float(_mean(values[:, at])), -abs(math.log(cost))
+            if number == FOLDS - 1 and (best is None or rank > best[0]):
+                best = rank, solution
     mean = _mean(values)
-    chosen = np.full(len(classes), costs[int(mean.argmax())])
-    return Choice(chosen, list(zip(costs, mean.tolist(), strict=True)), best and best[1], gap)
+    _, chosen = max(zip(mean.tolist(), costs, strict=True), key=lambda one: (one[0], -abs(math.log(one[1]))))
+    return Choice(np.full(len(classes), chosen), list(zip(costs, mean.tolist(), strict=True)), best and best[1], gap)
 
 
 def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.ndarray, options: SvmOptions) -> Choice:

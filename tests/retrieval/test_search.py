@@ -89,6 +89,23 @@ def test_names_are_those_of_their_rows(make_images: Callable[..., Path], tmp_pat
         assert answer.error or [one.rank for one in answer.neighbors] == [1, 2, 3]
 
 
+def test_images_that_have_lost_their_file_are_told(
+    make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe
+) -> None:
+    folder = make_images(4)
+    extract_folder(folder, tmp_path / "f.h5", tiny)
+    create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
+    gallery = open_gallery(tmp_path / "g")
+    query = [str(folder / "0000.png")]
+    assert not search_images(gallery, query, SearchOptions(k=4)).notes
+    (folder / "0002.png").unlink()
+    found = search_images(gallery, query, SearchOptions(k=4))
+    assert len(found.answers[0].neighbors) == 4
+    assert found.notes == [
+        "images found that have lost their file: 1, such as '0002.png'; `sppfeat index --remove` takes a list of names"
+    ]
+
+
 def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: Path) -> None:
     gallery = gallery_of(few_values(5))
     store = open_store(gallery.about.sources[0].store)

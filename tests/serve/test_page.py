@@ -180,10 +180,10 @@ def test_a_box_is_drawn_and_found(opened: Open) -> None:
     page = opened()
     drop(page, "mine.jpg", photo("people/photographer.jpg"))
     found(page)
-    page.get_by_label("Also find it as a part of an image").check()
-    expect(page.locator("#rerank")).to_be_disabled()
     draw(page, HEAD)
     page.wait_for_url("**box=**")
+    expect(page.get_by_label("Also find it as a part of an image")).to_be_checked()
+    expect(page.locator("#rerank")).to_be_disabled()
     with Image.open(PHOTOS / "people/photographer.jpg") as image:
         sides = image.size * 2
     drawn = [edge * side for edge, side in zip(HEAD, sides, strict=True)]

@@ -85,7 +85,7 @@ function showClasses({ classes }) {
   $("models-status").textContent = classes.length ? `Best class: ${classes[0].label}` : "No classes";
   const list = el("ol", { className: "found" }, ...classes.map((one, at) => el("li", { className: "row", hidden: at >= most },
     el("span", {}, one.label), el("span", { className: "score" }, one.score.toFixed(2)))));
-  $("models-found").replaceChildren(list, el("p", { className: "soft small" }, "A score above 0 means: of that class."));
+  $("models-found").replaceChildren(list, el("p", { className: "soft small" }, "The highest score decides; where all are below 0, the image may be of no class."));
   if (classes.length <= most) return;
   const more = el("button", { type: "button", className: "quiet" }, `Show all ${classes.length}`);
   more.addEventListener("click", () => {

@@ -20,9 +20,9 @@ const answers = new Map(); // the last answers by address: back and forward are 
 const editor = new BoxEditor(stage, (box, how) => {
   if (how === "keys") return nudge(box);
   nudge.cancel();
-  change({ box });
+  change(boxed(box));
 });
-const nudge = later((box) => change({ box }, state.box !== null), 400);
+const nudge = later((box) => change(boxed(box), state.box !== null), 400);
 const hits = new Hits($("hits"), stage, { search: searchRow, compare: (index) => openCompare(shown, index) });
 
 /**
@@ -33,7 +33,7 @@ export function setUp(navigate, look) {
   go = navigate;
   replaced = look;
   setUpCompare(searchRow, (index) => hits.focus(index));
-  setUpObjects(stage, (box) => change({ box }));
+  setUpObjects(stage, (box) => change(boxed(box)));
   for (const button of document.querySelectorAll("[data-choose]")) button.addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", () => {
     if ($("file").files[0]) searchFile($("file").files[0]);
@@ -116,6 +116,11 @@ export function searchFile(file) {
   preview = URL.createObjectURL(file);
   showQuery({ id: null, name: file.name || "Pasted image", box: null }, preview);
   run(file);
+}
+
+/** A new box is looked for as a part, if the gallery can: whoever does not want that takes the tick away. */
+function boxed(box) {
+  return box && !state.box && gallery.grid ? { box, parts: true, rerank: DEFAULTS.rerank } : { box };
 }
 
 function change(patch, replace = false) {
