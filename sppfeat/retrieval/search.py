@@ -352,8 +352,8 @@ def _lost(answers: Sequence[Answer]) -> list[str]:
     if not gone:
         return []
     return [
-        f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; `sppfeat index --remove` takes a list "
-        "of names"
+        f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; `sppfeat index --remove` takes "
+        "a list of names"
     ]
 
 
