@@ -85,7 +85,8 @@ def inspect(
         for name, reason in store.failures():
             typer.echo(f"{printable(name)}: {printable(reason)}")
     else:
-        of_windows = len(store) > 0 and split_row_name(store.names[0])[1] is not None
+        # Of a store in a bucket, the manifest is enough.
+        of_windows = len(store) > 0 and store.url is None and split_row_name(store.names[0])[1] is not None
         files = "not checked: no such folder on this machine" if lost is None else str(lost)
         typer.echo(_text(about, "window" if of_windows else "image", files))
     if verify and not as_json:

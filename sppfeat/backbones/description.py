@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,8 @@ from sppfeat.recipe import SIFT_BOW, Recipe
 KEPT_DESCRIPTIONS: Final = 256
 # Height of the image that runs through a network once, to find channels and strides.
 PROBE: Final = 256
+# How torchvision and timm say that a function makes a model for those who ask for it by name.
+_REGISTERED: Final = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,7 @@ def check_backbone(name: str) -> None:
 
 def unknown_backbone(name: str) -> str:
     """The message for a name of no backbone: those of torchvision and timm have a prefix, which may be missing."""
-    # They import torch, and so only here, where nothing else is left to do.
-    import timm
-    from torchvision import models
-
-    families = {"torchvision": models.list_models(module=models), "timm": timm.list_models()}
+    families = {library: _models_of(library) for library in ("torchvision", "timm")}
     plain = {"torchvision": name, "timm": name.split(".")[0]}  # timm's may name their weights
     found = [f"{family}:{name}" for family, names in families.items() if plain[family] in names]
     if not found:
@@ -130,6 +129,14 @@ def unknown_backbone(name: str) -> str:
     if found:
         return f"unknown backbone {name!r}: did you mean {one_of(found)}?"
     return unknown_name("backbone", name, [*PACKAGED, SIFT_BOW, "torchvision:NAME", "timm:NAME"])
+
+
+def _models_of(library: str) -> list[str]:
+    """The models that torchvision or timm registers, from their sources: to import them takes seconds."""
+    spec = importlib.util.find_spec(library)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder, "models").glob("*.py"))]
+    return [name for file in files for name in _REGISTERED.findall(file.read_text("utf-8"))]
 
 
 def package_file(package: str) -> str | None:

@@ -16,7 +16,7 @@ from timm import create_model
 
 from sppfeat import BackboneError, Recipe
 from sppfeat.backbones import backbone as backbone_module
-from sppfeat.backbones.description import read_description
+from sppfeat.backbones.description import _models_of, read_description
 from sppfeat.backbones.network import Network
 
 
@@ -170,3 +170,12 @@ def test_a_name_of_no_kind_is_refused_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("unknown backbone 'nope'") and done.stdout.endswith("False\n")
+
+
+def test_models_are_known_without_their_libraries() -> None:
+    import timm
+    from torchvision import models
+
+    assert sorted(_models_of("torchvision")) == models.list_models(module=models)
+    assert set(_models_of("timm")) == set(timm.list_models())
+    assert _models_of("no_such_library") == []
