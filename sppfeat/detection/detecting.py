@@ -17,7 +17,7 @@ import numpy as np
 from sppfeat.detection.detector import Detector
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Describer
-from sppfeat.images import ImageList, Item, find_images
+from sppfeat.images import ImageList, Item, find_images, no_images
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
@@ -336,7 +336,7 @@ def detect_images(
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several, root=root)
     if not images.items:
-        raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
+        raise UsageError(no_images(several))
     if windows is not None and not set(windows) & set(images.names):
         raise UsageError(
             f"the windows match none of the {len(images.items)} images below {images.root}: expected names such as "

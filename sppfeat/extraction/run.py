@@ -21,7 +21,17 @@ from sppfeat.extraction.pruning import check_prunable, check_something_stays, ch
 from sppfeat.extraction.sharded import ShardOptions, coverage, fill_shards, prepare_folder
 from sppfeat.extraction.stages import Stages
 from sppfeat.extraction.workers import Tally, fill_file
-from sppfeat.images import DEFAULT_COLUMNS, Columns, ImageList, Item, find_images, is_url, open_sources, path_to_name
+from sppfeat.images import (
+    DEFAULT_COLUMNS,
+    Columns,
+    ImageList,
+    Item,
+    find_images,
+    is_url,
+    no_images,
+    open_sources,
+    path_to_name,
+)
 from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import (
@@ -326,7 +336,7 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
     if cluster is not None:
         engine = cluster.engine or engine
     if not listed.images and shards.part is None and not stopped:
-        raise UsageError(f"{_show_sources(run.sources)}: expected images, found none")
+        raise UsageError(no_images(run.sources))
     return Extraction(
         store=str(path),
         images=listed.images - listed.repeated,
@@ -352,7 +362,7 @@ def _list(run: _Run) -> tuple[ImageList, int | None]:
     """The items, and the number of images without windows if windows are described."""
     found, without_windows = find_images(run.sources, root=run.root, columns=run.columns), None
     if not found.items:
-        raise UsageError(f"{_show_sources(run.sources)}: expected images, found none")
+        raise UsageError(no_images(run.sources))
     if run.prune and found.extent is not None:
         check_whole(found.extent.whole)
     if run.windows is not None:
@@ -411,7 +421,3 @@ def _prepare_store(
 
 def _is_below(folder: str, root: str) -> bool:
     return folder.startswith(root.rstrip("/") + "/")
-
-
-def _show_sources(sources: Sequence[Source]) -> str:
-    return ", ".join(os.fspath(source) for source in sources)

@@ -7,7 +7,7 @@ from sppfeat.images.batching import ShapeBatcher
 from sppfeat.images.decoder import Answer, Decoded, Decoder, Part, Unreadable, heard_answer, told_item
 from sppfeat.images.extent import Extent, is_lost
 from sppfeat.images.given import as_given
-from sppfeat.images.instead import found_instead
+from sppfeat.images.instead import found_instead, no_images
 from sppfeat.images.items import (
     EXTENSIONS,
     NO_FINGERPRINT,
@@ -88,6 +88,7 @@ __all__ = [
     "lend_decoding",
     "member_to_name",
     "name_to_path",
+    "no_images",
     "open_image",
     "open_sources",
     "path_to_name",

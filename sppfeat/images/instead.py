@@ -1,9 +1,10 @@
-"""What is found where a store or a gallery belongs, in words, with the command that makes one of it."""
+"""What is found where images, a store or a gallery belong, in words, with the command that makes one of it."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ from sppfeat.images.items import is_image_name
 
 # A folder that holds images has one early on; a home folder must not be walked for the sake of a message.
 _LOOKED_AT: Final = 2_000
+_KINDS_SHOWN: Final = 5
 
 
 def found_instead(path: str | os.PathLike[str], belongs: str) -> str | None:
@@ -27,6 +29,17 @@ def found_instead(path: str | os.PathLike[str], belongs: str) -> str | None:
     if (images := _images(Path(path))) is not None:
         return images + _first(None, belongs, path)
     return None
+
+
+def no_images(sources: Sequence[str | os.PathLike[str]]) -> str:
+    """The message for sources without images, with the kinds of the files that are there instead."""
+    shown = ", ".join(os.fspath(source) for source in sources)
+    others = [name for source in sources for name in _files_below(Path(source))]
+    kinds = sorted({Path(name).suffix.lower() for name in others} - {""})
+    if not kinds:
+        return f"{shown}: expected images, found none"
+    some = ", ".join(kinds[:_KINDS_SHOWN]) + ", ..." * (len(kinds) > _KINDS_SHOWN)
+    return f"{shown}: expected images, found files of other kinds alone ({some}); convert them to JPEG or PNG"
 
 
 def _first(found: str | None, belongs: str, path: str | os.PathLike[str]) -> str:
@@ -52,11 +65,14 @@ def _images(path: Path) -> str | None:
 
 
 def _holds_images(folder: Path) -> bool:
+    return any(map(is_image_name, _files_below(folder)))
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Names of the first files, hidden ones left out."""
     looked_at = 0
     for _, folders, files in os.walk(folder):
-        if any(map(is_image_name, files)):
-            return True
+        yield from (name for name in files if not name.startswith("."))
         looked_at += len(folders) + len(files)
         if looked_at > _LOOKED_AT:
             break
-    return False

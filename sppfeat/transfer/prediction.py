@@ -14,7 +14,7 @@ import numpy as np
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Described, Describer
 from sppfeat.files import unsafe_name
-from sppfeat.images import ImageList, Item, as_given, find_images
+from sppfeat.images import ImageList, Item, as_given, find_images, no_images
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.store import (
@@ -85,7 +85,7 @@ def predict(
     if others:
         found = find_images(others, root=root)
         if not found.names:
-            raise UsageError(f"{', '.join(os.fspath(source) for source in others)}: expected images, found none")
+            raise UsageError(no_images(others))
         shown = (lambda item: item.name) if root is not None else (lambda item: as_given(item.path, others))
         jobs.append(partial(_describe_images, found, shown))
         todo += len(found.items)

@@ -16,7 +16,7 @@ from sppfeat._version import __version__
 from sppfeat.backbones import MAX_WORDS, SIFT_PATCH, Vocabulary, import_cv2, save_vocabulary
 from sppfeat.errors import MissingExtraError, ModelError, UsageError, one_line, require_extra
 from sppfeat.files import VOCABULARY, check_new_file
-from sppfeat.images import DEFAULT_COLUMNS, Columns, open_sources
+from sppfeat.images import DEFAULT_COLUMNS, Columns, no_images, open_sources
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import NATIVE, Recipe, RunOptions
@@ -89,7 +89,7 @@ def learn_vocabulary(
     shown = ", ".join(os.fspath(source) for source in several)
     items = choose_items(open_sources(several, root=root, columns=columns), options.images, options.seed)
     if not items:
-        raise UsageError(f"{shown}: expected images, found none")
+        raise UsageError(no_images(several))
     observer.started(todo=len(items), reused=0)
     sample = sample_descriptors(
         items,

@@ -30,7 +30,7 @@ import numpy as np
 from sppfeat._version import __version__
 from sppfeat.errors import UsageError, WindowsError, require_extra
 from sppfeat.files import WINDOWS, appearing_hdf5, check_new_file, decode_document, open_hdf5, os_reason, read_document
-from sppfeat.images import Fingerprint, find_images, fingerprints
+from sppfeat.images import Fingerprint, find_images, fingerprints, no_images
 from sppfeat.machine import available_cores
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions
@@ -167,7 +167,7 @@ def propose_folder(
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     images = find_images(several, root=root)
     if not images.items:
-        raise UsageError(f"{', '.join(str(source) for source in several)}: expected images, found none")
+        raise UsageError(no_images(several))
     with lock_store(path):
         if overwrite:
             journal = _Journal(path, options, images.root, fresh=True)

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.main import get_command
 from voc_xml import xml
 
+from sppfeat import extract_folder
 from sppfeat.backbones.backbone import load_trunk
 from sppfeat.detection import Detecting, read_annotations
 from sppfeat.errors import UsageError, nearest_names, unknown_name
@@ -319,3 +320,14 @@ def test_detect_says_what_windows_cost() -> None:
     assert _about_windows(replace(done, bare=2), "w.h5", ["x"]) == (
         "2 images have no windows in w.h5: sppfeat windows x -o windows.h5"
     )
+
+
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    """As a telephone writes them: their kinds are named; hidden files are not."""
+    (folder := tmp_path / "phone").mkdir()
+    for name in ("a.HEIC", "b.heic", "c.CR2", ".DS_Store", "README"):
+        (folder / name).write_bytes(b"x")
+    expected = "expected images, found files of other kinds alone (.cr2, .heic); convert them to JPEG or PNG"
+    with pytest.raises(UsageError) as error:
+        extract_folder(folder, tmp_path / "f.h5")
+    assert str(error.value) == f"{folder}: {expected}"
