@@ -2,7 +2,7 @@
 
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -292,6 +292,10 @@ def _document(done: "Extraction") -> dict[str, Any]:
     }
 
 
+# Of a shorter run, loading the network is the most.
+_SECONDS_THAT_TELL: Final = 10.0
+
+
 def _bottleneck(done: "Extraction", precision: str) -> str:
     """Which stage limited the speed, and what would help."""
     import importlib.util
@@ -334,7 +338,7 @@ def _summary(done: "Extraction", precision: str, *, prune: bool) -> str:
             f"busy: decode {busy.decode:.1f} s, forward {busy.forward:.1f} s (over all threads), "
             f"write {busy.write:.1f} s"
         )
-    if done.bottleneck is not None:
+    if done.bottleneck is not None and done.seconds >= _SECONDS_THAT_TELL:
         text += f"\nbottleneck: {_bottleneck(done, precision)}"
     if done.gone and not prune:
         text += "\nto remove the rows of images that are gone: the same command with --prune"

@@ -163,7 +163,7 @@ def require_gallery(path: Path) -> None:
     if format_of(path) == GALLERY and path.is_dir():
         return
     if not path.exists():
-        found = "no such folder"
+        found = "no such folder; first: sppfeat index feats.h5 -o gallery/"
     elif not path.is_dir():
         found = found_instead(path, GALLERY) or "a file (a gallery is a folder)"
     elif (path / DESCRIPTION).exists():

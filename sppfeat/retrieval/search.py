@@ -322,7 +322,7 @@ def search_items(
         at = readable[done.position]
         descriptor, error = done.row()
         if descriptor is None:
-            problems[at] = error or ""
+            problems[at] = f"the box {error}" if box is not None and done.error is None else error or ""
         else:
             descriptors[at] = descriptor
     describing = time.perf_counter() - started

@@ -51,6 +51,8 @@ BLOCK_BYTES: Final = 1 << 24
 BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
 _MARK_BYTES: Final = 1 << 20
+# Formats of `export`; a store under such a name would only be taken for one of them.
+_EXPORTED: Final = (".csv", ".npy", ".parquet", ".zarr")
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
 
@@ -63,6 +65,11 @@ def check_output(path: Path, *, overwrite: bool, resume: bool, folder: bool = Fa
     if folder or path.is_dir():
         _check_folder(path, overwrite=overwrite, resume=resume)
         return
+    if (ending := path.suffix.lower()) in _EXPORTED:
+        raise StoreError(
+            f"{path}: expected a store, such as {path.stem}.h5 or {path.stem}/, found a name that ends with {ending}; "
+            "`sppfeat export` makes such a file of a store"
+        )
     if is_shard(path):
         raise StoreError(f"{path}: is a shard, which never changes in place; give the folder {path.parent} instead")
     if path.is_file() and not os.access(path, os.R_OK | os.W_OK):

@@ -81,7 +81,7 @@ def test_lists_and_standard_input(make_images: Callable[..., Path], tmp_path: Pa
     ("arguments", "code", "message"),
     [
         (["extract", "missing/", "-o", "f.h5"], 2, "missing/: no such file or folder"),
-        (["extract", ".", "-o", "f.h5"], 2, ".: expected images, found none"),
+        (["extract", ".", "-o", "f.h5"], 2, ".: expected images, found "),
         (["extract", "x.rar", "-o", "f.h5"], 2, "x.rar: expected a folder, an image (.*) or a text list"),
         (["extract", ".", "-o", "f.h5", "--levels", "6,0"], 2, "levels must be different whole numbers from 1 to 64"),
         (["extract", ".", "-o", "f.h5", "--levels", "six"], 2, "--levels: expected whole numbers .*, found 'six'"),

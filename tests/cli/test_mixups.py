@@ -20,7 +20,7 @@ from voc_xml import xml
 from sppfeat import extract_folder
 from sppfeat.backbones.backbone import load_trunk
 from sppfeat.detection import Detecting, read_annotations
-from sppfeat.errors import UsageError, nearest_names, unknown_name
+from sppfeat.errors import StoreError, UsageError, nearest_names, unknown_name
 from sppfeat.matrix import read_data
 from sppfeat.recipe import Recipe
 from sppfeat.transfer import read_voc_labels
@@ -331,3 +331,10 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         extract_folder(folder, tmp_path / "f.h5")
     assert str(error.value) == f"{folder}: {expected}"
+
+
+@pytest.mark.parametrize("ending", [".npy", ".PARQUET"])
+def test_a_store_under_the_name_of_an_export(make_images: Callable[..., Path], tmp_path: Path, ending: str) -> None:
+    with pytest.raises(StoreError, match=r"expected a store, such as f.h5 or f/, found a name that ends with \.[np]"):
+        extract_folder(make_images(1), tmp_path / f"f{ending}")
+    assert not (tmp_path / f"f{ending}").exists()

@@ -60,7 +60,7 @@ def test_no_request_makes_it_fail(gallery: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_served(gallery: Path, tmp_path: Path, run_sppfeat: Run) -> None:
     for given, status, fault in (
-        ([tmp_path / "nothing"], 1, f"sppfeat: {tmp_path}/nothing: expected a gallery, found no such folder\n"),
+        ([tmp_path / "nothing"], 1, f"sppfeat: {tmp_path}/nothing: expected a gallery, found no such folder; first: "),
         ([gallery, "--token", "x"], 2, "token must be 8 or more letters and digits"),
         ([gallery, "--images", tmp_path / "nothing"], 2, "images: expected a folder"),
         ([gallery, "--detector", tmp_path / "f.h5"], 1, "expected a detector"),
