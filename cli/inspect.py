@@ -325,7 +325,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
     if about["map"]:
         lines.append("  map: of all images, for `sppfeat serve`")
     for source in about["sources"]:
-        lines.append(f"  from {source['store']}: {source['rows']} images below {source['source_root']}")
+        lines.append(f"  from {source['store']}: {counted(source['rows'], 'image')} below {source['source_root']}")
     lines += [f"  weights: sha256 {short_sha(about['weights_sha256'])}", *_recipe_lines(about["recipe"])]
     lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
     # The texts of a gallery of unknown origin may hold anything, terminal commands included.

@@ -32,11 +32,11 @@ class LostFiles:
     rows: int
 
     def __str__(self) -> str:
-        some = f"{self.lost} of" if self.lost else "none of"
-        ending = "have lost their file"
-        if self.checked == self.rows:
-            return f"{some} {self.rows} images {ending}"
-        return f"{some} {self.checked} images that were checked {ending} ({self.rows} in all)"
+        looked = "" if self.checked == self.rows else " that were looked for"
+        among = "" if self.checked == self.rows else f" ({self.rows} in all)"
+        if not self.lost:
+            return f"all {self.checked}{looked} are there{among}"
+        return f"{self.lost} of {self.checked} images{looked} have lost their file{among}"
 
 
 def count_lost(store: Store) -> LostFiles | None:

@@ -56,7 +56,7 @@ def test_a_part_of_a_large_store_is_checked(
     )
     found = count_lost(store)
     assert found is not None and (found.checked, found.lost) == (40, 20) and len(set(looked)) == 40
-    assert str(found) == "20 of 40 images that were checked have lost their file (205 in all)"
+    assert str(found) == "20 of 40 images that were looked for have lost their file (205 in all)"
     monkeypatch.setattr(lost_files, "CHECK_SECONDS", 0)
     hurried = count_lost(store)
     assert hurried is not None and (hurried.checked, hurried.lost) == (10, 0)
@@ -88,5 +88,5 @@ def test_commands_tell(make_store: MakeStore, folder: Path, tmp_path: Path, run_
     for name in names[2:]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    assert "  files: none of 5 images have lost their file\n" in run_sppfeat("inspect", store).stdout
+    assert "  files: all 5 are there\n" in run_sppfeat("inspect", store).stdout
     assert "lost" not in run_sppfeat("train", "svm", store, "-o", tmp_path / "n.h5", "--c", "1").stderr
