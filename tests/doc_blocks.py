@@ -197,8 +197,9 @@ def write_outputs(page: Path) -> None:
                 run_block(block, folder, {})
             elif block.language == "python":
                 code += block.text  # goes on with the names of the blocks before
-                subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stdout=subprocess.DEVNULL)
             elif block.language == "sh":
+                _run_python(code, folder)
+                code = ""
                 text = "\n".join(line for line in command_lines(block.text) if not _INSTALLS.search(line))
                 command = ["bash", "-euo", "pipefail", "-c", text]
                 done = subprocess.run(
@@ -207,9 +208,15 @@ def write_outputs(page: Path) -> None:
                 end = block.line + block.text.count("\n") + 1
                 if after and after.language == "text" and not after.title and not any(lines[end : after.line - 1]):
                     outputs[after.line] = done.stdout.replace(f"{folder}/", "")
+        _run_python(code, folder)
     for line, output in sorted(outputs.items(), reverse=True):
         lines[line : lines.index("```", line)] = output.rstrip("\n").splitlines()
     page.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _run_python(code: str, folder: Path) -> None:
+    if code:
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
