@@ -561,6 +561,7 @@ def test_a_gallery_that_is_replaced_or_moved(library: Path, opened: Open, tmp_pa
         expect(page.locator("#changed")).to_contain_text("The gallery was changed on disk.")
         expect(page.locator("#gallery-size")).to_have_text("12 images")
         drop(page, "mine.jpg", photo("objects/coins.png"), "image/png")
+        page.wait_for_url(lambda url: "query=r-0" not in url)
         expect(page.locator("#hits .name").first).to_have_text(re.compile(r"objects/coins"))
         (tmp_path / "photos").rename(tmp_path / "elsewhere")
         page.reload()
@@ -571,6 +572,6 @@ def test_a_gallery_that_is_replaced_or_moved(library: Path, opened: Open, tmp_pa
         expect(page.locator("#groups img").first).to_be_visible()
         expect(page.locator(".gone")).to_have_count(0)
         page = opened("#/search?query=r-0", at=at)
-        assert len(found(page)) == 10
+        assert len(found(page)) == 11
         expect(page.locator(".gone")).to_have_count(0)
         expect(page.locator("#notes p")).to_have_count(0)
