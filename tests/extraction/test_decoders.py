@@ -501,11 +501,13 @@ LEFT = """
 import gc
 gc.disable()
 from sppfeat import Describer
-items = [sys.argv[1]] * 500
+items = [sys.argv[1]] * 20_000
 recipe = Recipe(backbone="timm:test_resnet", weights="random", scales=(64,), levels=(2, 1))
 kept = Describer(recipe, RunOptions(engine="torch", num_workers=2)).describe(items)
-for _ in range(200):
+for _ in range(19_000):  # the processes may take long to start
     next(kept)
+    if told:
+        break
 print("told" if told else "none", flush=True)
 """
 
