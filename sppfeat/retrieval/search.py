@@ -349,12 +349,8 @@ def _lost(answers: Sequence[Answer]) -> list[str]:
     """A note of images that were found, and whose files are gone."""
     found = {(one.root, one.name) for answer in answers for one in answer.neighbors if one.path is not None}
     gone = [name for root, name in found if is_lost(root, split_row_name(name)[0])]
-    if not gone:
-        return []
-    return [
-        f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; `sppfeat index --remove` takes "
-        "a list of names"
-    ]
+    then = "`sppfeat index --remove` takes a list of names"
+    return [f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; {then}"] if gone else []
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:
