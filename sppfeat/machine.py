@@ -9,6 +9,11 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+# What holds oneDNN, and so PyTorch and OpenVINO, to fewer instructions than the processor has; values without VNNI.
+_HELD: Final = "ONEDNN_MAX_CPU_ISA"
+_WITHOUT_THEM: Final = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 
 # Set by `limit_cores`.
 _most_cores: int | None = None
@@ -91,10 +96,15 @@ def processor() -> list[str]:
                 found.append(value.strip())
             elif not name and found:
                 break  # the other cores are alike
+    if held := os.environ.get(_HELD):
+        found.append(f"held to {held}")
     return [platform.system(), platform.machine(), *(found or [platform.processor()])]
 
 
 def integer_instructions() -> list[str]:
-    """The processor's instructions for products of bytes, by the kernel's names; none where it does not say."""
+    """The processor's instructions for products of bytes that may be used, by the kernel's names; none where the system
+    does not say."""
+    if os.environ.get(_HELD, "").upper() in _WITHOUT_THEM:
+        return []
     flags = " ".join(processor()).split()
     return [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]

@@ -94,3 +94,13 @@ def test_cores_of_nested_quotas(
     (tmp_path / "cgroup").write_text("0::/a/b\n" if version == 2 else "4:cpu,cpuacct:/a/b\n")
     (tmp_path / "mountinfo").write_text(f"30 20 0:1 / {tmp_path}/mount rw - {kind}\n")
     assert available_cores(tmp_path) == cores
+
+
+def test_a_processor_held_to_less_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    whole = machine.processor()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine.processor() == [*whole, "held to AVX2"] and machine.integer_instructions() == []
+    monkeypatch.setattr(machine, "processor", lambda: ["avx2 avx512_vnni", "held to AVX512_CORE_VNNI"])
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    assert machine.integer_instructions() == ["avx512_vnni"]

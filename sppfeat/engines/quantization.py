@@ -22,6 +22,7 @@ from sppfeat.engines.calibrated import Array, CalibratedNetwork, Sample
 from sppfeat.engines.openvino_conversion import convert
 from sppfeat.engines.openvino_engine import compiled, failure, import_openvino, odd_size
 from sppfeat.errors import require_extra
+from sppfeat.machine import integer_instructions
 
 # The first convolutions see colors, whose few channels differ most in range, and take a tenth of the time: left as they
 # are, the cosine to float32 rises from 0.990 to 0.997 on lite0.
@@ -63,6 +64,7 @@ def quantize(
                 ignored_scope=nncf.IgnoredScope(names=convolutions[:_LEFT]),
                 # By running the network layer by layer: on Caltech-101, the fast way loses 0.6 points, this one none.
                 fast_bias_correction=False,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=_overflow_fix(nncf)),
             )
         except (RuntimeError, nncf.errors.InternalError, nncf.errors.ValidationError) as error:
             raise failure(descriptions, error) from None
@@ -76,6 +78,12 @@ def quantize(
         path = Path(folder, "network.xml")
         openvino.save_model(quantized, path, compress_to_fp16=False)
         return CalibratedNetwork(path.read_bytes(), path.with_suffix(".bin").read_bytes(), kept)
+
+
+def _overflow_fix(nncf: Any) -> Any:
+    """Where sums of two products must fit into 16 bits, weights keep 7: held to AVX2, lite0's mean cosine to float32 is
+    0.996 instead of 0.992, and its speed the same."""
+    return nncf.OverflowFix.FIRST_LAYER if integer_instructions() else nncf.OverflowFix.ENABLE
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sppfeat import BackboneError, MissingExtraError, Recipe, RunOptions, UsageError, extract_folder, open_store
 from sppfeat.backbones import Network
-from sppfeat.engines import keep_calibrated, load_engine
+from sppfeat.engines import keep_calibrated, load_engine, quantization
 from sppfeat.engines.calibrated import read_calibrated
 from sppfeat.extraction import Calibration, Describer, ShardOptions, calibrate, calibration
 from sppfeat.images import find_images
@@ -124,6 +125,24 @@ def test_a_result_that_is_not_close_is_refused(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(calibration, "_speed", lambda *_: 1.5)
     with pytest.raises(UsageError, match=r"a mean cosine to float32 of at least 1.0, found 0\.99\d\d on 5 images: use"):
         calibrate(INT8, find_images([folder]).items)
+
+
+@pytest.mark.parametrize("has", [[], ["avx512_vnni"]])
+def test_weights_keep_7_bits_where_sums_of_products_must_fit_into_16(
+    has: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nncf = pytest.importorskip("nncf")
+    asked: list[Any] = []
+
+    def quantize(*_: Any, advanced_parameters: Any, **__: Any) -> None:
+        asked.append(advanced_parameters.overflow_fix)
+        raise RuntimeError("stopped here")
+
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    monkeypatch.setattr(quantization, "integer_instructions", lambda: has)
+    with pytest.raises(BackboneError, match="stopped here"):
+        calibrate(replace(INT8, pooling="avg"), find_images([folder]).items)
+    assert asked == [nncf.OverflowFix.FIRST_LAYER if has else nncf.OverflowFix.ENABLE]
 
 
 def test_a_result_that_is_no_faster_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
