@@ -213,7 +213,8 @@ def _table(done: "list[Transfer]") -> str:
         if several:
             line += f" ({'area' if one.options.protocol == 'voc2007-vissl' else f'11 points; area {one.area:.2f} %'})"
         else:
-            line += f"  top-1 {one.top1:.2f} %, top-5 {one.top5:.2f} %"
+            line += f"  top-1 {one.top1:.2f} %"
+            line += f", top-5 {one.top5:.2f} %" * (len(one.per_class) > 5)  # of five classes it is 100 %
         line += f"  ({one.dim} values, {f'C = {costs}, ' if costs else ''}{one.seconds:.1f} s)"
         if one.comparison is not None:
             line += f"  {_difference(one.comparison)}"
@@ -231,7 +232,9 @@ def _table(done: "list[Transfer]") -> str:
     )
     known = {name: value for name, value in first.per_class.items() if name not in first.untested}
     worst = sorted(known.items(), key=lambda item: item[1])[:5]
-    lines.append("hardest: " + ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst))
+    if any(value < 100 for _, value in worst):
+        told = ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst if value < 100)
+        lines.append(f"hardest: {told}")
     if first.untested:
         named = ", ".join(map(printable, first.untested[:5])) + ", ..." * (len(first.untested) > 5)
         lines.append(f"no test images, excluded from the mean: {named} ({counted(len(first.untested), 'class')})")

@@ -24,10 +24,12 @@ from sppfeat.extraction.workers import Tally, fill_file
 from sppfeat.images import (
     DEFAULT_COLUMNS,
     Columns,
+    Extent,
     ImageList,
     Item,
     find_images,
     is_url,
+    left_out,
     no_images,
     open_sources,
     path_to_name,
@@ -257,8 +259,8 @@ def _into_file(run: _Run, describer: Describer, images: ImageList, without_windo
     plan = make_plan(store, rows, images, retry_failed=run.retry_failed)
     gone = [name for name in plan.gone if rows[name] not in lost]
     run.observer.started(todo=plan.rows, reused=plan.reused, gone=gone, device=device)
-    if run.prune and images.extent is not None:
-        tell_unlisted(images.extent, run.observer)
+    if images.extent is not None:
+        _tell(images.extent, run)
     tally = Tally()
     job = Job(0, plan.todo, redo=sorted(plan.redo), changed=frozenset(plan.changed), lost=plan.lost)
     try:
@@ -331,8 +333,7 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
             cluster=cluster,
             removable=(lambda name: is_removable(sources.extent, name)) if run.prune else (lambda _: False),
         )
-    if run.prune:
-        tell_unlisted(sources.extent, run.observer)
+    _tell(sources.extent, run)
     if cluster is not None:
         engine = cluster.engine or engine
     if not listed.images and shards.part is None and not stopped:
@@ -356,6 +357,14 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
         stopped=stopped,
         removed=removed,
     )
+
+
+def _tell(extent: Extent, run: _Run) -> None:
+    """Note what was not listed, and why."""
+    if run.prune:
+        tell_unlisted(extent, run.observer)
+    if extent.unread:
+        run.observer.note(left_out(extent.unread))
 
 
 def _list(run: _Run) -> tuple[ImageList, int | None]:

@@ -7,7 +7,7 @@ from sppfeat.images.batching import ShapeBatcher
 from sppfeat.images.decoder import Answer, Decoded, Decoder, Part, Unreadable, heard_answer, told_item
 from sppfeat.images.extent import Extent, is_lost
 from sppfeat.images.given import as_given
-from sppfeat.images.instead import found_instead, no_images
+from sppfeat.images.instead import found_instead, left_out, no_images
 from sppfeat.images.items import (
     EXTENSIONS,
     NO_FINGERPRINT,
@@ -85,6 +85,7 @@ __all__ = [
     "is_url",
     "item_at",
     "leads_out",
+    "left_out",
     "lend_decoding",
     "member_to_name",
     "name_to_path",

@@ -16,12 +16,13 @@ class Extent:
 
     root: what names are relative to. whole: what the names begin with of everything below the folders, prefixes and
     archives. unlisted: likewise, of those among them that gave no image, as a disk does that is not mounted, or that
-    could not be read to the end.
+    could not be read to the end. unread: how many photographs are of kinds that are not read, by extension.
     """
 
     root: str
     whole: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
+    unread: tuple[tuple[str, int], ...] = ()
 
     def lost(self, name: str) -> bool:
         """Whether an image that was not listed is certainly gone from these sources."""
@@ -34,7 +35,7 @@ class Extent:
     def below(self, prefix: str, root: str) -> Extent:
         """The same, named from a folder further up. prefix: the way there, with a slash at its end."""
         whole, unlisted = (tuple(prefix + start for start in starts) for starts in (self.whole, self.unlisted))
-        return Extent(root, whole, unlisted)
+        return Extent(root, whole, unlisted, self.unread)
 
 
 def is_lost(root: str, name: str) -> bool:

@@ -42,6 +42,14 @@ def no_images(sources: Sequence[str | os.PathLike[str]]) -> str:
     return f"{shown}: expected images, found files of other kinds alone ({some}); convert them to JPEG or PNG"
 
 
+def left_out(unread: Sequence[tuple[str, int]]) -> str:
+    """The note for photographs of kinds that are not read; see `Extent.unread`. Of one at least."""
+    count = sum(number for _, number in unread)
+    files = "1 file" if count == 1 else f"{count} files"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in unread)
+    return f"{files} left out, of kinds that are not read: {kinds}; convert them to JPEG or PNG"
+
+
 def _first(found: str | None, belongs: str, path: str | os.PathLike[str]) -> str:
     from sppfeat.files import GALLERY, STORE
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import io
 import itertools
 import os
 import re
-import stat
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import BinaryIO, Final, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO, Final
 
 from sppfeat.errors import ImageError, UsageError
 from sppfeat.images.archives import ARCHIVE_EXTENSIONS, archive_items, is_archive, member_at, places_within
@@ -29,7 +28,6 @@ from sppfeat.images.items import (
     is_image_name,
     name_to_path,
     path_to_name,
-    reason_not_readable,
 )
 from sppfeat.images.members import REST
 from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
@@ -44,18 +42,11 @@ from sppfeat.images.urls import (
     url_path,
     walk_url,
 )
+from sppfeat.images.walking import Found, walk
 
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 MAX_RANGE: Final = 1_000_000
 _RANGE: Final = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
-
-
-class _Found(NamedTuple):
-    """Something that a source names: an image, an archive, or what has a problem. place: absolute path, or URL."""
-
-    place: str
-    problem: str | None = None
-    fingerprint: Fingerprint | None = None
 
 
 class Sources:
@@ -96,7 +87,8 @@ class Sources:
                 yield item
             if (place := source.whole()) is not None and (cut or not sound):
                 unlisted.append(self._start(place))
-        self.extent = Extent(self.root, tuple(self.prefixes()), tuple(unlisted))
+        unread = sum((source.unread for source in self._sources if isinstance(source, _Folder)), Counter[str]())
+        self.extent = Extent(self.root, tuple(self.prefixes()), tuple(unlisted), tuple(sorted(unread.items())))
 
     def _items(self, source: _Source) -> Iterator[Item]:
         for found in source:
@@ -224,7 +216,7 @@ class _Source(ABC):
     """One source: what it names, each time it is iterated."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[_Found]: ...
+    def __iter__(self) -> Iterator[Found]: ...
 
     @abstractmethod
     def folders(self) -> Iterator[tuple[str, str]]:
@@ -241,8 +233,8 @@ class _Single(_Source):
 
     place: str
 
-    def __iter__(self) -> Iterator[_Found]:
-        yield _Found(self.place)
+    def __iter__(self) -> Iterator[Found]:
+        yield Found(self.place)
 
     def folders(self) -> Iterator[tuple[str, str]]:
         yield _folder_of(self.place), self.place
@@ -254,9 +246,11 @@ class _Single(_Source):
 @dataclass(frozen=True)
 class _Folder(_Source):
     top: str
+    unread: Counter[str] = field(default_factory=Counter)
 
-    def __iter__(self) -> Iterator[_Found]:
-        return _walk(self.top)
+    def __iter__(self) -> Iterator[Found]:
+        self.unread.clear()
+        return walk(self.top, self.unread)
 
     def folders(self) -> Iterator[tuple[str, str]]:
         yield self.top, self.top
@@ -271,11 +265,11 @@ class _Prefix(_Source):
 
     url: str
 
-    def __iter__(self) -> Iterator[_Found]:
+    def __iter__(self) -> Iterator[Found]:
         try:
             for url, fingerprint, problem in walk_url(self.url):
                 if problem is not None or is_image_name(url):
-                    yield _Found(url, problem, fingerprint)
+                    yield Found(url, problem, fingerprint)
         except ImageError as error:
             raise UsageError(f"{self.url}: expected a prefix that can be listed, found: {error}") from None
 
@@ -293,9 +287,9 @@ class _List(_Source):
     name: str
     content: bytes | None = None
 
-    def __iter__(self) -> Iterator[_Found]:
+    def __iter__(self) -> Iterator[Found]:
         for place in self._places():
-            yield _Found(place)
+            yield Found(place)
 
     def folders(self) -> Iterator[tuple[str, str]]:
         last = None
@@ -420,62 +414,6 @@ def _common(one: str, other: str, example: str) -> str:
     same_host = one.split("/")[2] == other.split("/")[2]
     parts = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     return "/".join([*one.split("/")[:3], *parts]) if same_host else f"{protocol_of(one)}://"
-
-
-def _walk(top: str) -> Iterator[_Found]:
-    # A stack instead of recursion: depth is bounded by the file system, not by Python. Each folder carries the
-    # identities of those above it, to detect symlinks that loop back to one of them.
-    stack: list[tuple[str, Iterator[tuple[str, bool]], frozenset[tuple[int, int]]]]
-    stack = [(top, iter([("", False)]), frozenset())]
-    while stack:
-        folder, entries, above = stack[-1]
-        name, is_file = next(entries, (None, False))
-        if name is None:
-            stack.pop()
-            continue
-        path = os.path.join(folder, name) if name else folder
-        if is_file:
-            yield _Found(path)
-            continue
-        is_image = bool(name) and is_image_name(name)
-        try:
-            info = os.stat(path)
-        except OSError as error:
-            # What stat cannot read may be a folder of images. A dangling symlink is not.
-            if is_image or error.errno != errno.ENOENT:
-                yield _Found(path, reason_not_readable(path, error))
-            continue
-        if not stat.S_ISDIR(info.st_mode):
-            if is_image:
-                yield _Found(path)
-            continue
-        reason = "is a folder, not an image" if is_image else None
-        identity = (info.st_dev, info.st_ino)
-        inside: list[tuple[str, bool]] = []
-        if identity in above:
-            reason = "symlink loops back to a folder that contains it"
-        else:
-            try:
-                inside = _entries(path)
-            except OSError as error:
-                reason = reason_not_readable(path, error)
-        if reason is not None:
-            yield _Found(path, reason)
-        stack.append((path, iter(inside), above | {identity}))
-
-
-def _entries(folder: str) -> list[tuple[str, bool]]:
-    """A folder's images, links and folders in name order, and whether each is certainly a regular file."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                is_file = entry.is_file(follow_symlinks=False)
-            except OSError:  # the walk looks again, and says why
-                is_file = False
-            if not is_file or is_image_name(entry.name):
-                found.append((entry.name, is_file))
-    return sorted(found, key=lambda entry: os.fsencode(entry[0]))
 
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
 from sppfeat.files import GALLERY
+from sppfeat.images import path_to_name
 from sppfeat.retrieval.about import About, BinsEntry, FileEntries, FileEntry, IndexEntry, ProjectionEntry, SourceEntry
 from sppfeat.retrieval.bins import BinLayout, BinSource, KeptBins, bin_layout, learn_again, learn_from
 from sppfeat.retrieval.channels import check_bin_dim
@@ -173,14 +174,28 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
         return Change(str(path), about.rows, len(rows), skipped, 0, None, notes, about, map_lost=_had_map(old))
 
 
+def _row_of(name: str, roots: Sequence[str], place: Mapping[str, int]) -> str:
+    """The row's name for a name, or for the path of a file, as search prints it."""
+    if name not in place:
+        for root in roots:
+            if name.startswith(prefix := root.rstrip("/") + "/"):
+                below = path_to_name(name.removeprefix(prefix))
+                if below in place:
+                    return below
+    return name
+
+
 def remove_from_gallery(gallery: str | os.PathLike[str], names: Sequence[str]) -> Change:
-    """Remove rows by name. Raises GalleryError for unknown names, before anything is changed."""
+    """Remove rows by name, or by the path of a file below the gallery's folder of images.
+
+    Raises GalleryError for unknown names, before anything is changed.
+    """
     path = _folder(gallery)
     require_gallery(path)
     with changing(path):
         old = open_gallery(path)
         place = {name: row for row, name in enumerate(old.rows.names)}
-        unique = list(dict.fromkeys(names))
+        unique = list(dict.fromkeys(_row_of(name, old.rows.roots, place) for name in names))
         missing = [name for name in unique if name not in place]
         if missing:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""

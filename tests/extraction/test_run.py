@@ -35,10 +35,12 @@ from sppfeat import (
 )
 from sppfeat.backbones.backbone import Backbone, load_backbone
 from sppfeat.engines.torch_engine import TorchEngine
+from sppfeat.extraction import ShardOptions
 from sppfeat.extraction.pipeline import Describer
 from sppfeat.extraction.stages import Stages
 from sppfeat.images import resizing as preprocess
 from sppfeat.images.resizing import prepare_image
+from sppfeat.progress import Observer
 from sppfeat.pyramid.pooling import pool_pyramid
 from sppfeat.store.locking import lock_store
 
@@ -677,3 +679,15 @@ def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("shards", [None, ShardOptions(rows=4)], ids=["one file", "shards"])
+def test_what_is_not_read_is_told(make_images: MakeImages, tmp_path: Path, shards: ShardOptions | None) -> None:
+    folder, notes = make_images(2), list[str]()
+    observer = Observer()
+    observer.note = notes.append  # type: ignore[method-assign]
+    for name in ("a.heic", "b.heic", "c.CR2"):
+        (folder / name).write_bytes(b"x")
+    done = extract_folder(folder, tmp_path / "f", TINY, shards=shards, observer=observer)
+    assert done.images == 2
+    assert notes == ["3 files left out, of kinds that are not read: 1 .cr2, 2 .heic; convert them to JPEG or PNG"]

@@ -142,3 +142,17 @@ def test_a_local_name_is_its_file(tmp_path: Path) -> None:
     (tmp_path / "x.tar").mkdir()  # a folder that is named like an archive
     (tmp_path / "x.tar/a.jpg").touch()
     assert item_at(str(tmp_path), "x.tar/a.jpg") == find_images([tmp_path]).items[0]
+
+
+def test_photographs_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("a.jpg", "b.HEIC", "below/c.heic", "below/d.nef", "e.txt", ".hidden.heic", "f.mov"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.heic").mkdir()
+    sources = open_sources([tmp_path, tmp_path / "a.jpg"])
+    for _ in range(2):  # each time anew
+        assert [item.name for item in sources] == ["a.jpg", "a.jpg"]
+        assert sources.extent.unread == ((".heic", 2), (".nef", 1))
+    found = find_images([tmp_path / "below", tmp_path / "a.jpg"])
+    assert found.extent is not None and found.extent.unread == ((".heic", 1), (".nef", 1))
+    assert found.below(str(tmp_path.parent)).items[0].name == f"{tmp_path.name}/a.jpg"

@@ -75,6 +75,16 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     assert {p.name for p in path.iterdir()} == {"gallery.json", *(entry.file for entry in gallery.about.entries)}
 
 
+def test_images_are_removed_by_the_paths_that_search_prints(make_store: MakeStore, tmp_path: Path) -> None:
+    names = ["a.jpg", "b.jpg", r"c\\d.jpg", "e.jpg"]
+    path = tmp_path / "g"
+    create_gallery(make_store(descriptors(4), "a.h5", names=names), path, IndexOptions(factory="Flat"))
+    remove_from_gallery(path, ["/nowhere/a.jpg", r"/nowhere/c\d.jpg"])
+    assert open_gallery(path).rows.names == ["b.jpg", "e.jpg"]
+    with pytest.raises(GalleryError, match="unknown name '/elsewhere/b.jpg'"):
+        remove_from_gallery(path, ["/elsewhere/b.jpg"])
+
+
 def few(make_store: MakeStore, count: int, start: int, file: str) -> Store:
     names = [f"new/{number}.jpg" for number in range(start, start + count)]
     return make_store(descriptors(count, 50 + start), file, names=names, root="/elsewhere")
