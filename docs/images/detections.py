@@ -1,5 +1,4 @@
-"""Draws `detections.jpg`, the image in README and the guide: what a detector finds in the project's photographs.
-
+"""Draws `detections.jpg`, an image of the guide: what a detector finds in the project's photographs.
 
     python docs/images/detections.py DETECTOR.h5 [THRESHOLD]
 
