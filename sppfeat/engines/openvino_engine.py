@@ -278,7 +278,9 @@ def _read_entry(entry: Path, options: dict[str, Any]) -> Any:
 
 def _write_entry(entry: Path, compiled: Any) -> None:
     try:
-        body = compiled.export_model().getvalue()
+        exported = compiled.export_model()
     except RuntimeError:
         return  # it runs, and cannot be kept
+    # OpenVINO 2025.0 gives bytes, later versions a file.
+    body = exported if isinstance(exported, bytes) else exported.getvalue()
     write_entry(entry, body, kept=_KEPT_ENTRIES)
