@@ -68,7 +68,7 @@ def inspect(
         "bytes": store_bytes(store),
         **_folder_document(store),
         "source_root": store.source_root,
-        "files": None if lost is None else {"checked": lost.checked, "lost": lost.lost},
+        "files": None if lost is None else {"checked": lost.checked, "lost": lost.lost, "changed": lost.changed},
         "weights_sha256": store.weights_sha256,
         "recipe_hash": store.recipe_hash,
         "recipe": dataclasses.asdict(store.recipe),
@@ -349,6 +349,8 @@ def _text(about: dict[str, Any], unit: str, files: str) -> str:
         lines.append(f"  to describe pending {unit}s, run the same `sppfeat extract` again")
     if about["files"] is not None and about["files"]["lost"]:
         lines.append("  to remove the rows of images that no longer exist, run the same `sppfeat extract` with --prune")
+    if about["files"] is not None and about["files"]["changed"]:
+        lines.append("  to describe changed images again, run the same `sppfeat extract`")
     return "\n".join(lines)
 
 

@@ -60,12 +60,17 @@ def _indented(item: Any) -> str:
 
 
 def tell_lost(store: "Store") -> None:
-    """Say on standard error how many images of a store no longer exist, if any."""
+    """Say on standard error how many images of a store no longer exist or have changed, if any."""
     from sppfeat.store import count_lost
 
     found = count_lost(store)
-    if found is not None and found.lost:
-        hint = "`sppfeat extract --prune` removes their rows"
+    if found is not None and (found.lost or found.changed):
+        if not found.changed:
+            hint = "`sppfeat extract --prune` removes their rows"
+        elif not found.lost:
+            hint = "`sppfeat extract` describes them again"
+        else:
+            hint = "`sppfeat extract --prune` removes the rows of the first and describes the others again"
         print(f"note: {printable(store.place)}: {found}; {hint}", file=sys.stderr)
 
 

@@ -85,12 +85,22 @@ def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from None
         found = (
             "which is not installed"
             if isinstance(error, ModuleNotFoundError)
             else f"which fails to import: {one_line(error)}"
         )
         raise MissingExtraError(f"{purpose} needs {module}, {found}: pip install 'sppfeat[{extra}]'") from None
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether an import failed because of Ctrl-C: compiled modules make an ImportError of it."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, KeyboardInterrupt):
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None
 
 
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sppfeat.images.archives import from_builtins, to_builtins
+from sppfeat.images.archives import from_builtins, places_within, to_builtins
 from sppfeat.images.batching import ShapeBatcher
 from sppfeat.images.decoder import Answer, Decoded, Decoder, Part, Unreadable, heard_answer, told_item
 from sppfeat.images.extent import Extent, is_lost
@@ -93,6 +93,7 @@ __all__ = [
     "open_image",
     "open_sources",
     "path_to_name",
+    "places_within",
     "prepare_image",
     "read_ahead",
     "read_image",

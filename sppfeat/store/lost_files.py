@@ -1,4 +1,5 @@
-"""How many rows of a store have lost their file: counted on a part of them, since each costs a look at the disk."""
+"""How many rows of a store have lost their file, or have another one now: counted on a part of them, since each costs a
+look at the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Final
 
 from sppfeat.errors import StoreError
 from sppfeat.files import unsafe_name
-from sppfeat.images import is_lost, is_url
+from sppfeat.images import NO_FINGERPRINT, Fingerprint, fingerprint_of, is_lost, is_url, name_to_path, places_within
 from sppfeat.store.reading import Store
 from sppfeat.store.row_names import split_row_name
 
@@ -25,45 +26,54 @@ _THREADS: Final = 8  # which wait for the file system, not for a core
 
 @dataclass(frozen=True)
 class LostFiles:
-    """checked: rows looked at. lost: those of them whose file no longer exists. rows: of the store."""
+    """checked: rows looked at. lost: those of them whose file no longer exists. rows: of the store. changed: those
+    looked at whose file has another size or time than the one that was described, or that failed."""
 
     checked: int
     lost: int
     rows: int
+    changed: int = 0
 
     def __str__(self) -> str:
         looked = "" if self.checked == self.rows else " that were looked for"
         among = "" if self.checked == self.rows else f" ({self.rows} in all)"
-        if not self.lost:
+        if not self.lost and not self.changed:
             return f"all {self.checked}{looked} are there{among}"
-        return f"{self.lost} of {self.checked} images{looked} have lost their file{among}"
+        found = [f"{self.lost} of {self.checked} images{looked} have lost their file"] if self.lost else []
+        if self.changed:
+            whole = "" if found else f" of {self.checked} images{looked}"
+            found.append(f"{self.changed}{whole} have changed since")
+        return " and ".join(found) + among
 
 
 def count_lost(store: Store) -> LostFiles | None:
-    """Count the rows whose file no longer exists; None if that cannot be told: the folder of the images is not on this
-    machine, the store is in a bucket, or its names cannot be read.
+    """Count the rows whose file no longer exists or was changed; None if that cannot be told: the folder of the images
+    is not on this machine, the store is in a bucket, or its names cannot be read.
 
     All rows are looked at, or of more than CHECKED_ROWS so many, spread evenly; after CHECK_SECONDS no more are. Of a
-    member of an archive the archive is looked for, and of a window its image. Names that lead out of the folder are not
-    followed.
+    member of an archive the archive is looked for, and whether it changed is not told; of a window its image is looked
+    at. Names that lead out of the folder are not followed.
     """
     root = store.source_root
     if store.url is not None or is_url(root) or not os.path.isdir(root):
         return None
     ends = time.monotonic() + CHECK_SECONDS
-    checked = lost = 0
+    checked = lost = changed = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in _spread(len(store)):
             try:
                 names = store.names[first : first + _RUN]
             except StoreError:  # of a damaged shard; to find those is for others
                 continue
-            parts = [names[at::_THREADS] for at in range(_THREADS)]
+            sizes, times = (each[first : first + _RUN].tolist() for each in (store.file_size, store.file_mtime_ns))
+            files = list(zip(names, map(Fingerprint, sizes, times), strict=True))
             checked += len(names)
-            lost += sum(pool.map(lambda part: sum(_is_lost(root, name) for name in part), parts))
+            for part in pool.map(lambda part: [_state(root, *file) for file in part], _shared_out(files)):
+                lost += part.count("lost")
+                changed += part.count("changed")
             if time.monotonic() > ends:
                 break
-    return LostFiles(checked, lost, len(store)) if checked or not len(store) else None
+    return LostFiles(checked, lost, len(store), changed) if checked or not len(store) else None
 
 
 def _spread(rows: int) -> Iterator[int]:
@@ -77,6 +87,18 @@ def _spread(rows: int) -> Iterator[int]:
             yield place * runs // taken * _RUN
 
 
-def _is_lost(root: str, name: str) -> bool:
+def _shared_out(files: list[tuple[str, Fingerprint]]) -> list[list[tuple[str, Fingerprint]]]:
+    return [files[at::_THREADS] for at in range(_THREADS)]
+
+
+def _state(root: str, name: str, described: Fingerprint) -> str | None:
+    """`lost`, `changed`, or None: as it was described, not described yet, or not to be told."""
     image, window = split_row_name(name)
-    return unsafe_name(name) is None and is_lost(root, name) and (window is None or is_lost(root, image))
+    if unsafe_name(name) is not None:
+        return None
+    if is_lost(root, name) and (window is None or is_lost(root, image)):
+        return "lost"
+    if described == NO_FINGERPRINT or any(places_within(image)):
+        return None
+    found = fingerprint_of(name_to_path(root, image))
+    return None if found in (described, NO_FINGERPRINT) else "changed"

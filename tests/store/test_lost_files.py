@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import MakeStore
 
 from sppfeat import count_lost
-from sppfeat.store import lost_files
+from sppfeat.images import fingerprint_of
+from sppfeat.store import Store, lost_files, split_row_name
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -30,13 +32,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def as_described(store: Store) -> None:
+    """Write the size and time of each file that is there into the store, as describing it does."""
+    assert store.path is not None
+    with h5py.File(store.path, "r+") as file:
+        for row, name in enumerate(store.names):
+            path = f"{store.source_root}/{split_row_name(name)[0]}"
+            if os.path.isfile(path):
+                file["file_size"][row], file["file_mtime_ns"][row] = fingerprint_of(path)
+
+
 def test_every_kind_of_name(make_store: MakeStore, folder: Path) -> None:
     there = ["a/0.jpg", "a/1.jpg#0,0,9,9", "b.tar/x.jpg", "link.jpg", "../secret.jpg", "../gone.jpg"]
     gone = ["a/2.jpg", "a/2.jpg#0,0,9,9", "c.tar/x.jpg", "c/0.jpg"]
     store = make_store(np.ones((10, 4)), names=[*there, *gone], root=str(folder))
     found = count_lost(store)
     assert found is not None and (found.checked, found.lost, found.rows) == (10, 4, 10)
-    assert str(found) == "4 of 10 images have lost their file"
+    assert found.changed == 2 and str(found) == "4 of 10 images have lost their file and 2 have changed since"
+    as_described(store)
+    assert str(count_lost(store)) == "4 of 10 images have lost their file"
     assert count_lost(replace(store, source_root="/nowhere")) is None
     assert count_lost(replace(store, url="s3://bucket/f/")) is None
 
@@ -50,6 +64,7 @@ def test_a_part_of_a_large_store_is_checked(
     for name in names[:100]:
         (folder / name).touch()
     store = make_store(np.ones((205, 2)), names=names, root=str(folder))
+    as_described(store)
     looked: list[str] = []
     monkeypatch.setattr(
         lost_files, "is_lost", lambda root, name: looked.append(name) or not os.path.exists(f"{root}/{name}")
@@ -74,11 +89,14 @@ def test_runs_are_within_the_store_and_differ(rows: int) -> None:
 def test_commands_tell(make_store: MakeStore, folder: Path, tmp_path: Path, run_sppfeat: Run) -> None:
     pytest.importorskip("faiss")
     names = ["a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"]
-    store = make_store(np.eye(5), names=names, root=str(folder)).path
+    made = make_store(np.eye(5), names=names, root=str(folder))
+    as_described(made)
+    store = made.path
     told = f"note: {store}: 3 of 5 images have lost their file; `sppfeat extract --prune` removes their rows\n"
     about = run_sppfeat("inspect", store)
     assert "  files: 3 of 5 images have lost their file\n" in about.stdout and "--prune" in about.stdout
-    assert json.loads(run_sppfeat("inspect", store, "--json").stdout)["files"] == {"checked": 5, "lost": 3}
+    files = json.loads(run_sppfeat("inspect", store, "--json").stdout)["files"]
+    assert files == {"checked": 5, "lost": 3, "changed": 0}
     index = run_sppfeat("index", store, "-o", tmp_path / "g")
     assert index.returncode == 0 and told in index.stderr
     quiet = run_sppfeat("index", store, "-o", tmp_path / "q", "--quiet")
@@ -88,5 +106,14 @@ def test_commands_tell(make_store: MakeStore, folder: Path, tmp_path: Path, run_
     for name in names[2:]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
+    as_described(made)
     assert "  files: all 5 are there\n" in run_sppfeat("inspect", store).stdout
     assert "lost" not in run_sppfeat("train", "svm", store, "-o", tmp_path / "n.h5", "--c", "1").stderr
+    (folder / "a" / "0.jpg").write_bytes(b"another")
+    told = "1 of 5 images have changed since"
+    assert f"  files: {told}\n" in run_sppfeat("inspect", store).stdout
+    train = run_sppfeat("train", "svm", store, "-o", tmp_path / "o.h5", "--c", "1")
+    assert f"note: {store}: {told}; `sppfeat extract` describes them again\n" in train.stderr
+    (folder / "a" / "1.jpg").unlink()
+    both = "1 of 5 images have lost their file and 1 have changed since; `sppfeat extract --prune` removes the rows of"
+    assert both in run_sppfeat("index", store, "-o", tmp_path / "h").stderr
