@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from sppfeat import BackboneError, DeviceError, RunOptions, UsageError, extract_folder, open_store, verify_store
+from sppfeat import BackboneError, DeviceError, Recipe, RunOptions, UsageError, extract_folder, open_store, verify_store
 from sppfeat.engines.devices import resolve_device
 from sppfeat.extraction.plan import Todo
 from sppfeat.extraction.stages import Stages
@@ -172,6 +173,29 @@ def test_an_item_is_sent_to_a_process_whole() -> None:
     assert (again.item.root, again.item.name, again.rows) == (item.root, item.name, [3])
     assert again.item.windows is not None and np.array_equal(again.item.windows, item.windows)  # type: ignore[arg-type]
     assert _heard(_told(Todo(Item("/", "a.png"), [0]))).item.windows is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "what"),
+    [
+        (replace(TINY, precision="int8"), RunOptions(device="cuda:2,3"), "precision int8"),
+        (TINY, RunOptions(device="cuda:2,3", engine="openvino"), "engine openvino"),
+    ],
+)
+def test_engines_of_the_cpu_are_refused_on_several_gpus_before_a_store_is_made(
+    make_images: MakeImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    options: RunOptions,
+    what: str,
+) -> None:
+    monkeypatch.setattr(
+        "sppfeat.engines.engine.resolve_device", lambda name: resolve_device(name) if "," in name else name
+    )
+    with pytest.raises(UsageError, match=f"{what} runs on the CPU: expected --device cpu, found cuda:2"):
+        extract_folder(make_images(1), tmp_path / "f.h5", recipe, options)
+    assert not (tmp_path / "f.h5").exists()
 
 
 def test_invalid_lists_of_devices(make_images: MakeImages, tmp_path: Path) -> None:
