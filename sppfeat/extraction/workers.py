@@ -119,7 +119,7 @@ def fill_rows(
         writer.flush()
     finally:
         now = describer.times
-        work.add(
+        work.follow(
             Stages(
                 decode=now.decode - before.decode,
                 forward=now.forward - before.forward,
@@ -151,6 +151,7 @@ def fill_rows_with(
     names = [[name for item, _ in part for name in row_names(item)] for part in parts]
     children: list[_Child] = []
     failure: SppFeatError | None = None
+    together = Stages()
     try:
         for number, device in enumerate(devices):
             children.append(_Child(number, device, heard))
@@ -182,12 +183,13 @@ def fill_rows_with(
                 kind = getattr(errors, message["kind"], BackboneError)
                 failure = failure or kind(message["error"])
             else:
-                work.add(Stages(**message))
+                together.add(Stages(**message))
         if failure is not None:
             raise failure
     finally:
         for child in children:
             child.end()
+        work.follow(together)
 
 
 def _told(todo: Todo) -> list[Any]:
