@@ -52,8 +52,6 @@ class Backbone:
     def __init__(self, descriptions: Sequence[Description], trunk: nn.Module) -> None:
         self.descriptions = tuple(descriptions)
         self._trunk = trunk
-        self._scale: torch.Tensor = torch.tensor([])
-        self._shift: torch.Tensor = torch.tensor([])
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> Backbone:
@@ -97,7 +95,8 @@ class Backbone:
 class Trunk:
     """A network up to some layers with its weights as they were trained: what is tuned. In evaluation mode, on the CPU.
 
-    module: from normalised images [N, 3, H, W] to the list of each layer's feature maps. recipe: filled in.
+    recipe: filled in. network: the whole network. cuttable: the same, by its layers. module: from normalised images
+    [N, 3, H, W] to the list of each layer's feature maps.
     """
 
     recipe: Recipe
@@ -372,8 +371,8 @@ def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, InputSpe
     valid = models.list_models(module=models)
     if name not in valid:
         raise UsageError(unknown_name("torchvision backbone", name, valid))
-    enum = next(iter(models.get_model_weights(name)), None)
-    best = getattr(models.get_model_weights(name), "DEFAULT", enum)
+    weights = models.get_model_weights(name)
+    best = getattr(weights, "DEFAULT", next(iter(weights), None))
     transform = best.transforms() if best is not None else None
     spec = InputSpec(
         tuple(getattr(transform, "mean", _IMAGENET_MEAN)),

@@ -22,7 +22,8 @@ def hub_if_reachable() -> Iterator[str | None]:
 
     url = urlsplit(constants.ENDPOINT)
     host = url.hostname or ""
-    if constants.HF_HUB_OFFLINE or url.scheme in urllib.request.getproxies() or _answers(host, url.port or 443):
+    port = url.port or (80 if url.scheme == "http" else 443)
+    if constants.HF_HUB_OFFLINE or url.scheme in urllib.request.getproxies() or _answers(host, port):
         yield None
         return
     constants.HF_HUB_OFFLINE = True

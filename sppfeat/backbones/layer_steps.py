@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sppfeat.backbones.geometry import Geometry, Step, follow
+from sppfeat.backbones.geometry import Step
 from sppfeat.errors import BackboneError
 
 
@@ -48,11 +48,6 @@ def layer_steps(trunk: fx.GraphModule) -> list[Step]:
     raise BackboneError("the geometry of the layer cannot be derived: its output is not a feature map")
 
 
-def derive_geometry(trunk: fx.GraphModule, length: int) -> Geometry:
-    """Geometry of a trunk's output along an axis of `length` input pixels. Raises BackboneError; see `follow`."""
-    return follow(layer_steps(trunk), length)
-
-
 def _of_module(name: str, module: nn.Module, inputs: tuple[int, ...]) -> Step | bool:
     """A layer's step; True if it keeps every cell where it is, False if its output is not a map."""
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
@@ -80,38 +75,12 @@ def _of_module(name: str, module: nn.Module, inputs: tuple[int, ...]) -> Step | 
 
 
 # Functions of single cells, or that only move channels.
-_POINTWISE = frozenset(
-    [
-        "add",
-        "add_",
-        "iadd",
-        "sub",
-        "mul",
-        "mul_",
-        "imul",
-        "truediv",
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardsigmoid",
-    ]
-    + [
-        "hardswish",
-        "sigmoid",
-        "silu",
-        "gelu",
-        "tanh",
-        "softmax",
-        "clamp",
-        "norm",
-        "batch_norm",
-        "layer_norm",
-        "dropout",
-    ]
-    + ["dropout2d", "stochastic_depth", "cat", "chunk", "getitem", "contiguous", "clone", "expand_as"]
-    + ["permute", "transpose", "view", "reshape"]
-)
+_POINTWISE: Final = frozenset({
+    "add", "add_", "iadd", "sub", "mul", "mul_", "imul", "truediv", "relu", "relu_", "relu6", "hardtanh", "hardsigmoid",
+    "hardswish", "sigmoid", "silu", "gelu", "tanh", "softmax", "clamp", "norm", "batch_norm", "layer_norm", "dropout",
+    "dropout2d", "stochastic_depth", "cat", "chunk", "getitem", "contiguous", "clone", "expand_as", "permute",
+    "transpose", "view", "reshape",
+})  # fmt: skip
 
 
 def _of_function(node: fx.Node, inputs: tuple[int, ...]) -> Step | bool:

@@ -26,7 +26,7 @@ _SIZE: Final = PATCH / 4 * 2 / 3
 # leaves weak descriptors short instead, and VLFeat's `vl_phow` sets them to zero.
 _LEAST_CONTRAST: Final = 1.0
 # Blur of the image that gradients are taken of. Lazebnik's code takes derivatives of Gaussians of 1 pixel; OpenCV adds
-# the blur of 0.5 that it takes every photograph to have.
+# the blur of 0.5 that it takes every image to have.
 _SIGMA: Final = (1 + 0.5**2) ** 0.5
 _NO_MEMORY: Final = -4  # cv::Error::StsNoMem
 

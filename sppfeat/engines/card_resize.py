@@ -155,7 +155,7 @@ def resize_into(
         )
 
 
-# Photographs come in few sizes; one takes some 10 kB.
+# Images from cameras come in few sizes; one entry takes some 10 kB.
 @functools.lru_cache(maxsize=1024)
 def _on_device(length: int, target: int, interpolation: str, device: torch.device, stream: int) -> torch.Tensor:
     """`coefficients` as [1 + taps, target]: outputs side by side, as threads read them.

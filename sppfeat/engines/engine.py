@@ -1,9 +1,9 @@
 """Engines: how feature maps are computed and pooled. Every engine gives the values that the recipe determines.
 
 `torch` runs on every device. `openvino` is faster on x86 and ARM CPUs, and needs the extra `cpu`. It computes float32
-within 1e-4 of torch's values, and bfloat16 within the precision of bfloat16 itself; int8 is computed by it alone, from
-a calibrated network (see `sppfeat.engines.quantization`). `sift` is for backbone sift-bow alone, which no other engine
-runs; it needs the extra `detect`.
+within 1e-4 of torch's values, and bfloat16 within 1e-1 (see `openvino_engine.TOLERANCE`); int8 is computed by it
+alone, from a calibrated network (see `sppfeat.engines.quantization`). `sift` is for backbone sift-bow alone, which no
+other engine runs; it needs the extra `detect`.
 """
 
 from __future__ import annotations

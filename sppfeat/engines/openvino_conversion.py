@@ -121,9 +121,8 @@ def convert(backbone: Backbone, size: tuple[int, int]) -> Any:
     height, width = size
     try:
         with _signals_later(), warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-            warnings.simplefilter(
-                "ignore"
-            )  # tracing warns about itself and about Python numbers; values are checked later
+            # Tracing warns about itself and about Python numbers; values are checked later.
+            warnings.simplefilter("ignore")
             served = _Served(backbone).eval()
             example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
             traced = torch.jit.trace(served, example, check_trace=False)  # type: ignore[no-untyped-call]

@@ -80,8 +80,8 @@ class OpenVinoEngine:
         self._network = network
         self._descriptions = network.descriptions
         self._recipe = recipe = network.recipe
-        # They are computed one by one, as on torch's CPU: but a request that goes on with the shape it had has nothing
-        # to plan anew, which saves a tenth of the time, of whole numbers a fifth. More would hold rows back for little.
+        # They are computed one by one, as on torch's CPU: but a request whose image has the shape of the last one plans
+        # nothing anew, which saves a tenth of the time, of whole numbers a fifth. More would hold rows back for little.
         self.batch_size = 16 if recipe.precision == "int8" else 4
         self._local = threading.local()
         options: dict[str, Any] = {

@@ -15,7 +15,6 @@ from sppfeat.settings import WhileAny
 def _exact() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     # Once a program sets `fp32_precision`, new in torch 2.9, torch refuses to read or write the older setting.
-
     if hasattr(cudnn, "conv"):
         changes: dict[Any, tuple[str, object]] = dict.fromkeys((cudnn.conv, cudnn.rnn), ("fp32_precision", "ieee"))
     else:

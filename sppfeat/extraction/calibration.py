@@ -1,5 +1,5 @@
 """Calibration of a recipe of precision int8: its network's whole numbers are chosen on some of the user's own images,
-and held against float32 on others."""
+and compared with float32 on others."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Calibration(msgspec.Struct, frozen=True):
             )
 
     def told(self) -> str:
-        """It in words."""
+        """One line that says how good it is."""
         return (
             f"int8: calibrated on {self.images} images; mean cosine to float32 {self.cosine:.4f} on {self.held_out} "
             f"others, {self.speed:.1f} times as fast"

@@ -39,13 +39,13 @@ from sppfeat.images import (
 )
 from sppfeat.machine import available_memory
 
-# A process takes a quarter of a second of a core to start, as long as 200 photographs.
+# A process takes a quarter of a second of a core to start, as long as 200 images.
 IMAGES_BEFORE_PROCESSES: Final = 256
-# Decoded images that wait for the network or run through it: two streams' batches of photographs, and rare shapes.
+# Decoded images that wait for the network or run through it: two streams' batches, and rare shapes.
 SHARED_BYTES: Final = 1 << 30
 # While one image is decoded, the next one's line is there.
 LINES_AHEAD: Final = 2
-# With less for each, photographs of 10 megapixels would be left to the threads. A machine of 6 cores has more.
+# With less for each, images of 10 megapixels would be left to the threads. A machine of 6 cores has more.
 LEAST_DECODING_BYTES: Final = 64 << 20
 
 Pin = Callable[[np.ndarray], None]

@@ -114,23 +114,24 @@ _Decoding = tuple[int, Item, "Future[Decoded]"]
 
 
 class _Threads:
-    """Pools of threads by name, which stay from one use to the next: what an engine keeps for each of its threads takes
-    longer to make than an image, CUDA's recorded passes above all."""
+    """The threads that run networks, which stay from one use to the next: what an engine keeps for each of its threads
+    takes longer to make than an image, CUDA's recorded passes above all."""
 
     def __init__(self) -> None:
-        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._pool: ThreadPoolExecutor | None = None
         self._making = threading.Lock()
 
-    def pool(self, name: str, count: int) -> ThreadPoolExecutor:
+    def pool(self, count: int) -> ThreadPoolExecutor:
+        """As many threads as the first caller asks for."""
         with self._making:
-            if name not in self._pools:
-                self._pools[name] = ThreadPoolExecutor(count, thread_name_prefix=name)
-            return self._pools[name]
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(count, thread_name_prefix="forward")
+            return self._pool
 
     def end(self) -> None:
         """End all threads that are at rest, and the others when they are."""
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _give_up(futures: Iterable[Future[Any]]) -> None:
@@ -280,7 +281,7 @@ class Describer:
                     stack.enter_context(engine.at_work())
                 if self.device != "cpu":  # which takes more images than threads decode; a processor does not
                     self._decoders.allow_processes([e.pin for e in engines if isinstance(e, ResizingEngine)])
-                forwarders = self._threads.pool("forward", self.streams)
+                forwarders = self._threads.pool(self.streams)
                 forwarding: deque[Future[_Results]] = deque()
                 stack.callback(_give_up, forwarding)
                 yield from self._pipeline(numbered, begun, scales, forwarders, forwarding, stop)

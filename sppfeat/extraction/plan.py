@@ -48,7 +48,7 @@ class Plan:
 
     todo: in the order of the items. redo: their rows that were done or failed before. changed: rows of `redo` that
     were done, and whose file changed. reused, failed_before: numbers of rows that stay done, and failed. gone: names of
-    rows whose file no longer exists. lost: those of them that are still pending.
+    rows whose file no longer exists. lost: the numbers of those that are still pending.
     """
 
     todo: list[Todo]
@@ -87,7 +87,7 @@ class WithWindows:
             boxes = self._windows.get(item.name)
             some = some or boxes is not None
             if boxes is None or not len(boxes):
-                self.without += item.name not in used
+                self.without += 1
                 continue
             used.add(item.name)
             yield replace(item, windows=_rounded(boxes))
@@ -113,7 +113,7 @@ def with_windows(images: ImageList, windows: Mapping[str, np.ndarray]) -> tuple[
     found = WithWindows(images.items, windows, images.root)
     items = list(found)
     repeated = sum(len(boxes) for boxes in windows.values()) - sum(len(row_names(item)) for item in items)
-    return ImageList(images.root, items, repeated), found.without
+    return ImageList(images.root, items, repeated, images.extent), found.without
 
 
 def make_plan(store: Store, rows: Mapping[str, int], images: ImageList, *, retry_failed: bool) -> Plan:

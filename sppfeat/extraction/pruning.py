@@ -53,7 +53,7 @@ def tell_unlisted(extent: Extent, observer: Observer) -> None:
 
 
 def prune_shards(folder: Folder, lost: Mapping[int, np.ndarray], stop: Callable[[], bool]) -> int:
-    """Remove rows from published shards, by their number; returns how many are removed, if `stop` ends it early."""
+    """Remove rows from published shards, by their number; returns how many: fewer if `stop` ends it early."""
     removed = 0
     for number, rows in lost.items():
         if stop():

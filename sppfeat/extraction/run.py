@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sppfeat.engines import choose_engine, engine_device
+from sppfeat.engines import choose_engine
 from sppfeat.errors import BackboneError, DeviceError, MissingExtraError, StoreError, UsageError
 from sppfeat.extraction.calibration import calibrate
 from sppfeat.extraction.pipeline import Describer, check_windows
@@ -63,10 +63,9 @@ class Extraction:
     images: listed in the sources. repeated: duplicates in the sources. described: in this run. reused: described
     before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
     changed. gone: rows of the store whose file no longer exists, and which are kept. removed: such rows that were
-    removed. pending: rows left for the next run,
-    after an interruption. stopped: before all sources were listed. dim: length of a descriptor. device, engine: where
-    and how the network ran.
-    seconds: of this run. stages: of its work, summed over threads.
+    removed. pending: rows left for the next run, after an interruption. stopped: before all sources were listed. dim:
+    length of a descriptor. device, engine: where and how the network ran. seconds: of this run. stages: of its work,
+    summed over threads.
     If windows are described, all of these count windows, and without_windows counts the images without any; else it is
     None.
     """
@@ -165,7 +164,7 @@ def extract_folder(
         )
     for each in options.devices():
         for branch in recipe.branches():
-            engine_device(branch, replace(options, device=each))
+            choose_engine(branch, replace(options, device=each))
     if windows is not None:
         check_windows(recipe)
     if prune:
@@ -237,8 +236,6 @@ def _calibrated(run: _Run, images: ImageList | None) -> Recipe:
     """The recipe, of precision int8 with the calibration of the store that is resumed, or a new one."""
     if run.recipe.precision != "int8" or run.recipe.calibration is not None:
         return run.recipe
-    for branch in run.recipe.branches():
-        choose_engine(branch, run.options)  # before anything takes long
     if run.resume:
         made = None
         if images is None:

@@ -149,7 +149,9 @@ def fill_shards(
         removable=removable,
     )
     writing = Writing(folder, plan, numbers, Tally(), device, observer, stop)
-    with contextlib.closing(_ahead(plan.jobs())) as jobs:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_open_shard.cache_clear)  # or the last ones stay open, also those of a mirror that is deleted
+        jobs = stack.enter_context(contextlib.closing(_ahead(plan.jobs())))
         if cluster is None:
             writing.run_here(jobs, describer, options)
         else:
@@ -160,7 +162,6 @@ def fill_shards(
     lost = {numbers[shard]: rows for shard, rows in plan.to_remove.items()}
     removed = 0
     if lost and not writing.stopped and not folder.building:
-        _open_shard.cache_clear()
         check_something_stays(folder.path, sum(map(len, lost.values())), sum(map(len, before)))
         removed = prune_shards(folder, lost, writing.must_stop)
     return Filled(plan.listed, writing.tally, writing.stopped, removed)
@@ -277,7 +278,7 @@ def _part_of(items: Iterable[Item], part: tuple[int, int] | None) -> Iterable[It
 
 
 def _ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
-    """The same, produced by a thread that is at most one ahead."""
+    """The same, produced by a thread: while one is used, the next one is ready, and the one after it being made."""
     ready: queue.Queue[tuple[_T | None, BaseException | None]] = queue.Queue(maxsize=1)
     ending = threading.Event()
 

@@ -31,6 +31,12 @@ class Stages:
         for name, value in other.told().items():
             setattr(self, name, getattr(self, name) + value)
 
+    def follow(self, other: Stages) -> None:
+        """Count the work that came next, by the same threads."""
+        workers, streams = max(self.workers, other.workers), max(self.streams, other.streams)
+        self.add(other)
+        self.workers, self.streams = workers, streams
+
     def copy(self) -> Stages:
         """The figures as they are now."""
         return replace(self, _lock=threading.Lock())

@@ -119,7 +119,7 @@ def fill_rows(
         writer.flush()
     finally:
         now = describer.times
-        work.add(
+        work.follow(
             Stages(
                 decode=now.decode - before.decode,
                 forward=now.forward - before.forward,
@@ -149,9 +149,12 @@ def fill_rows_with(
     again = set(redo)
     parts = [todo[number :: len(devices)] for number in range(len(devices))]
     names = [[name for item, _ in part for name in row_names(item)] for part in parts]
-    children = [_Child(number, heard) for number in range(len(devices))]
+    children: list[_Child] = []
     failure: SppFeatError | None = None
+    together = Stages()
     try:
+        for number, device in enumerate(devices):
+            children.append(_Child(number, device, heard))
         for child, device, part in zip(children, devices, parts, strict=True):
             child.send(
                 {
@@ -180,12 +183,13 @@ def fill_rows_with(
                 kind = getattr(errors, message["kind"], BackboneError)
                 failure = failure or kind(message["error"])
             else:
-                work.add(Stages(**message))
+                together.add(Stages(**message))
         if failure is not None:
             raise failure
     finally:
         for child in children:
             child.end()
+        work.follow(together)
 
 
 def _told(todo: Todo) -> list[Any]:
@@ -204,7 +208,7 @@ def _heard(told: list[Any]) -> Todo:
 class _Child:
     """One process, and the thread that listens to it."""
 
-    def __init__(self, number: int, heard: queue.Queue[tuple[int, Any]]) -> None:
+    def __init__(self, number: int, device: str, heard: queue.Queue[tuple[int, Any]]) -> None:
         answers, theirs = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -216,10 +220,13 @@ class _Child:
                 # Ctrl-C signals all processes of a terminal: the parent decides whether it stops this one.
                 start_new_session=True,
             )
+        except BaseException:
+            os.close(answers)
+            raise
         finally:
             os.close(theirs)
         self._answers = os.fdopen(answers, encoding="utf-8")
-        self._number = number
+        self._number, self._device = number, device
         self._heard = heard
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -249,11 +256,13 @@ class _Child:
     def _listen(self) -> None:
         last: Any = None
         for line in self._answers:
+            if not line.endswith("\n"):  # killed while it wrote
+                break
             last = json.loads(line)
             if isinstance(last, list):
                 self._heard.put((self._number, last))
         if not isinstance(last, dict):
-            reason = f"the process of GPU {self._number} ended early (exit code {self._process.wait()})"
+            reason = f"the process of device {self._device} ended early (exit code {self._process.wait()})"
             last = {"error": f"{reason}; its remaining rows stay pending", "kind": "BackboneError"}
         self._heard.put((self._number, last))
 
@@ -289,5 +298,4 @@ def main() -> None:
     except Exception as error:  # reported to the parent, which someone reads
         say({"error": f"{type(error).__name__}: {one_line(error)}", "kind": "BackboneError"})
     # The thread that obeys is still reading: a normal exit would wait for it.
-
     os._exit(0)

@@ -43,6 +43,17 @@ def test_timm_without_a_network_is_told_at_once(asked: list[Any], monkeypatch: p
     assert asked == [("huggingface.co", 443)] and constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"), [("http://mirror", 80), ("https://mirror", 443), ("http://mirror:8080", 8080)]
+)
+def test_a_mirror_is_asked_at_its_own_port(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, endpoint: str, port: int
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with hub_if_reachable() as host:
+        assert host == "mirror" and asked == [("mirror", port)]
+
+
 def test_the_hub_is_left_alone_where_it_may_be_reached(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_if_reachable() as host:
         assert host == "huggingface.co" and constants.HF_HUB_OFFLINE is True

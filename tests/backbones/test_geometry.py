@@ -17,14 +17,19 @@ from torch import fx, nn
 
 from sppfeat.backbones.backbone import Backbone, load_backbone
 from sppfeat.backbones.description import Description
-from sppfeat.backbones.geometry import Geometry
-from sppfeat.backbones.layer_steps import derive_geometry, layer_steps
+from sppfeat.backbones.geometry import Geometry, follow
+from sppfeat.backbones.layer_steps import layer_steps
 from sppfeat.errors import BackboneError
 from sppfeat.recipe import Recipe
 
 WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 # Mean and standard deviation over channels or places: not what a receptive field counts.
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def derive_geometry(trunk: fx.GraphModule, length: int) -> Geometry:
+    """Geometry of a trunk's output along an axis of `length` input pixels."""
+    return follow(layer_steps(trunk), length)
 
 
 class Probe(fx.Interpreter):

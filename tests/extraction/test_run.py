@@ -681,13 +681,19 @@ def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("windows", [None, {"0000.png": np.array([[0.0, 0, 40, 40]])}], ids=["images", "windows"])
 @pytest.mark.parametrize("shards", [None, ShardOptions(rows=4)], ids=["one file", "shards"])
-def test_what_is_not_read_is_told(make_images: MakeImages, tmp_path: Path, shards: ShardOptions | None) -> None:
+def test_what_is_not_read_is_told(
+    make_images: MakeImages,
+    tmp_path: Path,
+    shards: ShardOptions | None,
+    windows: dict[str, np.ndarray] | None,
+) -> None:
     folder, notes = make_images(2), list[str]()
     observer = Observer()
     observer.note = notes.append  # type: ignore[method-assign]
     for name in ("a.heic", "b.heic", "c.CR2"):
         (folder / name).write_bytes(b"x")
-    done = extract_folder(folder, tmp_path / "f", TINY, shards=shards, observer=observer)
-    assert done.images == 2
+    done = extract_folder(folder, tmp_path / "f", TINY, windows=windows, shards=shards, observer=observer)
+    assert done.images == (2 if windows is None else 1)
     assert notes == ["3 files left out, of kinds that are not read: 1 .cr2, 2 .heic; convert them to JPEG or PNG"]

@@ -33,7 +33,7 @@ from sppfeat import (
     verify_store,
 )
 from sppfeat.engines.torch_engine import TorchEngine
-from sppfeat.extraction import ShardOptions
+from sppfeat.extraction import ShardOptions, sharded
 from sppfeat.progress import Observer
 from sppfeat.store import Manifest, Store, lock_store, open_folder, reading
 
@@ -82,9 +82,11 @@ def photos(make_images: MakeImages) -> Path:
 
 @pytest.mark.parametrize("size", [1, 4, 23, 1000])
 def test_shards_hold_what_one_file_holds(photos: Path, tmp_path: Path, size: int) -> None:
-    extract_folder(photos, tmp_path / "one.h5", TINY, CPU)
+    one = extract_folder(photos, tmp_path / "one.h5", TINY, CPU)
     done = extract_folder(photos, tmp_path / "many", TINY, CPU, shards=ShardOptions(rows=size))
     assert (done.images, done.described, done.failed, done.pending) == (23, 22, 1, 0)
+    assert sharded._open_shard.cache_info().currsize == 0
+    assert (done.stages.workers, done.stages.streams) == (one.stages.workers, one.stages.streams)
     assert len(list((tmp_path / "many").glob("shard-*.h5"))) == -(-23 // size)
     assert same(tmp_path / "many", tmp_path / "one.h5")
     again = extract_folder(photos, f"{tmp_path}/many/", TINY, CPU)

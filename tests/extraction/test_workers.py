@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY
 
-from sppfeat import BackboneError, DeviceError, RunOptions, UsageError, extract_folder, open_store, verify_store
+from sppfeat import BackboneError, DeviceError, Recipe, RunOptions, UsageError, extract_folder, open_store, verify_store
 from sppfeat.engines.devices import resolve_device
 from sppfeat.extraction.plan import Todo
 from sppfeat.extraction.stages import Stages
-from sppfeat.extraction.workers import _heard, _told, fill_rows_with
+from sppfeat.extraction.workers import _Child, _heard, _told, fill_rows_with
 from sppfeat.images import Item
 from sppfeat.store.locking import lock_store
 
@@ -103,13 +106,53 @@ def test_a_process_that_is_killed_leaves_its_rows(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started[0].pid, signal.SIGKILL)
 
-    with pytest.raises(BackboneError, match="the process of GPU 0 ended early .* its remaining rows stay pending"):
+    with pytest.raises(BackboneError, match="the process of device cpu ended early .* its remaining rows stay pending"):
         extract_folder(folder, output, TINY, OPTIONS, observer=Kill())
     monkeypatch.undo()
     left = open_store(output).counts()["pending"]
     assert left > 0 and all(process.poll() is not None for process in started)
     assert extract_folder(folder, output, TINY, OPTIONS).described == left
     assert verify_store(open_store(output)) == []
+
+
+def test_a_process_that_cannot_be_started_ends_the_others(
+    make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, output = make_images(2), tmp_path / "f.h5"
+    extract_folder(folder, output, TINY, OPTIONS, stop=lambda: True)
+    store = open_store(output)
+    todo = [Todo(Item(str(folder), name), [row]) for row, name in enumerate(store.names)]
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def only_one(*arguments: object, **options: object) -> object:
+        if started:
+            raise OSError("no more processes")
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr("sppfeat.extraction.workers.subprocess.Popen", only_one)
+    before = len(os.listdir("/proc/self/fd"))
+    with lock_store(output), pytest.raises(OSError, match="no more processes"):
+        list(fill_rows_with(["cpu", "cpu"], OPTIONS, store, todo, [], lambda: False, Stages()))
+    assert started[0].returncode is not None and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_process_that_is_killed_while_it_answers_has_ended_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def half_a_line(command: list[str], **options: object) -> object:
+        code = "import os, sys; os.write(int(sys.argv[1]), b'[0, null]\\n[1, nu')"
+        return popen([command[0], "-c", code, command[3]], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("sppfeat.extraction.workers.subprocess.Popen", half_a_line)
+    heard: queue.Queue[tuple[int, Any]] = queue.Queue()
+    child = _Child(1, "cuda:3", heard)
+    assert heard.get(timeout=60) == (1, [0, None])
+    number, last = heard.get(timeout=60)
+    child.end()
+    assert number == 1 and last["kind"] == "BackboneError"
+    assert last["error"] == "the process of device cuda:3 ended early (exit code 0); its remaining rows stay pending"
 
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:
@@ -130,6 +173,29 @@ def test_an_item_is_sent_to_a_process_whole() -> None:
     assert (again.item.root, again.item.name, again.rows) == (item.root, item.name, [3])
     assert again.item.windows is not None and np.array_equal(again.item.windows, item.windows)  # type: ignore[arg-type]
     assert _heard(_told(Todo(Item("/", "a.png"), [0]))).item.windows is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "what"),
+    [
+        (replace(TINY, precision="int8"), RunOptions(device="cuda:2,3"), "precision int8"),
+        (TINY, RunOptions(device="cuda:2,3", engine="openvino"), "engine openvino"),
+    ],
+)
+def test_engines_of_the_cpu_are_refused_on_several_gpus_before_a_store_is_made(
+    make_images: MakeImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    options: RunOptions,
+    what: str,
+) -> None:
+    monkeypatch.setattr(
+        "sppfeat.engines.engine.resolve_device", lambda name: resolve_device(name) if "," in name else name
+    )
+    with pytest.raises(UsageError, match=f"{what} runs on the CPU: expected --device cpu, found cuda:2"):
+        extract_folder(make_images(1), tmp_path / "f.h5", recipe, options)
+    assert not (tmp_path / "f.h5").exists()
 
 
 def test_invalid_lists_of_devices(make_images: MakeImages, tmp_path: Path) -> None:
