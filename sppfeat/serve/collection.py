@@ -95,7 +95,10 @@ class Collection:
                 return self._gallery
             self._looked = time.monotonic()
             stamp = self._stamp()
-            if stamp == self._seen or stamp == self._failed:
+            if stamp == self._seen:  # perhaps it was away and is back
+                self._fault, self._failed, self._tried = None, (), ()
+                return self._gallery
+            if stamp == self._failed:
                 return self._gallery
             self._opening = True
         opened, fault = None, None
