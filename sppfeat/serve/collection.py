@@ -52,7 +52,7 @@ class Shown:
 class Collection:
     """A gallery that is served. Raises GalleryError if there is none.
 
-    images: a folder that takes the place of source folders that are gone. weights: where the gallery's weights are now.
+    images: a folder instead of source folders that are gone. weights: where the gallery's weights are now.
     """
 
     def __init__(
