@@ -152,12 +152,10 @@ class Collection:
         return found
 
     def missing(self, gallery: Gallery) -> list[str]:
-        """Source folders that are not there."""
-        return [
-            root
-            for root in gallery.rows.roots
-            if not is_url(root) and not os.path.exists(root) and (self._images is None)
-        ]
+        """Source folders that are not there, and which no folder was given for."""
+        if self._images is not None:
+            return []
+        return [root for root in gallery.rows.roots if not is_url(root) and not os.path.exists(root)]
 
     def shown(self, gallery: Gallery, row: int) -> Shown:
         """A row's image, found below its source folder alone. Raises ImageError."""
