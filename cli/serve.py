@@ -45,15 +45,19 @@ def serve(
     from sppfeat.recipe import RunOptions
     from sppfeat.serve import ServeOptions, open_in_browser, serve_gallery
 
+    served = ServeOptions(host=host, port=port, token=token, images=images)
+
     def ready(address: str) -> None:
         if not quiet:
             typer.echo(f"{printable(gallery)}: {address}  (Ctrl-C ends it)")
+            if served.everywhere:
+                typer.echo("other machines can connect: there, use this machine's name or address instead of localhost")
         if open_page:
             open_in_browser(address)
 
     serve_gallery(
         gallery,
-        ServeOptions(host=host, port=port, token=token, images=images),
+        served,
         RunOptions(device=device),
         detector=detector,
         classifier=classifier,

@@ -101,11 +101,17 @@ def open_image(source: Item | str) -> tuple[Image.Image, Fingerprint]:
                 f"cannot be decoded: damaged {kinds[0]} header, or unsupported kind of {kinds[0]}"
             ) from None
         raise ImageError(
-            f"not an image: expected {', '.join(_FORMATS)}, found a file that starts with {start!r}"
+            f"not an image: expected {', '.join(_FORMATS)}, found a file that starts with {_readable(start)}"
         ) from None
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None
+
+
+def _readable(start: bytes) -> str:
+    """Bytes as text where they are, else as numbers."""
+    text = start.decode("latin-1")
+    return f"'{text}'" if text.isascii() and text.isprintable() else f"the bytes {start.hex(' ')}"
 
 
 def upright_size(image: Image.Image, *, orientation: str) -> tuple[tuple[int, int], int]:

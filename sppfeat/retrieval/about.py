@@ -108,7 +108,7 @@ class About(_Document, frozen=True):
 
     @property
     def row_state(self) -> str:
-        """A text that changes with the rows alone, also where another gallery took this one's place."""
+        """A text that changes with the rows alone, also where another gallery replaced this one."""
         kept = [self.files.rows, *([] if self.files.added is None else [self.files.added.rows])]
         return "-".join(f"{entry.crc32:08x}" for entry in kept)
 

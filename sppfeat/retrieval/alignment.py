@@ -181,7 +181,7 @@ def all_cells(bins: np.ndarray, shapes: Rectangles) -> np.ndarray:
 
 
 def _maxima(bins: np.ndarray, shapes: Rectangles, axis: int) -> np.ndarray:
-    """The maxima over the runs of one axis, which takes that axis' place."""
+    """The maxima over the runs of one axis, which replace that axis."""
     source = np.moveaxis(bins, axis, 0)
     shape = (*bins.shape[:axis], len(shapes.runs), *bins.shape[axis + 1 :])
     out = np.empty(shape, bins.dtype)

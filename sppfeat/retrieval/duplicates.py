@@ -28,7 +28,7 @@ from sppfeat.retrieval.near_rows import equal_rows, near_components
 from sppfeat.retrieval.same_images import SameImages
 from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
-# Of images that cannot be read.
+# Of images that cannot be read, and where pixels are not compared, as on the page of `serve`.
 DEFAULT_THRESHOLD: Final = 0.95
 # From here on images are compared: as low as the number of pairs allows, since small copies of low quality are not
 # nearer. Of 2,020 images of Caltech-101, 1 pair in 1,000 reaches 0.7, 1 in 9,000 reaches 0.8
@@ -48,8 +48,8 @@ class Duplicates:
     compared: whether the images were compared; then a group is of copies, and the threshold is that of candidates.
     The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
     threshold, in one group or not. root: the folder that names are relative to. recipe, weights_sha256: of the
-    descriptors compared. unreadable: images that could not be
-    read to tell which is the sharpest, and why. notes: for the user.
+    descriptors compared. unreadable: images that could not be read to tell which is the sharpest, and why. notes: for
+    the user.
     """
 
     store: str
@@ -81,9 +81,9 @@ def find_duplicates(
     """Find all pairs of a finished store's described rows that are near each other, and groups of such rows.
 
     threshold: cosine similarity, above 0 and at most 1, which pairs reach. None: pairs are copies of one image, of
-    another size, quality or color: every two of a group are, and they are linked by
-    pairs that reach COMPARED_FROM, or of more than FEW_IMAGES COMPARED_FROM_OF_MANY. Their images are read for this,
-    see `same_images`; of those that cannot be, pairs reach DEFAULT_THRESHOLD.
+    another size, quality or color: every two of a group are, and they are linked by pairs that reach COMPARED_FROM, or
+    of more than FEW_IMAGES COMPARED_FROM_OF_MANY. Their images are read for this, see `same_images`; of those that
+    cannot be, pairs reach DEFAULT_THRESHOLD.
     keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read. progress: called with the fraction
     of the work done, 0 to 1.
     Raises UsageError, StoreError.

@@ -18,7 +18,7 @@ from sppfeat.retrieval.faiss_library import faiss_reason, load_faiss, typed
 _PARTS: Final = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
 # On top of the file's contents: a small index holds empty lists and tables that are not written.
 _SLACK_BYTES: Final = 1 << 26
-# Search memory per query grows with this; `index.tune` sets at most 1024.
+# Search memory per query grows with this; `faiss_index.tune` sets at most 1024.
 MAX_EFFORT: Final = 1 << 20
 _LIMITS: Final = threading.Lock()
 

@@ -196,7 +196,8 @@ def check_recipe(
 def verify_gallery(gallery: Gallery) -> list[str]:
     """Check rows against the stores that still exist; one line per fault. Opening has checked the files.
 
-    Rows that the index holds exactly must equal those of the store, by name; for coded rows only the names must.
+    Rows that the index holds exactly must equal those of a store with the same name and checksum; coded rows are not
+    compared. A store that cannot be opened, or is of another recipe by now, is passed over.
     """
     problems = []
     added = gallery.about.files.added
@@ -214,7 +215,7 @@ def verify_gallery(gallery: Gallery) -> list[str]:
             continue
         try:
             rows = unit_rows(open_store(source.store), gallery.projection)
-        except Exception:  # missing, moved or being written: nothing to compare with
+        except Exception:  # moved, damaged or being written: nothing to compare with
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:
             continue

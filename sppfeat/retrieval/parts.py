@@ -32,7 +32,7 @@ def require_bins(gallery: Gallery) -> Bins:
     """The bins of a gallery. Raises GalleryError, with the command that keeps them, for a gallery without."""
     if gallery.bins is None:
         raise GalleryError(
-            f"{gallery.path}: keeps no bins, which parts and re-ranking need; build it again with "
+            f"{gallery.path}: keeps no bins, which parts and re-ranking by bins need; build it again with "
             f"`{_rebuilding(gallery)}`"
         )
     return gallery.bins

@@ -269,9 +269,8 @@ def search_images(
 ) -> SearchResult:
     """Search with the images of folders, files or lists, as `find_images` takes them.
 
-    With `parts`, they are described smaller than the gallery's images: see PART_FACTORS.
-
-    They are described with the gallery's recipe; an image that cannot be described gives an answer with the reason.
+    They are described with the gallery's recipe, with `parts` smaller than the gallery's images: see PART_FACTORS. An
+    image that cannot be described gives an answer with the reason.
     weights: where the gallery's weights are now, if they moved. describer: one made by `describer_for`.
     box: search with this part of every image, pooled from its feature map; an image that does not contain it fails.
     Raises GalleryError if the local network differs from that of the gallery, UsageError for an invalid box.

@@ -1,6 +1,6 @@
 """A gallery's rows in two parts: the base, and the rows added since, few enough to write them all at every addition.
 
-Added rows are kept as they are and compared exactly. Once they would take more than one JOIN_PART of the base's bytes,
+Added rows are kept as they are and compared exactly. Once they would take more than 1 / JOIN_PART of the base's bytes,
 they join the base, and all files are written again: so a row is written again about JOIN_PART times at most as the
 gallery grows, and additions take little memory beside the base.
 """

@@ -48,7 +48,7 @@ from sppfeat.serve.thumbnails import SIDES
 from sppfeat.store import Box
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (400, 401, 403, 404, 409, 410, 413, 415, 422, 503)
+    status: {"model": Problem} for status in (400, 401, 403, 404, 408, 409, 410, 413, 415, 422, 503)
 }
 _Row = Annotated[int, Path(ge=0, le=1 << 48, description="Number of a row of the gallery")]
 _Side = Annotated[int, Query(description=f"Longer side in pixels at most: one of {', '.join(map(str, SIDES))}")]

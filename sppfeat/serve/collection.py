@@ -52,7 +52,7 @@ class Shown:
 class Collection:
     """A gallery that is served. Raises GalleryError if there is none.
 
-    images: a folder that takes the place of source folders that are gone. weights: where the gallery's weights are now.
+    images: a folder instead of source folders that are gone. weights: where the gallery's weights are now.
     """
 
     def __init__(
@@ -95,7 +95,10 @@ class Collection:
                 return self._gallery
             self._looked = time.monotonic()
             stamp = self._stamp()
-            if stamp == self._seen or stamp == self._failed:
+            if stamp == self._seen:  # perhaps it was away and is back
+                self._fault, self._failed, self._tried = None, (), ()
+                return self._gallery
+            if stamp == self._failed:
                 return self._gallery
             self._opening = True
         opened, fault = None, None
@@ -149,12 +152,10 @@ class Collection:
         return found
 
     def missing(self, gallery: Gallery) -> list[str]:
-        """Source folders that are not there."""
-        return [
-            root
-            for root in gallery.rows.roots
-            if not is_url(root) and not os.path.exists(root) and (self._images is None)
-        ]
+        """Source folders that are not there, and which no folder was given for."""
+        if self._images is not None:
+            return []
+        return [root for root in gallery.rows.roots if not is_url(root) and not os.path.exists(root)]
 
     def shown(self, gallery: Gallery, row: int) -> Shown:
         """A row's image, found below its source folder alone. Raises ImageError."""

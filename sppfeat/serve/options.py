@@ -19,7 +19,7 @@ class ServeOptions:
     """Where a gallery is served, and within which bounds.
 
     host, port: where the server listens. token: what every request must carry; None: nothing, or something that nobody
-    guesses where others can connect. images: a folder that takes the place of source folders that are gone. max_upload:
+    guesses where others can connect. images: a folder instead of source folders that are gone. max_upload:
     bytes of a request. max_pixels: of an image. seconds: that a search may take. workers: images read or described at
     once; others wait. waiting: requests that may wait; more are refused. uploads: bytes of query images kept in memory.
     thumbnails: bytes of thumbnails kept on disk.
@@ -45,6 +45,14 @@ class ServeOptions:
             raise UsageError("token must be 8 or more letters and digits")
         if self.token is None and not is_loopback(self.host):
             object.__setattr__(self, "token", secrets.token_hex(16))
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the server listens on all addresses of this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
 
 
 def is_loopback(host: str) -> bool:

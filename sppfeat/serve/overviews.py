@@ -8,7 +8,8 @@ import numpy as np
 from fastapi import FastAPI, Path, Query, Response
 from fastapi.responses import FileResponse
 
-from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, tile_order
+from sppfeat.errors import MissingExtraError
+from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, check_map, tile_order
 from sppfeat.serve.charting import chart, is_charted, sheet_of
 from sppfeat.serve.jobs import Standing
 from sppfeat.serve.schemas import DuplicatesAnswer, MapAnswer, Twin
@@ -60,19 +61,28 @@ def add_duplicates(app: FastAPI, server: State) -> None:
 
 
 def add_map(app: FastAPI, server: State) -> None:
+    def why_not() -> str | None:
+        """Why no map can be laid out here, if none can."""
+        try:
+            check_map()
+        except MissingExtraError as error:
+            return str(error)
+        return None
+
     def answer(gallery: Gallery, standing: Standing[bool] | None) -> MapAnswer:
-        state: Literal["absent", "computing", "ready", "failed"] = "computing"
+        state: Literal["absent", "unavailable", "computing", "ready", "failed"] = "computing"
+        detail = ""
         if standing is None:
             state = "ready" if is_charted(gallery) else "absent"
+            if state == "absent" and gallery.points is None and (reason := why_not()):
+                state, detail = "unavailable", reason
         elif standing.failed is not None:
-            state = "failed"
-        elif standing.result is not None:
-            state = "ready"
+            state, detail = "failed", standing.failed
         return MapAnswer(
             state=state,
             done=1.0 if standing is None else standing.done,
             what="laying out" if gallery.points is None else "thumbnails",
-            detail="" if standing is None else standing.failed or "",
+            detail=detail,
             images=len(gallery),
             tile=TILE,
             columns=COLUMNS,

@@ -170,10 +170,11 @@ class DuplicatesAnswer(BaseModel):
 
 
 class MapAnswer(BaseModel):
-    """The map: whether it is there, how far its making is, and how its sheets are cut. sheets: of columns x columns
-    tiles of tile x tile pixels. generation: as in SearchAnswer."""
+    """The map: whether it is there, how far its making is, and how its sheets are cut. state: `unavailable` if there is
+    none and none can be made here, for the reason in detail. sheets: of columns x columns tiles of tile x tile pixels.
+    generation: as in SearchAnswer."""
 
-    state: Literal["absent", "computing", "ready", "failed"]
+    state: Literal["absent", "unavailable", "computing", "ready", "failed"]
     done: float = 0.0
     what: str = ""
     detail: str = ""

@@ -17,7 +17,7 @@ from typing import Final
 from sppfeat.errors import UsageError, require_extra
 from sppfeat.files import os_reason
 from sppfeat.recipe import RunOptions
-from sppfeat.serve.options import ServeOptions, is_loopback
+from sppfeat.serve.options import ServeOptions
 
 _TRIED: Final = 100
 
@@ -54,7 +54,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def address_of(options: ServeOptions, listening: socket.socket) -> str:
     """Where a browser on this machine finds the page, the token included."""
-    host = options.host if is_loopback(options.host) or options.host not in ("0.0.0.0", "::") else "localhost"
+    host = "localhost" if options.everywhere else options.host
     text = f"[{host}]" if ":" in host else host
     token = "" if options.token is None else f"?token={options.token}"
     return f"http://{text}:{listening.getsockname()[1]}/{token}"

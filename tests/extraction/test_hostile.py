@@ -110,7 +110,7 @@ NOT_AN_IMAGE, UNDECODABLE = "not an image: expected JPEG", "cannot be decoded: "
 BAD_FILES: dict[bytes, tuple[bytes, str]] = {
     b"zero.jpg": (b"", r"empty file \(0 bytes\)"),
     b"one byte.jpg": (b"\xff", NOT_AN_IMAGE),
-    b"text.jpg": (b"this is no image\n" * 50, NOT_AN_IMAGE + r".* starts with b'this is no i'"),
+    b"text.jpg": (b"this is no image\n" * 50, NOT_AN_IMAGE + r".* starts with 'this is no i'"),
     b"error page.png": (b"<!DOCTYPE html><html>404</html>", NOT_AN_IMAGE),
     b"lfs pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", NOT_AN_IMAGE),
     b"._resource fork.jpg": (b"\0\5\x16\7" + bytes(100), NOT_AN_IMAGE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_a_map_is_made_and_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(np.frombuffer(page.get("/api/map/order").content, "<u4")) == 14
     with client(path) as page:
         assert page.get("/api/map").json()["state"] == "ready"
+
+
+def test_without_the_extra_no_map_is_offered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openTSNE", None)
+    with client(path) as page:
+        told = page.get("/api/map").json()
+    assert told["state"] == "unavailable" and "pip install 'sppfeat[map]'" in told["detail"]
 
 
 def test_a_map_that_cannot_be_made_says_why(path: Path) -> None:

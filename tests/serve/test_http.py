@@ -248,6 +248,9 @@ def test_another_gallery_in_its_place(
         path.rename(tmp_path / "old")
         gone = page.get("/api/gallery").json()
         assert gone["generation"] == before["generation"] and "cannot be opened" in gone["notes"][0]
+        (tmp_path / "old").rename(path)
+        assert page.get("/api/gallery").json()["notes"] == []
+        path.rename(tmp_path / "old")
         (tmp_path / "other").rename(path)
         after = page.get("/api/gallery").json()
         assert after["images"] == 2 and after["generation"] != before["generation"] and after["notes"] == []

@@ -236,6 +236,13 @@ def test_the_heat_map_of_a_hit(opened: Open) -> None:
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(page.locator("#hits > li").nth(1).get_by_role("button").first).to_be_focused()
+    page.locator("#rerank").select_option("none")
+    expect(page.locator("#hits > li").first).to_be_visible()
+    page.wait_for_url(lambda url: "rerank" not in url)
+    found(page)
+    page.locator("#hits > li").first.get_by_role("button").first.click()
+    hint = "To see where a score comes from, search for parts or re-rank with bins."
+    expect(page.locator("#compare-why")).to_have_text(hint)  # this gallery keeps bins already
 
 
 def test_the_state_is_in_the_address(opened: Open) -> None:

@@ -26,6 +26,7 @@ from sppfeat.serve import ServeOptions, open_in_browser
 from sppfeat.serve.server import address_of, listen
 from sppfeat.serve.thumbnails import Thumbnails
 from sppfeat.serve.uploads import Uploads
+from sppfeat_cli import main
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -103,6 +104,22 @@ def test_addresses() -> None:
             address_of(ServeOptions(host="0.0.0.0", token="12345678"), here)
             == f"http://localhost:{port}/?token=12345678"
         )
+
+
+@pytest.mark.parametrize(("host", "told"), [("127.0.0.1", False), ("0.0.0.0", True), ("::", True)])
+def test_who_can_connect_is_told(
+    host: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def served(gallery: str, *given: object, ready: Callable[[str], None], **options: object) -> None:
+        ready("http://address/")
+
+    monkeypatch.setattr("sppfeat.serve.serve_gallery", served)
+    monkeypatch.setattr("sys.argv", ["sppfeat", "serve", "g", "--host", host])
+    with contextlib.suppress(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith("g: http://address/  (Ctrl-C ends it)\n")
+    assert ("other machines can connect" in out) == told
 
 
 class TestThumbnails:

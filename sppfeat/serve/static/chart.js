@@ -111,7 +111,6 @@ export class Chart {
   }
 
   #draw() {
-    const begun = performance.now();
     this.#drawPoints();
     const { pen } = this;
     pen.setTransform(this.dots, 0, 0, this.dots, 0, 0);
@@ -120,11 +119,10 @@ export class Chart {
     if (this.images) this.#drawTiles();
     if (this.path?.length > 1) this.#drawPath();
     if (this.cross) this.#drawCross();
-    this.milliseconds = performance.now() - begun;
     this.onDraw();
   }
 
-  /** Points straight into pixels: hundred thousand take a few milliseconds, as shapes they would take a hundred. */
+  /** Points straight into pixels: a hundred thousand take a few milliseconds, as shapes they would take a hundred. */
   #drawPoints() {
     const { xy } = this.points, { dots, pixels, camera } = this, { width, height } = this.canvas;
     pixels.fill(0);

@@ -4,7 +4,7 @@ import { imageUrl, queryUrl } from "./api.js";
 import { heatLayers, outline, shape } from "./heat.js";
 
 const dialog = $("compare");
-let answer = null, index = 0, search = null, closed = null;
+let answer = null, index = 0, search = null, closed = null, bins = false;
 
 /**
  * @param {(row: number) => void} onSearch called with the row that becomes the next query
@@ -38,8 +38,10 @@ export function setUpCompare(onSearch, onClose) {
   });
 }
 
-export function openCompare(found, at) {
+/** keepsBins: whether the gallery keeps bins, which a score can be explained by. */
+export function openCompare(found, at, keepsBins) {
   answer = found;
+  bins = keepsBins;
   show(at);
   dialog.showModal();
   $("compare-close").focus();
@@ -76,8 +78,9 @@ function show(at) {
 
 /** Why a hit has no heat map. */
 function reason() {
-  return answer.hits.some((one) => one.why) ? "The server explains the scores of the first hits only."
-    : "To see where a score comes from, search for parts or re-rank with bins; both need a gallery that keeps bins.";
+  if (answer.hits.some((one) => one.why)) return "The server explains the scores of the first hits only.";
+  return bins ? "To see where a score comes from, search for parts or re-rank with bins."
+    : "Where a score comes from can be shown only for a gallery that keeps bins: `sppfeat index --keep-bins` builds one.";
 }
 
 function fill(frame, image, { box, width, height }) {

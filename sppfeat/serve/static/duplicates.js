@@ -40,7 +40,6 @@ export async function enter(parameters) {
   const asked = Number(parameters.get("threshold"));
   threshold = asked > 0.5 && asked <= 1 ? asked : DEFAULT;
   $("threshold").value = $("threshold-range").value = threshold;
-  $("threshold").value = threshold; // the slider rounds, the number does not
   if (loaded === threshold) return; // choices made stay
   running?.abort();
   const mine = (running = new AbortController());

@@ -33,7 +33,7 @@ function paint(grid) {
  * @param {number[][]} bins row and column of the linked bins; number i + 1 marks bin i
  * @param {{box: number[], width: number, height: number} | null} part the part of the image that the grid covers; null: all
  */
-export function heatLayer(grid, bins, part = null) {
+function heatLayer(grid, bins, part = null) {
   const layer = el("div", { className: "heat", "aria-hidden": "true" }, paint(grid));
   if (part?.box) place(layer, part.box, part.width, part.height);
   bins.forEach(([row, column], index) => {

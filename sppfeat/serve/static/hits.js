@@ -45,7 +45,7 @@ export class Hits {
     const tabIndex = index === 0 ? 0 : -1;
     const box = hit.box && hit.width && hit.height ? outline(hit.box, hit.width, hit.height) : null;
     const view = el("button", {
-      type: "button", className: "view", tabIndex, disabled: false,
+      type: "button", className: "view", tabIndex,
       "aria-label": `Hit ${hit.rank}: ${hit.name}, score ${decimals(hit.score)}. Space compares it with the query, Enter searches with it.`,
     }, matted(imageUrl(hit.row), "", hit.width, hit.height, hit.there, box));
     view.addEventListener("click", () => this.actions.compare(index));

@@ -64,12 +64,7 @@ function describe(found) {
   $("gallery-size").textContent = count(found.images, "image");
   $("about").textContent = `${found.backbone}, scales ${found.scales}, levels ${found.levels}, ${found.values} values, `
     + `index ${found.index}${found.exact ? ", exact" : ", approximate"}`;
-  const notes = [...found.notes];
-  // The server's notes name missing folders in most cases; say it once.
-  for (const folder of found.missing) {
-    if (!notes.some((note) => note.includes(folder))) notes.push(`${folder}: folder not found, so its images are not shown.`);
-  }
-  $("notes").replaceChildren(...notes.map((note) => el("p", { className: "note" }, note)));
+  $("notes").replaceChildren(...found.notes.map((note) => el("p", { className: "note" }, note)));
 }
 
 /** A file from anywhere on the page becomes the query. */

@@ -92,11 +92,11 @@ function showState({ state, done, what, detail }) {
   const computing = state === "computing", ready = state === "ready";
   $("map-absent").hidden = ready;
   $("map-room").hidden = $("map-tools").hidden = $("map-help").hidden = !ready || !chart;
-  $("map-compute").hidden = computing;
+  $("map-compute").hidden = computing || state === "unavailable";
   $("map-progress").hidden = !computing;
   $("map-progress").value = done || 0;
   $("map-progress").setAttribute("aria-label", "Computing the map");
-  $("map-lead").textContent = { absent: "There is no map of this gallery yet.", failed: "The map could not be computed." }[state] ?? "Computing the map …";
+  $("map-lead").textContent = { absent: "There is no map of this gallery yet.", unavailable: "There is no map of this gallery, and none can be made here.", failed: "The map could not be computed." }[state] ?? "Computing the map …";
   $("map-detail").textContent = computing ? [what, `${Math.floor(100 * (done || 0))} %`].filter(Boolean).join(", ")
     : detail || `It places ${count(gallery.images, "image")} so that similar ones are near each other. This takes a while once; you can go on searching.`;
   $("map-status").textContent = ready ? "Loading the map …" : "";

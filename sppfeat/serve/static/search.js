@@ -23,7 +23,7 @@ const editor = new BoxEditor(stage, (box, how) => {
   change(boxed(box));
 });
 const nudge = later((box) => change(boxed(box), state.box !== null), 400);
-const hits = new Hits($("hits"), stage, { search: searchRow, compare: (index) => openCompare(shown, index) });
+const hits = new Hits($("hits"), stage, { search: searchRow, compare: (index) => openCompare(shown, index, Boolean(gallery.grid)) });
 
 /**
  * @param {(view: string, parameters: object, replace?: boolean, quiet?: boolean) => void} navigate
