@@ -564,6 +564,8 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
         "sppfeat: threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
         "probability that a detection is correct; found -0.6\n"
     )
+    percent = call("detect", *data, "--threshold", "60")
+    assert str(percent.exception).endswith("correct; found 60; did you mean 0.6?")
     below = call("detect", det, voc / "JPEGImages", "--root", voc, "--windows", windows)
     assert isinstance(below.exception, UsageError) and "such as 'JPEGImages/000.png'" in str(below.exception)
     named = {f"JPEGImages/{name}": boxes.tolist() for name, boxes in read_windows(windows).items()}

@@ -434,4 +434,4 @@ def test_a_softmax_on_the_network_as_it_is(
     shown = run_sppfeat("inspect", str(path))
     assert shown.returncode == 0 and "fitted to the network as it is" in shown.stdout
     wrong = run_sppfeat("tune", str(voc), "-o", str(tmp_path / "t.safetensors"), "--epochs", "0")
-    assert wrong.returncode == 2 and "epochs must be from 1, found 0" in wrong.stderr
+    assert wrong.returncode == 2 and "epochs must be at least 1, found 0: without any" in wrong.stderr
