@@ -641,7 +641,7 @@ def test_command_line_on_coco_without_windows(
     options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1", "--c", "0.1"]
     done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "1", *options)
     assert done.returncode == 3, done.stderr
-    assert "unknown class '2'" in done.stderr and "annotation 8" not in done.stderr
+    assert "class '2' is not selected" in done.stderr and "annotation 8" not in done.stderr
     assert "000.png: annotation " in done.stderr and "nan" in done.stderr
     assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
     # What each count of images is of; the windows are not trained on.
