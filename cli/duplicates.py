@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import command_line, counted, print_json, printable, wrote
+from sppfeat_cli.output import after_results, command_line, counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -113,11 +113,11 @@ def duplicates(
             print(f"note: {printable(note)}", file=sys.stderr)
     # Files come after the groups, which their failure does not affect.
     if table is not None:
-        write_duplicates_csv(table, found, crops)
-        wrote(table, quiet=quiet)
+        with after_results(table, quiet=quiet):
+            write_duplicates_csv(table, found, crops)
     if page is not None:
-        write_duplicates_page(page, found, crops, command=command_line())
-        wrote(page, quiet=quiet)
+        with after_results(page, quiet=quiet):
+            write_duplicates_page(page, found, crops, command=command_line())
     if crops is not None and crops.failed:
         raise typer.Exit(3)
 

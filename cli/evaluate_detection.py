@@ -115,10 +115,7 @@ def _document(done: "DetectionEvaluation") -> dict[str, Any]:
         "mAP": _number(done.eleven_point),
         "mAP_area": _number(done.area),
         "mAP_coco": _number(done.coco),
-        "coco": {
-            name: _number(100 * value) if not math.isnan(value) else None
-            for name, value in dataclasses.asdict(done.figures).items()
-        },
+        "coco": {name: _number(100 * value) for name, value in dataclasses.asdict(done.figures).items()},
         "per_class": {one.name: _number(one.eleven_point) for one in done.classes},
         "per_class_area": {one.name: _number(one.area) for one in done.classes},
         "per_class_coco": {one.name: _number(one.coco) for one in done.classes},

@@ -180,7 +180,7 @@ def retrieval(
     else:
         typer.echo(_text(done))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if page is not None:
         with after_results(page):
             write_retrieval_page(page, done, command=command_line())

@@ -60,6 +60,8 @@ def export(
     if as_json:
         print_json(dataclasses.asdict(done))
         return
+    if quiet:
+        return
     left_out = f", {done.failed} failed left out" if done.failed else ""
     names = f"; names in {printable(done.names)}" if done.names is not None else ""
     typer.echo(

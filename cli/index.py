@@ -43,7 +43,7 @@ def index(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Add the store's images to this gallery, a few beside it; without a store, add a --map.",
+            help="Add the store's images to this gallery; without a store, add a --map.",
             show_default=False,
         ),
     ] = None,

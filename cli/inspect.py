@@ -37,11 +37,13 @@ def inspect(
     from sppfeat.store import count_lost, open_store, split_row_name, store_bytes, verify_store
 
     kind = format_of(file)
-    if kind == GALLERY and not failures:
+    if failures and kind not in (None, STORE, WINDOWS):
+        raise UsageError(f"{file}: --failures is for stores and files of windows, found {NOUNS[str(kind)]}")
+    if verify and kind not in (None, STORE, GALLERY):
+        raise UsageError(f"{file}: --verify is for stores and galleries, found {NOUNS[str(kind)]}")
+    if kind == GALLERY:
         _inspect_gallery(file, verify, as_json)
         return
-    if kind not in (None, STORE) and (verify or (failures and kind != WINDOWS)):
-        raise UsageError(f"{file}: --failures and --verify are for stores, found {NOUNS[str(kind)]}")
     if kind == SVM:
         _inspect_svm(file, as_json)
         return
@@ -132,9 +134,8 @@ def _inspect_svm(file: str, as_json: bool) -> None:
     if as_json:
         print_json(about)
         return
-    names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     lines = [
-        f"{printable(file)}: SVM of {counted(len(model.classes), 'class')} ({names}), "
+        f"{printable(file)}: SVM of {counted(len(model.classes), 'class')} ({_first(model.classes)}), "
         f"trained on {counted(model.images, 'image')}",
         f"  C = {about['C']:g}, positive weight {model.positive_weight:g}, {about['dim']} values",
         *(f"  warning: {printable(text)}" for text in model.convergence.warnings()),
@@ -169,7 +170,6 @@ def _inspect_detector(file: str, as_json: bool) -> None:
     if as_json:
         print_json(about)
         return
-    names = ", ".join(printable(name) for name in model.classes[:8]) + ", ..." * (len(model.classes) > 8)
     training = model.training
     how = f"  trained on {training.get('images', 0)} images, {sum(training.get('positives', {}).values())} objects"
     scores = _CALIBRATED if model.calibration is not None else _UNCALIBRATED
@@ -182,7 +182,8 @@ def _inspect_detector(file: str, as_json: bool) -> None:
             f"{training.get('c', 0):g}, positive weight {training.get('positive_weight', 0):g}"
         )
     lines = [
-        f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({names}), {about['dim']} values",
+        f"{printable(file)}: detector of {counted(len(model.classes), 'class')} ({_first(model.classes)}), "
+        f"{about['dim']} values",
         how,
         f"  box regression: {'yes' if about['box_regression'] else 'no'}; windows: {model.proposals.method}, base k "
         f"{model.proposals.base_k}, at most {model.proposals.max_windows} per image",
@@ -266,6 +267,10 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _first(classes: list[str]) -> str:
+    return ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
+
+
 def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{printable(name)} {printable(number)}" for name, number in versions.items())
 
@@ -327,7 +332,7 @@ def _gallery_text(about: dict[str, Any]) -> str:
     for source in about["sources"]:
         lines.append(f"  from {source['store']}: {counted(source['rows'], 'image')} below {source['source_root']}")
     lines += [f"  weights: sha256 {short_sha(about['weights_sha256'])}", *_recipe_lines(about["recipe"])]
-    lines.append("  made with: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    lines.append("  made with: " + _versions(about["versions"]))
     # The texts of a gallery of unknown origin may hold anything, terminal commands included.
     return "\n".join(map(printable, lines))
 

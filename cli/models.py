@@ -105,7 +105,7 @@ def _families(as_json: bool) -> None:
     if as_json:
         print_json({"families": [dataclasses.asdict(family) for family in families]})
         return
-    rows = [("family", "by", "layer", "channels", "stride", "images")]
+    rows = [("family", "tried", "layer", "channels", "stride", "images")]
     for one in families:
         if one.problem is not None:
             rows.append((one.name, one.example.partition(":")[2], "-", "-", "-", one.problem))

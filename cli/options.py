@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sppfeat.errors import UsageError, one_of, require_extra, unknown_name
+from sppfeat.errors import UsageError, near_path, one_of, require_extra, unknown_name
 from sppfeat.recipe import ENGINES
 from sppfeat_cli.output import integers, numbers
 
@@ -380,7 +380,7 @@ def check_sources(sources: Iterable[str]) -> None:
     """Raise UsageError for a file that does not exist, in the library's words but before it is imported."""
     for source in sources:
         if source != "-" and "://" not in source and "{" not in source and not os.path.lexists(source):
-            raise UsageError(f"{source}: no such file or folder")
+            raise UsageError(f"{source}: no such file or folder{near_path(source)}")
 
 
 def check_proposals(windows: str | None) -> None:

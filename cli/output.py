@@ -140,8 +140,8 @@ _json_stream: TextIO | None = None
 def results_alone(*, as_json: bool) -> Iterator[None]:
     """Reserve standard output for results: what libraries write to its descriptor goes to standard error.
 
-    With `as_json` only `print_json` writes to it. Failures to write to it (a full disk, say) are raised as
-    SppFeatError, to tell them from those of other files; a closed pipe is left to typer.
+    With `as_json` only `print_json` and `print_json_list` write to it. Failures to write to it (a full disk, say) are
+    raised as SppFeatError, to tell them from those of other files; a closed pipe is left to typer.
     """
     global _json_stream
     stdout = sys.stdout
@@ -272,8 +272,10 @@ def epochs_document(history: Sequence["Epoch"]) -> list[dict[str, Any]]:
 def end_learning(file: str | None, history: Sequence["Epoch"], diverged: str | None, *, overwrite: bool) -> None:
     """Say that a run was interrupted or diverged, if it was, and exit; file: its output, None until there is one."""
     if file is None:
-        how = "without --overwrite, " if overwrite else ""
-        print(f"sppfeat: interrupted in epoch {len(history)}; {how}the same command resumes", file=sys.stderr)
+        # Before epoch 0 there is no checkpoint, which --overwrite would delete.
+        how = "without --overwrite, " if overwrite and history else ""
+        where = f" in epoch {len(history)}" if history else ""
+        print(f"sppfeat: interrupted{where}; {how}the same command resumes", file=sys.stderr)
         raise typer.Exit(130)
     if diverged is not None:
         print(f"sppfeat: diverged: {diverged}; the best weights before are kept", file=sys.stderr)

@@ -51,7 +51,9 @@ def search(
     ] = _SEARCH.parts,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Also show what adds up to the scores of --parts and --rerank bins."),
+        typer.Option(
+            "--explain", help="Also say, in --html and --json, what adds up to the scores of --parts and --rerank bins."
+        ),
     ] = _SEARCH.explain,
     rerank: options.Rerank = _SEARCH.rerank,
     candidates: options.Candidates = _SEARCH.candidates,
@@ -121,8 +123,10 @@ def search(
     for answer in shown.failed:
         print(f"failed: {printable(answer.query)}: {printable(answer.error or '')}", file=sys.stderr)
     if not quiet:
+        if explain and html is None and not as_json:
+            print("note: --explain is shown by --html and --json, found neither", file=sys.stderr)
         for note in shown.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note)}", file=sys.stderr)
     # The page comes after the results, which its failure does not affect.
     if page is not None and shown.result is not None:
         with after_results(page, quiet=quiet):

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
 from sppfeat_cli.output import printable
 
@@ -35,14 +36,13 @@ def serve(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     weights: options.GalleryWeights = None,
-    device: options.Device = "auto",
+    device: options.Device = RunOptions.device,
     quiet: options.Quiet = False,
 ) -> None:
     """Open a page over a gallery, to search with images and parts of images and see where and why they were found.
 
     Only this machine can connect, unless --host says otherwise. Ctrl-C ends it.
     """
-    from sppfeat.recipe import RunOptions
     from sppfeat.serve import ServeOptions, open_in_browser, serve_gallery
 
     served = ServeOptions(host=host, port=port, token=token, images=images)

@@ -129,7 +129,7 @@ def tune(
                 "recipe": options_document(done.recipe),
             }
         )
-    elif done.file is not None:
+    elif not quiet and done.file is not None:
         before, after = done.history[0].held_out, done.history[done.best].held_out
         held = (
             ""

@@ -19,8 +19,10 @@ the command line prints it on one line, too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from itertools import islice
 from types import ModuleType
 from typing import Final
 
@@ -135,6 +137,29 @@ def nearest_names(found: str, valid: Iterable[str], *, most: int = 5) -> list[st
         elif few and (edits := _edits(typed, known, most=max(len(typed) > 1, len(typed) // 3))) is not None:
             ranked.append((2, edits, at, name))
     return [name for *_, name in sorted(ranked)[:most]]
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """The end of a message about a path that does not exist: `; did you mean photos/?`, with the nearest name in its
+    folder. Empty if none is near, or the folder cannot be listed or holds very many names."""
+    folder, name = os.path.split(os.fspath(path).rstrip(os.sep))
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            listed = {entry.name: entry for entry in islice(entries, MOST_COMPARED + 1)}
+    except OSError:
+        return ""
+    if len(listed) > MOST_COMPARED:
+        return ""
+    shown = sorted(each for each in listed if name.startswith(".") or not each.startswith("."))
+    if not (nearest := nearest_names(name, shown, most=1)):
+        return ""
+    ending = os.sep if listed[nearest[0]].is_dir() else ""
+    return f"; did you mean {os.path.join(folder, nearest[0])}{ending}?"
+
+
+def near_fraction(value: float) -> str:
+    """The end of a message about a fraction that was given in percent: `; did you mean 0.95?`; empty for others."""
+    return f"; did you mean {value / 100:g}?" if 2 <= value <= 100 else ""
 
 
 def _edits(one: str, other: str, *, most: int) -> int | None:

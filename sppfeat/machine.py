@@ -1,5 +1,7 @@
-"""The processor, and how much of the machine this process may use, where control groups (containers, cluster jobs)
-limit it."""
+"""The processor, and how much of the machine this process may use.
+
+Control groups (containers, cluster jobs) may limit it.
+"""
 
 from __future__ import annotations
 

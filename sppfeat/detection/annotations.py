@@ -239,7 +239,7 @@ def select_classes(annotated: AnnotatedImages, classes: Collection[str]) -> Anno
             one.size,
             None if one.areas is None else one.areas[kept],
         )
-    notes = [f"unknown class {name!r}: its {count} boxes are skipped" for name, count in sorted(others.items())]
+    notes = [f"class {name!r} is not selected: {count} of its boxes skipped" for name, count in sorted(others.items())]
     return replace(annotated, images=images, classes=list(classes), notes=[*annotated.notes, *notes])
 
 

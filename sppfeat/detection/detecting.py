@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sppfeat.detection.detector import Detector
-from sppfeat.errors import ModelError, UsageError
+from sppfeat.errors import ModelError, UsageError, near_fraction
 from sppfeat.extraction import Describer
 from sppfeat.images import ImageList, Item, find_images, no_images
 from sppfeat.machine import available_cores
@@ -73,7 +73,7 @@ def threshold_for(detector: Detector, options: DetectOptions) -> float:
     if not 0 <= threshold <= 1:
         raise UsageError(
             "threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
-            f"probability that a detection is correct; found {threshold:g}"
+            f"probability that a detection is correct; found {threshold:g}{near_fraction(threshold)}"
         )
     return threshold
 

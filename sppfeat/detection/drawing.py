@@ -260,9 +260,8 @@ class DrawingFolder:
             drawn.save(content, "JPEG", quality=92, comment=_MARK)
         except (OSError, ValueError) as error:
             raise ImageError(f"cannot be drawn: {one_line(error)}") from None
-        partial = target.with_name(
-            f".{os.getpid()}.partial"
-        )  # short, because the name may already have the maximum length
+        # Short, because the name may already have the maximum length.
+        partial = target.with_name(f".{os.getpid()}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(target) and target not in self._replaced:

@@ -40,9 +40,9 @@ class TunedDetector:
     """What a run of `tune_detector` did.
 
     file, weights: the detector and the tuned weights, which are written at the end; None until then, the weights also
-    if the network is the untuned one. recipe: of the
-    untuned network. images, held_out: learned from, and chosen by. history: by epoch, whose `held_out` is mAP. The
-    rest: see `sppfeat.detection.train_detector.Training` and `sppfeat.training.learning.Learned`.
+    if the network is the untuned one. recipe: of the untuned network. images, held_out: how many were learned from, and
+    how many the epoch was chosen by. history: by epoch, whose `held_out` is mAP. The rest: see
+    `sppfeat.detection.train_detector.Training` and `sppfeat.training.learning.Learned`.
     """
 
     file: str | None
@@ -107,7 +107,7 @@ def tune_detector(
     if not classes:
         raise UsageError(f"expected objects in {len(annotated.images)} images, found none that count")
     device = torch.device(resolve_device(options.device))
-    notes: list[str] = []
+    notes = list(annotated.notes)
 
     def note(text: str) -> None:
         notes.append(text)
@@ -152,7 +152,7 @@ def tune_detector(
             options,
             device,
             fail,
-            lambda name: observer.row(name, failed.get(name)),
+            lambda name: observer.row(name, None),  # a failed image is noted once, not in every epoch
         )
         done = TunedDetector(
             file=None,

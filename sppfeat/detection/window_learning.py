@@ -76,7 +76,8 @@ def sample_windows(
     """Up to `count` of an image's windows [K, 4] with labels [K] and box targets [K, 4]; its objects are windows, too.
 
     labels: [G] class numbers of the annotated boxes, -1 for those of other classes. Windows on difficult objects and
-    on those of other classes are neither objects nor background.
+    on those of other classes are neither objects nor background. Where no window overlaps an object by 0.1 to 0.5,
+    those that overlap one by less are the background.
     """
     counted = ~annotation.difficult & (labels >= 0)
     places = np.concatenate([annotation.boxes[counted], windows])
@@ -88,7 +89,7 @@ def sample_windows(
     most = touched.max(1)
     is_object = (most >= POSITIVE_OVERLAP) & counted[best]
     is_background = (most < POSITIVE_OVERLAP) & (most >= NEGATIVE_OVERLAP)
-    if not is_background.any():
+    if not is_background.any():  # then windows far from any object serve as well
         is_background = most < POSITIVE_OVERLAP
     objects = random.permutation(np.flatnonzero(is_object))[: round(POSITIVES * count)]
     background = random.permutation(np.flatnonzero(is_background))[: count - len(objects)]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Final
 
-from sppfeat.errors import ImageError, UsageError
+from sppfeat.errors import ImageError, UsageError, near_path
 from sppfeat.images.archives import ARCHIVE_EXTENSIONS, archive_items, is_archive, member_at, places_within
 from sppfeat.images.blobs import Blob
 from sppfeat.images.extent import Extent
@@ -345,7 +345,7 @@ def _open_source(source: str) -> _Source:
     if not os.path.lexists(source):
         if (protocol := unknown_protocol(source)) is not None:
             raise UsageError(f"{source}: unknown protocol {protocol}: expected one of {', '.join(PROTOCOLS)}")
-        raise UsageError(f"{source}: no such file or folder")
+        raise UsageError(f"{source}: no such file or folder{near_path(source)}")
     end = os.path.splitext(source)[1].lower()
     if end in LIST_EXTENSIONS:
         return _List(source)

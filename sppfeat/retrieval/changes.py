@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError, one_line, unknown_name
+from sppfeat.errors import GalleryError, UsageError, near_path, one_line, unknown_name
 from sppfeat.files import GALLERY
 from sppfeat.images import path_to_name
 from sppfeat.retrieval.about import About, BinsEntry, FileEntries, FileEntry, IndexEntry, ProjectionEntry, SourceEntry
@@ -132,7 +132,8 @@ def add_to_gallery(store: Store, gallery: str | os.PathLike[str], *, device: str
     require_gallery(path)
     with changing(path):
         old = open_gallery(path)
-        check_recipe(old, store.recipe, store.weights_sha256, store.dim, store.place)
+        remedy = f"extract its images with the gallery's recipe, which `sppfeat inspect {path}` shows"
+        check_recipe(old, store.recipe, store.weights_sha256, store.dim, store.place, remedy=remedy)
         rows = unit_rows(store, old.projection)
         _check_names(store, rows.names)
         place = {name: row for row, name in enumerate(old.rows.names)}
@@ -344,6 +345,10 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     """Names from a text file, one per line, as `sppfeat search` shows them. Raises UsageError."""
     try:
         text = Path(path).read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: expected a text file of names, one per line, found no such file{near_path(path)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a readable list of names, found: {one_line(error)}") from None
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]

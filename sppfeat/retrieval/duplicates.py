@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import ReportError, UsageError
+from sppfeat.errors import ReportError, UsageError, near_fraction
 from sppfeat.files import appearing, check_new_file
 from sppfeat.images import path_to_name
 from sppfeat.recipe import Recipe
@@ -89,7 +89,10 @@ def find_duplicates(
     Raises UsageError, StoreError.
     """
     if threshold is not None and not 0 < threshold <= 1:
-        raise UsageError(f"threshold must be above 0 and at most 1, found {threshold}")
+        raise UsageError(
+            "threshold must be above 0 and at most 1, a cosine similarity, found "
+            f"{threshold:g}{near_fraction(threshold)}"
+        )
     check_keeping(store, keep)
     rows = unit_rows(store)
     same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None

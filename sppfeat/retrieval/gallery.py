@@ -182,15 +182,16 @@ def _read_part(
 
 
 def check_recipe(
-    gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str, *, kind: str = "store"
+    gallery: Gallery, recipe: Recipe, weights_sha256: str, dim: int, name: str, *, kind: str = "store", remedy: str = ""
 ) -> None:
     """Raise GalleryError, naming what differs, unless descriptors of a recipe can be compared with the gallery's.
 
-    name, kind: of what makes such descriptors.
+    name, kind: of what makes such descriptors. remedy: what to do, the end of the message.
     """
     weights, dims = (gallery.weights_sha256, weights_sha256), (gallery.dim, dim)
     if differences := gallery.recipe.differences(recipe, ("gallery", kind), weights=weights, dims=dims):
-        raise GalleryError(f"{gallery.path}: was made with another recipe than {name} ({'; '.join(differences)})")
+        found = f"was made with another recipe than {name} ({'; '.join(differences)})"
+        raise GalleryError(f"{gallery.path}: {found}{f'; {remedy}' if remedy else ''}")
 
 
 def verify_gallery(gallery: Gallery) -> list[str]:

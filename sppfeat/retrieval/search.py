@@ -368,7 +368,8 @@ def stream_store(gallery: Gallery, store: Store, options: SearchOptions | None =
         raise UsageError("parts: expected images as queries, which are described smaller, found a store")
     if options.aligned:
         require_bins(gallery)
-    check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place)
+    remedy = "search by the images themselves, which are described with the gallery's recipe"
+    check_recipe(gallery, store.recipe, store.weights_sha256, store.dim, store.place, remedy=remedy)
     rows = unit_rows(store)
     return _blocks(gallery, rows, options)
 

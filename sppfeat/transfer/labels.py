@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sppfeat.errors import UsageError, one_line
+from sppfeat.errors import UsageError, near_path, one_line
 from sppfeat.files import os_reason
 from sppfeat.images import voc_root
 
@@ -62,6 +62,10 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
                     )
                 classes[name] = label
                 splits |= {name: split} if split else {}
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: expected a CSV file with the columns name,label[,split], found no such file{near_path(path)}"
+        ) from None
     except OSError as error:
         raise UsageError(f"{path}: could not be read: {os_reason(error)}") from None
     except (UnicodeDecodeError, csv.Error) as error:

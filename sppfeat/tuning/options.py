@@ -21,7 +21,7 @@ class TuningOptions(LearningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.epochs:
-            raise UsageError("epochs must be from 1, found 0: it is the network that is tuned")
+            raise UsageError("epochs must be at least 1, found 0: without any, the network is not tuned")
 
     @property
     def test_scale(self) -> int:

@@ -113,9 +113,8 @@ def _tune(
         }
     )
     head = nn.Linear(recipe.bins * sum(trunk.cuttable.layer(name).channels for name in trunk.layers), len(classes))
-    learner = ClassLearner(
-        trunk, head, train, held, options, device, fail, lambda name: observer.row(name, failed.get(name))
-    )
+    # A failed image is noted once, not in every epoch.
+    learner = ClassLearner(trunk, head, train, held, options, device, fail, lambda name: observer.row(name, None))
     if not checkpoint.exists():
         observer.say(f"describing {len(train)} images with the untuned network, for the head to start from")
         _start_head(head, trunk.recipe, train, len(classes), options, fail)

@@ -31,6 +31,8 @@ def test_text_and_json(store: Store, tmp_path: Path, run_sppfeat: Run) -> None:
     expected = f"{tmp_path}/out.npy: 4 descriptors of 50 values, float16, 1 failed left out"
     assert done.stdout == f"{expected}; names in {tmp_path}/out.names.txt\n"
     assert np.load(tmp_path / "out.npy").shape == (4, 50)
+    quiet = run_sppfeat("export", store.path, "-o", tmp_path / "quiet.npy", "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "") and (tmp_path / "quiet.npy").exists()
     done = run_sppfeat(
         *("export", store.path, "-o", tmp_path / "out.csv", "--levels", "2,1", "--dtype", "float32", "--json")
     )

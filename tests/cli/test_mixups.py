@@ -20,7 +20,7 @@ from voc_xml import xml
 from sppfeat import extract_folder
 from sppfeat.backbones.backbone import load_trunk
 from sppfeat.detection import Detecting, read_annotations
-from sppfeat.errors import StoreError, UsageError, nearest_names, unknown_name
+from sppfeat.errors import MOST_COMPARED, StoreError, UsageError, near_path, nearest_names, unknown_name
 from sppfeat.matrix import read_data
 from sppfeat.recipe import Recipe
 from sppfeat.transfer import read_voc_labels
@@ -181,6 +181,35 @@ def test_names_are_ranked_by_what_was_typed() -> None:
     assert nearest_names("000123", many)[0] == "000123.jpg"
     assert unknown_name("class", "obj1", objects).startswith("unknown class 'obj1': did you mean obj1_t1, obj1_t2, ")
     assert unknown_name("x", "q", [str(n) for n in range(9)]).endswith("expected one of 9 names, such as 0, 1, 2, 3, 4")
+
+
+def test_a_missing_path_is_answered_with_the_nearest_name(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "people").mkdir(parents=True)
+    (tmp_path / "photos" / "cat.jpg").touch()
+    (tmp_path / ".query.lock").touch()
+    assert call("extract", "photo/", "-o", "f.h5") == (
+        2,
+        "",
+        "sppfeat: photo/: no such file or folder; did you mean photos/?\n",
+    )
+    line = "sppfeat: photos/cats.jpg: no such file or folder; did you mean photos/cat.jpg?\n"
+    assert call("extract", "photos/cats.jpg", "-o", "f.h5")[2] == line
+    with pytest.raises(UsageError, match=r"peeple: no such file or folder; did you mean photos/people/\?$"):
+        extract_folder("photos/peeple", "f.h5")
+    # Nothing near, a hidden file, no such folder, and a folder of too many names.
+    assert [near_path(path) for path in ("zebra", "query", "nowhere/cat.jpg", "")] == [""] * 4
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(MOST_COMPARED + 1):
+        (many / f"{number}.jpg").touch()
+    assert near_path(many / "1.jpeg") == ""
+
+
+def test_a_threshold_in_percent_is_answered_with_the_fraction(make_store: MakeStore, call: Call) -> None:
+    make_store(np.eye(4), "f.h5")
+    line = "sppfeat: threshold must be above 0 and at most 1, a cosine similarity, found 95; did you mean 0.95?\n"
+    assert call("duplicates", "f.h5", "--threshold", "95") == (2, "", line)
+    assert call("duplicates", "f.h5", "--threshold", "1.5")[2].endswith("similarity, found 1.5\n")
 
 
 def test_help_has_its_commands_in_sections(call: Call) -> None:

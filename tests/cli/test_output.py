@@ -14,14 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from voc_xml import xml
 
 from sppfeat import Recipe, Store
 from sppfeat.errors import SppFeatError
+from sppfeat.training import Epoch
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.windows.proposals import open_windows
-from sppfeat_cli.output import finite, options_document, print_json
+from sppfeat_cli.output import end_learning, finite, options_document, print_json
 from sppfeat_cli.progress import LISTED, Progress
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -249,3 +251,16 @@ def test_standard_output_on_a_full_disk(words: list[str], unbuffered: str, tmp_p
         )
     assert done.returncode == 1
     assert done.stderr == "sppfeat: standard output: cannot be written: No space left on device\n"
+
+
+def test_what_an_interrupted_run_is_to_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """--overwrite deletes a checkpoint; before the first one, the output is still to be replaced."""
+    first = [Epoch(0, None, 50.0, 1.0)]
+    for history, overwrite, line in (
+        (first, True, "interrupted in epoch 1; without --overwrite, the same command resumes"),
+        (first, False, "interrupted in epoch 1; the same command resumes"),
+        ([], True, "interrupted; the same command resumes"),
+    ):
+        with pytest.raises(typer.Exit) as ended:
+            end_learning(None, history, None, overwrite=overwrite)
+        assert ended.value.exit_code == 130 and capsys.readouterr().err == f"sppfeat: {line}\n"

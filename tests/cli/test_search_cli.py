@@ -137,7 +137,7 @@ def test_a_part_of_an_image(folder: Path, call: Run) -> None:
         (["search", "g", "q.png", "--html", "f.h5"], 1, "f.h5: expected an HTML page or a new file"),
         (["duplicates", "g"], 1, "g: expected a store"),
         (["evaluate", "retrieval", "f.h5"], 2, "expected images in several folders"),
-        (["inspect", "g", "--failures"], 2, "--failures and --verify are for stores, found a gallery"),
+        (["inspect", "g", "--failures"], 2, "--failures is for stores and files of windows, found a gallery"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -205,7 +205,9 @@ def test_coco_classes_may_have_numbers_for_names(tmp_path: Path) -> None:
     assert one.boxes[:, 0].tolist() == [1, 2, 3, 4]
     chosen = select_classes(found, ["1"])
     assert chosen.images["sub/a.png"].boxes[:, 0].tolist() == [2] and chosen.classes == ["1"]
-    assert [note.split(":")[0] for note in chosen.notes] == [f"unknown class '{name}'" for name in ("01", "2", "7")]
+    assert [note.split(":")[0] for note in chosen.notes] == [
+        f"class '{name}' is not selected" for name in ("01", "2", "7")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_classes_are_selected_and_the_others_named(make_pair: Callable[..., tupl
     assert chosen.images["a.png"].labels == ["cat"] and len(chosen.images["a.png"].boxes) == 1
     with pytest.raises(UsageError, match="unknown class 'do': expected one of .*dog"):
         select_classes(found, ["do"])
-    assert chosen.classes == ["cat", "cow"] and chosen.notes == ["unknown class 'dog': its 2 boxes are skipped"]
+    assert chosen.classes == ["cat", "cow"] and chosen.notes == ["class 'dog' is not selected: 2 of its boxes skipped"]
     assert found.images["a.png"].labels == ["dog", "cat", "dog"]
 
 

@@ -564,6 +564,8 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
         "sppfeat: threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
         "probability that a detection is correct; found -0.6\n"
     )
+    percent = call("detect", *data, "--threshold", "60")
+    assert str(percent.exception).endswith("correct; found 60; did you mean 0.6?")
     below = call("detect", det, voc / "JPEGImages", "--root", voc, "--windows", windows)
     assert isinstance(below.exception, UsageError) and "such as 'JPEGImages/000.png'" in str(below.exception)
     named = {f"JPEGImages/{name}": boxes.tolist() for name, boxes in read_windows(windows).items()}
@@ -639,7 +641,7 @@ def test_command_line_on_coco_without_windows(
     options = ["--backbone", "timm:test_resnet", "--weights", "random", "--scales", "64", "--levels", "1", "--c", "0.1"]
     done = run_sppfeat("train", "detector", *data, "-o", det, "--classes", "1", *options)
     assert done.returncode == 3, done.stderr
-    assert "unknown class '2'" in done.stderr and "annotation 8" not in done.stderr
+    assert "class '2' is not selected" in done.stderr and "annotation 8" not in done.stderr
     assert "000.png: annotation " in done.stderr and "nan" in done.stderr
     assert "detector of 1 class," in done.stdout and (tmp_path / "det.windows.h5").exists()
     # What each count of images is of; the windows are not trained on.

@@ -368,7 +368,7 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     scales = ("--train-scales", "96,64", "--held-out", "0.2")
     learning = ("--epochs", "2", *scales, "--learning-rate", "1e-2", "--from", "layer3", *published)
     done = run_sppfeat(*run, "--tune", *learning, "--report", str(page))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3 and "006.png: 006.xml has no valid object" in done.stderr, done.stderr
     shown = page.read_text()
     assert "tuned from layer3 on at scales 96, 64, one an epoch, by sgd, learning rate 0.01, schedule steps" in shown
     assert "of 2 classes in 19 images" in shown and shown.count("<svg") == 2
@@ -424,7 +424,10 @@ def test_a_softmax_on_the_network_as_it_is(
     run_sppfeat: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     path, frozen = tmp_path / "det.h5", replace(SMALL, levels=(3, 2, 1))
-    done = tune_detector(read_voc(voc, "trainval"), windows, path, frozen, replace(OPTIONS, epochs=0))
+    annotated = read_voc(voc, "trainval")
+    annotated.notes.append("000.png: box 1: empty; skipped")
+    done = tune_detector(annotated, windows, path, frozen, replace(OPTIONS, epochs=0))
+    assert done.notes == annotated.notes, "so that the exit code is 3"
     assert (done.file, done.weights, done.best, done.images, done.held_out) == (str(path), None, 0, 24, 0)
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.startswith(".")) == ["det.h5"]
     detector = open_detector(path)
@@ -434,4 +437,4 @@ def test_a_softmax_on_the_network_as_it_is(
     shown = run_sppfeat("inspect", str(path))
     assert shown.returncode == 0 and "fitted to the network as it is" in shown.stdout
     wrong = run_sppfeat("tune", str(voc), "-o", str(tmp_path / "t.safetensors"), "--epochs", "0")
-    assert wrong.returncode == 2 and "epochs must be from 1, found 0" in wrong.stderr
+    assert wrong.returncode == 2 and "epochs must be at least 1, found 0: without any" in wrong.stderr

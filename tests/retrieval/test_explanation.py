@@ -83,6 +83,8 @@ def test_a_search_explains_its_scores(gallery: Path, photos: Path, tmp_path: Pat
         open_gallery(gallery), open_store(tmp_path / "f.h5"), SearchOptions(k=2, rerank="bins", explain=True)
     )
     assert all(one.explanation is not None for answer in stored.answers for one in answer.neighbors)
+    text_alone = run_sppfeat("search", gallery, image, "--parts", "--explain")
+    assert text_alone.stderr == "note: --explain is shown by --html and --json, found neither\n"
     done = run_sppfeat("search", gallery, image, "--explain")
     assert done.returncode == 2 and "explain: expected parts or rerank bins" in done.stderr
     with pytest.raises(UsageError, match="explain: expected parts or rerank bins, .* found rerank 'diffuse'"):

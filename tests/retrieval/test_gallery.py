@@ -240,7 +240,9 @@ def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) 
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     with pytest.raises(GalleryError, match=r"already holds '0000.jpg' with another descriptor .*index --remove"):
         add_to_gallery(make_store(descriptors(20, 9), "b.h5"), path)
-    with pytest.raises(GalleryError, match=r"another recipe than .*c.h5 \(dimensions: gallery 16, store 8\)"):
+    with pytest.raises(
+        GalleryError, match=r"recipe than .*c.h5 \(dimensions: gallery 16, store 8\); extract its .* inspect"
+    ):
         add_to_gallery(make_store(descriptors(20, 9, dim=8), "c.h5"), path)
     with pytest.raises(GalleryError, match="unknown name '0200.jpg': did you mean .*, and 1 more; nothing is removed"):
         remove_from_gallery(path, ["0001.jpg", "0200.jpg", "0201.jpg"])
@@ -248,8 +250,13 @@ def test_what_cannot_be_added_or_removed(make_store: MakeStore, tmp_path: Path) 
         remove_from_gallery(path, store.names)
     with pytest.raises(UsageError, match="expected names to remove, found none"):
         remove_from_gallery(path, [])
-    with pytest.raises(UsageError, match=r"none\.txt: expected a readable list of names"):
+    with pytest.raises(UsageError, match=r"none\.txt: expected a text file of names, .*, found no such file$"):
         read_names(tmp_path / "none.txt")
+    (tmp_path / "names.txt").write_text("0001.jpg\n")
+    with pytest.raises(UsageError, match=r"found no such file; did you mean .*/names\.txt\?$"):
+        read_names(tmp_path / "name.txt")
+    with pytest.raises(UsageError, match="expected a readable list of names, found: .*directory"):
+        read_names(tmp_path)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 

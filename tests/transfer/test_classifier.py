@@ -129,7 +129,7 @@ def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: 
     assert people.returncode == 0 and people.stdout.startswith(f"{tmp_path}/new/a.jpg: red ")
     assert "SVM of 3 classes (blue, green, red)" in run_sppfeat("inspect", tmp_path / "m.h5").stdout
     refused = run_sppfeat("inspect", tmp_path / "m.h5", "--verify")
-    assert refused.returncode == 2 and "are for stores, found an SVM" in refused.stderr
+    assert refused.returncode == 2 and "--verify is for stores and galleries, found an SVM" in refused.stderr
 
 
 def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) -> None:

@@ -214,8 +214,13 @@ def test_bad_labels(make_store: Callable[..., Store], tmp_path: Path, text: str,
 
 
 def test_labels_files_that_could_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gone\.csv: could not be read: No such file or directory$"):
+    with pytest.raises(UsageError, match=r"gone\.csv: expected a CSV .* name,label\[,split\], found no such file$"):
         read_labels(tmp_path / "gone.csv")
+    (tmp_path / "labels.csv").write_text("name,label\n")
+    with pytest.raises(UsageError, match=r"found no such file; did you mean .*/labels\.csv\?$"):
+        read_labels(tmp_path / "label.csv")
+    with pytest.raises(UsageError, match="could not be read: Is a directory"):
+        read_labels(tmp_path)
     (tmp_path / "latin.csv").write_bytes("name,label\na,\xdc\n".encode("latin1"))
     with pytest.raises(UsageError, match=r"latin\.csv: expected a CSV file in UTF-8, found: "):
         read_labels(tmp_path / "latin.csv")

@@ -150,7 +150,8 @@ ARGUMENTS: tuple[object, ...] = (
 def test_a_killed_run_ends_in_the_same_weights(textures: Path, tmp_path: Path) -> None:
     """`kill -9` again and again, with a checkpoint after every step."""
     run = ("tune", textures, *ARGUMENTS, "--checkpoint-minutes", 1e-9, "--quiet")
-    subprocess.run(command(*run, "-o", tmp_path / "whole.safetensors"), check=True, capture_output=True)
+    done = subprocess.run(command(*run, "-o", tmp_path / "whole.safetensors"), check=True, capture_output=True)
+    assert done.stdout == done.stderr == b"", "--quiet"
     output = tmp_path / "parts.safetensors"
     checkpoint = tmp_path / "parts.safetensors.checkpoint"
     kills = 0
@@ -194,6 +195,7 @@ def test_the_command_line_tunes_and_writes_a_page(textures: Path, tmp_path: Path
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 3 and "3 classes" in done.stdout and "of held-out images right before" in done.stdout
     assert "fine/broken.png: " in done.stderr and "left out" in done.stderr
+    assert done.stderr.count("broken.png") == 1, "not in every epoch"
     text = page.read_text()
     assert "Held-out images right" in text and "(kept)" in text and "at scales 48, 64, one an epoch" in text
     again = subprocess.run(run, capture_output=True, text=True)
