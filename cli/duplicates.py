@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, command_line, counted, print_json, printable
+from sppfeat_cli.output import after_results, command_line, counted, print_json, printable, tell_lost
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def duplicates(
     read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
     of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
     keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to
-    each; an image that cannot be described again is reported, and the exit code is then 3.
+    each. Images that cannot be read, or described again, are reported, and the exit code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     from sppfeat.report import check_page
@@ -91,6 +91,8 @@ def duplicates(
     page = check_page(html, overwrite=overwrite) if html is not None else None
     table = check_duplicates_csv(csv, overwrite=overwrite) if csv is not None else None
     opened = open_store(store)
+    if not quiet:
+        tell_lost(opened)
     if parts:
         check_crops(opened, part_threshold)
     crops = None
@@ -138,6 +140,7 @@ def _document(found: "Duplicates", crops: "Crops | None") -> dict[str, Any]:
             for group in found.groups
         ],
         "unreadable": [{"name": name, "error": reason} for name, reason in found.unreadable.items()],
+        "not_compared": [{"name": name, "error": reason} for name, reason in found.not_compared.items()],
         "notes": found.notes,
         "parts": None if crops is None else _parts_document(crops),
     }

@@ -18,7 +18,7 @@ import numpy as np
 
 from sppfeat.errors import ReportError, UsageError, near_fraction
 from sppfeat.files import appearing, check_new_file
-from sppfeat.images import path_to_name
+from sppfeat.images import is_url, path_to_name
 from sppfeat.recipe import Recipe
 from sppfeat.retrieval.crops import Crops, by_whole
 from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
@@ -49,7 +49,7 @@ class Duplicates:
     The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
     threshold, in one group or not. root: the folder that names are relative to. recipe, weights_sha256: of the
     descriptors compared. unreadable: images that could not be read to tell which is the sharpest, and why. notes: for
-    the user.
+    the user. not_compared: images that could not be read to be compared, and why.
     """
 
     store: str
@@ -64,6 +64,7 @@ class Duplicates:
     compared: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)
 
     @property
     def spare(self) -> int:
@@ -99,6 +100,12 @@ def find_duplicates(
     if threshold is None:
         threshold = COMPARED_FROM if len(rows) <= FEW_IMAGES else COMPARED_FROM_OF_MANY
     found, pairs, notes = _groups(rows, threshold, same, lambda part: progress(0.9 * part))
+    not_compared = {} if same is None else same.unreadable
+    if not_compared and not is_url(store.source_root) and not os.path.isdir(store.source_root):
+        notes.append(
+            f"the folder of its images, {store.source_root}, is not there; if it was moved, "
+            f"`sppfeat extract FOLDER -o {store.place}` takes the new one"
+        )
     if same is not None and (count := len(same.unreadable)):
         name, reason = next(iter(same.unreadable.items()))
         notes.append(
@@ -127,6 +134,7 @@ def find_duplicates(
         same is not None,
         keeping.unreadable,
         notes,
+        not_compared,
     )
 
 
