@@ -384,6 +384,13 @@ def test_voc_images_and_rows_that_do_not_meet(voc: tuple[Path, Store, np.ndarray
         evaluate_transfer([store], labels=labels)
     with pytest.raises(UsageError, match="expected a VOC folder such as VOC2007, .*, found no such folder"):
         read_voc_labels(tmp_path / "nowhere")
+    failed = tmp_path / "failed.h5"
+    create_store(failed, store.names, recipe=Recipe(), weights_sha256="0" * 64, dim=60, source_root="/")
+    with StoreWriter(open_store(failed)) as writer:
+        for row in range(len(store.names)):
+            writer.fail(row, "damaged")
+    with pytest.raises(UsageError, match=r"failed.h5: expected described images, found none: all 90 failed"):
+        evaluate_transfer([open_store(failed)], options, labels=labels)
 
 
 def test_levels_cut_out_equal_descriptors_of_these_levels(
