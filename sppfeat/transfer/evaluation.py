@@ -321,7 +321,7 @@ def _fit_logistic(
     view: DescriptorView, task: Task, train: np.ndarray, test: np.ndarray, options: TransferOptions
 ) -> _Fitted:
     labels = np.searchsorted(task.classes, task.labels[train])
-    problem = LogisticProblem(view, train, device=options.device)
+    problem = LogisticProblem(view, train, device=options.device, names=task.names)
     choice = choose_regularisation(problem, labels, len(task.classes), options)
     solution = problem.solve(labels, len(task.classes), c=choice.cost, start=choice.start)
     weights, biases = problem.weights(solution)
