@@ -8,7 +8,7 @@ import msgspec
 class Epoch(msgspec.Struct, frozen=True):
     """An epoch, from 1; 0 is the network before it was tuned.
 
-    loss: its mean over the images, NaN of epoch 0. held_out: in percent; NaN without held-out images.
+    loss: its mean over the images; None for epoch 0. held_out: in percent; None without held-out images.
     """
 
     number: int

@@ -73,7 +73,7 @@ class LearningOptions:
 
     def described(self) -> str:
         """The options that a reader of a page wants to know, in words."""
-        scales = f" at scales {', '.join(map(str, self.scales))}, one an epoch," if self.scales else ""
+        scales = f" at scales {', '.join(map(str, self.scales))}, one per epoch," if self.scales else ""
         return (
             f"tuned from {self.from_layer or 'the first layer'} on{scales} by {self.optimizer}, learning rate "
             f"{self.learning_rate:g}, schedule {self.schedule}"
