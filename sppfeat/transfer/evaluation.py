@@ -61,8 +61,8 @@ class Shots(_Trials):
 
 @dataclass(frozen=True)
 class Comparison:
-    """By how many percent points a store is better than the first, over the trials; and the p-value of a test that it
-    is not: `corrected t-test` for several splits, `McNemar` or `bootstrap` over the images of one."""
+    """By how many percentage points a store is better than the first, over the trials; and the p-value of a test that
+    they are equal: `corrected t-test` for several splits, `McNemar` or `bootstrap` over the images of one."""
 
     difference: float
     std: float | None
@@ -253,7 +253,7 @@ def _with_shots(view: DescriptorView, task: Task, shots: int, options: TransferO
 
 
 def _convergence(fits: Sequence[_Fitted], classes: list[str], options: TransferOptions) -> Convergence:
-    """How near all trials came to the optimum. Logistic regression fits all classes at once: one gap a trial."""
+    """How near all trials came to the optimum. Logistic regression fits all classes at once: one gap per trial."""
     together = options.classifier == "logistic"
     return Convergence(
         ["all classes"] if together else classes,

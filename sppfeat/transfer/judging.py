@@ -33,9 +33,11 @@ class Verdict:
 
     value: mean accuracy per class, or mAP. per_class: [K] of each class, NaN for one without a test image.
     area_per_class: [K] AP as the area under the curve, where an image can have several classes; else empty. top1, top5:
-    images whose class is the first, or among the first five, of all; NaN with several classes. mistakes: the most
-    confident of them; mistaken: how many there are. right: [M] which test
-    images are classified correctly; else empty. resample: what `sppfeat.svm.statistics.interval` takes.
+    images whose class is the first, or among the first five, of all; NaN with several classes. confusion: as in
+    `Transfer`. mistakes: the most confident of them; mistaken: how many there are. right: [M] which test images are
+    classified correctly; empty with several classes. labels: [M] the number of each test image's class; or [M, K] +1,
+    -1 and 0, then with their scores [M, K] and the method of average precision. `strata` and `resampled` are what
+    `sppfeat.svm.interval` takes.
     """
 
     value: float
