@@ -169,7 +169,10 @@ def evaluate_transfer(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fits, or [1]."""
+    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fits, or [1].
+
+    threshold: the score above which an image counts as of a class, where it can have several.
+    """
 
     scores: np.ndarray
     costs: np.ndarray
@@ -177,6 +180,7 @@ class _Fitted:
     choice_gap: float
     gaps: np.ndarray
     route: str
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,7 @@ def _run(view: DescriptorView, task: Task, split: Split, options: TransferOption
     train, test = split
     fit = {"svm": _fit_svm, "knn": _fit_knn, "logistic": _fit_logistic}[options.classifier]
     fitted = fit(view, task, train, test, options)
-    return _Trial(judge(fitted.scores, task, test), fitted)
+    return _Trial(judge(fitted.scores, task, test, fitted.threshold), fitted)
 
 
 def _fit_svm(
@@ -314,7 +318,7 @@ def _fit_knn(
     labels = task.labels[train]
     targets = labels if task.several else class_targets(labels, task.classes)[0]
     scores = knn_scores(view, train, test, targets, neighbors=options.neighbors, temperature=options.temperature)
-    return _Fitted(scores, np.zeros(0), [], 0.0, np.zeros(len(task.classes)), "")
+    return _Fitted(scores, np.zeros(0), [], 0.0, np.zeros(len(task.classes)), "", threshold=0.5)  # half of the votes
 
 
 def _fit_logistic(

@@ -87,9 +87,14 @@ def _mean_of_known(shares: np.ndarray) -> float:
     return 100 * float(known.mean()) if len(known) else float("nan")
 
 
-def judge(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
-    """The verdict on scores [M, K] of test rows [M]."""
-    return _judge_several_classes(scores, task, test) if task.several else _judge_one_class(scores, task, test)
+def judge(scores: np.ndarray, task: Task, test: np.ndarray, threshold: float = 0.0) -> Verdict:
+    """The verdict on scores [M, K] of test rows [M].
+
+    threshold: the score above which a class counts as predicted, where an image can have several.
+    """
+    if task.several:
+        return _judge_several_classes(scores, task, test, threshold)
+    return _judge_one_class(scores, task, test)
 
 
 def _judge_one_class(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
@@ -125,7 +130,7 @@ def _judge_one_class(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdic
     )
 
 
-def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
+def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray, threshold: float) -> Verdict:
     targets = task.labels[test]
     points, areas = (average_precisions(targets, scores, method=method) for method in ("11-point", "area"))
     values = areas if task.method == "area" else points
@@ -134,7 +139,7 @@ def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> 
     mistakes = [
         Mistake(task.names[test[row]], "", str(task.classes[column]), float(wrong[row, column]))
         for row, column in zip(*np.unravel_index(worst, wrong.shape), strict=True)
-        if wrong[row, column] > 0
+        if wrong[row, column] > threshold
     ]
     return Verdict(
         value=100 * mean_over_classes(values),
@@ -144,7 +149,7 @@ def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> 
         top5=float("nan"),
         confusion=np.zeros((0, 0), np.int64),
         mistakes=mistakes,
-        mistaken=int((wrong > 0).sum()),
+        mistaken=int((wrong > threshold).sum()),
         right=np.zeros(0, bool),
         labels=targets,
         scores=scores,

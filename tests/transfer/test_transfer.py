@@ -30,6 +30,7 @@ from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.svm.statistics import interval
 from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.judging import Verdict
+from sppfeat.transfer.knn import knn_scores
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report
@@ -306,6 +307,19 @@ def test_voc2007_equals_scikit_learn_class_by_class(voc: tuple[Path, Store, np.n
         assert done.per_class[f"kind{column}"] == pytest.approx(100 * expected)
     assert done.metric == "mAP" and done.value == pytest.approx(np.mean(list(done.per_class.values())))
     assert done.value < 100 and set(done.area_per_class) == set(done.per_class) and done.rows == 90
+
+
+def test_an_absent_class_is_a_mistake_of_neighbors_with_most_votes(
+    voc: tuple[Path, Store, np.ndarray, list[str]],
+) -> None:
+    folder, store, targets, parts = voc
+    options = TransferOptions(protocol="voc2007", classifier="knn", neighbors=5)
+    (done,) = evaluate_transfer([store], options, labels=read_voc_labels(folder))
+    train, test = (np.flatnonzero(np.array(parts) == part) for part in ("trainval", "test"))
+    votes = knn_scores(np.array(store.descriptors), train, test, targets[train], neighbors=5)
+    wrong = np.where(targets[test] == -1, votes, 0)
+    assert 0 < done.mistaken == (wrong > 0.5).sum() < (wrong > 0).sum()
+    assert [one.margin for one in done.mistakes] == sorted(wrong[wrong > 0.5].tolist(), reverse=True)
 
 
 def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str]]) -> None:
