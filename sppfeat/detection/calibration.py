@@ -12,12 +12,15 @@ suppression, not windows: of the many windows on an object one is left, so windo
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from sppfeat.detection.annotations import Annotation
 from sppfeat.detection.average_precision import Objects, voc_ranking
+from sppfeat.errors import SppFeatWarning
 
 # Platt's choice; models of two thirds of the images are close to those of all.
 FOLDS: Final = 3
@@ -39,13 +42,14 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def fit_sigmoid(scores: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+def fit_sigmoid(scores: np.ndarray, correct: np.ndarray, *, of: str = "all classes") -> tuple[float, float]:
     """Slope and offset of the sigmoid that fits scores [N], N >= 1, best: the maximum likelihood by Newton's method.
 
     correct: [N] bool. As in Platt's paper, the targets are not 1 and 0 but (P + 1) / (P + 2) and 1 / (M + 2), for P
     correct scores and M others, so that the maximum is finite even where scores separate them, or all are of one kind.
     The likelihood, the step's ridge and the backtracking are those of Lin, Lin and Weng. The slope is 0 if all scores
-    are equal, and below 0 if correct scores are the lower ones.
+    are equal, and below 0 if correct scores are the lower ones. of: whose scores they are, for the SppFeatWarning where
+    the fit does not converge.
     """
     scores, correct = np.asarray(scores, np.float64), np.asarray(correct, bool)
     positives = int(correct.sum())
@@ -76,6 +80,12 @@ def fit_sigmoid(scores: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
         else:
             break  # the loss is exact to the last digit
         best, loss = best + step * direction, reached
+    else:
+        warnings.warn(
+            f"{of}: the fit of probabilities to scores did not converge in {_MAX_STEPS} steps; they are not exact",
+            SppFeatWarning,
+            stacklevel=2,
+        )
     slope = float(best[0] / spread)
     return slope, float(best[1] - slope * mean)
 
@@ -133,12 +143,13 @@ class HeldOut:
             raise ValueError("its held-out detections are of another kind")
         self._parts = [state]
 
-    def calibration(self, classes: int) -> np.ndarray | None:
+    def calibration(self, classes: Sequence[str]) -> np.ndarray | None:
         """[K, 2] slope and offset per class; slopes are above 0, so that probabilities rank as scores do.
 
         A class with fewer than `MIN_CORRECT` correct detections, or scores that do not tell them from the others, gets
         the sigmoid of all classes together: their SVMs have the same costs, so their scores mean about the same.
-        None if that sigmoid, too, does not rise, or there is no correct detection at all.
+        None if that sigmoid, too, does not rise, or there is no correct detection at all. classes: [K] names, for
+        warnings.
         """
         rows = self.state()
         correct = rows[:, 3] > 0
@@ -147,11 +158,11 @@ class HeldOut:
         together = fit_sigmoid(rows[:, 2], correct)
         if together[0] <= 0:
             return None
-        result = np.tile(np.array(together), (classes, 1))
-        for label in range(classes):
+        result = np.tile(np.array(together), (len(classes), 1))
+        for label, name in enumerate(classes):
             mine = rows[:, 1] == label
             if correct[mine].sum() >= MIN_CORRECT:
-                slope, offset = fit_sigmoid(rows[mine, 2], correct[mine])
+                slope, offset = fit_sigmoid(rows[mine, 2], correct[mine], of=f"class {name!r}")
                 if slope > 0:
                     result[label] = slope, offset
         return result

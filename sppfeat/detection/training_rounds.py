@@ -178,7 +178,7 @@ class Trainer:
 
     def detector(self, proposals: ProposalOptions) -> Detector:
         """The detector, after `train`. Weights are for descriptors as pooled."""
-        calibration = self._held_out.calibration(len(self.classes)) if self._options.calibration else None
+        calibration = self._held_out.calibration(self.classes) if self._options.calibration else None
         if self._options.calibration and calibration is None:
             self._note(
                 "scores stay SVM scores: for probabilities, expected detections in images that were held out, correct "

@@ -17,10 +17,9 @@ from sppfeat.images import find_voc
 from sppfeat.recipe import Recipe
 from sppfeat.recipes import named_recipe
 from sppfeat.retrieval import RetrievalOptions
-from sppfeat.transfer import TransferOptions
+from sppfeat.transfer import TEST_PARTS, TransferOptions
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TRAIN, _TEST = "train", ("test", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _of_layout(name: str, folder: Path) -> DataSet:
         raise UsageError(f"{folder}: expected a name of letters, digits, '.', '_' and '-', found {name!r}")
     if (voc := find_voc(folder)) is not None:
         return DataSet(name, voc, None, True, TransferOptions(protocol="voc2007"))
-    split = (folder / _TRAIN).is_dir() and any((folder / part).is_dir() for part in _TEST)
+    split = (folder / "train").is_dir() and any((folder / part).is_dir() for part in TEST_PARTS)
     return DataSet(name, folder, None, False, TransferOptions(protocol="split" if split else "random"))
 
 

@@ -109,9 +109,11 @@ def _cell(
     }
     key = cache_key(made_from)
     file = folder / "result.json"
-    kept = _read(file, key)
-    if kept is not None and not described:
-        return kept
+    kept = _read(file)
+    if not described:
+        if kept is not None and kept.key == key:
+            return kept.cell
+        described, seconds = (kept.cell.described, kept.cell.seconds) if kept is not None else (0, 0.0)
     metric, value, interval = _evaluated(data_set, stores)
     first = next(iter(stores.values()))
     cell = Cell(
@@ -124,8 +126,8 @@ def _cell(
         images=sum(len(store.names) for store in stores.values()),
         failed=failed,
         values=first.dim,
-        described=described or (kept.described if kept is not None else 0),
-        seconds=seconds if described else (kept.seconds if kept is not None else 0.0),
+        described=described,
+        seconds=seconds,
     )
     with appearing(file, SppFeatError) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(_Kept(_VERSION, key, cell))))
@@ -159,13 +161,13 @@ def _lists(data_set: DataSet) -> int:
     return total
 
 
-def _read(file: Path, key: str) -> Cell | None:
-    """An earlier result, if it was made from the same."""
+def _read(file: Path) -> _Kept | None:
+    """An earlier result, if there is one that can be read."""
     try:
         kept = decode_document(file.read_bytes(), _Kept, what=str(file), error=_Unusable)
     except (OSError, _Unusable):
         return None
-    return kept.cell if kept.version == _VERSION and kept.key == key else None
+    return kept if kept.version == _VERSION else None
 
 
 def table(cells: Sequence[Cell]) -> str:

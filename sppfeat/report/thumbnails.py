@@ -19,7 +19,7 @@ from sppfeat.images import Item, decode, decoding, open_image, upright_size
 from sppfeat.store import Box, item_of
 
 THUMBNAIL_SIDE: Final = 240  # twice what a page shows, for high-density screens
-# Colours of outlines, which also differ for who sees no red or no green.
+# Colors of outlines, which also differ for those who see no red or no green.
 FOUND_COLOR: Final = "#d6006c"
 TRUE_COLOR: Final = "#0092d1"
 _HEAT_STRENGTH: Final = 190  # of 255: the image below stays visible
@@ -50,7 +50,6 @@ def thumbnail(
     name: str,
     *,
     side: int = THUMBNAIL_SIDE,
-    box: Box | None = None,
     mark: Box | None = None,
     heat: Heat | None = None,
 ) -> str | None:
@@ -58,10 +57,9 @@ def thumbnail(
 
     root, name: of a row, as a store or a gallery has them; no file outside the root is opened, whatever the name says,
     and a connection is made only if the root itself is a URL. Links below the root are the user's own, and followed.
-    side: of the square that it fits into. box: x1, y1, x2, y2
-    in pixels of the upright original, inclusive; the window of the row unless given. The part of it inside the image is
-    shown, or the whole image where there is none. mark: a part to outline in the whole image instead. heat: laid over
-    the part shown, or over the window of the row where the whole image is shown.
+    side: of the square that it fits into. The part of the row's window inside the image is shown, or the whole image
+    where there is none. mark: a box, in pixels of the upright original, inclusive, to outline in the whole image
+    instead. heat: laid over the part shown, or over the window of the row where the whole image is shown.
     """
     found = row_item(root, name)
     if found is None:
@@ -70,7 +68,7 @@ def thumbnail(
     if mark and heat is not None and window is not None:
         heat = replace(heat, box=window)
     marks = (Mark(mark),) if mark else ()
-    return item_thumbnail(item, side=side, box=None if mark else box or window, marks=marks, heat=heat)
+    return item_thumbnail(item, side=side, box=None if mark else window, marks=marks, heat=heat)
 
 
 def row_item(root: str, name: str) -> tuple[Item, Box | None] | None:
@@ -91,7 +89,10 @@ def item_thumbnail(
     marks: Sequence[Mark] = (),
     heat: Heat | None = None,
 ) -> str | None:
-    """The same of an item that comes from a source, not from a file's names; marks: outlined in what is shown."""
+    """`thumbnail` of an item that comes from a source, not from the name of a row.
+
+    box: the part shown, in pixels of the upright original, inclusive. marks: outlined in it.
+    """
     try:
         shown, size = small_image(item, side, box)
     except (ImageError, OSError, ValueError):  # ValueError: a path that is invalid on this system

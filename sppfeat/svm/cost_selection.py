@@ -34,7 +34,7 @@ def choose_cost(problem: SvmProblem, labels: np.ndarray, rows: np.ndarray, optio
     """One C for all classes, with the best mean per-class accuracy; of equally good ones, the one nearest to 1.
 
     Classes that are easy to tell apart are so at any C, but with a small one scores hardly leave the bias.
-    labels: [M], the class of each of rows [M].
+    labels: [M], the class of each of rows [M]. Raises UsageError where no class has two rows.
     """
     classes = np.unique(labels)
     if len(options.costs) == 1:
@@ -75,7 +75,7 @@ def choose_cost_per_class(problem: SvmProblem, targets: np.ndarray, rows: np.nda
 
     targets: [M, K] of +1, -1 and 0 (excluded), for rows [M]. The +1 of a class are spread evenly over its folds, as
     in the benchmarks that train class by class. A class that cannot be cross-validated for lack of +1 gets the C
-    that is best for the others.
+    that is best for the others. Raises UsageError where that is true of every class.
     """
     count = targets.shape[1]
     if len(options.costs) == 1:

@@ -14,6 +14,7 @@ since |W|^2 / 2 is strongly convex. That bound is the gap told, with b brought t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,6 +26,7 @@ from sppfeat.errors import UsageError
 from sppfeat.store import Matrix
 from sppfeat.svm import SvmOptions, accuracy_per_class, mean_over_classes
 from sppfeat.svm.cost_selection import FOLDS, folds
+from sppfeat.svm.model import require_finite
 from sppfeat.svm.rows import Rows
 
 # Gap over objective at which a fit ends.
@@ -57,11 +59,14 @@ class LogisticSolution:
 class LogisticProblem:
     """A set of rows; fits of any C on subsets of it: folds, a path of C.
 
-    descriptors: [., D], read block by block. only: which rows [N] of them. device: as in `RunOptions`.
+    descriptors: [., D], read block by block. only: which rows [N] of them. device: as in `RunOptions`. names: of the
+    descriptors, for error messages.
     Raises UsageError for rows that are not finite.
     """
 
-    def __init__(self, descriptors: Matrix, only: np.ndarray, *, device: str = "cpu") -> None:
+    def __init__(
+        self, descriptors: Matrix, only: np.ndarray, *, device: str = "cpu", names: Sequence[str] | None = None
+    ) -> None:
         place = torch.device(resolve_device(device))
         self._rows = Rows(descriptors, np.ascontiguousarray(only, np.int64), place, torch.float64, constant=0.0)
         count, dim = len(self._rows), self._rows.dim
@@ -69,7 +74,7 @@ class LogisticProblem:
         self._ridge = 0.0
         if count < dim and 8 * count * count <= _GRAM_BYTES:
             gram = self._rows.gram()
-            _require_finite(gram.diagonal())
+            _require_finite(gram.diagonal().isfinite(), only, names)
             self._ridge = _RIDGE * float(gram.diagonal().mean().clamp(min=1e-300))
             gram.diagonal().add_(self._ridge)
             self._factor = torch.linalg.cholesky(gram)
@@ -79,7 +84,7 @@ class LogisticProblem:
             self._points = torch.empty((count, dim), dtype=dtype, device=place)
             for part, block in self._rows.blocks():
                 self._points[part] = block
-            _require_finite(self._points)
+            _require_finite(self._points.isfinite().all(1), only, names)
         self.route = "gram" if self._factor is not None else "primal"
 
     def solve(
@@ -197,7 +202,7 @@ class _Fit:
             gap = float(exceeded / objective.clamp(min=1e-300))
             if gap <= tolerance or steps >= _STEPS or rounds == _ROUNDS:
                 break
-            # Where the gap was small for other biases, the next round goes on to a smaller one.
+            # Where the gap was small for other biases, the next round continues to a smaller one.
             rounds += 1
             weights, biases, more = self._descend(weights, biases, tolerance * 0.3**rounds)
             steps += more
@@ -249,7 +254,7 @@ class Choice:
 def choose_regularisation(problem: LogisticProblem, labels: np.ndarray, classes: int, options: SvmOptions) -> Choice:
     """The C with the best mean accuracy per class in cross-validation; the smallest of equally good ones.
 
-    labels: [N] of the problem's rows, numbers below `classes`.
+    labels: [N] of the problem's rows, numbers below `classes`. Raises UsageError where no class has two rows.
     """
     if len(options.costs) == 1:
         return Choice(options.costs[0], [])
@@ -278,6 +283,6 @@ def choose_regularisation(problem: LogisticProblem, labels: np.ndarray, classes:
     return Choice(costs[best], list(zip(costs, mean.tolist(), strict=True)), starts[best], gap)
 
 
-def _require_finite(values: torch.Tensor) -> None:
-    if not bool(values.isfinite().all()):
-        raise UsageError("expected finite descriptors, found rows with values that are not")
+def _require_finite(finite: torch.Tensor, only: np.ndarray, names: Sequence[str] | None) -> None:
+    """Raise UsageError, naming the first row, unless all rows are `finite` [N]."""
+    require_finite(np.asarray(only)[(~finite).cpu().numpy()], names)

@@ -190,7 +190,7 @@ class _Preconditioner:
         scale = total(factors) / len(self._sample)
         steps = torch.log2(scale.clamp(min=1e-30)).div(2).round()
         self._group = steps
-        self._factors: dict[float, tuple[float, torch.Tensor]] = {}
+        self._factors: dict[float, torch.Tensor] = {}
         for step in sorted(set(steps.tolist())):
             shared = 4.0**step
             matrix = products.double() * (shared if self._over_values else 1)
@@ -198,7 +198,7 @@ class _Preconditioner:
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if failed:
                 continue  # rounding, at a very large scale: conjugate gradients continue without it
-            self._factors[step] = (shared, factor.to(factors.dtype))
+            self._factors[step] = factor.to(factors.dtype)
 
     @property
     def _over_values(self) -> bool:
@@ -207,7 +207,7 @@ class _Preconditioner:
     def __call__(self, residual: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         result = residual.clone()
         groups = self._group[classes]
-        for step, (_, factor) in self._factors.items():
+        for step, factor in self._factors.items():
             which = (groups == step).nonzero()[:, 0]
             if not len(which):
                 continue

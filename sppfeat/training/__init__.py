@@ -1,4 +1,4 @@
-"""Gradient descent that survives anything: schedules, checkpoints, the best state so far."""
+"""Gradient descent that resumes where it ended: schedules, checkpoints, the best state so far."""
 
 from __future__ import annotations
 

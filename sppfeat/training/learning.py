@@ -67,7 +67,7 @@ def learn(
     measure: what `Learner.held_out` tells, for messages.
     checkpoint: a file that holds the state of the run every few minutes, and when it is stopped; a run with the same
     key resumes from it, and ends in the same weights on the same machine. A checkpoint that cannot be written is
-    noted, and the run goes on. Raises ModelError for a checkpoint of another run.
+    noted, and the run continues. Raises ModelError for a checkpoint of another run, and for a network that fails.
     """
     return _Run(learner, options, checkpoint, key, measure, observer or Observer(), stop).run()
 
@@ -182,7 +182,7 @@ class _Run:
         try:
             save_checkpoint(self._checkpoint, self._progress, self._weights, self._best, self._optimizer)
         except ModelError as error:
-            self._observer.note(f"{error}; training goes on without this checkpoint")
+            self._observer.note(f"{error}; training continues without this checkpoint")
 
     def _put_back_best(self) -> None:
         with torch.no_grad():

@@ -59,7 +59,7 @@ class LearningOptions:
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be above 0, found {value!r}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UsageError(f"weight_decay must be from 0, found {self.weight_decay!r}")
+            raise UsageError(f"weight_decay must be at least 0, found {self.weight_decay!r}")
         if not 0 <= self.held_out <= 0.5:
             raise UsageError(f"held_out must be from 0 to 0.5, found {self.held_out!r}")
         for name, valid in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -73,7 +73,7 @@ class LearningOptions:
 
     def described(self) -> str:
         """The options that a reader of a page wants to know, in words."""
-        scales = f" at scales {', '.join(map(str, self.scales))}, one an epoch," if self.scales else ""
+        scales = f" at scales {', '.join(map(str, self.scales))}, one per epoch," if self.scales else ""
         return (
             f"tuned from {self.from_layer or 'the first layer'} on{scales} by {self.optimizer}, learning rate "
             f"{self.learning_rate:g}, schedule {self.schedule}"

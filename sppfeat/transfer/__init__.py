@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sppfeat.transfer.classifier import Classifier, open_classifier, save_classifier
-from sppfeat.transfer.labels import Labels, labels_from_folders, read_labels, read_voc_labels
+from sppfeat.transfer.labels import TEST_PARTS, Labels, labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.prediction import Prediction, classifier_describer, predict
 from sppfeat.transfer.predictions import (
@@ -19,6 +19,7 @@ __all__ = [
     "Labels",
     "Prediction",
     "Ranked",
+    "TEST_PARTS",
     "TransferOptions",
     "check_predictions_csv",
     "classifier_describer",

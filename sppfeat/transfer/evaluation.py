@@ -61,8 +61,8 @@ class Shots(_Trials):
 
 @dataclass(frozen=True)
 class Comparison:
-    """By how many percent points a store is better than the first, over the trials; and the p-value of a test that it
-    is not: `corrected t-test` for several splits, `McNemar` or `bootstrap` over the images of one."""
+    """By how many percentage points a store is better than the first, over the trials; and the p-value of a test that
+    they are equal: `corrected t-test` for several splits, `McNemar` or `bootstrap` over the images of one."""
 
     difference: float
     std: float | None
@@ -169,7 +169,10 @@ def evaluate_transfer(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fits, or [1]."""
+    """Scores of test rows [M, K], and how they came about: see `Transfer`. gaps: [K] of the last fits, or [1].
+
+    threshold: the score above which an image counts as of a class, where it can have several.
+    """
 
     scores: np.ndarray
     costs: np.ndarray
@@ -177,6 +180,7 @@ class _Fitted:
     choice_gap: float
     gaps: np.ndarray
     route: str
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def _with_shots(view: DescriptorView, task: Task, shots: int, options: TransferO
 
 
 def _convergence(fits: Sequence[_Fitted], classes: list[str], options: TransferOptions) -> Convergence:
-    """How near all trials came to the optimum. Logistic regression fits all classes at once: one gap a trial."""
+    """How near all trials came to the optimum. Logistic regression fits all classes at once: one gap per trial."""
     together = options.classifier == "logistic"
     return Convergence(
         ["all classes"] if together else classes,
@@ -292,7 +296,7 @@ def _run(view: DescriptorView, task: Task, split: Split, options: TransferOption
     train, test = split
     fit = {"svm": _fit_svm, "knn": _fit_knn, "logistic": _fit_logistic}[options.classifier]
     fitted = fit(view, task, train, test, options)
-    return _Trial(judge(fitted.scores, task, test), fitted)
+    return _Trial(judge(fitted.scores, task, test, fitted.threshold), fitted)
 
 
 def _fit_svm(
@@ -314,14 +318,14 @@ def _fit_knn(
     labels = task.labels[train]
     targets = labels if task.several else class_targets(labels, task.classes)[0]
     scores = knn_scores(view, train, test, targets, neighbors=options.neighbors, temperature=options.temperature)
-    return _Fitted(scores, np.zeros(0), [], 0.0, np.zeros(len(task.classes)), "")
+    return _Fitted(scores, np.zeros(0), [], 0.0, np.zeros(len(task.classes)), "", threshold=0.5)  # half of the votes
 
 
 def _fit_logistic(
     view: DescriptorView, task: Task, train: np.ndarray, test: np.ndarray, options: TransferOptions
 ) -> _Fitted:
     labels = np.searchsorted(task.classes, task.labels[train])
-    problem = LogisticProblem(view, train, device=options.device)
+    problem = LogisticProblem(view, train, device=options.device, names=task.names)
     choice = choose_regularisation(problem, labels, len(task.classes), options)
     solution = problem.solve(labels, len(task.classes), c=choice.cost, start=choice.start)
     weights, biases = problem.weights(solution)

@@ -33,9 +33,11 @@ class Verdict:
 
     value: mean accuracy per class, or mAP. per_class: [K] of each class, NaN for one without a test image.
     area_per_class: [K] AP as the area under the curve, where an image can have several classes; else empty. top1, top5:
-    images whose class is the first, or among the first five, of all; NaN with several classes. mistakes: the most
-    confident of them; mistaken: how many there are. right: [M] which test
-    images are classified correctly; else empty. resample: what `sppfeat.svm.statistics.interval` takes.
+    images whose class is the first, or among the first five, of all; NaN with several classes. confusion: as in
+    `Transfer`. mistakes: the most confident of them; mistaken: how many there are. right: [M] which test images are
+    classified correctly; empty with several classes. labels: [M] the number of each test image's class; or [M, K] +1,
+    -1 and 0, then with their scores [M, K] and the method of average precision. `strata` and `resampled` are what
+    `sppfeat.svm.interval` takes.
     """
 
     value: float
@@ -85,9 +87,14 @@ def _mean_of_known(shares: np.ndarray) -> float:
     return 100 * float(known.mean()) if len(known) else float("nan")
 
 
-def judge(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
-    """The verdict on scores [M, K] of test rows [M]."""
-    return _judge_several_classes(scores, task, test) if task.several else _judge_one_class(scores, task, test)
+def judge(scores: np.ndarray, task: Task, test: np.ndarray, threshold: float = 0.0) -> Verdict:
+    """The verdict on scores [M, K] of test rows [M].
+
+    threshold: the score above which a class counts as predicted, where an image can have several.
+    """
+    if task.several:
+        return _judge_several_classes(scores, task, test, threshold)
+    return _judge_one_class(scores, task, test)
 
 
 def _judge_one_class(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
@@ -123,7 +130,7 @@ def _judge_one_class(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdic
     )
 
 
-def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> Verdict:
+def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray, threshold: float) -> Verdict:
     targets = task.labels[test]
     points, areas = (average_precisions(targets, scores, method=method) for method in ("11-point", "area"))
     values = areas if task.method == "area" else points
@@ -132,7 +139,7 @@ def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> 
     mistakes = [
         Mistake(task.names[test[row]], "", str(task.classes[column]), float(wrong[row, column]))
         for row, column in zip(*np.unravel_index(worst, wrong.shape), strict=True)
-        if wrong[row, column] > 0
+        if wrong[row, column] > threshold
     ]
     return Verdict(
         value=100 * mean_over_classes(values),
@@ -142,7 +149,7 @@ def _judge_several_classes(scores: np.ndarray, task: Task, test: np.ndarray) -> 
         top5=float("nan"),
         confusion=np.zeros((0, 0), np.int64),
         mistakes=mistakes,
-        mistaken=int((wrong > 0).sum()),
+        mistaken=int((wrong > threshold).sum()),
         right=np.zeros(0, bool),
         labels=targets,
         scores=scores,

@@ -94,7 +94,7 @@ def _perfect(value: float) -> bool:
 
 
 def _differences(done: Transfer, first: Transfer) -> dict[str, Any]:
-    """Classes by how much better or worse they are than with the first store, in percent points, and the largest."""
+    """Classes by how much better or worse they are than with the first store, in percentage points, and the largest."""
     found = [(name, value - first.per_class[name]) for name, value in done.per_class.items()]
     differing = [(name, value) for name, value in found if abs(value) > 1e-6]  # not NaN either
     largest = sorted(differing, key=lambda one: -abs(one[1]))[:DIFFERENCES_SHOWN]

@@ -104,6 +104,8 @@ def voc_task(store: Store, failed: set[str], labels: VocLabels, options: Transfe
             f"{min(lacking)!r}; the store has {store.names[0]!r}"
         )
     numbers = [number for number, name in names.items() if name not in failed]
+    if not numbers:
+        raise UsageError(f"{store.place}: expected described images, found none: all {len(names)} failed")
     parts = np.array([labels.splits[number] for number in numbers])
     targets = np.stack([labels.targets[number] for number in numbers])
     vissl = options.protocol == "voc2007-vissl"

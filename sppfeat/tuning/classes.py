@@ -22,9 +22,9 @@ from sppfeat.training.passes import Passes
 from sppfeat.training.trunks import TunedTrunk
 from sppfeat.tuning.options import TuningOptions
 
-# Images of one pass on a processor: activations of a batch are kept for its gradient, some 60 MB an image at 224.
+# Images of one pass on a processor: activations of a batch are kept for its gradient, some 60 MB per image at 224.
 _PASS: Final = 8
-_PASS_ON_CARD: Final = 64
+_PASS_ON_GPU: Final = 64
 
 
 class Pixels(NamedTuple):
@@ -65,6 +65,7 @@ class ClassLearner:
 
     Batch norms stay as they are: an image's gradient does not depend on the others of its batch, and images of
     different shapes go through the network one after the other, never padded. Half of the images are mirrored.
+    failed: told the name and the reason of an image that cannot be read. seen: told the name of each training image.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class ClassLearner:
         shapes: dict[tuple[int, ...], list[Pixels]] = {}
         for each in batch:
             shapes.setdefault(each.pixels.shape, []).append(each)
-        most = _PASS if self._device.type == "cpu" else _PASS_ON_CARD
+        most = _PASS if self._device.type == "cpu" else _PASS_ON_GPU
         for alike in shapes.values():
             for start in range(0, len(alike), most):
                 some = alike[start : start + most]

@@ -66,9 +66,9 @@ def tune(
     _check_recipe(recipe)
     path = Path(output)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
-    # A stopped run already has permission to replace its output.
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: expected a name that ends with .safetensors")
+    # A stopped run already has permission to replace its output.
     path = check_weights_file(path, overwrite=overwrite or checkpoint.exists())
     several = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     with lock_store(path):
@@ -116,8 +116,7 @@ def _tune(
     # A failed image is noted once, not in every epoch.
     learner = ClassLearner(trunk, head, train, held, options, device, fail, lambda name: observer.row(name, None))
     if not checkpoint.exists():
-        observer.say(f"describing {len(train)} images with the untuned network, for the head to start from")
-        _start_head(head, trunk.recipe, train, len(classes), options, fail)
+        _start_head(head, trunk.recipe, train, len(classes), options, fail, observer)
     observer.started(todo=options.epochs * len(train), reused=0, device=str(device))
     learned = learn(learner, options, checkpoint, key, observer=observer, stop=stop)
     done = Tuned(
@@ -206,6 +205,7 @@ def _start_head(
     classes: int,
     options: TuningOptions,
     fail: Callable[[str, str], None],
+    observer: Observer,
 ) -> None:
     """Logistic regression on the descriptors of the untuned network: a head drawn at random would first spoil the
     network that it learns on (Kumar et al., ICLR 2022)."""
@@ -215,6 +215,8 @@ def _start_head(
     )
     most = max(2 * classes, _HEAD_BYTES // (4 * head.in_features))
     some = np.sort(np.random.default_rng([options.seed, 1]).permutation(len(train))[:most])
+    counted = f"{len(some)} images" if len(some) == len(train) else f"{len(some)} of {len(train)} images"
+    observer.say(f"describing {counted} with the untuned network, for the head to start from")
     rows = np.zeros((len(some), head.in_features), np.float32)
     readable = np.zeros(len(some), bool)
     for done in describer.describe(train.items[at] for at in some):

@@ -37,7 +37,6 @@ def areas(windows: np.ndarray) -> np.ndarray:
 
 def box_targets(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """[N, 4] targets that move windows [N, 4] to boxes [N, 4]: shifts in window sizes, and logs of size ratios."""
-
     size, box_size = (each[:, 2:] - each[:, :2] + 1 for each in (windows, boxes))
     middle, box_middle = (each[:, :2] + each[:, 2:] for each in (windows, boxes))
     return np.concatenate([(box_middle - middle) / 2 / size, np.log(box_size / size)], 1)

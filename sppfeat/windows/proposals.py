@@ -127,8 +127,8 @@ class Proposals:
     """What a run of `propose_folder` did.
 
     images: listed in the sources. proposed: in this run. reused: from before. failed: listed images that failed, now
-    or before. empty: images in which nothing was found. pending: left, after an interruption.
-    windows: of all images in the file.
+    or before. empty: images in which nothing was found. pending: left, after an interruption. windows: of the listed
+    images; the file may hold those of others, too.
     """
 
     file: str

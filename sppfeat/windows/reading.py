@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from sppfeat.errors import UsageError, one_line
-from sppfeat.files import decode_document
+from sppfeat.files import decode_document, os_reason
 from sppfeat.store import Box, window_text
 
 COLUMNS: Final = ("name", "x1", "y1", "x2", "y2")
@@ -49,7 +49,7 @@ def read_windows(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         for where, name, box in _csv_entries(path, content) if kind == ".csv" else _json_entries(path, content):
             found.setdefault(_checked_name(where, name), []).append(_checked_box(where, name, box))
     except OSError as error:
-        raise UsageError(f"{path}: expected a file of windows, found: {error.strerror}") from None
+        raise UsageError(f"{path}: expected a file of windows, found: {os_reason(error)}") from None
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{path}: expected a readable CSV file, found: {one_line(error)}") from None
     if not found:

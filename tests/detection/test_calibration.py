@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sppfeat import SppFeatWarning
+from sppfeat.detection import calibration as calibrating
 from sppfeat.detection.annotations import Annotation
 from sppfeat.detection.calibration import MIN_CORRECT, HeldOut, fit_sigmoid, sigmoid
 
@@ -140,7 +142,7 @@ def test_probabilities_are_true() -> None:
         labels, scores = generator.integers(0, 3, count), generator.normal(-0.3, 0.6, count)
         return labels, scores, generator.random(count) < sigmoid(truth[labels, 0] * scores + truth[labels, 1])
 
-    calibration = held_out(*sample(6000)).calibration(3)
+    calibration = held_out(*sample(6000)).calibration(["a", "b", "c"])
     assert calibration is not None and calibration.shape == (3, 2)
     labels, scores, correct = sample(60_000)
     likely = sigmoid(calibration[labels, 0] * scores + calibration[labels, 1])
@@ -162,7 +164,7 @@ def test_classes_with_few_correct_detections_share_a_sigmoid() -> None:
     correct[rare[MIN_CORRECT - 1 :]] = False
     correct[labels == 3] = scores[labels == 3] < -1  # a class whose scores mislead
     together = fit_sigmoid(scores, correct)
-    found = held_out(labels, scores, correct).calibration(5)
+    found = held_out(labels, scores, correct).calibration(list("abcde"))
     assert found is not None and (found[:, 0] > 0).all()
     np.testing.assert_array_equal(found[0], fit_sigmoid(scores[labels == 0], correct[labels == 0]))
     for label in (1, 2, 3, 4):  # 4 has no detection at all
@@ -171,6 +173,21 @@ def test_classes_with_few_correct_detections_share_a_sigmoid() -> None:
 
 def test_without_correct_detections_there_is_no_calibration() -> None:
     scores = np.linspace(-1, 1, 20)
-    assert HeldOut().calibration(2) is None
-    assert held_out(np.zeros(20), scores, np.zeros(20, bool)).calibration(1) is None
-    assert held_out(np.zeros(20), scores, scores < 0).calibration(1) is None
+    assert HeldOut().calibration(["a", "b"]) is None
+    assert held_out(np.zeros(20), scores, np.zeros(20, bool)).calibration(["a"]) is None
+    assert held_out(np.zeros(20), scores, scores < 0).calibration(["a"]) is None
+
+
+def test_a_fit_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    labels, scores = generator.integers(0, 2, 400), generator.normal(size=400)
+    held = held_out(labels, scores, generator.random(400) < sigmoid(3 * scores))
+    exact = held.calibration(["cat", "dog"])
+    monkeypatch.setattr(calibrating, "_MAX_STEPS", 1)
+    with pytest.warns(SppFeatWarning) as told:
+        found = held.calibration(["cat", "dog"])
+    assert [str(one.message) for one in told] == [
+        f"{of}: the fit of probabilities to scores did not converge in 1 steps; they are not exact"
+        for of in ("all classes", "class 'cat'", "class 'dog'")
+    ]
+    assert found is not None and exact is not None and not np.allclose(found, exact, rtol=1e-3)

@@ -370,7 +370,7 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     done = run_sppfeat(*run, "--tune", *learning, "--report", str(page))
     assert done.returncode == 3 and "006.png: 006.xml has no valid object" in done.stderr, done.stderr
     shown = page.read_text()
-    assert "tuned from layer3 on at scales 96, 64, one an epoch, by sgd, learning rate 0.01, schedule steps" in shown
+    assert "tuned from layer3 on at scales 96, 64, one per epoch, by sgd, learning rate 0.01, schedule steps" in shown
     assert "of 2 classes in 19 images" in shown and shown.count("<svg") == 2
     assert "tuned detector of 2 classes" in done.stdout and "det.safetensors: its network" in done.stdout
     assert "epoch 2 of 2: loss " in done.stderr and "% mAP on held-out images" in done.stderr

@@ -94,10 +94,16 @@ def test_what_is_done_is_kept(work: Path, monkeypatch: pytest.MonkeyPatch) -> No
         cells[1],
     ]
     assert len(evaluated) == 1
+    # Evaluated by other options, descriptors are still told with the speed at which they were made.
+    (work / "knn.toml").write_text('[classes]\npath = "classes"\nclassifier = "knn"\nneighbors = 3\n')
+    other = evaluate_matrix(recipes, read_data([work / "knn.toml"]), work / "out")
+    assert [cell.metric for cell in other] == ["accuracy, knn"] * 2 and cells[1].described == 16
+    assert (other[1].described, other[1].seconds) == (cells[1].described, cells[1].seconds)
+    evaluated.clear()
     shutil.copy(next((work / "classes/test/left").iterdir()), work / "classes/test/left/new.png")
     again = evaluate_matrix(recipes, data, work / "out")
     assert [cell.images for cell in again] == [17, 17] and [cell.described for cell in again] == [1, 1]
-    assert len(evaluated) == 3
+    assert len(evaluated) == 2
 
 
 def json_of(cell: Cell) -> dict[str, object]:

@@ -64,7 +64,6 @@ def test_a_thumbnail_shows_a_row(folder: Path) -> None:
     assert shown(thumbnail(str(folder), "a.jpg", side=50)).size == (50, 30)
     part = shown(thumbnail(str(folder), "a.jpg#60,10,99,39"))
     assert part.size == (40, 30) and np.asarray(part)[15, 20].argmax() == 2
-    assert shown(thumbnail(str(folder), "a.jpg", box=(0, 0, 9, 9))).size == (10, 10)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     notes = Notes()
     done = run(Line(), tmp_path / "c", observer=notes, checkpoint_minutes=1e-9)
     assert done.finished and done.history[-1].number == 4
-    assert "c: cannot be written: the disk is full; training goes on without this checkpoint" in notes.texts
+    assert "c: cannot be written: the disk is full; training continues without this checkpoint" in notes.texts
 
 
 def test_checkpoints_are_written_every_few_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,16 @@ def test_regression_on_equal_and_empty_rows() -> None:
     problem = LogisticProblem(rows, np.arange(12))
     solution = problem.solve(labels, 3, c=10.0)
     assert solution.gap <= 1e-4 and np.isfinite(problem.weights(solution)[0]).all()
-    with pytest.raises(UsageError, match="finite"):
-        LogisticProblem(np.full((3, 5), np.inf, np.float32), np.arange(3))
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_rows_that_are_not_finite_are_named(dim: int) -> None:
+    rows = np.zeros((5, dim), np.float32)
+    rows[1, 0], rows[2, 1], rows[4] = np.nan, np.inf, (np.inf, -np.inf, *[0] * (dim - 2))
+    with pytest.raises(UsageError, match="^row 2: expected finite numbers .*, and 1 more row$"):
+        LogisticProblem(rows, np.array([0, 2, 3, 4]))
+    with pytest.raises(UsageError, match="^b: expected finite numbers .*, and 2 more rows$"):
+        LogisticProblem(rows, np.arange(5), names=list("abcde"))
 
 
 @pytest.mark.parametrize("c", [1.0, 1e4])

@@ -30,6 +30,7 @@ from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.svm.statistics import interval
 from sppfeat.transfer.evaluation import evaluate_transfer
 from sppfeat.transfer.judging import Verdict
+from sppfeat.transfer.knn import knn_scores
 from sppfeat.transfer.labels import labels_from_folders, read_labels, read_voc_labels
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.transfer.page import write_transfer_report
@@ -313,6 +314,19 @@ def test_voc2007_equals_scikit_learn_class_by_class(voc: tuple[Path, Store, np.n
     assert done.value < 100 and set(done.area_per_class) == set(done.per_class) and done.rows == 90
 
 
+def test_an_absent_class_is_a_mistake_of_neighbors_with_most_votes(
+    voc: tuple[Path, Store, np.ndarray, list[str]],
+) -> None:
+    folder, store, targets, parts = voc
+    options = TransferOptions(protocol="voc2007", classifier="knn", neighbors=5)
+    (done,) = evaluate_transfer([store], options, labels=read_voc_labels(folder))
+    train, test = (np.flatnonzero(np.array(parts) == part) for part in ("trainval", "test"))
+    votes = knn_scores(np.array(store.descriptors), train, test, targets[train], neighbors=5)
+    wrong = np.where(targets[test] == -1, votes, 0)
+    assert 0 < done.mistaken == (wrong > 0.5).sum() < (wrong > 0).sum()
+    assert [one.margin for one in done.mistakes] == sorted(wrong[wrong > 0.5].tolist(), reverse=True)
+
+
 def test_voc2007_chooses_c_by_class(voc: tuple[Path, Store, np.ndarray, list[str]]) -> None:
     """Each class's C is the best of its own average precision, over folds that hold an equal share of its images."""
     from sklearn.metrics import average_precision_score
@@ -389,6 +403,13 @@ def test_voc_images_and_rows_that_do_not_meet(voc: tuple[Path, Store, np.ndarray
         evaluate_transfer([store], labels=labels)
     with pytest.raises(UsageError, match="expected a VOC folder such as VOC2007, .*, found no such folder"):
         read_voc_labels(tmp_path / "nowhere")
+    failed = tmp_path / "failed.h5"
+    create_store(failed, store.names, recipe=Recipe(), weights_sha256="0" * 64, dim=60, source_root="/")
+    with StoreWriter(open_store(failed)) as writer:
+        for row in range(len(store.names)):
+            writer.fail(row, "damaged")
+    with pytest.raises(UsageError, match=r"failed.h5: expected described images, found none: all 90 failed"):
+        evaluate_transfer([open_store(failed)], options, labels=labels)
 
 
 def test_levels_cut_out_equal_descriptors_of_these_levels(

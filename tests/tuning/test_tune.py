@@ -21,10 +21,12 @@ from PIL import Image
 from sppfeat.backbones.backbone import load_backbone, load_trunk, read_weights
 from sppfeat.errors import BackboneError, SppFeatError, UsageError
 from sppfeat.extraction import extract_folder
+from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe
 from sppfeat.store import open_store
 from sppfeat.transfer import Labels, read_labels
 from sppfeat.tuning import TuningOptions
+from sppfeat.tuning import tune as tuning
 from sppfeat.tuning.tune import tune
 
 TINY = Recipe(backbone="timm:test_resnet", weights="random", layer="layer3", levels=(2, 1), size_multiple=16)
@@ -197,7 +199,7 @@ def test_the_command_line_tunes_and_writes_a_page(textures: Path, tmp_path: Path
     assert "fine/broken.png: " in done.stderr and "left out" in done.stderr
     assert done.stderr.count("broken.png") == 1, "not in every epoch"
     text = page.read_text()
-    assert "Held-out images right" in text and "(kept)" in text and "at scales 48, 64, one an epoch" in text
+    assert "Held-out images right" in text and "(kept)" in text and "at scales 48, 64, one per epoch" in text
     again = subprocess.run(run, capture_output=True, text=True)
     assert again.returncode == 1 and "already exists; choose another output, or use --overwrite" in again.stderr
     assert "Traceback" not in done.stderr + again.stderr
@@ -311,6 +313,21 @@ def test_a_run_on_changed_images_is_not_resumed(textures: Path, tmp_path: Path) 
     Image.new("RGB", (64, 64)).save(textures / "fine" / "1.png")
     with pytest.raises(SppFeatError, match="a checkpoint of a run with other images or options"):
         tune(textures, tmp_path / "t.safetensors", TINY, FAST)
+
+
+def test_a_head_that_starts_from_a_sample_says_so(
+    textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Heard(Observer):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    for least, counted in ((2 << 30, "24 images"), (0, "6 of 24 images")):
+        monkeypatch.setattr(tuning, "_HEAD_BYTES", least)
+        tune(textures, tmp_path / f"{least}.safetensors", TINY, replace(FAST, epochs=1), observer=Heard())
+        assert f"describing {counted} with the untuned network, for the head to start from" in said
 
 
 def test_images_that_cannot_be_read_at_all(textures: Path, tmp_path: Path) -> None:
