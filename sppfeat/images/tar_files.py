@@ -20,6 +20,7 @@ from sppfeat.images.items import Fingerprint, is_image_name
 from sppfeat.images.members import REST, Member
 from sppfeat.images.memory import hold
 from sppfeat.images.read_ahead import MAX_AHEAD, read_ahead
+from sppfeat.images.urls import url_path
 
 TAR_EXTENSIONS: Final = {
     ".tar": "",
@@ -127,10 +128,10 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
-def compression_of(place: str) -> str | None:
-    """The compression of a tar by its name's end, "" for none; None if it is no tar."""
-    lower = place.lower()
-    return next((kind for end, kind in TAR_EXTENSIONS.items() if lower.endswith(end)), None)
+def compression_of(place: str) -> str:
+    """The compression of a tar by the extension of its path or URL, a value of TAR_EXTENSIONS."""
+    lower = url_path(place).lower()
+    return next(kind for end, kind in TAR_EXTENSIONS.items() if lower.endswith(end))
 
 
 def tar_members(archive: Blob) -> Iterator[Member]:
@@ -138,7 +139,7 @@ def tar_members(archive: Blob) -> Iterator[Member]:
 
     Other files, folders and devices are left out; links named like images have a reason.
     """
-    compression = compression_of(archive.place) or ""
+    compression = compression_of(archive.place)
     try:
         with _decompressed(archive, compression) as file:
             yield from _scan(_Walker(file, archive, compression), archive, compression)
