@@ -222,7 +222,8 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
         raise StoreError(
             f"{path}: store format {found} is newer than this sppfeat reads ({FORMAT_VERSION}): update sppfeat"
         )
-    size = os.fstat(content.fileno()).st_size
+    opened = os.fstat(content.fileno())
+    size = opened.st_size
 
     def place(name: str, kinds: tuple[str | np.dtype[Any], ...], width: tuple[int, ...] | None) -> Column:
         dataset = file[name]
@@ -239,13 +240,15 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
 
     columns = {"descriptors": place("descriptors", ("<f2", "<f4"), None)}
     columns |= {name: place(name, (dtype,), width) for name, (dtype, width) in _COLUMNS.items()}
-    digests = place("name_digest", (DIGEST_TYPE,), ()) if "name_digest" in file else None
+    digest_column = place("name_digest", (DIGEST_TYPE,), ()) if "name_digest" in file else None
+    digests = None if digest_column is None else values(digest_column).view("<u8").reshape(-1, 2)
     if h5py.check_string_dtype(file["names"].dtype) is None or file["names"].ndim != 1:
         raise StoreError(f"{path}: /names: unexpected type or shape: {file['names'].dtype} {file['names'].shape}")
-    names: Sequence[str] = FileNames(path, len(file["names"]))
+    names: Sequence[str] = FileNames(path, len(file["names"]), opened, digests)
     if with_names:
         names = file["names"].asstr()[:].tolist()
-    if any(column.shape[0] != len(names) for column in [*columns.values(), *([] if digests is None else [digests])]):
+    lengths = {column.shape[0] for column in columns.values()} | ({len(digests)} if digests is not None else set())
+    if lengths != {len(names)}:
         raise StoreError(f"{path}: expected one row per name, found {len(names)} names and columns of other lengths")
     recipe = Recipe.from_json(str(file.attrs["recipe"]))
     recipe_hash, weights_sha256 = str(file.attrs["recipe_hash"]), str(file.attrs["weights_sha256"])
@@ -264,7 +267,7 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
         versions=read_document(file, "versions", dict[str, str], StoreError),
         columns=columns,
         **_fields(arrays),
-        stored_digests=None if digests is None else values(digests).view("<u8").reshape(-1, 2),
+        stored_digests=digests,
     )
 
 
