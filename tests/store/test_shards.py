@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from sppfeat import Recipe, Status, Store, StoreBusyError, StoreError, open_store, verify_store
 from sppfeat.files.formats import STORE, format_of
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.store import joined, shards
 from sppfeat.store.digests import name_digests, repeated_digests
 from sppfeat.store.locking import lock_store
