@@ -34,7 +34,7 @@ TAR_EXTENSIONS: Final = {
     ".tzst": "zst",
 }
 _BLOCK: Final = tarfile.BLOCKSIZE
-# Names and comments of real files take some kilobytes.
+# Of all headers before one member: names and comments of real files take some kilobytes.
 MAX_HEADER: Final = 1 << 20
 _SKIP: Final = 1 << 20
 # After the mark of the end; tar pads to 10 kB.
@@ -185,6 +185,7 @@ class _Walker:
 
 def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
     extended: dict[str, str] = {}
+    held = 0
     while True:
         begin = walker.at
         header = walker.read(_BLOCK)
@@ -209,8 +210,9 @@ def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
             raise _Break(f"is not a tar archive: {one_line(error)}") from None
         size = info.size
         if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            if size > MAX_HEADER:
-                raise _Break(f"archive is damaged: header of {size:,} bytes at byte {begin:,}")
+            held += size
+            if held > MAX_HEADER:
+                raise _Break(f"archive is damaged: headers of {held:,} bytes at byte {begin:,}")
             content = walker.read(size)
             if len(content) < size:
                 raise _Break(f"archive is cut off within the header at byte {begin:,}")
@@ -243,7 +245,7 @@ def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
                 kind = tarfile.GNUTYPE_SPARSE if sparse else tarfile.DIRTYPE if name.endswith("/") else info.type
                 yield Member(name.rstrip("/"), problem=_PROBLEMS.get(kind, "is not a regular file"))
         _skip_padding(walker, size)
-        extended = {}
+        extended, held = {}, 0
 
 
 def _skip_padding(walker: _Walker, size: int) -> None:
