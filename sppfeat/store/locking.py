@@ -107,7 +107,7 @@ def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_shard(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """Hold a shard under work, besides `lock_store`: a worker of a cluster may outlive its driver and the driver's lock.
+    """Hold a shard under work, besides `lock_store`: a worker of a cluster may outlive its driver and that lock.
 
     Waits until such a worker has ended. Raises StoreBusyError if that takes too long or `stop()` is true; StoreError.
     """

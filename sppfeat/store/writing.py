@@ -40,6 +40,7 @@ from sppfeat.files import (
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 from sppfeat.store.digests import name_digests
+from sppfeat.store.export import FORMATS
 from sppfeat.store.locking import above_standard
 from sppfeat.store.manifest import MANIFEST, foreign_files, is_shard, unlisted_shards
 from sppfeat.store.reading import COLUMNS, DIGEST_TYPE, ERROR_BYTES, FORMAT_VERSION, Column, Status, Store
@@ -51,8 +52,8 @@ BLOCK_BYTES: Final = 1 << 24
 BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
 _MARK_BYTES: Final = 1 << 20
-# Formats of `export`; a store under such a name would only be taken for one of them.
-_EXPORTED: Final = (".csv", ".npy", ".parquet", ".zarr")
+# A store under such a name would only be taken for an export.
+_EXPORTED: Final = frozenset(known.suffix for known in FORMATS.values() if known.suffix)
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
 
