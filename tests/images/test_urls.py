@@ -167,6 +167,7 @@ def test_an_archive_is_known_before_the_query_of_its_url(server: ImageServer, tm
     server.files = {f"/pack.{kind}?signed=1": pack(tmp_path, kind, files).read_bytes()}
     found = find_images([f"{server.url}/pack.{kind}?signed=1"])
     assert [content_of(item) for item in found.items] == [content for _, content in files]
+    assert [content_of(item_at(found.root, name)) for name in found.names] == [content for _, content in files]
 
 
 def test_archives_that_are_not_there(server: ImageServer) -> None:
