@@ -45,7 +45,7 @@ NAMED: Final[Mapping[str, NamedRecipe]] = MappingProxyType(
 
 
 def named_recipe(name: str, **changes: Any) -> Recipe:
-    """The recipe of that name; changes: fields to replace. Raises UsageError for a name of none, or invalid values."""
+    """The recipe of that name; changes: fields to replace. Raises UsageError for an unknown name or invalid values."""
     if name not in NAMED:
         raise UsageError(unknown_name("recipe", name, list(NAMED)))
     return Recipe(**{**NAMED[name].changes, **changes})

@@ -22,8 +22,7 @@ import pytest
 from PIL import Image
 
 from sppfeat import Recipe, Store, open_store
-from sppfeat.images import urls
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint, urls
 from sppfeat.store.writing import StoreWriter, create_store
 
 PHOTOS = Path(__file__).parents[1] / "photos"

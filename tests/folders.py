@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sppfeat import Recipe, Store
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.store.digests import name_digests
 from sppfeat.store.locking import lock_store
 from sppfeat.store.manifest import SHARD_ROWS

@@ -39,7 +39,7 @@ from sppfeat.files import hdf5_check
 from sppfeat.files.cache import read_entry, write_entry
 from sppfeat.files.formats import SVM, WINDOWS, format_of
 from sppfeat.files.hdf5_check import DEADLINE_SECONDS
-from sppfeat.images.sources import Fingerprint, find_images
+from sppfeat.images import Fingerprint, find_images
 from sppfeat.retrieval.changes import read_names
 from sppfeat.retrieval.gallery_files import read_rows
 from sppfeat.retrieval.ground_truth import read_ground_truth

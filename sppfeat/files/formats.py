@@ -26,8 +26,6 @@ DETECTOR = "sppfeat-detector"
 WINDOWS = "sppfeat-windows"
 GALLERY = "sppfeat-gallery"
 VOCABULARY = "sppfeat-vocabulary"
-# What h5py, NumPy and conversions raise for a file with unexpected content.
-DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 # Their names in messages.
 NOUNS = {
     STORE: "a store",
@@ -37,8 +35,6 @@ NOUNS = {
     GALLERY: "a gallery",
     VOCABULARY: "a vocabulary",
 }
-
-
 # The commands that make them.
 _MADE_BY = {
     STORE: "sppfeat extract",
@@ -48,6 +44,8 @@ _MADE_BY = {
     GALLERY: "sppfeat index",
     VOCABULARY: "sppfeat train vocabulary",
 }
+# What h5py, NumPy and conversions raise for a file with unexpected content.
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
 class _Format(msgspec.Struct):

@@ -152,5 +152,4 @@ def os_reason(error: OSError) -> str:
     """Why a system call failed, in a few words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space, then resume"
-
     return error.strerror or one_line(error)

@@ -27,7 +27,8 @@ from sppfeat.images.urls import url_path
 from sppfeat.images.zip_files import ZIP_EXTENSIONS, ZipMember, zip_members
 
 ARCHIVE_EXTENSIONS: Final = frozenset({*TAR_EXTENSIONS, *ZIP_EXTENSIONS, *PARQUET_EXTENSIONS})
-_WITHIN: Final = re.compile(rf"(?i:{'|'.join(map(re.escape, sorted(ARCHIVE_EXTENSIONS)))})(?=/)")
+# Behind the extension there may be the query of a URL, see `url_path`.
+_WITHIN: Final = re.compile(rf"(?i:{'|'.join(map(re.escape, sorted(ARCHIVE_EXTENSIONS)))})(?:[?#][^/]*)?(?=/)")
 _Kinds = TarMember | ZipMember | ParquetRow | UrlFile
 
 

@@ -58,7 +58,7 @@ class Blob(msgspec.Struct, frozen=True):
     def part(self, start: int, size: int) -> io.RawIOBase:
         """A part as a file. Raises ImageError."""
         if not self.is_remote:
-            return Part(_descriptor(self), start, size)
+            return _Part(_descriptor(self), start, size)
 
         def read() -> bytes:
             found = self.read(start, size)
@@ -108,7 +108,7 @@ class _Descriptor:
 _descriptor = functools.lru_cache(maxsize=MAX_OPEN_FILES)(_Descriptor)
 
 
-class Part(io.RawIOBase):
+class _Part(io.RawIOBase):
     """Bytes `start` to `start + size` of an open local file, as a file of its own."""
 
     def __init__(self, descriptor: _Descriptor, start: int, size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from sppfeat.images.urls import is_url
+from sppfeat.images.urls import absolute, is_url
 
 
 def as_given(path: str, sources: Sequence[str | os.PathLike[str]]) -> str:
@@ -17,7 +17,7 @@ def as_given(path: str, sources: Sequence[str | os.PathLike[str]]) -> str:
         return path
     best = ("", "")
     for source in [os.fspath(source) for source in sources]:
-        place = "/" + os.path.abspath(source).lstrip("/")
+        place = absolute(source)
         if path == place:
             return source
         if path.startswith(place.rstrip("/") + "/") and len(place) > len(best[0]) and os.path.lexists(source):

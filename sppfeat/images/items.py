@@ -47,7 +47,7 @@ def fingerprint_of(path: str) -> Fingerprint:
 class Content(Protocol):
     """A way to the bytes of an image that is not a local file: a reference of some hundred bytes, never the bytes.
 
-    It can be pickled, and made of JSON (see `sppfeat.images.contents`), because items are sent to other processes.
+    It can be pickled, and made of JSON (see `sppfeat.images.to_builtins`), because items are sent to other processes.
     """
 
     def open(self) -> tuple[io.RawIOBase, Fingerprint]:

@@ -458,7 +458,12 @@ def _check_tiff(file: BinaryIO, start: bytes) -> None:
         raise ImageError(f"TIFF of {pieces:,} strips or tiles: expected at most {MAX_TIFF_PIECES:,}")
     # JPEG inside: each strip or tile is one, usually of one scan; libtiff allows 100 scans in each.
     if values.get(259) in (6, 7):
-        scans = sum(_scans_within(file, *piece) for piece in _pieces(file, arrays, order))
+        found = list(_pieces(file, arrays, order))
+        # They may all be the same bytes, which are read here and by libtiff as often as they are named.
+        read = sum(min(length, max(0, size - place)) for place, length in found)
+        if read > MAX_READ:
+            raise ImageError(f"TIFF with {read:,} bytes in strips or tiles of JPEG: expected at most {MAX_READ:,}")
+        scans = sum(_scans_within(file, *piece) for piece in found)
         most = MAX_SCANS + 10 * pieces
         if scans > most:
             raise ImageError(f"TIFF of {scans:,} JPEG scans in {pieces:,} strips or tiles")

@@ -84,10 +84,10 @@ class _Parquet:
         self._file = archive.open()
         try:
             self.parquet = parquet.ParquetFile(self._file, buffer_size=1 << 20, pre_buffer=False)
+            self.schema = self.parquet.schema_arrow
         except BaseException:
             self._file.close()
             raise
-        self.schema = self.parquet.schema_arrow
 
     def __enter__(self) -> _Parquet:
         return self

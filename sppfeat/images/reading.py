@@ -61,8 +61,8 @@ with contextlib.suppress(AttributeError, OSError):
 _UNDO: Final = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
-class DecodedImage(NamedTuple):
-    """8-bit RGB pixels. `size` is width and height of the upright original, before any draft shrinking."""
+class FullImage(NamedTuple):
+    """8-bit RGB pixels at full size, and their width and height."""
 
     pixels: Image.Image
     size: tuple[int, int]
@@ -171,7 +171,7 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     return pixels
 
 
-def read_image(source: Item | str, *, orientation: str = "exif") -> DecodedImage:
+def read_image(source: Item | str, *, orientation: str = "exif") -> FullImage:
     """Read one image, an item's or a file's, at full size; see `decode`.
 
     Raises ImageError with the reason, without the path.
@@ -179,7 +179,7 @@ def read_image(source: Item | str, *, orientation: str = "exif") -> DecodedImage
     image, _ = open_image(source)
     with image:
         size, turn = upright_size(image, orientation=orientation)
-        return DecodedImage(decode(image, turn, orientation=orientation), size)
+        return FullImage(decode(image, turn, orientation=orientation), size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

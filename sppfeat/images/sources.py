@@ -19,12 +19,8 @@ from sppfeat.images.archives import ARCHIVE_EXTENSIONS, archive_items, is_archiv
 from sppfeat.images.blobs import Blob
 from sppfeat.images.extent import Extent
 from sppfeat.images.items import (
-    AVIF,
     EXTENSIONS,
-    NO_FINGERPRINT,
-    Fingerprint,
     Item,
-    fingerprint_of,
     is_image_name,
     name_to_path,
     path_to_name,
@@ -34,6 +30,7 @@ from sppfeat.images.parquet_files import DEFAULT_COLUMNS, Columns
 from sppfeat.images.remote import UrlFile
 from sppfeat.images.urls import (
     PROTOCOLS,
+    absolute,
     check_protocol,
     is_url,
     leads_out,
@@ -162,7 +159,7 @@ def open_sources(
             opened.append(_open_source(one))
     base = None
     if root is not None:
-        base = re.sub("([^:/])/+$", r"\1", _url(root)) if is_url(root) else _absolute(root)
+        base = re.sub("([^:/])/+$", r"\1", _url(root)) if is_url(root) else absolute(root)
     common: str | None = None
     for each in opened:
         for folder, example in each.folders():
@@ -310,7 +307,7 @@ class _List(_Source):
                     if line:
                         text = os.fsdecode(line)
                         for one in _expanded(text) if "{" in text else (text,):
-                            yield _url(one) if is_url(one) else _absolute(one)
+                            yield _url(one) if is_url(one) else absolute(one)
             except (OSError, ImageError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise UsageError(f"{self.name}: expected a readable text list, found: {reason}") from None
@@ -341,7 +338,7 @@ def _open_source(source: str) -> _Source:
         is_file = end in EXTENSIONS or is_archive(url) or protocol_of(url) in ("http", "https")
         return _Single(url) if is_file else _Prefix(url.rstrip("/"))
     if os.path.isdir(source):
-        return _Folder(_absolute(source))
+        return _Folder(absolute(source))
     if not os.path.lexists(source):
         if (protocol := unknown_protocol(source)) is not None:
             raise UsageError(f"{source}: unknown protocol {protocol}: expected one of {', '.join(PROTOCOLS)}")
@@ -350,7 +347,7 @@ def _open_source(source: str) -> _Source:
     if end in LIST_EXTENSIONS:
         return _List(source)
     if end in EXTENSIONS or is_archive(source):
-        return _Single(_absolute(source))
+        return _Single(absolute(source))
     from sppfeat.files import NOUNS, format_of  # h5py, which images do not need
 
     raise UsageError(
@@ -382,11 +379,6 @@ def _in_range(text: str) -> Iterator[str]:
             yield f"{text[: match.start()]}{number:0{width}d}{rest}"
 
 
-def _absolute(path: str) -> str:
-    # abspath keeps two leading slashes, to which POSIX allows a special meaning; here they have none.
-    return "/" + os.path.abspath(path).lstrip("/")
-
-
 def _url(text: str) -> str:
     protocol, _, rest = text.partition("://")
     return f"{protocol.lower()}://{rest}"
@@ -414,21 +406,3 @@ def _common(one: str, other: str, example: str) -> str:
     same_host = one.split("/")[2] == other.split("/")[2]
     parts = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     return "/".join([*one.split("/")[:3], *parts]) if same_host else f"{protocol_of(one)}://"
-
-
-__all__ = [
-    "AVIF",
-    "EXTENSIONS",
-    "NO_FINGERPRINT",
-    "Fingerprint",
-    "ImageList",
-    "Item",
-    "Sources",
-    "find_images",
-    "fingerprint_of",
-    "is_there",
-    "item_at",
-    "name_to_path",
-    "open_sources",
-    "path_to_name",
-]

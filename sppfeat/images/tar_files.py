@@ -20,6 +20,7 @@ from sppfeat.images.items import Fingerprint, is_image_name
 from sppfeat.images.members import REST, Member
 from sppfeat.images.memory import hold
 from sppfeat.images.read_ahead import MAX_AHEAD, read_ahead
+from sppfeat.images.urls import url_path
 
 TAR_EXTENSIONS: Final = {
     ".tar": "",
@@ -33,7 +34,7 @@ TAR_EXTENSIONS: Final = {
     ".tzst": "zst",
 }
 _BLOCK: Final = tarfile.BLOCKSIZE
-# Names and comments of real files take some kilobytes.
+# Of all headers before one member: names and comments of real files take some kilobytes.
 MAX_HEADER: Final = 1 << 20
 _SKIP: Final = 1 << 20
 # After the mark of the end; tar pads to 10 kB.
@@ -127,10 +128,10 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
-def compression_of(place: str) -> str | None:
-    """The compression of a tar by its name's end, "" for none; None if it is no tar."""
-    lower = place.lower()
-    return next((kind for end, kind in TAR_EXTENSIONS.items() if lower.endswith(end)), None)
+def compression_of(place: str) -> str:
+    """The compression of a tar by the extension of its path or URL, a value of TAR_EXTENSIONS."""
+    lower = url_path(place).lower()
+    return next(kind for end, kind in TAR_EXTENSIONS.items() if lower.endswith(end))
 
 
 def tar_members(archive: Blob) -> Iterator[Member]:
@@ -138,7 +139,7 @@ def tar_members(archive: Blob) -> Iterator[Member]:
 
     Other files, folders and devices are left out; links named like images have a reason.
     """
-    compression = compression_of(archive.place) or ""
+    compression = compression_of(archive.place)
     try:
         with _decompressed(archive, compression) as file:
             yield from _scan(_Walker(file, archive, compression), archive, compression)
@@ -184,6 +185,7 @@ class _Walker:
 
 def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
     extended: dict[str, str] = {}
+    held = 0
     while True:
         begin = walker.at
         header = walker.read(_BLOCK)
@@ -208,8 +210,9 @@ def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
             raise _Break(f"is not a tar archive: {one_line(error)}") from None
         size = info.size
         if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            if size > MAX_HEADER:
-                raise _Break(f"archive is damaged: header of {size:,} bytes at byte {begin:,}")
+            held += size
+            if held > MAX_HEADER:
+                raise _Break(f"archive is damaged: headers of {held:,} bytes at byte {begin:,}")
             content = walker.read(size)
             if len(content) < size:
                 raise _Break(f"archive is cut off within the header at byte {begin:,}")
@@ -242,7 +245,7 @@ def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
                 kind = tarfile.GNUTYPE_SPARSE if sparse else tarfile.DIRTYPE if name.endswith("/") else info.type
                 yield Member(name.rstrip("/"), problem=_PROBLEMS.get(kind, "is not a regular file"))
         _skip_padding(walker, size)
-        extended = {}
+        extended, held = {}, 0
 
 
 def _skip_padding(walker: _Walker, size: int) -> None:

@@ -46,7 +46,8 @@ def is_url(place: str) -> bool:
 def absolute(place: str | os.PathLike[str]) -> str:
     """An absolute path; a URL as it is."""
     text = os.fspath(place)
-    return text if is_url(text) else os.path.abspath(text)
+    # abspath keeps two leading slashes, to which POSIX allows a special meaning; here they have none.
+    return text if is_url(text) else "/" + os.path.abspath(text).lstrip("/")
 
 
 def unknown_protocol(place: str) -> str | None:
@@ -66,6 +67,7 @@ def leads_out(name: str) -> bool:
 
 
 def protocol_of(url: str) -> str:
+    """The protocol of a URL, in lower case."""
     return url.partition("://")[0].lower()
 
 

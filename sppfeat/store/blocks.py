@@ -31,8 +31,8 @@ class DescribedRows:
     levels: None: all; see `DescriptorView`. dtype: `float16` or `float32`; None: the store's own. Failed rows are left
     out. recipe: of the values. count: the number of rows. failed: of those left out. dim: length of a descriptor.
     block_rows: at most so many are in a block.
-    Raises UsageError for levels or a type that there are not, and StoreError for a store with pending rows or without
-    a described one.
+    Raises UsageError for unknown levels or an unknown type, and StoreError for a store with pending rows or without a
+    described one.
     """
 
     def __init__(self, store: Store, levels: Sequence[int] | None = None, dtype: str | None = None) -> None:

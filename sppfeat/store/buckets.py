@@ -56,7 +56,7 @@ class Object(NamedTuple):
     size: int
 
 
-class Values(NamedTuple):
+class Span(NamedTuple):
     """Where the descriptors are in the file of a shard, in bytes."""
 
     offset: int
@@ -96,7 +96,7 @@ class Bucket:
         except _Absent:
             return None
 
-    def put(self, name: str, content: Path | bytes, *, replaces: str | None, values: Values | None = None) -> str:
+    def put(self, name: str, content: Path | bytes, *, replaces: str | None, values: Span | None = None) -> str:
         """Put an object that is absent, or whose ETag is `replaces`; returns its ETag.
 
         Raises StoreBusyError if it is as neither: another writer was here.
@@ -135,7 +135,7 @@ class Bucket:
             "and run this one again to resume"
         )
 
-    def fetch(self, name: str, target: Path, etag: str, *, hollow: bool = False) -> Values | None:
+    def fetch(self, name: str, target: Path, etag: str, *, hollow: bool = False) -> Span | None:
         """Write an object, which is still the one of this ETag, to a file.
 
         hollow: leave the descriptors of a shard out, as a hole of the file, where its metadata says where they are;
@@ -238,9 +238,9 @@ def _told(request: Callable[[], Result]) -> Result:
         raise
 
 
-def _values_of(text: str, size: int) -> Values | None:
+def _values_of(text: str, size: int) -> Span | None:
     match = _RANGE.fullmatch(text)
-    values = None if match is None else Values(int(match[1]), int(match[2]))
+    values = None if match is None else Span(int(match[1]), int(match[2]))
     return values if values is not None and sum(values) <= size else None
 
 

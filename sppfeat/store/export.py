@@ -69,9 +69,9 @@ def export_store(
     * `hloc`: HDF5 with a group for each name and its dataset `global_descriptor` [D], as hloc reads it.
 
     levels, dtype: see `DescribedRows`. progress: called with the part that is done, from 0 to 1.
-    Raises UsageError for a format, levels or a type that there are not, MissingExtraError, and StoreError for a store
-    with pending rows or without a described one, for an output that exists and is not such an export or is not to be
-    overwritten, and for one that cannot be written.
+    Raises UsageError for an unknown format, levels or type, MissingExtraError, and StoreError for a store with pending
+    rows or without a described one, for an output that exists and is not such an export or is not to be overwritten,
+    and for one that cannot be written.
     """
     kind = _format_of(Path(output), format)
     rows = DescribedRows(store, levels, dtype)
@@ -222,8 +222,10 @@ def _write_parquet(path: Path, export: _Export) -> None:
 
 def _check_zarr(path: Path, overwrite: bool) -> Path:
     require_extra("zarr", "data", "export to zarr")
+    if not os.path.lexists(path):
+        return check_new_file(path, overwrite=False, error=StoreError, kind="an export")
     if not path.is_dir():
-        return check_new_file(path, overwrite=False, error=StoreError, kind="an export", other=lambda _: "a file")
+        raise StoreError(f"{path}: expected an export or a new folder, found a file; it is left as it is")
     if not any(path.iterdir()):
         return path
     try:
@@ -312,8 +314,11 @@ def _check_hloc(path: Path, overwrite: bool) -> Path:
     def other(existing: Path) -> str | None:
         if not h5py.is_hdf5(existing):
             return "another file"
-        with h5py.File(existing, "r", locking=False) as file:
-            return None if MARK in file.attrs else "another HDF5 file"
+        try:
+            with h5py.File(existing, "r", locking=False) as file:
+                return None if MARK in file.attrs else "another HDF5 file"
+        except OSError:
+            return "a damaged HDF5 file"
 
     return check_new_file(path, overwrite=overwrite, error=StoreError, kind="an export", other=other)
 

@@ -8,19 +8,19 @@ from typing import Final
 
 from sppfeat.errors import StoreError
 from sppfeat.files import appearing
-from sppfeat.store.buckets import Values
+from sppfeat.store.buckets import Span
 from sppfeat.store.reading import Store
 
 _BLOCK: Final = 1 << 24
 
 
-def values_of(shard: Store) -> Values:
+def values_of(shard: Store) -> Span:
     """Where the descriptors are in a store file."""
     column = shard.columns["descriptors"]
-    return Values(column.offset, column.row_bytes * column.shape[0])
+    return Span(column.offset, column.row_bytes * column.shape[0])
 
 
-def make_hollow(path: Path, values: Values) -> None:
+def make_hollow(path: Path, values: Span) -> None:
     """Replace the descriptors of a store file by a hole, which takes no space. Raises StoreError."""
     with appearing(path, StoreError) as partial, open(path, "rb") as old, open(partial, "wb") as new:
         size = os.fstat(old.fileno()).st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from sppfeat.errors import StoreError, one_line
 from sppfeat.files import DAMAGE, check_hdf5, hdf5_reason
+from sppfeat.store.digests import name_digests
 
 if TYPE_CHECKING:
     from sppfeat.store.reading import Store
@@ -188,11 +190,16 @@ class _LazyNames(Sequence[str]):
 
 
 class FileNames(_LazyNames):
-    """The names of one store file, which does not change while it is read."""
+    """The names of one store file, read by its path: a file that has replaced it must have the same names there.
 
-    def __init__(self, path: Path, count: int) -> None:
+    opened: the file as it was opened. digests: [N, 2] of its names; None: it has none. Raises StoreError.
+    """
+
+    def __init__(self, path: Path, count: int, opened: os.stat_result, digests: np.ndarray | None) -> None:
         self._path = path
         self._count = count
+        self._opened = opened
+        self._digests = digests
         # Not `lru_cache`, which would refer to these names and so keep them until garbage is collected.
         self._blocks: dict[int, list[str]] = {}
 
@@ -216,10 +223,16 @@ class FileNames(_LazyNames):
             check_hdf5(self._path)
             with h5py.File(self._path, "r", locking=False) as file:
                 found: list[str] = file["names"].asstr()[start:stop].tolist()
+            # Afterwards, so that no file can come in between.
+            is_same = os.path.samestat(os.stat(self._path), self._opened)
         except OSError as error:
             raise StoreError(f"{self._path}: its names could not be read: {hdf5_reason(error)}") from None
         except DAMAGE as error:
             raise StoreError(f"{self._path}: damaged: expected names, found: {one_line(error)}") from None
+        if not is_same and (
+            self._digests is None or not np.array_equal(name_digests(found), self._digests[start:stop])
+        ):
+            raise StoreError(f"{self._path}: was replaced while it was read; open the store again")
         if len(found) != stop - start:
             raise StoreError(f"{self._path}: expected {self._count} names, found fewer")
         return found

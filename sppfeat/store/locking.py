@@ -107,9 +107,9 @@ def lock_store(path: Path, *, folder: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_shard(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """Hold a shard under work, against workers of a cluster that have outlived their driver, and with it `lock_store`.
+    """Hold a shard under work, besides `lock_store`: a worker of a cluster may outlive its driver and that lock.
 
-    Waits until such a worker has ended. Raises StoreError if that takes too long, or `stop()` is true.
+    Waits until such a worker has ended. Raises StoreBusyError if that takes too long or `stop()` is true; StoreError.
     """
     try:
         descriptor = above_standard(os.open(path, os.O_RDWR | os.O_CLOEXEC))

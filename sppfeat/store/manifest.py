@@ -3,6 +3,7 @@
 manifest.json        what the store is made with, and its shards; replaced atomically, so it is always the truth
 shard-00000.h5       a published shard: a store file of at most SHARD_ROWS rows, none of them pending
 .building-00007.h5   a shard under work: of new rows, or a copy of a published one in which some rows change
+.publishing-00007    that shard is being renamed to shard-00007.h5, or the manifest does not say so yet
 all.h5               an HDF5 virtual dataset over the shards, for other programs
 .unfinished          a run writes to the store, or ended before all its images were described
 .lock                held by the one writer

@@ -1,7 +1,7 @@
 """The HDF5 store: one file of names and descriptors, whose structure never changes once it is created.
 
     /descriptors  (N, D) float16 or float32, contiguous, allocated when the file is created
-    /names        (N,)   UTF-8; see `sppfeat.images.sources.path_to_name`
+    /names        (N,)   UTF-8; see `sppfeat.images.path_to_name`
     /name_digest  (N,)   16 bytes, BLAKE2b of the name, see `digests`; older files have none
     /status       (N,)   uint8: 0 pending, 1 done, 2 failed; set only after the row's values are on disk
     /image_size   (N, 2) int32, width and height of the upright original
@@ -47,7 +47,7 @@ from sppfeat.store.manifest import (
 FORMAT_VERSION: Final = 1
 ERROR_BYTES: Final = 200  # maximum length of a stored reason, in UTF-8 bytes
 # Per-row datasets except /names, with the type and width of a row; /descriptors is added with the recipe's type.
-_COLUMNS: Final = {
+COLUMNS: Final = {
     "status": ("u1", ()),
     "image_size": ("<i4", (2,)),
     "error": (f"S{ERROR_BYTES}", ()),
@@ -222,7 +222,8 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
         raise StoreError(
             f"{path}: store format {found} is newer than this sppfeat reads ({FORMAT_VERSION}): update sppfeat"
         )
-    size = os.fstat(content.fileno()).st_size
+    opened = os.fstat(content.fileno())
+    size = opened.st_size
 
     def place(name: str, kinds: tuple[str | np.dtype[Any], ...], width: tuple[int, ...] | None) -> Column:
         dataset = file[name]
@@ -238,14 +239,16 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
         return np.memmap(content, dtype=column.dtype, mode="r", offset=column.offset, shape=column.shape)
 
     columns = {"descriptors": place("descriptors", ("<f2", "<f4"), None)}
-    columns |= {name: place(name, (dtype,), width) for name, (dtype, width) in _COLUMNS.items()}
-    digests = place("name_digest", (DIGEST_TYPE,), ()) if "name_digest" in file else None
+    columns |= {name: place(name, (dtype,), width) for name, (dtype, width) in COLUMNS.items()}
+    digest_column = place("name_digest", (DIGEST_TYPE,), ()) if "name_digest" in file else None
+    digests = None if digest_column is None else values(digest_column).view("<u8").reshape(-1, 2)
     if h5py.check_string_dtype(file["names"].dtype) is None or file["names"].ndim != 1:
         raise StoreError(f"{path}: /names: unexpected type or shape: {file['names'].dtype} {file['names'].shape}")
-    names: Sequence[str] = FileNames(path, len(file["names"]))
+    names: Sequence[str] = FileNames(path, len(file["names"]), opened, digests)
     if with_names:
         names = file["names"].asstr()[:].tolist()
-    if any(column.shape[0] != len(names) for column in [*columns.values(), *([] if digests is None else [digests])]):
+    lengths = {column.shape[0] for column in columns.values()} | ({len(digests)} if digests is not None else set())
+    if lengths != {len(names)}:
         raise StoreError(f"{path}: expected one row per name, found {len(names)} names and columns of other lengths")
     recipe = Recipe.from_json(str(file.attrs["recipe"]))
     recipe_hash, weights_sha256 = str(file.attrs["recipe_hash"]), str(file.attrs["weights_sha256"])
@@ -264,7 +267,7 @@ def _read(path: Path, file: h5py.File, content: BinaryIO, with_names: bool) -> S
         versions=read_document(file, "versions", dict[str, str], StoreError),
         columns=columns,
         **_fields(arrays),
-        stored_digests=None if digests is None else values(digests).view("<u8").reshape(-1, 2),
+        stored_digests=digests,
     )
 
 
@@ -284,7 +287,7 @@ def join_shards(path: Path, manifest: Manifest, open_at: Callable[[int], Store],
     """A folder store as its readers see it. open_at: a shard by its place in the manifest. about: more of `Store`."""
     recipe = manifest.read_recipe()
     shards = Shards([entry.rows for entry in manifest.shards], open_at)
-    widths = {"descriptors": (recipe.dtype, (manifest.dim,)), **_COLUMNS}
+    widths = {"descriptors": (recipe.dtype, (manifest.dim,)), **COLUMNS}
     columns = {name: joined(shards, _FIELDS.get(name, name), *kind) for name, kind in widths.items()}
     return Store(
         path=path,

@@ -137,7 +137,7 @@ def normalize_rows(rows: np.ndarray) -> np.ndarray:
         # Squares that overflow or underflow float32: scale the largest value of such a row to 1 first.
         largest = np.abs(rows[odd]).max(1, initial=0)
         if not np.isfinite(largest).all():
-            raise UsageError(f"expected finite values, found {int((~np.isfinite(largest)).sum())} rows without")
+            raise UsageError(f"expected finite values, found {int((~np.isfinite(largest)).sum())} rows with others")
         largest[largest == 0] = 1
         rows[odd] /= largest[:, None]
         squares[odd] = np.einsum("nd,nd->n", rows[odd], rows[odd])

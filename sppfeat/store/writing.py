@@ -40,9 +40,10 @@ from sppfeat.files import (
 from sppfeat.images import NO_FINGERPRINT, Fingerprint
 from sppfeat.recipe import Recipe
 from sppfeat.store.digests import name_digests
+from sppfeat.store.export import FORMATS
 from sppfeat.store.locking import above_standard
 from sppfeat.store.manifest import MANIFEST, foreign_files, is_shard, unlisted_shards
-from sppfeat.store.reading import _COLUMNS, DIGEST_TYPE, ERROR_BYTES, FORMAT_VERSION, Column, Status, Store
+from sppfeat.store.reading import COLUMNS, DIGEST_TYPE, ERROR_BYTES, FORMAT_VERSION, Column, Status, Store
 
 # A killed run loses the work of this time, and what is on its way to the disk.
 FLUSH_SECONDS: Final = 0.25
@@ -51,8 +52,8 @@ BLOCK_BYTES: Final = 1 << 24
 BLOCK_ROWS: Final = 4096
 _COPY_BYTES: Final = 1 << 26
 _MARK_BYTES: Final = 1 << 20
-# Formats of `export`; a store under such a name would only be taken for one of them.
-_EXPORTED: Final = (".csv", ".npy", ".parquet", ".zarr")
+# A store under such a name would only be taken for an export.
+_EXPORTED: Final = frozenset(known.suffix for known in FORMATS.values() if known.suffix)
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
 
 
@@ -213,7 +214,7 @@ def _write_structure(path: Path, names: Sequence[str], dim: int, dtype: str, att
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # fresh space reads as zeros already
-        columns = {**_COLUMNS, "descriptors": ("<f2" if dtype == "float16" else "<f4", (dim,))}
+        columns = {**COLUMNS, "descriptors": ("<f2" if dtype == "float16" else "<f4", (dim,))}
         for name, (kind, width) in columns.items():
             space = h5py.h5s.create_simple((count, *width))
             h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(kind)), space, layout)

@@ -27,7 +27,7 @@ from sppfeat.detection.drawing import (
     layout_label,
     place_labels,
 )
-from sppfeat.images.sources import find_images
+from sppfeat.images import find_images
 from sppfeat.windows.selective_search import ProposalOptions
 
 Blind = tuple[list[str | Path], Path]

@@ -28,7 +28,7 @@ from PIL import Image, ImageFile
 from sppfeat import Describer, Extraction, Recipe, RunOptions, Status, Store, extract_folder, open_store, verify_store
 from sppfeat.backbones import backbone
 from sppfeat.backbones.backbone import load_backbone
-from sppfeat.images.sources import name_to_path, path_to_name
+from sppfeat.images import name_to_path, path_to_name
 from sppfeat_cli.progress import LISTED
 
 PHOTOS = Path(__file__).parents[2] / "photos"

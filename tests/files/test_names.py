@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sppfeat.files.names import unsafe_name
-from sppfeat.images.sources import name_to_path, path_to_name
+from sppfeat.images import name_to_path, path_to_name
 
 BAD = ["", "/etc/passwd", "../a.jpg", "a/../../b.jpg", "a\0b.jpg", r"a\x41.jpg", r"\x2e\x2e/a.jpg", r"a\b.jpg", "a\\"]
 

@@ -55,6 +55,17 @@ def tiff(entries: list[tuple[int, int, int, int]]) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(2000)
 
 
+def shared_strips(count: int, size: int) -> bytes:
+    """A TIFF of JPEG strips that are all the same bytes."""
+    places, lengths = struct.pack("<I", 8) * count, struct.pack("<I", size) * count
+    values = {256: 64, 257: 8 * count, 258: 8, 259: 7, 262: 1, 277: 1, 278: 8}
+    entries = [(tag, 4, 1, value) for tag, value in values.items()]
+    entries += [(273, 4, count, 8 + size), (279, 4, count, 8 + size + len(places))]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    head = b"II*\0" + struct.pack("<I", 8 + size + len(places + lengths))
+    return head + bytes(size) + places + lengths + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
 JPEG = encoded("JPEG")
 COMMENT = b"\xff\xfe\x00\x04\xff\xd9"  # holds the bytes of an end marker
 HOSTILE = {
@@ -71,6 +82,7 @@ HOSTILE = {
     ),
     "values": (tiff([(256, 4, 1, 4000), (700, 1, 2000, 8), (701, 1, 2000, 8)]), "TIFF directory claims 4,"),
     "entries": (b"II*\0" + struct.pack("<IH", 8, 60_000) + bytes(720_000), "TIFF directory of 60,000 entries"),
+    "shared strips": (shared_strips(5_000, 1 << 20), "TIFF with 5,242,880,000 bytes in strips or tiles of JPEG"),
     "runs": (b"BM" + bytes(28) + b"\1\0\0\0" + bytes(9_000_000), "run-length BMP of 9,"),
 }
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, TiffImagePlugin, features
 
 from sppfeat.errors import ImageError, UsageError
+from sppfeat.images import NO_FINGERPRINT, find_images, fingerprint_of, name_to_path, path_to_name
 from sppfeat.images.reading import open_image, read_image, upright_size
-from sppfeat.images.sources import NO_FINGERPRINT, find_images, fingerprint_of, name_to_path, path_to_name
 
 PHOTOS = Path(__file__).parents[2] / "photos"
 ORIENTATION, XMP = 0x0112, 700

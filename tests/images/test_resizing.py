@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision import transforms
 
 from sppfeat.errors import ImageError
+from sppfeat.images import fingerprint_of
 from sppfeat.images import resizing as preprocess
 from sppfeat.images.batching import FULL_BATCH_PIXELS, ShapeBatcher
 from sppfeat.images.resizing import prepare_image, scaled_size
-from sppfeat.images.sources import fingerprint_of
 from sppfeat.recipe import Recipe
 
 PHOTOS = Path(__file__).parents[2] / "photos"

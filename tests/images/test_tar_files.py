@@ -148,7 +148,22 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
     found = find_images([tmp_path / "x.tgz"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.problems == {"x.tgz/(rest)": f"archive is damaged: header of {8 << 30:,} bytes at byte 0"}
+    assert found.problems == {"x.tgz/(rest)": f"archive is damaged: headers of {8 << 30:,} bytes at byte 0"}
+    assert peak < 8 << 20
+
+
+def test_headers_without_a_member_are_not_collected(tmp_path: Path) -> None:
+    parts = []
+    for at in range(64):
+        info = tarfile.TarInfo("pax")
+        info.type, info.size = tarfile.XHDTYPE, 1 << 19
+        parts += [info.tobuf(tarfile.GNU_FORMAT), f"524288 {at:06}=".encode().ljust((1 << 19) - 1, b"x") + b"\n"]
+    (tmp_path / "x.tgz").write_bytes(gzip.compress(b"".join(parts), 1))
+    tracemalloc.start()
+    found = find_images([tmp_path / "x.tgz"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.problems == {"x.tgz/(rest)": f"archive is damaged: headers of {3 << 19:,} bytes at byte 1,049,600"}
     assert peak < 8 << 20
 
 

@@ -161,6 +161,15 @@ def test_archives_behind_urls(server: ImageServer, tmp_path: Path, kind: str) ->
     assert content_of(item_at(found.root, found.names[4])) == files[4][1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_archive_is_known_before_the_query_of_its_url(server: ImageServer, tmp_path: Path, kind: str) -> None:
+    files = numbered_images(3)
+    server.files = {f"/pack.{kind}?signed=1": pack(tmp_path, kind, files).read_bytes()}
+    found = find_images([f"{server.url}/pack.{kind}?signed=1"])
+    assert [content_of(item) for item in found.items] == [content for _, content in files]
+    assert [content_of(item_at(found.root, name)) for name in found.names] == [content for _, content in files]
+
+
 def test_archives_that_are_not_there(server: ImageServer) -> None:
     assert find_images([f"{server.url}/x-{{0..1}}.tar"]).problems == {
         "x-0.tar/(rest)": "no such object",

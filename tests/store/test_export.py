@@ -220,6 +220,14 @@ def test_a_file_of_another_kind(store: Store, tmp_path: Path, kind: str) -> None
     path.write_bytes(b"\xff\xd8\xff a photograph")
     with pytest.raises(StoreError, match="left as it is"):
         write(store, kind, tmp_path, overwrite=True)
+    path.write_bytes(b"")
+    if kind == "zarr":
+        with pytest.raises(StoreError, match="expected an export or a new folder, found a file; it is left as it is"):
+            write(store, kind, tmp_path)
+    elif kind == "hloc":
+        path.write_bytes(store.path.read_bytes()[:2000])
+        with pytest.raises(StoreError, match="found a damaged HDF5 file; it is left as it is"):
+            write(store, kind, tmp_path, overwrite=True)
     path.unlink()
     if kind == "zarr":
         path.mkdir()

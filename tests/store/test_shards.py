@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from sppfeat import Recipe, Status, Store, StoreBusyError, StoreError, open_store, verify_store
 from sppfeat.files.formats import STORE, format_of
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.store import joined, shards
 from sppfeat.store.digests import name_digests, repeated_digests
 from sppfeat.store.locking import lock_store
@@ -205,6 +205,23 @@ def test_shards_are_iterated_without_names_and_descriptors(path: Path, monkeypat
         np.testing.assert_array_equal(
             np.concatenate([getattr(rows, field) for rows in found]), getattr(store, column)[:]
         )
+
+
+def test_a_reader_never_has_the_names_of_other_rows(path: Path) -> None:
+    removed, reworked = open_store(path), open_store(path)
+    values = np.array(removed.descriptors[: LENGTHS[0]])
+    names = list(reworked.names)
+    reworked.descriptors[6]  # opens the third shard
+    with lock_store(path, folder=True):
+        folder = open_folder(path, writable=True)
+        folder.publish(folder.rework_shard(2))
+        folder.remove_rows(0, np.array([0]))
+        folder.finish()
+    np.testing.assert_array_equal(removed.descriptors[: LENGTHS[0]], values)
+    with pytest.raises(StoreError, match=r"shard-00000\.h5: was replaced while it was read; open the store again"):
+        removed.names[:2]
+    assert reworked.names[6:13] == names[6:13]
+    assert list(open_store(path).names) == names[1:]
 
 
 def test_few_shards_are_open_at_a_time(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sppfeat import Recipe, Status, StoreBusyError, StoreError, open_store, verify_store
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.store.locking import lock_store
 from sppfeat.store.reading import ERROR_BYTES
 from sppfeat.store.writing import StoreWriter, check_output, create_store, extend_store

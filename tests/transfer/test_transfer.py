@@ -24,7 +24,7 @@ from sppfeat import (
     extract_folder,
     open_store,
 )
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.report.pages import check_page
 from sppfeat.store.writing import StoreWriter, create_store
 from sppfeat.svm.statistics import interval

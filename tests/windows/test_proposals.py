@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sppfeat import Recipe, UsageError, WindowsError, extract_folder, open_store
-from sppfeat.images.sources import Fingerprint
+from sppfeat.images import Fingerprint
 from sppfeat.windows.boxes import overlaps
 from sppfeat.windows.proposals import _Journal, open_windows, propose_folder, windows_from
 from sppfeat.windows.selective_search import ProposalOptions, Proposed, propose
