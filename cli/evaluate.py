@@ -18,6 +18,7 @@ from sppfeat_cli.output import (
     options_document,
     print_json,
     printable,
+    tell_lost,
 )
 
 if TYPE_CHECKING:
@@ -129,9 +130,8 @@ def transfer(
     known = read_labels(labels) if labels is not None else read_voc_labels(voc) if voc is not None else None
     page = check_page(report, overwrite=overwrite) if report is not None else None
     opened = [open_store(store) for store in stores]
-    if not quiet:
-        for store_ in opened:
-            tell_lost(store_)
+    for each in opened:
+        tell_lost(each)
     # These import torch, so options and files are checked first.
     from sppfeat.transfer.evaluation import evaluate_transfer
     from sppfeat.transfer.page import write_transfer_report
