@@ -406,7 +406,8 @@ class Describer:
             return self._fused_whole(index, row)
         stored = as_stored(self._of_windows(row), self.recipe.dtype)
         errors = {
-            int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels: {window_text(row.windows[at])}"
+            int(at): f"reaches outside the image of {size[0]} x {size[1]} pixels, whose last one is "
+            f"{size[0] - 1},{size[1] - 1}: {window_text(row.windows[at])}"
             for at in np.flatnonzero(outside(row.windows, size))
         }
         # The sum is not finite if a value is not, and needs no temporary array.

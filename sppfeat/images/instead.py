@@ -10,6 +10,7 @@ from typing import Final
 
 from sppfeat.images.archives import is_archive
 from sppfeat.images.items import is_image_name
+from sppfeat.images.urls import is_url
 
 # A folder that holds images has one early on; a home folder must not be walked for the sake of a message.
 _LOOKED_AT: Final = 2_000
@@ -33,7 +34,12 @@ def found_instead(path: str | os.PathLike[str], belongs: str) -> str | None:
 
 def no_images(sources: Sequence[str | os.PathLike[str]]) -> str:
     """The message for sources without images, with the kinds of the files that are there instead."""
+    from sppfeat.files import NOUNS, format_of  # h5py, which images do not need
+
     shown = ", ".join(os.fspath(source) for source in sources)
+    for source in sources:
+        if not is_url(os.fspath(source)) and (kind := format_of(source)) is not None:
+            return f"{os.fspath(source)}: expected images, found {NOUNS[kind]}"
     others = [name for source in sources for name in _files_below(Path(source))]
     kinds = sorted({Path(name).suffix.lower() for name in others} - {""})
     if not kinds:

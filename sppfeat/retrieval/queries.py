@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sppfeat.errors import UsageError
-from sppfeat.images import Item, find_images
+from sppfeat.images import Item, as_given, find_images, left_out, no_images
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.bins import part_recipe
 from sppfeat.retrieval.gallery import Gallery, check_recipe
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def check_box(box: Box) -> None:
     """Raise UsageError unless x1, y1, x2, y2 can be a part of an image."""
     x1, y1, x2, y2 = box
+    if 0 < max(box) <= 1 and not all(value == int(value) for value in box if math.isfinite(value)):
+        raise UsageError(f"box must be in pixels, found fractions {','.join(f'{v:g}' for v in box)}")
     if not all(math.isfinite(value) for value in box) or x1 < 0 or y1 < 0 or x2 < x1 or y2 < y1:
         raise UsageError(
             f"box must be x1,y1,x2,y2 in pixels with x1 <= x2 and y1 <= y2, found {','.join(f'{v:g}' for v in box)}"
@@ -60,16 +62,16 @@ def rows_of_image(gallery: Gallery, row: int) -> np.ndarray:
     return np.array([at for at in near if at == row or split_row_name(table.names[at])[0] == image], np.int64)
 
 
-def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str]]:
-    """The queries' names, their items, and the reasons for failed ones by number. Raises UsageError.
+def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[Item], dict[int, str], list[str]]:
+    """The queries' names, their items, the reasons for failed ones by number, and notes. Raises UsageError.
 
-    Files are named as given, other images by their names below the given folder. A source that is neither is
-    a failed query, unless there is no other.
+    They are named by their paths as given. A source without images is a failed query, unless there is no other.
     """
     queries: list[str] = []
     items: list[Item] = []
     errors: dict[int, str] = {}
     seen: set[str] = set()
+    notes: list[str] = []
     refused: UsageError | None = None
     for source in [os.fspath(source) for source in sources]:
         try:
@@ -80,6 +82,8 @@ def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], 
             queries.append(source)
             items.append(Item("", source))
             continue
+        if images.extent is not None and images.extent.unread:
+            notes.append(left_out(images.extent.unread))
         for item in images.items:
             path = item.path
             if path in seen:
@@ -87,13 +91,13 @@ def list_queries(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[str], 
             seen.add(path)
             if item.problem is not None:
                 errors[len(queries)] = item.problem
-            queries.append(source if path in (source, os.path.abspath(source)) else item.name)
+            queries.append(as_given(path, [source]))
             items.append(item)
     if refused is not None and len(errors) == len(queries):
         raise refused
     if not queries:
-        raise UsageError(f"{', '.join(os.fspath(source) for source in sources)}: expected query images, found none")
-    return queries, items, errors
+        raise UsageError(no_images(sources))
+    return queries, items, errors, notes
 
 
 def describer_for(

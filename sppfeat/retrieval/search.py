@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 
 # Neighbors of a query that are explained: a page shows each beside the query.
 EXPLAINED: Final = 50
-# Queries of a store that are answered at once.
-STREAMED: Final = 1024
+STREAMED: Final = 1024  # queries of a store that are answered at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,14 +274,15 @@ def search_images(
     box: search with this part of every image, pooled from its feature map; an image that does not contain it fails.
     Raises GalleryError if the local network differs from that of the gallery, UsageError for an invalid box.
     """
-    queries, items, errors = list_queries(sources)
+    queries, items, errors, notes = list_queries(sources)
     if box is not None:
         check_box(box)
     options = options or SearchOptions()
     if options.aligned:
         require_bins(gallery)
     describer = describer or describer_for(gallery, run_options, weights=weights, factors=part_factors(options, box))
-    return search_items(gallery, items, options, describer, box=box, queries=queries, errors=errors)
+    found = search_items(gallery, items, options, describer, box=box, queries=queries, errors=errors)
+    return replace(found, notes=notes + found.notes)
 
 
 def part_factors(options: SearchOptions, box: Box | None) -> tuple[float, ...] | None:
@@ -345,7 +345,7 @@ def search_items(
 
 
 def _lost(answers: Sequence[Answer]) -> list[str]:
-    """A note of images that were found, and whose files are gone."""
+    """A note of images found whose files are gone."""
     found = {(one.root, one.name) for answer in answers for one in answer.neighbors if one.path is not None}
     gone = [name for root, name in found if is_lost(root, split_row_name(name)[0])]
     then = "`sppfeat index --remove` takes a list of names"

@@ -14,7 +14,7 @@ import numpy as np
 from sppfeat.errors import ModelError, UsageError
 from sppfeat.extraction import Described, Describer
 from sppfeat.files import unsafe_name
-from sppfeat.images import ImageList, Item, as_given, find_images, no_images
+from sppfeat.images import ImageList, Item, as_given, find_images, left_out, no_images
 from sppfeat.progress import Observer
 from sppfeat.recipe import RunOptions, short_sha
 from sppfeat.store import (
@@ -86,6 +86,8 @@ def predict(
         found = find_images(others, root=root)
         if not found.names:
             raise UsageError(no_images(others))
+        if found.extent is not None and found.extent.unread:
+            note(left_out(found.extent.unread))
         shown = (lambda item: item.name) if root is not None else (lambda item: as_given(item.path, others))
         jobs.append(partial(_describe_images, found, shown))
         todo += len(found.items)

@@ -130,6 +130,7 @@ def test_a_part_of_an_image(folder: Path, call: Run) -> None:
         ),
         (["search", "nowhere", "q.png"], 1, "nowhere: expected a gallery, found no such folder"),
         (["search", "g", "q.png", "--box", "5,5,1,9"], 2, "box must be x1,y1,x2,y2 .*found 5,5,1,9"),
+        (["search", "g", "q.png", "--box", "0,0.2,1,0.9"], 2, "box must be in pixels, found fractions 0,0.2,1,0.9"),
         (["search", "g", "q.png", "--box", "5,5,9"], 2, "--box: expected X1,Y1,X2,Y2, found '5,5,9'"),
         (["search", "g", "nowhere.png"], 2, "nowhere.png: no such file or folder"),
         (["search", "g", "q.png", "-k", "0"], 2, "k must be at least 1"),

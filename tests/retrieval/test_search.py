@@ -73,20 +73,32 @@ def test_names_are_those_of_their_rows(make_images: Callable[..., Path], tmp_pat
     create_gallery(open_store(tmp_path / "f.h5"), tmp_path / "g")
     gallery = open_gallery(tmp_path / "g")
     assert len(gallery) == 11
-    for result in (search_images(gallery, [folder]), search_store(gallery, open_store(tmp_path / "f.h5"))):
+    names = gallery.rows.names
+    (folder / "phone.heic").write_bytes(b"x")
+    by_images, by_store = search_images(gallery, [folder]), search_store(gallery, open_store(tmp_path / "f.h5"))
+    assert by_images.notes == ["1 file left out, of kinds that are not read: 1 .heic; convert them to JPEG or PNG"]
+    for result, queries in ((by_images, [str(folder / name) for name in names]), (by_store, names)):
         good = [answer for answer in result.answers if answer.error is None]
-        assert [answer.query for answer in good] == gallery.rows.names
-        for answer in good:
+        assert [answer.query for answer in good] == queries
+        for answer, name in zip(good, names, strict=True):
             first = answer.neighbors[0]
-            assert (first.name, first.rank, first.path) == (answer.query, 1, str(folder / answer.query))
+            assert (first.name, first.rank, first.path) == (name, 1, str(folder / name))
             assert first.score == pytest.approx(1, abs=1e-3)
     result = search_images(gallery, [folder])
-    assert [(a.query, a.error) for a in result.answers if a.error] == [("0005.png", "empty file (0 bytes)")]
+    assert [(a.query, a.error) for a in result.answers if a.error] == [
+        (str(folder / "0005.png"), "empty file (0 bytes)")
+    ]
     assert result.failed == 1
     alone = search_images(gallery, [folder], SearchOptions(k=3, exclude_self=True))
     for answer in alone.answers:
-        assert answer.query not in [one.name for one in answer.neighbors]
+        assert answer.query not in [one.path for one in answer.neighbors]
         assert answer.error or [one.rank for one in answer.neighbors] == [1, 2, 3]
+
+
+def test_a_gallery_is_no_folder_of_queries(make_store: MakeStore, tmp_path: Path) -> None:
+    create_gallery(make_store(np.eye(4, dtype=np.float32)), tmp_path / "g")
+    with pytest.raises(UsageError, match=r"g: expected images, found a gallery"):
+        search_images(open_gallery(tmp_path / "g"), [tmp_path / "g"])
 
 
 def test_images_that_have_lost_their_file_are_told(

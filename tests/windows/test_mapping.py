@@ -302,7 +302,8 @@ def test_describing_windows_says_what_is_wrong(make_images: Callable[..., Path],
     tasks = [Item.at(path, windows), Item.at(tmp_path / "no.png", windows)]
     good, missing = sorted(Describer(tiny).describe(tasks), key=lambda done: done.position)
     assert good.row_errors.keys() == {1, 2} and missing.rows is None and missing.error == "no such file"
-    assert good.row_errors[1] == f"reaches outside the image of {width} x {height} pixels: 0,0,{width},9"
+    last = f"whose last one is {width - 1},{height - 1}"
+    assert good.row_errors[1] == f"reaches outside the image of {width} x {height} pixels, {last}: 0,0,{width},9"
     with pytest.raises(UsageError, match="windows need crop 'none', found 'center'"):
         next(Describer(Recipe(**{**vars(tiny), "crop": "center"})).describe([Item.at(path, windows)]))
     with pytest.raises(UsageError, match="unknown scales 'both'"):
