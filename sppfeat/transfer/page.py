@@ -107,7 +107,7 @@ def _differences(done: Transfer, first: Transfer) -> dict[str, Any]:
 
 
 def _matrix(done: Transfer) -> dict[str, Any] | None:
-    """Cells of the confusion matrix: row, column, share of the row, and text."""
+    """Cells of the confusion matrix: row, column, share of the row, count, and text."""
     if not done.confusion.size:
         return None
     names = list(done.per_class)
@@ -117,6 +117,7 @@ def _matrix(done: Transfer) -> dict[str, Any] | None:
             "row": int(row),
             "column": int(column),
             "share": float(done.confusion[row, column] / totals[row]),
+            "count": int(done.confusion[row, column]),
             "text": f"{names[row]} predicted as {names[column]}: {done.confusion[row, column]} of {totals[row]}"
             if row != column
             else f"{names[row]}: {done.confusion[row, column]} of {totals[row]} correct",
