@@ -22,6 +22,7 @@ from sppfeat.store import (
     DescriptorView,
     Status,
     Store,
+    count_lost,
     is_store,
     item_of,
     open_store,
@@ -62,7 +63,8 @@ def predict(
     root: what names are relative to; None: the folder that holds all images. weights: where the network's weights are
     now, if they moved.
     Images are described with the classifier's own recipe. A store's descriptors are used as is if that recipe made
-    them, or one that its levels can be cut out of; else its images are described again, and `note` is told why.
+    them, or one that its levels can be cut out of; else its images are described again. `note` is told why, and how
+    many images of a store are gone or have changed.
     Raises UsageError for sources without images, ModelError if the network's weights are not those of the classifier.
     """
     options = options or RunOptions()
@@ -79,6 +81,9 @@ def predict(
             jobs.append(partial(_describe_store, store))
             todo += len(store)
         else:
+            files = count_lost(store)
+            if files is not None and (files.lost or files.changed):
+                note(f"{path}: {files}; classes are those of the images as they were described")
             for one in _predict_rows(classifier, store, view):
                 observer.row(one.path, one.error)
                 yield one
