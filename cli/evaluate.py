@@ -130,13 +130,13 @@ def transfer(
     known = read_labels(labels) if labels is not None else read_voc_labels(voc) if voc is not None else None
     page = check_page(report, overwrite=overwrite) if report is not None else None
     opened = [open_store(store) for store in stores]
-    for each in opened:
-        tell_lost(each)
     # These import torch, so options and files are checked first.
     from sppfeat.transfer.evaluation import evaluate_transfer
     from sppfeat.transfer.page import write_transfer_report
 
     done = evaluate_transfer(opened, chosen, labels=known)
+    for each in opened:
+        tell_lost(each)
     if as_json:
         documents = [_document(one, labels, voc) for one in done]
         print_json(documents[0] if len(documents) == 1 else {"stores": documents})

@@ -44,7 +44,14 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
     """A store of `count` rows per class, drawn around a centre of each class."""
 
     def make(
-        file: str = "f.h5", *, classes: int = 4, count: int = 12, folder: str = "", noise: float = 0.6, seed: int = 0
+        file: str = "f.h5",
+        *,
+        classes: int = 4,
+        count: int = 12,
+        folder: str = "",
+        noise: float = 0.6,
+        seed: int = 0,
+        root: str = "/nowhere",
     ) -> Store:
         generator = np.random.default_rng(seed)
         names = [f"{folder}class{c}/{n:03}.jpg" for c in range(classes) for n in range(count)]
@@ -54,7 +61,7 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
         rows = np.repeat(centres, count, 0) + noise * generator.normal(size=(len(names), DIM))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         path = tmp_path / file
-        create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=DIM, source_root="/")
+        create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=DIM, source_root=root)
         with StoreWriter(open_store(path)) as writer:
             for row, values in enumerate(rows):
                 writer.write(row, values.astype(np.float16), (10, 10), Fingerprint(1, 1))
@@ -595,6 +602,14 @@ def test_the_document_repeats_the_evaluation(
     fields = {key: value for key, value in document["options"].items() if key not in ("labels", "voc")}
     (again,) = evaluate_transfer([store], TransferOptions(**fields | {"costs": tuple(fields["costs"])}))
     assert again.trials == pytest.approx(document["trials"]) and document["train"] == 16
+
+
+def test_images_that_are_gone_are_told(make_store: Callable[..., Store], run_sppfeat: Callable[..., object]) -> None:
+    store = make_store(root="/")
+    words = ("evaluate", "transfer", store.path, "--trials", "1", "--c", "1")
+    done = run_sppfeat(*words)
+    told = f"note: {store.path}: 48 of 48 images have lost their file; `sppfeat extract --prune` removes their rows\n"
+    assert (done.returncode, done.stderr) == (0, told)  # type: ignore[attr-defined]
 
 
 def test_results_come_before_the_page(
