@@ -74,7 +74,7 @@ def duplicates(
     read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
     of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
     keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to
-    each. Images that cannot be read, or described again, are reported, and the exit code is then 3.
+    each. Images that cannot be compared, or described again, are reported, and the exit code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     from sppfeat.report import check_page
@@ -91,8 +91,6 @@ def duplicates(
     page = check_page(html, overwrite=overwrite) if html is not None else None
     table = check_duplicates_csv(csv, overwrite=overwrite) if csv is not None else None
     opened = open_store(store)
-    if not quiet:
-        tell_lost(opened)
     if parts:
         check_crops(opened, part_threshold)
     crops = None
@@ -111,6 +109,7 @@ def duplicates(
     for name, reason in crops.failed.items() if crops is not None else ():
         print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)
     if not quiet:
+        tell_lost(opened)
         for note in [*found.notes, *(crops.notes if crops is not None else ())]:
             print(f"note: {printable(note)}", file=sys.stderr)
     # Files come after the groups, which their failure does not affect.
@@ -120,7 +119,7 @@ def duplicates(
     if page is not None:
         with after_results(page, quiet=quiet):
             write_duplicates_page(page, found, crops, command=command_line())
-    if crops is not None and crops.failed:
+    if found.not_compared or (crops is not None and crops.failed):
         raise typer.Exit(3)
 
 

@@ -64,7 +64,7 @@ def tell_lost(store: "Store") -> None:
     from sppfeat.store import count_lost
 
     found = count_lost(store)
-    if found is not None and (found.lost or found.changed):
+    if found is not None and not found.as_described:
         if not found.changed:
             hint = "`sppfeat extract --prune` removes their rows"
         elif not found.lost:

@@ -98,9 +98,8 @@ def processor() -> list[str]:
                 found.append(value.strip())
             elif not name and found:
                 break  # the other cores are alike
-    if held := os.environ.get(_HELD):
-        found.append(f"held to {held}")
-    return [platform.system(), platform.machine(), *(found or [platform.processor()])]
+    held = [f"held to {name}" for name in [os.environ.get(_HELD)] if name]
+    return [platform.system(), platform.machine(), *(found or [platform.processor()]), *held]
 
 
 def integer_instructions() -> list[str]:

@@ -16,7 +16,7 @@ class Extent:
 
     root: what names are relative to. whole: what the names begin with of everything below the folders, prefixes and
     archives. unlisted: likewise, of those among them that gave no image, as a disk does that is not mounted, or that
-    could not be read to the end. unread: how many photographs are of kinds that are not read, by extension.
+    could not be read to the end. unread: how many images are of kinds that are not read, by extension.
     """
 
     root: str

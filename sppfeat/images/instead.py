@@ -49,7 +49,7 @@ def no_images(sources: Sequence[str | os.PathLike[str]]) -> str:
 
 
 def left_out(unread: Sequence[tuple[str, int]]) -> str:
-    """The note for photographs of kinds that are not read; see `Extent.unread`. Of one at least."""
+    """The note for images of kinds that are not read; see `Extent.unread`. Of one at least."""
     count = sum(number for _, number in unread)
     files = "1 file" if count == 1 else f"{count} files"
     kinds = ", ".join(f"{number} {kind}" for kind, number in unread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import itertools
 import os
@@ -11,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Final
 
 from sppfeat.errors import ImageError, UsageError, near_path
@@ -39,7 +40,7 @@ from sppfeat.images.urls import (
     url_path,
     walk_url,
 )
-from sppfeat.images.walking import Found, walk
+from sppfeat.images.walking import Found, count_unread, walk
 
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 MAX_RANGE: Final = 1_000_000
@@ -78,13 +79,14 @@ class Sources:
         unlisted = []
         for source in self._sources:
             sound = cut = False
+            source.unread.clear()
             for item in self._items(source):
                 sound = sound or item.problem is None
                 cut = cut or (item.problem is not None and item.name.endswith(f"/{REST}"))
                 yield item
             if (place := source.whole()) is not None and (cut or not sound):
                 unlisted.append(self._start(place))
-        unread = sum((source.unread for source in self._sources if isinstance(source, _Folder)), Counter[str]())
+        unread = sum((source.unread for source in self._sources), Counter[str]())
         self.extent = Extent(self.root, tuple(self.prefixes()), tuple(unlisted), tuple(sorted(unread.items())))
 
     def _items(self, source: _Source) -> Iterator[Item]:
@@ -212,6 +214,11 @@ def is_there(root: str, name: str) -> bool:
 class _Source(ABC):
     """One source: what it names, each time it is iterated."""
 
+    @functools.cached_property
+    def unread(self) -> Counter[str]:
+        """Images of kinds that are not read, by extension, as far as it was iterated."""
+        return Counter()
+
     @abstractmethod
     def __iter__(self) -> Iterator[Found]: ...
 
@@ -243,10 +250,8 @@ class _Single(_Source):
 @dataclass(frozen=True)
 class _Folder(_Source):
     top: str
-    unread: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[Found]:
-        self.unread.clear()
         return walk(self.top, self.unread)
 
     def folders(self) -> Iterator[tuple[str, str]]:
@@ -267,6 +272,8 @@ class _Prefix(_Source):
             for url, fingerprint, problem in walk_url(self.url):
                 if problem is not None or is_image_name(url):
                     yield Found(url, problem, fingerprint)
+                else:
+                    count_unread(url, self.unread)
         except ImageError as error:
             raise UsageError(f"{self.url}: expected a prefix that can be listed, found: {error}") from None
 

@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 
 from sppfeat.images.items import EXTENSIONS, Fingerprint, is_image_name, reason_not_readable
 
-# Photographs that nothing here decodes: telephones' and cameras' own. Told, so that nobody thinks they were described.
+# Of images that nothing here decodes, such as telephones' and cameras' own. Told, so that nobody thinks they were read.
 _UNREAD: Final = ".heic .heif .avif .jxl .jp2 .psd .dng .raw .cr2 .cr3 .nef .nrw .arw .orf .rw2 .raf .pef .srw"
-UNREAD_EXTENSIONS: Final = frozenset(_UNREAD.split()) - EXTENSIONS
+_UNREAD_EXTENSIONS: Final = frozenset(_UNREAD.split()) - EXTENSIONS
 
 
 class Found(NamedTuple):
@@ -25,8 +25,7 @@ class Found(NamedTuple):
 
 
 def walk(top: str, unread: Counter[str]) -> Iterator[Found]:
-    """What a folder contains, and the folders below it, in name order. unread: counts photographs of other kinds, by
-    their extensions."""
+    """What a folder contains, and the folders below it, in name order. unread: see `count_unread`."""
     # A stack instead of recursion: depth is bounded by the file system, not by Python. Each folder carries the
     # identities of those above it, to detect symlinks that loop back to one of them.
     stack: list[tuple[str, Iterator[tuple[str, bool]], frozenset[tuple[int, int]]]]
@@ -68,6 +67,13 @@ def walk(top: str, unread: Counter[str]) -> Iterator[Found]:
         stack.append((path, iter(inside), above | {identity}))
 
 
+def count_unread(name: str, unread: Counter[str]) -> None:
+    """Count a file that is an image of a kind that is not read, by its extension; hidden files are none."""
+    end = os.path.splitext(name)[1].lower()
+    if end in _UNREAD_EXTENSIONS and not os.path.basename(name).startswith("."):
+        unread[end] += 1
+
+
 def _entries(folder: str, unread: Counter[str]) -> list[tuple[str, bool]]:
     """A folder's images, links and folders in name order, and whether each is certainly a regular file."""
     found = []
@@ -79,6 +85,6 @@ def _entries(folder: str, unread: Counter[str]) -> list[tuple[str, bool]]:
                 is_file = False
             if not is_file or is_image_name(entry.name):
                 found.append((entry.name, is_file))
-            elif (end := os.path.splitext(entry.name)[1].lower()) in UNREAD_EXTENSIONS and entry.name[0] != ".":
-                unread[end] += 1
+            else:
+                count_unread(entry.name, unread)
     return sorted(found, key=lambda entry: os.fsencode(entry[0]))

@@ -34,10 +34,15 @@ class LostFiles:
     rows: int
     changed: int = 0
 
+    @property
+    def as_described(self) -> bool:
+        """Whether all that were looked at are there and unchanged."""
+        return not self.lost and not self.changed
+
     def __str__(self) -> str:
         looked = "" if self.checked == self.rows else " that were looked for"
         among = "" if self.checked == self.rows else f" ({self.rows} in all)"
-        if not self.lost and not self.changed:
+        if self.as_described:
             return f"all {self.checked}{looked} are there{among}"
         found = [f"{self.lost} of {self.checked} images{looked} have lost their file"] if self.lost else []
         if self.changed:
@@ -68,9 +73,10 @@ def count_lost(store: Store) -> LostFiles | None:
             sizes, times = (each[first : first + _RUN].tolist() for each in (store.file_size, store.file_mtime_ns))
             files = list(zip(names, map(Fingerprint, sizes, times), strict=True))
             checked += len(names)
-            for part in pool.map(lambda part: [_state(root, *file) for file in part], _shared_out(files)):
-                lost += part.count("lost")
-                changed += part.count("changed")
+            parts = [files[at::_THREADS] for at in range(_THREADS)]
+            for states in pool.map(lambda part: [_state(root, *file) for file in part], parts):
+                lost += states.count("lost")
+                changed += states.count("changed")
             if time.monotonic() > ends:
                 break
     return LostFiles(checked, lost, len(store), changed) if checked or not len(store) else None
@@ -85,10 +91,6 @@ def _spread(rows: int) -> Iterator[int]:
         place = int(f"{number:0{bits}b}"[::-1], 2)
         if place < taken:
             yield place * runs // taken * _RUN
-
-
-def _shared_out(files: list[tuple[str, Fingerprint]]) -> list[list[tuple[str, Fingerprint]]]:
-    return [files[at::_THREADS] for at in range(_THREADS)]
 
 
 def _state(root: str, name: str, described: Fingerprint) -> str | None:

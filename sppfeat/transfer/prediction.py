@@ -82,7 +82,7 @@ def predict(
             todo += len(store)
         else:
             files = count_lost(store)
-            if files is not None and (files.lost or files.changed):
+            if files is not None and not files.as_described:
                 note(f"{path}: {files}; classes are those of the images as they were described")
             for one in _predict_rows(classifier, store, view):
                 observer.row(one.path, one.error)

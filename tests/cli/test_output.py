@@ -19,7 +19,7 @@ from PIL import Image
 from voc_xml import xml
 
 from sppfeat import Recipe, Store
-from sppfeat.errors import SppFeatError
+from sppfeat.errors import MissingExtraError, SppFeatError, require_extra
 from sppfeat.training import Epoch
 from sppfeat.transfer.options import TransferOptions
 from sppfeat.windows.proposals import open_windows
@@ -264,3 +264,14 @@ def test_what_an_interrupted_run_is_to_be_told(capsys: pytest.CaptureFixture[str
         with pytest.raises(typer.Exit) as ended:
             end_learning(None, history, None, overwrite=overwrite)
         assert ended.value.exit_code == 130 and capsys.readouterr().err == f"sppfeat: {line}\n"
+
+
+def test_an_import_that_ctrl_c_ends_is_no_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled modules make an ImportError of it, which would lead to a fallback."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half_loaded.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()\n")
+    with pytest.raises(KeyboardInterrupt):
+        require_extra("half_loaded", "cpu", "engine openvino")
+    (tmp_path / "broken_module.py").write_text("raise ImportError('initialization failed') from ValueError()\n")
+    with pytest.raises(MissingExtraError, match="broken_module, which fails to import: initialization failed"):
+        require_extra("broken_module", "cpu", "engine openvino")

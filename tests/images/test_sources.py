@@ -144,7 +144,7 @@ def test_a_local_name_is_its_file(tmp_path: Path) -> None:
     assert item_at(str(tmp_path), "x.tar/a.jpg") == find_images([tmp_path]).items[0]
 
 
-def test_photographs_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in ("a.jpg", "b.HEIC", "below/c.heic", "below/d.nef", "e.txt", ".hidden.heic", "f.mov"):
         (tmp_path / name).touch()

@@ -214,12 +214,13 @@ def test_prefixes_of_a_bucket_are_walked_as_folders_are(bucket: str, tmp_path: P
     files = {
         f"pre/{name}": image_bytes(at) for at, name in enumerate(["b/x.png", "a.png", "b.png", "b/a/y.png", "c/1.jpg"])
     }
-    put(bucket, files | {"pre/notes.txt": b"x", "pre/t.tar": b"x", "pre2/z.png": b"x"})
+    put(bucket, files | {"pre/notes.txt": b"x", "pre/b/p.HEIC": b"x", "pre/t.tar": b"x", "pre2/z.png": b"x"})
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     found, local = find_images([f"{bucket}/pre/"]), find_images([tmp_path / "pre"])
     assert found.root == f"{bucket}/pre" and found.names == local.names
+    assert found.extent is not None and found.extent.unread == ((".heic", 1),)
     assert [content_of(item) for item in found.items] == [content_of(item) for item in local.items]
     before = {item.name: item.fingerprint() for item in found.items}
     assert {item.name: item.fingerprint() for item in find_images([f"{bucket}/pre"]).items} == before

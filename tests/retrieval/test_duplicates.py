@@ -289,6 +289,22 @@ def test_the_command_writes_the_csv(make_store: MakeStore, tmp_path: Path, run_s
     assert wrong.returncode == 1 and "does not exist" in wrong.stderr
 
 
+def test_images_that_cannot_be_compared_are_told(
+    make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe, run_sppfeat: Callable[..., Any]
+) -> None:
+    folder = make_images(2)
+    Image.open(folder / "0000.png").resize((100, 80)).save(folder / "copy.png")
+    store = tmp_path / "f.h5"
+    extract_folder(folder, store, tiny)
+    assert run_sppfeat("duplicates", store).returncode == 0
+    folder.rename(tmp_path / "moved")
+    done = run_sppfeat("duplicates", store, "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 3 and document["not_compared"]
+    assert f"note: the folder of its images, {folder}, is not there; if it was moved, `sppfeat extract" in done.stderr
+    assert run_sppfeat("duplicates", store, "--threshold", "0.9").returncode == 0  # by descriptors alone
+
+
 @pytest.mark.parametrize(("count", "dim"), [(2, 1), (40, 3), (700, 64), (1500, 300), (1100, 1200)])
 @pytest.mark.parametrize("kind", ["even", "decaying", "few directions"])
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
