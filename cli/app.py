@@ -12,7 +12,7 @@ import typer
 
 from sppfeat import __version__
 from sppfeat.errors import SppFeatError, SppFeatWarning, UsageError
-from sppfeat_cli.commands import Group
+from sppfeat_cli.commands import Commands, Group
 from sppfeat_cli.output import printable, results_alone
 
 # The sections of the help, in the order in which a newcomer needs them.
@@ -33,7 +33,7 @@ class _Main(Group):
 
 def build(named: str | None = None) -> typer.Typer:
     """The app, with the command named alone, where it is one: importing and building all takes a tenth of a second."""
-    app = typer.Typer(
+    app = Commands(
         name="sppfeat",
         cls=_Main,
         help="Fixed-length image descriptors by spatial pyramid pooling, from folders of images of any size.",

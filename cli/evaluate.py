@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat_cli import evaluate_all, evaluate_detection, options
-from sppfeat_cli.commands import Group
+from sppfeat_cli.commands import Commands, Group
 from sppfeat_cli.evaluate_retrieval import retrieval
 from sppfeat_cli.output import (
     after_results,
@@ -28,7 +28,7 @@ _TRANSFER = options.Defaults("sppfeat.transfer:TransferOptions")
 
 
 def register(app: typer.Typer) -> None:
-    evaluate = typer.Typer(
+    evaluate = Commands(
         cls=Group,
         help="Evaluate descriptors and detectors by established protocols.",
         epilog="Example: sppfeat evaluate transfer feats.h5",

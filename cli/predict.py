@@ -22,7 +22,7 @@ def predict(
         str, typer.Argument(metavar="MODEL", help="Model made by `sppfeat train svm`.", show_default=False)
     ],
     sources: options.SourcesOrStores,
-    top: Annotated[int, typer.Option(metavar="N", help="Number of classes to print per image.", min=1)] = 3,
+    top: Annotated[int, typer.Option(metavar="N", help="Number of classes to print per image.")] = 3,
     csv: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Also write a CSV file of the classes of each image.", show_default=False),

@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from sppfeat_cli import options, train_detector, train_vocabulary
-from sppfeat_cli.commands import Group
+from sppfeat_cli.commands import Commands, Group
 from sppfeat_cli.output import convergence_document, finite, options_document, print_json, printable, tell_lost
 
 _SVM = options.Defaults("sppfeat.svm:SvmOptions")
 
 
 def register(app: typer.Typer) -> None:
-    train = typer.Typer(
+    train = Commands(
         cls=Group,
         help="Train models that classify images or detect objects in them, and vocabularies that describe images.",
         epilog="Example: sppfeat train svm feats.h5 -o animals.h5",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sppfeat.errors import ReportError
+from sppfeat.errors import ReportError, UsageError
 from sppfeat.files import appearing, check_new_file
 from sppfeat.images import path_to_name
 from sppfeat.report import common_folder, shown_row, write_page
@@ -35,7 +35,9 @@ class Ranked:
 
 
 def ranked(classifier: Classifier, predictions: Iterable[Prediction], top: int) -> list[Ranked]:
-    """The `top` best classes of each image, ordered by path."""
+    """The `top` best classes of each image, ordered by path. Raises UsageError."""
+    if top < 1:
+        raise UsageError(f"expected a number of classes of at least 1, found {top}")
     found = []
     for one in predictions:
         best = [] if one.scores is None else (-one.scores).argsort(kind="stable")[:top].tolist()

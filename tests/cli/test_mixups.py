@@ -161,11 +161,49 @@ def test_a_large_folder_is_not_walked_for_a_message(
             "unknown option '--lable' of sppfeat evaluate transfer: did you mean --labels?",
         ),
         ("index f.h5 --memroy 4GB", "unknown option '--memroy' of sppfeat index: did you mean --memory?"),
-        ("extract . -o f.h5 -z", "unknown option '-z' of sppfeat extract: `sppfeat extract --help` lists all options"),
+        (
+            "extract . -o f.h5 -z",
+            "unknown option '-z' of sppfeat extract: sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]; "
+            "`sppfeat extract --help` lists all options",
+        ),
+        (
+            "evaluate knn feats.h5",
+            "evaluate what? transfer, retrieval, detection or all, such as: sppfeat evaluate transfer feats.h5",
+        ),
+        (
+            "evaluate knn",
+            "evaluate what? transfer, retrieval, detection or all, such as: sppfeat evaluate transfer STORE...",
+        ),
     ],
 )
 def test_commands_and_options_that_do_not_exist(words: str, line: str, call: Call) -> None:
     assert told(call, words) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("search", "missing GALLERY: sppfeat search GALLERY QUERY... [OPTIONS]"),
+        ("search g", "missing QUERY...: sppfeat search GALLERY QUERY... [OPTIONS]"),
+        ("extract photos", "missing -o FILE|DIR: sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]"),
+        ("train svm f.h5", "missing -o FILE: sppfeat train svm STORE -o FILE [OPTIONS]"),
+        ("search g q -k ten", "expected a whole number for -k N, found 'ten'"),
+        ("search g q -k=1.5", "expected a whole number for -k N, found '1.5'"),
+        ("extract . -o f.h5 -jx", "expected a whole number for -j N"),
+        ("detect d.h5 . --nms half", "expected a number for --nms IOU, found 'half'"),
+        ("extract . -o", "option '-o' requires an argument"),
+        ("merge all part --json=3", "option '--json' does not take a value"),
+        ("models a b c", "got unexpected extra arguments (b c): sppfeat models [BACKBONE] [OPTIONS]"),
+    ],
+)
+def test_arguments_that_are_missing_or_of_another_kind(words: str, line: str, call: Call) -> None:
+    assert told(call, words) == line
+
+
+def test_help_names_arguments_as_they_are_declared(call: Call) -> None:
+    code, out, _ = call("search", "--help")
+    assert code == 0 and out.startswith("Usage: sppfeat search [OPTIONS] GALLERY QUERY...\n")
+    assert "\n  GALLERY   Gallery made by" in out and "\n  QUERY...  Images, folders" in out
 
 
 def test_names_are_ranked_by_what_was_typed() -> None:
