@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.errors import UsageError
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, command_line, counted, options_document, print_json, printable
+from sppfeat_cli.output import after_results, command_line, counted, options_document, print_json, printable, tell_lost
 
 if TYPE_CHECKING:
     from sppfeat.retrieval import Retrieval
@@ -157,9 +157,10 @@ def retrieval(
     )
     page = check_page(report, overwrite=overwrite) if report is not None else None
     opened = open_store(str(store or gallery))
+    asked = open_store(queries) if queries is not None else None
     done = evaluate_retrieval(
         opened,
-        open_store(queries) if queries is not None else None,
+        asked,
         chosen,
         truth=truth,
         whitening_from=open_store(whitening_from) if whitening_from is not None else None,
@@ -181,6 +182,9 @@ def retrieval(
         typer.echo(_text(done))
     for note in done.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
+    for each in (opened, asked):
+        if each is not None:
+            tell_lost(each)
     if page is not None:
         with after_results(page):
             write_retrieval_page(page, done, command=command_line())

@@ -281,7 +281,8 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
     from sppfeat.retrieval import describe_gallery, open_gallery, verify_gallery
 
     # FAISS is needed only to check the index.
-    problems = verify_gallery(open_gallery(path)) if verify else []
+    check = verify_gallery(open_gallery(path)) if verify else None
+    problems = [] if check is None else check.problems
     found, recipe = describe_gallery(path)
     about = {
         "file": path,
@@ -297,15 +298,18 @@ def _inspect_gallery(path: str, verify: bool, as_json: bool) -> None:
         "versions": found.versions,
     }
     if as_json:
-        print_json(about | ({"verified": not problems, "problems": problems} if verify else {}))
+        verdict = {} if check is None else {"verified": not problems, **dataclasses.asdict(check)}
+        print_json(about | verdict)
     else:
         typer.echo(_gallery_text(about))
         for problem in problems:
             print(f"sppfeat: {printable(path)}: {printable(problem)}", file=sys.stderr)
-        if verify and not problems:
-            typer.echo(
-                "verified: all files match their checksums, and all rows match those of the stores that still exist"
-            )
+        if check is not None:
+            for text in check.passed_over:
+                print(f"note: {printable(path)}: not compared: {printable(text)}", file=sys.stderr)
+            if not problems:
+                rows = "all" if check.compared == found.rows else f"{check.compared} of {found.rows}"
+                typer.echo(f"verified: all files match their checksums, and {rows} rows match those of their stores")
     if problems:
         raise typer.Exit(1)
 

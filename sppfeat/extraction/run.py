@@ -123,7 +123,7 @@ def extract_folder(
     options: RunOptions | None = None,
     *,
     windows: Mapping[str, np.ndarray] | None = None,
-    root: str | None = None,
+    root: Source | None = None,
     columns: Columns = DEFAULT_COLUMNS,
     resume: bool = True,
     retry_failed: bool = False,
@@ -214,7 +214,7 @@ class _Run:
     recipe: Recipe
     options: RunOptions
     windows: Mapping[str, np.ndarray] | None
-    root: str | None
+    root: Source | None
     columns: Columns
     resume: bool
     retry_failed: bool

@@ -141,7 +141,10 @@ class ImageList:
 
 
 def open_sources(
-    sources: Sequence[str | os.PathLike[str]], *, root: str | None = None, columns: Columns = DEFAULT_COLUMNS
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Columns = DEFAULT_COLUMNS,
 ) -> Sources:
     """The images of folders, images, text lists, `-` (a list on standard input), archives and URLs, as a stream.
 
@@ -161,6 +164,7 @@ def open_sources(
             opened.append(_open_source(one))
     base = None
     if root is not None:
+        root = os.fspath(root)
         base = re.sub("([^:/])/+$", r"\1", _url(root)) if is_url(root) else absolute(root)
     common: str | None = None
     for each in opened:
@@ -176,7 +180,10 @@ def open_sources(
 
 
 def find_images(
-    sources: Sequence[str | os.PathLike[str]], *, root: str | None = None, columns: Columns = DEFAULT_COLUMNS
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Columns = DEFAULT_COLUMNS,
 ) -> ImageList:
     """All images of sources at once, each name once; see `open_sources`."""
     stream = open_sources(sources, root=root, columns=columns)

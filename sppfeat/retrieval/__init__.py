@@ -15,7 +15,7 @@ from sppfeat.retrieval.duplicates_page import write_duplicates_page
 from sppfeat.retrieval.evaluation import Retrieval, RetrievalOptions, evaluate_retrieval, percent
 from sppfeat.retrieval.explanation import Explanation
 from sppfeat.retrieval.faiss_index import IndexOptions
-from sppfeat.retrieval.gallery import Gallery, describe_gallery, open_gallery, verify_gallery
+from sppfeat.retrieval.gallery import Gallery, GalleryCheck, describe_gallery, open_gallery, verify_gallery
 from sppfeat.retrieval.ground_truth import read_boxes, read_ground_truth, write_query_windows
 from sppfeat.retrieval.hits_page import PAGE_QUERIES, write_hits_page
 from sppfeat.retrieval.map import check_map, tile_order
@@ -45,6 +45,7 @@ __all__ = [
     "Duplicates",
     "Explanation",
     "Gallery",
+    "GalleryCheck",
     "IndexOptions",
     "Member",
     "Neighbor",

@@ -192,8 +192,23 @@ def evaluate_retrieval(
         and (whitening_from is None or any(_same_file(whitening_from, one) for one in (gallery, queries))),
         overlap=float(np.mean(found)) if found else None,
         located=100 * float(np.mean(np.array(found) > 0.5)) if found else None,
-        notes=[] if projection is None or options.projection is None else projection.notes(options.projection.dims),
+        notes=[
+            *_without_rows(gallery, queries),
+            *([] if projection is None or options.projection is None else projection.notes(options.projection.dims)),
+        ],
     )
+
+
+def _without_rows(gallery: Store, queries: Store | None) -> list[str]:
+    """How many rows of each store have no descriptor: they are neither asked for nor found."""
+    stores = [gallery] if queries is None or _same_file(gallery, queries) else [gallery, queries]
+    notes = []
+    for store in stores:
+        counts = store.counts()
+        reasons = [f"{counts[state]} {state}" for state in ("failed", "pending") if counts[state]]
+        if reasons:
+            notes.append(f"{store.place}: of {sum(counts.values())} rows, {' and '.join(reasons)} and are left out")
+    return notes
 
 
 def _check_parts(gallery: Store, queries: Store | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sppfeat.errors import GalleryError, UsageError, one_line
+from sppfeat.errors import GalleryError, SppFeatError, UsageError, one_line
 from sppfeat.recipe import Recipe
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries
 from sppfeat.retrieval.arrays import read_arrays
@@ -194,13 +194,24 @@ def check_recipe(
         raise GalleryError(f"{gallery.path}: {found}{f'; {remedy}' if remedy else ''}")
 
 
-def verify_gallery(gallery: Gallery) -> list[str]:
-    """Check rows against the stores that still exist; one line per fault. Opening has checked the files.
-
-    Rows that the index holds exactly must equal those of a store with the same name and checksum; coded rows are not
-    compared. A store that cannot be opened, or is of another recipe by now, is passed over.
+@dataclass(frozen=True)
+class GalleryCheck:
+    """What `verify_gallery` found. problems: one line per fault. compared: rows that were held against those of their
+    stores. passed_over: what was not compared, and why, one line each.
     """
-    problems = []
+
+    problems: list[str]
+    compared: int
+    passed_over: list[str]
+
+
+def verify_gallery(gallery: Gallery) -> GalleryCheck:
+    """Hold rows against the stores that they came from. Opening has checked the files, but for the values of bins.
+
+    Rows that the index holds exactly must equal those of a store with the same name and checksum. Coded rows, and those
+    of a store that cannot be opened, or is of another recipe or of other descriptors by now, cannot be compared.
+    """
+    problems, passed_over, compared = [], [], 0
     added = gallery.about.files.added
     for kept in (gallery.about.files.bins, None if added is None else added.bins):
         if kept is not None:
@@ -210,27 +221,30 @@ def verify_gallery(gallery: Gallery) -> list[str]:
                 problems.append(str(error))
     if len(set(gallery.rows.names)) != len(gallery):
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
+    if not gallery.exact:
+        passed_over.append(f"{len(gallery)} rows: the index holds codes, not rows")
+        return GalleryCheck(problems, compared, passed_over)
     place = {name: row for row, name in enumerate(gallery.rows.names)}
     for source in gallery.about.sources:
-        if not os.path.exists(source.store):
-            continue
         try:
             rows = unit_rows(open_store(source.store), gallery.projection)
-        except Exception:  # moved, damaged or being written: nothing to compare with
+        except SppFeatError as error:
+            passed_over.append(f"{source.rows} rows: {error}")
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:
+            passed_over.append(f"{source.rows} rows: {rows.store.place} has another recipe by now")
             continue
         checksums = rows.store.checksum[rows.rows]
-        same = [
-            at
-            for at, name in enumerate(rows.names)
-            if name in place and gallery.rows.checksum[place[name]] == checksums[at]
-        ]
-        for start in range(0, len(same) if gallery.exact else 0, 1024):
+        known = [at for at, name in enumerate(rows.names) if name in place]
+        same = [at for at in known if gallery.rows.checksum[place[rows.names[at]]] == checksums[at]]
+        if len(same) < len(known):
+            passed_over.append(f"{len(known) - len(same)} rows: {rows.store.place} has other descriptors by now")
+        for start in range(0, len(same), 1024):
             part = np.array(same[start : start + 1024])
             held = reconstruct(gallery.index, np.array([place[rows.names[at]] for at in part]))
             for at in part[np.abs(held - rows.take(part)).max(1) > 1e-4]:
                 problems.append(
                     f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.place}"
                 )
-    return problems
+        compared += len(same)
+    return GalleryCheck(problems, compared, passed_over)

@@ -49,6 +49,8 @@ class TransferOptions(SvmOptions):
             raise UsageError(unknown_name("classifier", self.classifier, CLASSIFIERS))
         if self.classifier != "svm" and self.positive_weight != 1:
             raise UsageError(f"positive_weight: expected classifier svm, found {self.classifier}")
+        if self.classifier == "knn" and self.device not in ("auto", "cpu"):
+            raise UsageError(f"classifier knn: expected device auto or cpu, found {self.device}")
         if self.several and self.classifier == "logistic":
             raise UsageError(f"classifier logistic: expected one class per image, found protocol {self.protocol}")
         if not isinstance(self.neighbors, int) or not 1 <= self.neighbors <= 10_000:

@@ -54,7 +54,7 @@ def predict(
     options: RunOptions | None = None,
     *,
     weights: str | None = None,
-    root: str | None = None,
+    root: str | os.PathLike[str] | None = None,
     note: Callable[[str], None] = lambda text: None,
     observer: Observer | None = None,
 ) -> Iterator[Prediction]:

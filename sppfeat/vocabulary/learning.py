@@ -69,7 +69,7 @@ def learn_vocabulary(
     options: VocabularyOptions | None = None,
     *,
     workers: int | None = None,
-    root: str | None = None,
+    root: str | os.PathLike[str] | None = None,
     columns: Columns = DEFAULT_COLUMNS,
     overwrite: bool = False,
     observer: Observer | None = None,

@@ -148,7 +148,7 @@ def propose_folder(
     options: ProposalOptions | None = None,
     *,
     workers: int | None = None,
-    root: str | None = None,
+    root: str | os.PathLike[str] | None = None,
     resume: bool = True,
     overwrite: bool = False,
     observer: Observer | None = None,

@@ -21,6 +21,7 @@ import pytest
 from conftest import MakeStore
 
 from sppfeat import GalleryError, StoreBusyError, StoreError, UsageError
+from sppfeat.recipe import Recipe
 from sppfeat.retrieval import changes, gallery_files
 from sppfeat.retrieval.changes import add_to_gallery, create_gallery, read_names, remove_from_gallery
 from sppfeat.retrieval.faiss_index import IndexOptions, core, reconstruct
@@ -71,7 +72,7 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     assert_every_row_finds_itself(path, first, second, without=gone - set(second.names))
     gallery = open_gallery(path)
     assert {gallery.rows.image(row)[0].rsplit("/", 2)[0] for row in range(len(gallery))} == {"/nowhere", "/elsewhere"}
-    assert verify_gallery(gallery) == []
+    assert verify_gallery(gallery).problems == []
     assert {p.name for p in path.iterdir()} == {"gallery.json", *(entry.file for entry in gallery.about.entries)}
 
 
@@ -110,7 +111,7 @@ def test_a_few_rows_are_added_beside_the_others(make_store: MakeStore, tmp_path:
     assert_every_row_finds_itself(path, first, second, third)
     gallery = open_gallery(path)
     assert gallery.rows.image(0)[0] == "/nowhere/0000.jpg" and gallery.rows.image(606)[0] == "/elsewhere/new/6.jpg"
-    assert verify_gallery(gallery) == [] and len(list(path.iterdir())) == 5
+    assert verify_gallery(gallery).problems == [] and len(list(path.iterdir())) == 5
     held = reconstruct(gallery.index, np.array([605, 1, 600]))
     units = descriptors(600)[1] / np.linalg.norm(descriptors(600)[1])
     assert held.shape == (3, 16) and np.abs(held[1] - units).max() < (0.5 if "PCA" in factory else 0.1)
@@ -130,7 +131,7 @@ def test_a_few_rows_are_added_beside_the_others(make_store: MakeStore, tmp_path:
     many = make_store(descriptors(300, 8), "d.h5", names=[f"d{n}.jpg" for n in range(300)])
     assert add_to_gallery(many, path).about.files.added is None
     assert_every_row_finds_itself(path, first, second, third, many, without=gone)
-    assert verify_gallery(open_gallery(path)) == []
+    assert verify_gallery(open_gallery(path)).problems == []
 
 
 def test_added_rows_give_the_answers_of_one_index(make_store: MakeStore, tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_kill_9_while_adding(make_store: MakeStore, tmp_path: Path, count: int, 
         child.wait()
         gallery = open_gallery(path)
         seen.add(len(gallery))
-        assert len(gallery) in (count, count + new) and verify_gallery(gallery) == []
+        assert len(gallery) in (count, count + new) and verify_gallery(gallery).problems == []
         if len(gallery) == count + new:
             remove_from_gallery(path, more.names)
     assert count in seen
@@ -447,7 +448,47 @@ def test_names_that_slipped_are_found(make_store: MakeStore, tmp_path: Path) -> 
     )
     gallery_files._write_rows(path / "rows-1.h5", slipped)
     resign(path)
-    assert sum("differs from that of" in problem for problem in verify_gallery(open_gallery(path))) == 20
+    assert sum("differs from that of" in problem for problem in verify_gallery(open_gallery(path)).problems) == 20
+
+
+def test_what_was_not_compared_is_said(
+    make_store: MakeStore, tmp_path: Path, run_sppfeat: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    first, path = make_store(descriptors(30)), tmp_path / "g"
+    second = make_store(descriptors(20, 1), "second.h5", names=[f"second/{n}.jpg" for n in range(20)])
+    third = make_store(descriptors(10, 2), "third.h5", names=[f"third/{n}.jpg" for n in range(10)])
+    create_gallery(first, path, IndexOptions(factory="Flat"))
+    add_to_gallery(second, path)
+    add_to_gallery(third, path)
+    check = verify_gallery(open_gallery(path))
+    assert (check.problems, check.compared, check.passed_over) == ([], 60, [])
+    done = run_sppfeat("inspect", path, "--verify")
+    assert done.stderr == "" and done.stdout.endswith(
+        "match their checksums, and all rows match those of their stores\n"
+    )
+
+    # One store is gone, three images of another were described again, the third has another recipe.
+    first.path.unlink()
+    values = descriptors(20, 1)
+    values[:3] += 1
+    make_store(values, "second.h5", names=second.names)
+    make_store(descriptors(10, 2), "third.h5", names=third.names, recipe=Recipe(levels=(1,)))
+    check = verify_gallery(open_gallery(path))
+    assert check.problems == [] and check.compared == 17
+    assert check.passed_over == [
+        f"30 rows: {first.path}: expected a store, found no such file",
+        f"3 rows: {second.path} has other descriptors by now",
+        f"10 rows: {third.path} has another recipe by now",
+    ]
+    done = run_sppfeat("inspect", path, "--verify")
+    assert done.returncode == 0 and "and 17 of 60 rows match those of their stores\n" in done.stdout
+    assert done.stderr.splitlines() == [f"note: {path}: not compared: {line}" for line in check.passed_over]
+    document = json.loads(run_sppfeat("inspect", path, "--verify", "--json").stdout)
+    assert document["verified"] is True and document["compared"] == 17 and len(document["passed_over"]) == 3
+
+    create_gallery(second, tmp_path / "coded", IndexOptions(factory="SQ8"))
+    check = verify_gallery(open_gallery(tmp_path / "coded"))
+    assert (check.compared, check.passed_over) == (0, ["20 rows: the index holds codes, not rows"])
 
 
 def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> None:

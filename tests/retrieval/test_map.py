@@ -180,7 +180,7 @@ def test_a_gallery_keeps_its_map(make_store: MakeStore, tmp_path: Path, factory:
     check(gallery.points, 240)
     assert (which[nearest(gallery.points)] == which[:, None]).mean() > 0.8
     assert before.items() <= {p.name: p.stat().st_ino for p in path.iterdir()}.items()
-    assert verify_gallery(gallery) == []
+    assert verify_gallery(gallery).problems == []
     again = add_map(path)
     assert again is not None and np.array_equal(open_gallery(path).points, gallery.points)  # type: ignore[arg-type]
     assert {p.name for p in path.iterdir()} == {"gallery.json", *(entry.file for entry in again.about.entries)}

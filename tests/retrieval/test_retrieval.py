@@ -71,7 +71,9 @@ def test_two_stores_by_a_pattern(make_store: MakeStore) -> None:
         assert done.average_precisions[names[query]] == pytest.approx(100 * expected)
 
 
-def test_failed_rows_do_not_count(make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe) -> None:
+def test_failed_rows_do_not_count(
+    make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe, run_sppfeat: Callable[..., Any]
+) -> None:
     for number, folder in enumerate(("a", "b", "c")):
         make_images(3, f"data/{folder}", seed=number)
     (tmp_path / "data/a/0001.png").write_bytes(b"no")
@@ -80,6 +82,19 @@ def test_failed_rows_do_not_count(make_images: Callable[..., Path], tmp_path: Pa
     extract_folder(tmp_path / "data", tmp_path / "f.h5", tiny)
     done = evaluate_retrieval(open_store(tmp_path / "f.h5"))
     assert (done.gallery, done.queries, done.left_out) == (6, 5, ["c/0000.png"])
+    assert done.notes == [f"{tmp_path / 'f.h5'}: of 9 rows, 3 failed and are left out"]
+    told = run_sppfeat("evaluate", "retrieval", tmp_path / "f.h5").stderr
+    assert told == f"note: {done.notes[0]}\n"
+    # Two stores are told apart, and of a store that is both, once.
+    extract_folder(tmp_path / "data/c", tmp_path / "c.h5", tiny, root=tmp_path / "data")
+    both = evaluate_retrieval(open_store(tmp_path / "f.h5"), open_store(tmp_path / "c.h5"))
+    assert both.notes == [done.notes[0], f"{tmp_path / 'c.h5'}: of 3 rows, 2 failed and are left out"]
+    assert evaluate_retrieval(open_store(tmp_path / "f.h5"), open_store(tmp_path / "f.h5")).notes == done.notes
+    (tmp_path / "data/b/0000.png").unlink()
+    told = run_sppfeat("evaluate", "retrieval", tmp_path / "f.h5").stderr
+    assert told.splitlines()[1:] == [
+        f"note: {tmp_path / 'f.h5'}: 1 of 9 images have lost their file; `sppfeat extract --prune` removes their rows"
+    ]
 
 
 def test_ground_truth_with_junk(things: Store, tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_stores_are_compared_by_the_right_test(make_store: MakeStore) -> None:
         ({"classifier": "forest"}, "classifier"),
         ({"classifier": "knn", "positive_weight": 2.0}, "positive_weight: expected classifier svm, found knn"),
         ({"classifier": "logistic", "protocol": "voc2007"}, "expected one class per image, found protocol voc2007"),
+        ({"classifier": "knn", "device": "cuda"}, "classifier knn: expected device auto or cpu, found cuda"),
         ({"neighbors": 0}, "neighbors must be from 1"),
         ({"temperature": 0.0}, "temperature must be from"),
         ({"shots": (0,)}, "shots must be different numbers above 0"),
