@@ -10,7 +10,7 @@ import csv
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +77,7 @@ def find_duplicates(
     threshold: float | None = None,
     *,
     keep: str = KEEP[0],
+    root: str | os.PathLike[str] | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Duplicates:
     """Find all pairs of a finished store's described rows that are near each other, and groups of such rows.
@@ -85,7 +86,8 @@ def find_duplicates(
     another size, quality or color: every two of a group are, and they are linked by pairs that reach COMPARED_FROM, or
     of more than FEW_IMAGES COMPARED_FROM_OF_MANY. Their images are read for this, see `same_images`; of those that
     cannot be, pairs reach DEFAULT_THRESHOLD.
-    keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read. progress: called with the fraction
+    keep: one of KEEP, see `Keeping`; for `sharpest`, the images of groups are read. root: the folder that names are
+    relative to now; None: the store's. progress: called with the fraction
     of the work done, 0 to 1.
     Raises UsageError, StoreError.
     """
@@ -95,6 +97,8 @@ def find_duplicates(
             f"{threshold:g}{near_fraction(threshold)}"
         )
     check_keeping(store, keep)
+    if root is not None:
+        store = replace(store, source_root=os.fspath(root))
     rows = unit_rows(store)
     same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None
     if threshold is None:

@@ -18,6 +18,7 @@ from sppfeat.files import unsafe_name
 from sppfeat.images import Item, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval import (
+    Duplicates,
     Gallery,
     Member,
     SearchOptions,
@@ -194,9 +195,10 @@ class Collection:
         return Query(f"r-{row}", shown.name, shown.item, read_size(shown.item, self._max_pixels), row)
 
     def duplicates(
-        self, gallery: Gallery, threshold: float, progress: Callable[[float], None]
-    ) -> list[list[tuple[int, Member]]]:
-        """Groups of rows that are nearly equal, with their numbers, from the store that the gallery was built from.
+        self, gallery: Gallery, threshold: float | None, progress: Callable[[float], None]
+    ) -> tuple[Duplicates, list[list[tuple[int, Member]]]]:
+        """What `find_duplicates` finds in the store that the gallery was built from, and its groups with the rows'
+        numbers, of what is still in the gallery.
 
         Raises StoreError, UsageError: descriptors as they are stored are compared, which an index may not hold.
         """
@@ -205,10 +207,12 @@ class Collection:
             raise UsageError(
                 f"expected a gallery of one store, found {len(stores)}: `sppfeat duplicates` compares each"
             )
-        found = find_duplicates(open_store(stores[0]), threshold, progress=progress)
+        store = open_store(stores[0])
+        moved = self._images is not None and not is_url(store.source_root) and not os.path.exists(store.source_root)
+        found = find_duplicates(store, threshold, root=self._images if moved else None, progress=progress)
         row_of = {name: row for row, name in enumerate(gallery.rows.names)}
         groups = [[(row_of[one.name], one) for one in group if one.name in row_of] for group in found.groups]
-        return [group for group in groups if len(group) > 1]
+        return found, [group for group in groups if len(group) > 1]
 
     def search(self, gallery: Gallery, query: Query, options: SearchOptions, box: Box | None) -> SearchResult:
         """Search with an image, or with a part of it, but for the gallery's own rows of it. Raises SppFeatError."""

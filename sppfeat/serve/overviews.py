@@ -9,7 +9,7 @@ from fastapi import FastAPI, Path, Query, Response
 from fastapi.responses import FileResponse
 
 from sppfeat.errors import MissingExtraError
-from sppfeat.retrieval import DEFAULT_THRESHOLD, Gallery, check_map, tile_order
+from sppfeat.retrieval import Gallery, check_map, tile_order
 from sppfeat.serve.charting import chart, is_charted, sheet_of
 from sppfeat.serve.jobs import Standing
 from sppfeat.serve.schemas import DuplicatesAnswer, MapAnswer, Twin
@@ -23,11 +23,12 @@ _TWINS: Final = 100
 
 def add_duplicates(app: FastAPI, server: State) -> None:
     @app.get("/api/duplicates", response_model=DuplicatesAnswer)
-    async def duplicates(threshold: Annotated[float, Query(gt=0.5, le=1)] = DEFAULT_THRESHOLD) -> Response:
-        """Groups of images that are nearly equal. The first request begins the work; ask again until it is ready."""
+    async def duplicates(threshold: Annotated[float | None, Query(gt=0.5, le=1)] = None) -> Response:
+        """Groups of copies of one image, by their pixels; with a threshold, of images whose descriptors have such a
+        cosine. The first request begins the work; ask again until it is ready."""
         return await server.quick.run(lambda: as_json(ask(threshold)))
 
-    def ask(threshold: float) -> DuplicatesAnswer:
+    def ask(threshold: float | None) -> DuplicatesAnswer:
         opened = server.collection.current()
         key = opened.about.row_state, threshold
         job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
@@ -35,6 +36,7 @@ def add_duplicates(app: FastAPI, server: State) -> None:
             return DuplicatesAnswer(state="failed", detail=job.failed)
         if job.result is None:
             return DuplicatesAnswer(state="computing", done=job.done)
+        found, all_groups = job.result
         groups = [
             [
                 Twin(
@@ -47,15 +49,16 @@ def add_duplicates(app: FastAPI, server: State) -> None:
                 )
                 for row, one in group[:_TWINS]
             ]
-            for group in job.result[:_GROUPS]
+            for group in all_groups[:_GROUPS]
         ]
         return DuplicatesAnswer(
             state="ready",
             done=1,
             threshold=threshold,
             groups=groups,
-            more=len(job.result) - len(groups),
-            cut=sum(max(0, len(group) - _TWINS) for group in job.result[:_GROUPS]),
+            more=len(all_groups) - len(groups),
+            cut=sum(max(0, len(group) - _TWINS) for group in all_groups[:_GROUPS]),
+            notes=found.notes,
             generation=opened.about.row_state,
         )
 

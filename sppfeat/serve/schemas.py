@@ -156,13 +156,15 @@ class Twin(BaseModel):
 
 
 class DuplicatesAnswer(BaseModel):
-    """Groups of duplicates, the largest first; while they are computed, the fraction done. more: groups left out.
-    cut: images of the groups told that are left out. generation: as in SearchAnswer."""
+    """Groups of duplicates, the largest first; while they are computed, the fraction done. threshold: null where images
+    were compared. more: groups left out. cut: images of the groups told that are left out. notes: such as images that
+    could not be read. generation: as in SearchAnswer."""
 
     state: Literal["computing", "ready", "failed"]
     done: float = 0.0
     detail: str = ""
-    threshold: float = 0.0
+    threshold: float | None = None
+    notes: list[str] = []
     groups: list[list[Twin]] = []
     more: int = 0
     cut: int = 0

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from fastapi import Query, Response, UploadFile
 from pydantic import BaseModel
 
-from sppfeat.retrieval import Gallery, Member
+from sppfeat.retrieval import Duplicates, Gallery, Member
 from sppfeat.serve.collection import Collection
 from sppfeat.serve.jobs import Jobs
 from sppfeat.serve.models import Models
@@ -41,7 +41,7 @@ class State:
         # What is in memory is answered at once, however slow the images are.
         self.quick = Pool(2, 16 * options.waiting, options.seconds, "quick")
         self.slow = Pool(1, options.waiting // 4, options.seconds, "models")
-        self.duplicates: Jobs[list[list[tuple[int, Member]]]] = Jobs("duplicates")
+        self.duplicates: Jobs[tuple[Duplicates, list[list[tuple[int, Member]]]]] = Jobs("duplicates")
         self.charts: Jobs[bool] = Jobs("map")
         self.notes: list[str] = []
 

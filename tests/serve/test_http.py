@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from conftest import TINY
 from PIL import Image
 from starlette.testclient import TestClient
 
-from sppfeat import RunOptions, UsageError, extract_folder, open_store
+from sppfeat import RunOptions, UsageError, extract_folder, find_duplicates, open_store
 from sppfeat.retrieval import SearchOptions, add_to_gallery, create_gallery, open_gallery, search_images
 from sppfeat.serve import ServeOptions
 from sppfeat.serve.app import create_app
@@ -408,27 +409,52 @@ class TestGuard:
             ServeOptions(port=70000)
 
 
-def test_duplicates(page: TestClient, path: Path, tmp_path: Path) -> None:
-    """Begun by the first request; the copy among the photographs is found."""
+def duplicates_of(page: TestClient, query: str = "") -> dict[str, Any]:
+    """The answer, once it is there."""
     for _ in range(100):
-        found = page.get("/api/duplicates?threshold=0.99").json()
-        if found["state"] != "computing":
+        answer = page.get(f"/api/duplicates{query}").json()
+        if answer["state"] != "computing":
             break
         time.sleep(0.1)
+    return dict(answer)
+
+
+def test_duplicates(page: TestClient, path: Path, tmp_path: Path) -> None:
+    """Begun by the first request; the copy among the photographs is found."""
+    found = duplicates_of(page, "?threshold=0.99")
     assert found["state"] == "ready" and found["threshold"] == 0.99 and found["more"] == 0
     names = open_gallery(path).rows.names
     (copied,) = (group for group in found["groups"] if "<script>alert(1)<.jpg" in [one["name"] for one in group])
     assert found["generation"] == page.get("/api/gallery").json()["generation"] and found["cut"] == 0
     assert len(copied) == 2 and all(names[one["row"]] == one["name"] and one["there"] for one in copied)
     assert copied[0]["score"] == pytest.approx(1, abs=1e-5) and copied[1]["score"] > 0.99
+    # Without a threshold images are compared, as `sppfeat duplicates` does.
+    by_pixels = duplicates_of(page)
+    assert by_pixels["state"] == "ready" and by_pixels["threshold"] is None and by_pixels["notes"] == []
+    expected = find_duplicates(open_store(tmp_path / "f.h5"))
+    assert expected.compared and expected.groups
+    assert [[one["name"] for one in group] for group in by_pixels["groups"]] == [
+        [one.name for one in group] for group in expected.groups
+    ]
     (tmp_path / "f.h5").unlink()
-    for _ in range(100):
-        gone = page.get("/api/duplicates?threshold=0.9").json()
-        if gone["state"] != "computing":
-            break
-        time.sleep(0.1)
+    gone = duplicates_of(page, "?threshold=0.9")
     assert gone["state"] == "failed" and "f.h5" in gone["detail"]
     assert page.get("/api/duplicates?threshold=2").status_code == 422
+
+
+def test_duplicates_of_images_that_moved(path: Path, images: Path, tmp_path: Path) -> None:
+    expected = find_duplicates(open_store(tmp_path / "f.h5"))
+    images.rename(tmp_path / "elsewhere")
+    with client(path) as page:
+        lost = duplicates_of(page)
+    assert lost["state"] == "ready" and len(lost["notes"]) == 2
+    assert "is not there; if it was moved" in lost["notes"][0] and "could not be read" in lost["notes"][1]
+    with client(path, ServeOptions(images=str(tmp_path / "elsewhere"))) as page:
+        found = duplicates_of(page)
+    assert found["notes"] == [] and all(one["there"] for group in found["groups"] for one in group)
+    assert [[one["name"] for one in group] for group in found["groups"]] == [
+        [one.name for one in group] for group in expected.groups
+    ]
 
 
 def test_hostile_names_are_only_text(page: TestClient, path: Path) -> None:

@@ -478,6 +478,22 @@ def test_duplicates(opened: Open) -> None:
     assert found(page)[0] == "space/hubble_small.jpg"
 
 
+def test_duplicates_by_images_and_by_descriptors(opened: Open) -> None:
+    page = opened("#/duplicates")
+    status, slider = page.locator("#duplicates-status"), page.get_by_label("Least similarity (cosine)", exact=True)
+    expect(status).to_contain_text("2 groups: one of each is kept")
+    expect(page.get_by_label("Compare", exact=True)).to_have_value("images")
+    expect(slider).to_be_hidden()
+    page.get_by_label("Compare", exact=True).select_option("descriptors")
+    page.wait_for_url("**threshold=0.95")
+    expect(slider).to_have_value("0.95")
+    expect(status).to_contain_text("group")
+    page.get_by_label("Compare", exact=True).select_option("images")
+    page.wait_for_url("**#/duplicates")
+    expect(status).to_contain_text("2 groups: one of each is kept")
+    assert page.locator("#duplicates-notes p").count() == 0
+
+
 def test_objects_and_classes(opened: Open, make_images: Callable[..., Path], tmp_path: Path) -> None:
     gallery, detector, classifier = make_models(make_images, tmp_path)
     with running(gallery, "--detector", detector, "--classifier", classifier) as at:

@@ -38,7 +38,7 @@ export const setGeneration = (of) => (generation = of);
 export const getGallery = () => json("/api/gallery");
 export const getMap = (signal) => json("/api/map", { signal });
 export const startMap = () => json("/api/map", { method: "POST" });
-export const getDuplicates = (threshold, signal) => json(`/api/duplicates?threshold=${threshold}`, { signal });
+export const getDuplicates = (threshold, signal) => json(`/api/duplicates${threshold === null ? "" : `?threshold=${threshold}`}`, { signal });
 export const getBytes = async (path, signal) => (await ask(path, { signal })).arrayBuffer();
 
 /** Names of rows, in their order. */

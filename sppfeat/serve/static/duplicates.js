@@ -1,21 +1,23 @@
-// Groups of nearly equal images; which one to keep is chosen here, and the list exported. Nothing is deleted.
+// Groups of copies, or of nearly equal images; which one to keep is chosen here, and the list exported. Nothing is deleted.
 import { $, count, el, later, save, sleep, tell, thumbnail } from "./dom.js";
 import { getDuplicates, imageUrl } from "./api.js";
 import { shape } from "./heat.js";
 
 const PAGE = 40; // groups in the document with each step
 const DEFAULT = 0.95;
-let go = null, replaced = null, groups = [], keep = new Map(), shown = 0, running = null, threshold = DEFAULT, loaded = null, soon = null, gallery = null;
+// threshold: null where images are compared. loaded: the threshold of the groups shown; undefined if none are.
+let go = null, replaced = null, groups = [], keep = new Map(), shown = 0, running = null, threshold = null, loaded, soon = null, gallery = null;
 
 export function setUp(navigate, look) {
   go = navigate;
   replaced = look;
   const chosen = () => {
     const value = Number($("threshold").value);
-    if (value > 0.5 && value <= 1) go("duplicates", { threshold: value === DEFAULT ? null : value }, true);
+    if (value > 0.5 && value <= 1) go("duplicates", { threshold: value }, true);
     else tell($("duplicates-fault"), "Least similarity: expected a number above 0.5, at most 1.");
   };
   soon = later(chosen, 400); // each step of a slider would start a comparison of all images
+  $("by").addEventListener("change", () => go("duplicates", { threshold: $("by").value === "images" ? null : DEFAULT }, true));
   $("threshold").addEventListener("change", chosen);
   $("threshold-range").addEventListener("input", () => {
     $("threshold").value = $("threshold-range").value;
@@ -28,7 +30,7 @@ export function setUp(navigate, look) {
 export function setGallery(opened) {
   gallery = opened;
   groups = [];
-  loaded = null;
+  loaded = undefined;
 }
 
 export function leave() {
@@ -38,14 +40,17 @@ export function leave() {
 
 export async function enter(parameters) {
   const asked = Number(parameters.get("threshold"));
-  threshold = asked > 0.5 && asked <= 1 ? asked : DEFAULT;
-  $("threshold").value = $("threshold-range").value = threshold;
+  threshold = asked > 0.5 && asked <= 1 ? asked : null;
+  $("by").value = threshold === null ? "images" : "descriptors";
+  $("by-descriptors").hidden = threshold === null;
+  $("threshold").value = $("threshold-range").value = threshold ?? DEFAULT;
   if (loaded === threshold) return; // choices made stay
   running?.abort();
   const mine = (running = new AbortController());
-  loaded = null;
+  loaded = undefined;
   groups = [];
   $("groups").replaceChildren();
+  $("duplicates-notes").replaceChildren();
   $("export").disabled = $("more-groups").hidden = true;
   tell($("duplicates-fault"), null);
   $("duplicates-status").textContent = "Comparing images …";
@@ -79,7 +84,8 @@ function show(answer) {
   const cut = answer.cut ? ` ${count(answer.cut, "image")} of very large groups are not listed.` : "";
   $("duplicates-status").textContent = groups.length
     ? `${count(groups.length, "group")}: one of each is kept, ${count(removed, "image")} marked to remove.${left}${cut}`
-    : "No groups at this similarity.";
+    : threshold === null ? "No copies." : "No groups at this similarity.";
+  $("duplicates-notes").replaceChildren(...answer.notes.map((note) => el("p", { className: "note" }, note)));
   more();
 }
 
