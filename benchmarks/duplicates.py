@@ -32,7 +32,7 @@ BLOCK = 1 << 25  # values at a time
 
 
 def make_store(path: Path, count: int, dim: int, clustered: bool) -> np.ndarray:
-    """A store of rows around centres, or of none, and pairs [P, 2] of rows, second a noisy copy of the first.
+    """A store of rows around centers, or of none, and pairs [P, 2] of rows, second a noisy copy of the first.
 
     Cosines of the pairs are spread evenly from the threshold to 1; a row is in one pair at most.
     """
@@ -41,8 +41,8 @@ def make_store(path: Path, count: int, dim: int, clustered: bool) -> np.ndarray:
 
     generator = np.random.default_rng(0)
     weights = np.arange(1, dim + 1, dtype=np.float32) ** -DECAY
-    centres = generator.standard_normal((max(10, count * CLUSTERS // ROWS), dim), np.float32) * weights
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    centers = generator.standard_normal((max(10, count * CLUSTERS // ROWS), dim), np.float32) * weights
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
     names = [f"{number:07}.jpg" for number in range(count)]
     create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=dim, source_root="/nowhere")
     view = {
@@ -54,7 +54,7 @@ def make_store(path: Path, count: int, dim: int, clustered: bool) -> np.ndarray:
         rows = generator.standard_normal((min(size, count - start), dim), np.float32)
         if clustered:
             rows *= weights * (NOISE / np.sqrt((weights**2).sum()))
-            rows += centres[generator.integers(0, len(centres), len(rows))]
+            rows += centers[generator.integers(0, len(centers), len(rows))]
         view["descriptors"][start : start + len(rows)] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = generator.permutation(count)[: 2 * (count // PLANTED)].reshape(-1, 2)
     for start in range(0, len(pairs), size):
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=str(ROWS), help="numbers of rows (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="length of a row (default: %(default)s)")
-    parser.add_argument("--kinds", default="clustered,even", help="rows around centres, or in all directions alike")
+    parser.add_argument("--kinds", default="clustered,even", help="rows around centers, or in all directions alike")
     parser.add_argument("--folder", type=Path, help="folder for the stores (default: a temporary one)")
     arguments = parser.parse_args()
     print(f"{processor()}, {available_cores()} cores, Python {platform.python_version()}, numpy {version('numpy')}\n")

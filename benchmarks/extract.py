@@ -2,7 +2,7 @@
 
     python benchmarks/extract.py DATA/caltech101-subset
 
-The plain loop: the network's own transform with its centre crop, a DataLoader (every worker count tried once, the best
+The plain loop: the network's own transform with its center crop, a DataLoader (every worker count tried once, the best
 one kept), and the eager network up to the pooled features; batch of 8. sppfeat: `extract_folder` into a store. Each run
 is a separate process and sides take turns; medians are printed. Images per second count from the first requested image
 to the last finished row; the whole process also counts imports and loading the network, on both sides.
@@ -252,13 +252,13 @@ def compare(listing: Path, count: int, name: str, size: int, store: Path, repeat
     tried = {n: run("plain_loop", listing, name, size, n).loop for n in sorted({0, 1, 2, available_cores()})}
     best = min(tried, key=lambda workers: tried[workers])
     sides: dict[str, tuple[object, ...]] = {
-        f"plain loop, {size} centre crop, {best} workers": ("plain_loop", listing, name, size, best)
+        f"plain loop, {size} center crop, {best} workers": ("plain_loop", listing, name, size, best)
     }
     if python is not None:
-        sides[f"thingsvision, {size} centre crop"] = ("thingsvision", listing, name, size)
+        sides[f"thingsvision, {size} center crop"] = ("thingsvision", listing, name, size)
     for text, crop, precision, engine in (
         (f"sppfeat, whole image, short side {size}", "none", "float32", "auto"),
-        (f"sppfeat, {size} centre crop (equal pixels)", "center", "float32", "auto"),
+        (f"sppfeat, {size} center crop (equal pixels)", "center", "float32", "auto"),
         ("sppfeat, whole image, int8", "none", "int8", "auto"),
         ("sppfeat, whole image, bfloat16", "none", "bfloat16", "auto"),
         ("sppfeat, whole image, torch engine", "none", "float32", "torch"),

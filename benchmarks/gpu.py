@@ -291,8 +291,8 @@ def search() -> None:
     seconds = time.perf_counter() - start
     exact = faiss.IndexFlatIP(512)
     exact.add(rows)
-    check("FAISS's neighbours", np.array_equal(found[:50, 0], exact.search(rows[:50], 10)[1][:, 0]))
-    print(f"\nFAISS, exact, 200,000 x 512, 10 neighbours: {10_000 / seconds:.0f} queries/s")
+    check("FAISS's neighbors", np.array_equal(found[:50, 0], exact.search(rows[:50], 10)[1][:, 0]))
+    print(f"\nFAISS, exact, 200,000 x 512, 10 neighbors: {10_000 / seconds:.0f} queries/s")
 
 
 def images_in(folder: Path, count: int) -> None:

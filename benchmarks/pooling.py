@@ -104,10 +104,10 @@ def main() -> None:
     ways: dict[str, Callable[[Maps, Maps], np.ndarray]] = {
         "maximum (default)": lambda maps, _: pooled(maps),
         "average": lambda maps, _: pooled(maps, "avg"),
-        "generalised mean, p = 3": lambda maps, _: pooled(maps, "gem"),
-        "generalised mean, p = 6": lambda maps, _: pooled(maps, "gem", 6.0),
+        "generalized mean, p = 3": lambda maps, _: pooled(maps, "gem"),
+        "generalized mean, p = 6": lambda maps, _: pooled(maps, "gem", 6.0),
         "regional maxima, unit length each, averaged (R-MAC)": lambda maps, _: unit(pooled(maps)).mean(1),
-        "regional generalised means, averaged (SuperGlobal)": lambda maps, _: pooled(maps, "gem").mean(1),
+        "regional generalized means, averaged (SuperGlobal)": lambda maps, _: pooled(maps, "gem").mean(1),
         "bins of unit length": lambda maps, _: unit(pooled(maps)),
         "signed square root": lambda maps, _: signed(pooled(maps), 0.5),
         "signed power 0.25": lambda maps, _: signed(pooled(maps), 0.25),

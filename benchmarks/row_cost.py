@@ -4,7 +4,7 @@
 
 `rows`: the pipeline and the store alone. Decoding returns an image of 8 x 8 that is in memory already; the network
 returns maps without reading its input, and pooling rows of noise. All else is a run's own: scheduling, batches,
-normalising, the stored type, the store's writer with its syncs. CPU time is the threads' own, by what they do, and the
+normalizing, the stored type, the store's writer with its syncs. CPU time is the threads' own, by what they do, and the
 process's for all of them; the wall clock stops when the last row's status is on disk. Medians are printed. `--profile`
 prints where the scheduling thread and the writer spend their time instead.
 """

@@ -32,28 +32,28 @@ PHOTOS = Path(__file__).parents[1] / "photos"
 ROWS, DIM, CLUSTERS, QUERIES, K = 1_000_000, 512, 10_000, 1_000, 10
 # Directions weigh like those of descriptors: the i-th standard deviation falls with the square root of i.
 DECAY = 0.5
-# Length of the noise in a cluster against that of its centre.
+# Length of the noise in a cluster against that of its center.
 NOISE = 0.7
 
 
-def make_rows(generator: np.random.Generator, centres: np.ndarray, count: int) -> np.ndarray:
-    """Rows [count, DIM] of length 1 around centres, as float16."""
+def make_rows(generator: np.random.Generator, centers: np.ndarray, count: int) -> np.ndarray:
+    """Rows [count, DIM] of length 1 around centers, as float16."""
     weights = np.arange(1, DIM + 1, dtype=np.float32) ** -DECAY
     noise = generator.standard_normal((count, DIM), np.float32) * weights
     noise *= NOISE / np.sqrt((weights**2).sum())
-    rows = centres[generator.integers(0, len(centres), count)] + noise
+    rows = centers[generator.integers(0, len(centers), count)] + noise
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
 def make_data(folder: Path, count: int) -> None:
-    """A store of `count` rows, and queries of the same clusters that are not in it, with their true neighbours."""
+    """A store of `count` rows, and queries of the same clusters that are not in it, with their true neighbors."""
     from sppfeat import Recipe, open_store
     from sppfeat.store.writing import create_store
 
     generator = np.random.default_rng(0)
     weights = np.arange(1, DIM + 1, dtype=np.float32) ** -DECAY
-    centres = generator.standard_normal((max(10, count * CLUSTERS // ROWS), DIM), np.float32) * weights
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    centers = generator.standard_normal((max(10, count * CLUSTERS // ROWS), DIM), np.float32) * weights
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
     path = folder / "rows.h5"
     names = [f"{number:07}.jpg" for number in range(count)]
     create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=DIM, source_root="/nowhere")
@@ -63,11 +63,11 @@ def make_data(folder: Path, count: int) -> None:
         for name, column in columns.items()
         if name in ("descriptors", "status", "checksum", "image_size")
     }
-    queries = make_rows(generator, centres, QUERIES)
+    queries = make_rows(generator, centers, QUERIES)
     best: list[tuple[np.ndarray, np.ndarray]] = []
     asked = queries.astype(np.float32)
     for start in range(0, count, 50_000):
-        rows = make_rows(generator, centres, min(50_000, count - start))
+        rows = make_rows(generator, centers, min(50_000, count - start))
         part = slice(start, start + len(rows))
         view["descriptors"][part] = rows
         view["checksum"][part] = [zlib.crc32(row.data) for row in rows]
@@ -270,7 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         if "overhead" in arguments.parts:
             table(
-                f"{QUERIES:,} queries of a ready matrix, Flat, {K} neighbours, medians of 7",
+                f"{QUERIES:,} queries of a ready matrix, Flat, {K} neighbors, medians of 7",
                 "rows | values | raw FAISS, ms | library, ms | more",
             )
             for count, dim in ((20_000, 512), (100_000, 512), (2_000, 16_000)):
@@ -305,7 +305,7 @@ def main() -> None:
             if not (folder / "queries.npz").exists():
                 make_data(folder, count)
             table(
-                f"{count:,} x {DIM} clustered rows, {QUERIES:,} queries beside them, {K} neighbours",
+                f"{count:,} x {DIM} clustered rows, {QUERIES:,} queries beside them, {K} neighbors",
                 "requested | index | set to | build, s | peak memory, MB | file, MB | recall@10 | queries/s, together "
                 "| one by one, ms",
             )

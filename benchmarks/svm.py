@@ -3,7 +3,7 @@
     python benchmarks/svm.py [STORE] [--averages STORE]
 
 Descriptors are synthetic, with a Gram matrix whose eigenvalues fall as those of real ones do; or the rows of a store,
-labelled by their folders, and for the smaller shapes of a store of global averages that are not normalised. LinearSVC
+labeled by their folders, and for the smaller shapes of a store of global averages that are not normalized. LinearSVC
 gets ready rows in double precision, and the loosest tolerance at which every measured class comes within 1e-4 of the
 best objective; sppfeat gets half-precision rows on disk, and its default tolerance. Every side is a separate process;
 memory is as counted by the operating system.
@@ -55,11 +55,11 @@ def make_descriptors(path: Path, count: int, dim: int, classes: int, seed: int =
     mean = random.normal(0.3, 0.5, dim).astype(np.float32)
     axes = random.normal(size=(256, dim)).astype(np.float32)
     scale = (0.25 / np.sqrt(1 + np.arange(256) / 8)).astype(np.float32)
-    centres = 0.8 * scale * random.normal(size=(classes, 256)).astype(np.float32)
+    centers = 0.8 * scale * random.normal(size=(classes, 256)).astype(np.float32)
     labels = random.permutation(np.arange(count) % classes)
     rows = np.lib.format.open_memmap(path, "w+", np.float16, (count, dim))
     for first in range(0, count, 1000):
-        latent = centres[labels[first : first + 1000]]
+        latent = centers[labels[first : first + 1000]]
         latent = latent + scale * random.normal(size=latent.shape).astype(np.float32)
         noise = 0.6 * random.standard_normal((len(latent), dim), dtype=np.float32)
         block = np.maximum(mean + latent @ axes + noise, 0)
@@ -254,7 +254,7 @@ def compare(path: str, classes: int) -> None:
 
 
 def save_store(store: Path, path: Path) -> int:
-    """Write the described rows of a store, labelled by folder, as `make_descriptors` does; returns the class count."""
+    """Write the described rows of a store, labeled by folder, as `make_descriptors` does; returns the class count."""
     from sppfeat import Status, open_store
 
     opened = open_store(store)

@@ -74,7 +74,7 @@ def retrieval(
         str | None,
         typer.Option(
             metavar="CSV",
-            help="Which image holds a query and where, query,name,x1,y1,x2,y2: also measures localisation.",
+            help="Which image holds a query and where, query,name,x1,y1,x2,y2: also measures localization.",
             show_default=False,
         ),
     ] = None,

@@ -202,7 +202,7 @@ def _inspect_vocabulary(file: str, as_json: bool) -> None:
         "file": file,
         "format": "vocabulary",
         "words": found.words,
-        "dim": found.centres.shape[1],
+        "dim": found.centers.shape[1],
         "images": found.images,
         "descriptors": found.descriptors,
         "seed": found.seed,

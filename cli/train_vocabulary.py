@@ -31,7 +31,7 @@ def vocabulary(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Learn a vocabulary of visual words from images: the centres of k-means over dense SIFT descriptors.
+    """Learn a vocabulary of visual words from images: the centers of k-means over dense SIFT descriptors.
 
     It is for `sppfeat extract --backbone sift-bow --vocabulary`. An image that cannot be read is reported and left
     out, and the exit code is 3.

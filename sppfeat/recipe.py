@@ -42,7 +42,7 @@ class Recipe:
     """Everything that changes descriptor values; saved as JSON in every file made from it.
 
     Several backbones, joined by `+`, and several layers, joined by `,`, give a descriptor of several parts, each
-    normalised by itself, in the order backbone, scale (if scales are concatenated), layer; see `parts`.
+    normalized by itself, in the order backbone, scale (if scales are concatenated), layer; see `parts`.
 
     backbone: `efficientnet_lite0|1|2`, `torchvision:NAME`, `timm:NAME` or `sift-bow` (bags of visual words, see
         `sppfeat.engines.sift_engine`), or several, such as `efficientnet_lite0+efficientnet_lite2`. One may have scales
@@ -54,7 +54,7 @@ class Recipe:
         backbones those of all of them, or of each, joined by `+`; None: the backbone's default.
     scales: short sides in pixels, or `native` (no resizing).
     levels: pyramid levels; level n is an n x n grid over the feature map.
-    pooling: `max`, `avg`, or `gem` (generalised mean with exponent `gem_p`).
+    pooling: `max`, `avg`, or `gem` (generalized mean with exponent `gem_p`).
     fuse: how the descriptors of several scales become one: `mean`, `max` or `concat`.
     normalize: of each scale's descriptor, before `fuse`: `l2`, `signed-sqrt-l2` or `none`.
     precision: of the network's arithmetic. dtype: of the stored values.
@@ -307,7 +307,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Part:
-    """The values `start` to `end` of a descriptor: the pyramid of one layer of one backbone, normalised by itself.
+    """The values `start` to `end` of a descriptor: the pyramid of one layer of one backbone, normalized by itself.
 
     scale: None where the scales are fused into one.
     """

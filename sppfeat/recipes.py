@@ -29,7 +29,7 @@ NAMED: Final[Mapping[str, NamedRecipe]] = MappingProxyType(
             {"backbone": "efficientnet_lite0@320+efficientnet_lite1@256+efficientnet_lite2@288"},
             "classification at its best, by three networks",
         ),
-        # Scored as pooled: there is nothing to normalise. See benchmarks/results/detection.md.
+        # Scored as pooled: there is nothing to normalize. See benchmarks/results/detection.md.
         "detection": NamedRecipe(
             {
                 "scales": (480,),

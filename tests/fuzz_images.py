@@ -72,7 +72,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def by_hand(noise: np.ndarray) -> dict[str, bytes]:
-    """What Pillow reads and cannot write: tiles, interlaced and 16-bit colour PNG, run-length BMP."""
+    """What Pillow reads and cannot write: tiles, interlaced and 16-bit color PNG, run-length BMP."""
     gray, rgb = noise[..., 0], noise[..., :3]
     result = {}
     for name, compression in (("raw", 1), ("deflate", 8)):

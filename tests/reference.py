@@ -119,7 +119,7 @@ def pool_words(word_map: np.ndarray, words: int, levels: Sequence[int], pooling:
 
 
 def normalize(descriptor: Sequence[float], kind: str) -> list[float]:
-    """One descriptor, normalised by `l2`, `signed-sqrt-l2` or `none`; one of zeros stays as it is."""
+    """One descriptor, normalized by `l2`, `signed-sqrt-l2` or `none`; one of zeros stays as it is."""
     values = [float(v) for v in descriptor]
     if kind == "none":
         return values
@@ -172,17 +172,17 @@ def principal_components(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 def map_edge_pair(
     first: float, last: float, length: int, input_length: int, size: int, stride: int, offset: float
 ) -> tuple[int, int]:
-    """First and last cell of a window along one axis: the cells whose centres lie strictly between its edges.
+    """First and last cell of a window along one axis: the cells whose centers lie strictly between its edges.
 
-    Edges on the image's border reach to the map's; where no centre is inside, the cell nearest the window's middle.
+    Edges on the image's border reach to the map's; where no center is inside, the cell nearest the window's middle.
     """
     begin = (first + 0.5) * input_length / length - 0.5
     end = (last + 0.5) * input_length / length - 0.5
-    centres = [offset + stride * cell for cell in range(-1000, 1000)]
+    centers = [offset + stride * cell for cell in range(-1000, 1000)]
     inside = [
         cell
-        for cell, centre in zip(range(-1000, 1000), centres, strict=True)
-        if (centre > begin or (first <= 0 and cell >= 0)) and (centre < end or (last >= length - 1 and cell < size))
+        for cell, center in zip(range(-1000, 1000), centers, strict=True)
+        if (center > begin or (first <= 0 and cell >= 0)) and (center < end or (last >= length - 1 and cell < size))
     ]
     if inside:
         low, high = min(inside), max(inside)

@@ -1,4 +1,4 @@
-"""Small images of coloured blocks, annotated, with windows: something that detectors can learn."""
+"""Small images of colored blocks, annotated, with windows: something that detectors can learn."""
 
 from __future__ import annotations
 

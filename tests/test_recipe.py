@@ -142,7 +142,7 @@ BAD: dict[str, list[Any]] = {
     "precision": ["float64"],
     "calibration": ["", "0123456789abcdef", 5],
     "dtype": ["bfloat16"],
-    "crop": ["centre"],
+    "crop": ["middle"],
     "size_multiple": [0, 513, 1.0, True, None],
     "min_side": [0, MAX_SCALE + 1, 8.0],
     "max_aspect": [0.9, 2e6, math.nan, math.inf, "20"],

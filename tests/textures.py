@@ -37,9 +37,9 @@ def make_textures(folder: Path, count: int) -> Path:
 
 
 def random_vocabulary(words: int, seed: int = 0) -> Vocabulary:
-    """Centres as far apart as descriptors of noise."""
-    centres = np.random.default_rng(seed).integers(0, 120, (words, 128)).astype(np.float32)
-    return Vocabulary(centres=centres, seed=seed, images=1, descriptors=words, objective=1.5, versions={"sppfeat": "0"})
+    """Centers as far apart as descriptors of noise."""
+    centers = np.random.default_rng(seed).integers(0, 120, (words, 128)).astype(np.float32)
+    return Vocabulary(centers=centers, seed=seed, images=1, descriptors=words, objective=1.5, versions={"sppfeat": "0"})
 
 
 def save_random(path: Path, words: int = 6, seed: int = 0) -> Path:

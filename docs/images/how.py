@@ -123,14 +123,14 @@ def pyramid(photo: Image.Image, energy: np.ndarray) -> None:
 
 
 def geometry(photo: Image.Image, energy: np.ndarray, description: object, size: tuple[int, int]) -> None:
-    """A window, the pixels that cells are centred on, and the roi."""
+    """A window, the pixels that cells are centered on, and the roi."""
     image, draw = canvas(520)
     rows, columns = description.geometry(size[1], size[0])  # type: ignore[attr-defined]
     roi = map_windows(np.array([WINDOW]), photo.size, size, columns, rows)[0]
     factor = 570 / photo.width
     shown = photo.resize((570, round(photo.height * factor)), Image.Resampling.LANCZOS)
     title(
-        draw, 20, "A window, and where cells are centred", f"stride {columns.stride}, offset {columns.offset:g} pixels"
+        draw, 20, "A window, and where cells are centered", f"stride {columns.stride}, offset {columns.offset:g} pixels"
     )
     image.paste(shown, (20, 85))
     across, down = photo.width / size[0], photo.height / size[1]

@@ -35,7 +35,7 @@ _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The input that a network's weights expect: normalisation of values in 0..1, and how images are resized."""
+    """The input that a network's weights expect: normalization of values in 0..1, and how images are resized."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -70,7 +70,7 @@ class Backbone:
 
     @property
     def trunk(self) -> nn.Module:
-        """The module from normalised images [N, 3, H, W] to the list of each layer's feature maps [N, C, h, w]."""
+        """The module from normalized images [N, 3, H, W] to the list of each layer's feature maps [N, C, h, w]."""
         return self._trunk
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -95,7 +95,7 @@ class Backbone:
 class Trunk:
     """A network up to some layers with its weights as they were trained: what is tuned. In evaluation mode, on the CPU.
 
-    recipe: filled in. network: the whole network. cuttable: the same, by its layers. module: from normalised images
+    recipe: filled in. network: the whole network. cuttable: the same, by its layers. module: from normalized images
     [N, 3, H, W] to the list of each layer's feature maps.
     """
 
@@ -350,7 +350,7 @@ def weights_sha256(weights: Weights) -> str:
 def _build(backbone: str, weights: str) -> tuple[nn.Module, InputSpec, Weights | None]:
     """A network, the input it expects, and the weights that are still to be loaded."""
     family, _, name = backbone.rpartition(":")
-    # Networks are initialised from the global generator; a fixed seed makes `random` the same everywhere.
+    # Networks are initialized from the global generator; a fixed seed makes `random` the same everywhere.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the GPUs, too
         if backbone in PACKAGED:
@@ -379,7 +379,7 @@ def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, InputSpe
         tuple(getattr(transform, "std", _IMAGENET_STD)),
         _interpolation(getattr(getattr(transform, "interpolation", None), "value", "bilinear")),
     )
-    # Some constructors warn about a default initialisation that is about to be replaced.
+    # Some constructors warn about a default initialization that is about to be replaced.
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
     try:
         return models.get_model(name, weights=best if pretrained else None, **options), spec

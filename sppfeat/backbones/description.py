@@ -150,15 +150,15 @@ def package_file(package: str) -> str | None:
 
 # These fields of a recipe determine the network; the others only say what is done with its maps.
 _NETWORK_FIELDS: Final = ("backbone", "weights", "layer", "mean", "std", "interpolation")
-_Colour = tuple[float, float, float]
+_Color = tuple[float, float, float]
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     """A description as stored in the cache: the recipe's fields that were filled in, and the rest."""
 
     weights: str
-    mean: _Colour
-    std: _Colour
+    mean: _Color
+    std: _Color
     interpolation: str
     layer: Layer
     weights_sha256: str

@@ -13,7 +13,7 @@ from sppfeat.errors import BackboneError
 class Geometry:
     """One axis of a feature map, in input pixels.
 
-    Cell i is centred on pixel `offset + stride * i`, and depends on the pixels up to (receptive_field - 1) / 2 away
+    Cell i is centered on pixel `offset + stride * i`, and depends on the pixels up to (receptive_field - 1) / 2 away
     from it. `size` is the number of cells. Gates that see the whole image (squeeze-and-excitation) do not count.
     """
 

@@ -154,7 +154,7 @@ def fold_batch_norms(trunk: fx.GraphModule) -> fx.GraphModule:
             continue
         convolution, norm = modules[str(source.target)], modules[str(node.target)]
         if (
-            # Other kinds of Conv2d may recompute their weights in each call (weight standardisation).
+            # Other kinds of Conv2d may recompute their weights in each call (weight standardization).
             type(convolution).__name__ not in ("Conv2d", "Conv2dSame")
             # Weights shared by several calls cannot absorb one norm, and a norm shared by several calls must stay.
             or max(calls[str(source.target)], calls[str(node.target)]) > 1

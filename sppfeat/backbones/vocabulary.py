@@ -1,9 +1,9 @@
-"""A vocabulary of visual words: centres of SIFT descriptors in one HDF5 file, the weights of backbone sift-bow.
+"""A vocabulary of visual words: centers of SIFT descriptors in one HDF5 file, the weights of backbone sift-bow.
 
-    /centres  (words, 128)  float32
+    /centers  (words, 128)  float32
 
 with the root attributes `format`, `format_version`, `seed`, `images` and `descriptors` (the numbers it was learned
-from), `objective` (the mean squared distance of these descriptors to their nearest centre), `versions` (JSON).
+from), `objective` (the mean squared distance of these descriptors to their nearest center), `versions` (JSON).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _BLOCK_VALUES: Final = 1 << 18
 class Vocabulary:
     """Visual words, and what they were learned from.
 
-    centres: [words, 128] float32, from 0 to 256. seed: of the choice of images and descriptors, and of k-means.
-    images, descriptors: how many. objective: mean squared distance of these descriptors to their nearest centre.
+    centers: [words, 128] float32, from 0 to 256. seed: of the choice of images and descriptors, and of k-means.
+    images, descriptors: how many. objective: mean squared distance of these descriptors to their nearest center.
     versions: of the libraries that computed it.
     """
 
-    centres: np.ndarray
+    centers: np.ndarray
     seed: int
     images: int
     descriptors: int
@@ -53,18 +53,18 @@ class Vocabulary:
     @property
     def words(self) -> int:
         """The number of words."""
-        return len(self.centres)
+        return len(self.centers)
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the centres, and of how descriptors are made: what decides about words."""
-        digest = hashlib.sha256(f"{SIFT_BOW} {SIFT_VERSION} {list(self.centres.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(self.centres, "<f4").data)
+        """SHA-256 of the centers, and of how descriptors are made: what decides about words."""
+        digest = hashlib.sha256(f"{SIFT_BOW} {SIFT_VERSION} {list(self.centers.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(self.centers, "<f4").data)
         return digest.hexdigest()
 
     @functools.cached_property
     def _half_squares(self) -> np.ndarray:
-        half: np.ndarray = np.einsum("wd,wd->w", self.centres, self.centres) / 2
+        half: np.ndarray = np.einsum("wd,wd->w", self.centers, self.centers) / 2
         return half
 
     def words_of(self, descriptors: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ class Vocabulary:
         for first in range(0, len(descriptors), size):
             block = descriptors[first : first + size]
             # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2)
-            found[first : first + size] = (block @ self.centres.T - self._half_squares).argmax(1)
+            found[first : first + size] = (block @ self.centers.T - self._half_squares).argmax(1)
         return found
 
 
@@ -89,28 +89,28 @@ def save_vocabulary(vocabulary: Vocabulary, path: str | os.PathLike[str], *, ove
         file.attrs["descriptors"] = vocabulary.descriptors
         file.attrs["objective"] = vocabulary.objective
         file.attrs["versions"] = json.dumps(vocabulary.versions)
-        file["centres"] = vocabulary.centres.astype(np.float32)
+        file["centers"] = vocabulary.centers.astype(np.float32)
 
 
 def open_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     """Read a file of `save_vocabulary`. Raises ModelError if it is another file, or damaged."""
     with open_hdf5(path, VOCABULARY, FORMAT_VERSION, ModelError) as file:
-        stored = file["centres"]
+        stored = file["centers"]
         shape = tuple(stored.shape)
         if len(shape) != 2 or not 1 <= shape[0] <= MAX_WORDS or shape[1] != DIM or stored.dtype != np.float32:
             raise ModelError(
-                f"{path}: expected float32 centres of 1 to {MAX_WORDS} words x {DIM} values, "
+                f"{path}: expected float32 centers of 1 to {MAX_WORDS} words x {DIM} values, "
                 f"found {stored.dtype} {list(shape)}"
             )
-        centres = np.asarray(stored[:], np.float32)
+        centers = np.asarray(stored[:], np.float32)
         # Not finite ones included.
-        if not ((centres >= 0) & (centres <= 256)).all():
-            raise ModelError(f"{path}: expected centres with values from 0 to 256, found others")
+        if not ((centers >= 0) & (centers <= 256)).all():
+            raise ModelError(f"{path}: expected centers with values from 0 to 256, found others")
         objective = float(file.attrs["objective"])
         if not math.isfinite(objective):
             raise ModelError(f"{path}: expected a finite objective, found {objective}")
         return Vocabulary(
-            centres=centres,
+            centers=centers,
             seed=int(file.attrs["seed"]),
             images=int(file.attrs["images"]),
             descriptors=int(file.attrs["descriptors"]),

@@ -1,4 +1,4 @@
-"""The page of detections: images with their boxes, one colour per class."""
+"""The page of detections: images with their boxes, one color per class."""
 
 from __future__ import annotations
 

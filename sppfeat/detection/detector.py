@@ -27,7 +27,7 @@ def detection_recipe(**changes: Any) -> Recipe:
     """The default recipe of detectors; changes: fields by name.
 
     Scales and levels are those with the best accuracy for their time in benchmarks/results/detection.md. Descriptors
-    are scored as pooled, so there is nothing to normalise and nothing to fuse.
+    are scored as pooled, so there is nothing to normalize and nothing to fuse.
     """
     return named_recipe("detection", **changes)
 

@@ -35,16 +35,16 @@ _MARK: Final = b"drawn by sppfeat detect"
 # Pillow's own font has ASCII and little more. These are widespread, and Pillow searches for them.
 _SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "malgun.ttf")
 _NO_CHARACTER: Final = "\U0010ffff"  # not a character, so every font draws its missing-glyph box
-# Turning by the golden angle keeps the colours of adjacent classes apart, whatever their number.
+# Turning by the golden angle keeps the colors of adjacent classes apart, whatever their number.
 _FIRST_HUE, _HUE_STEP = 0.03, 0.381966
-# Relative luminance (WCAG 2) of all colours: 4.6 to 1 against white text and light pages, 3.4 against dark ones.
+# Relative luminance (WCAG 2) of all colors: 4.6 to 1 against white text and light pages, 3.4 against dark ones.
 _LUMINANCE: Final = 0.178
 _WEAK_OPACITY: Final = 0.5
 
 
 @functools.lru_cache(maxsize=4096)
 def class_color(label: int) -> tuple[int, int, int]:
-    """A distinct colour per class, always the same: strong, dark enough for white text, and seen on dark pages."""
+    """A distinct color per class, always the same: strong, dark enough for white text, and seen on dark pages."""
     hue, low, high = (_FIRST_HUE + label * _HUE_STEP) % 1, 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2

@@ -15,7 +15,7 @@ class TrainingOptions:
 
     c, positive_weight: of the SVMs, see `train_linear_svm`; c is for descriptors scaled to mean norm `mean_norm`.
     negative_overlap: windows that overlap every object of a class by less are its negatives.
-    box_regression: learn to move boxes, from windows that overlap an object by at least `box_overlap`, regularised
+    box_regression: learn to move boxes, from windows that overlap an object by at least `box_overlap`, regularized
     by `box_ridge`. calibration: turn scores into probabilities, which takes one more pass over the images.
     passes: the most over the images for hard negatives. memory: bytes for rows; box rows take half as much more.
     seed: of all randomness.

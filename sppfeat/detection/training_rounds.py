@@ -42,7 +42,7 @@ from sppfeat.windows import ProposalOptions, box_targets, fit_ridge, overlaps
 # R-CNN's code (rcnn_train.m): a negative is hard above the first, and dropped once it is easier than the second.
 HARD_SCORE: Final = -1.0001
 EASY_SCORE: Final = -1.2
-# The constant used instead of 1 with scaled descriptors (bias_mult), so that the bias is hardly regularised.
+# The constant used instead of 1 with scaled descriptors (bias_mult), so that the bias is hardly regularized.
 BIAS_FEATURE: Final = 10.0
 # Random negatives, before there is a model to find hard ones: about this many in total, at most these per image.
 FIRST_NEGATIVES: Final = 8000

@@ -1,9 +1,9 @@
-"""Resizing on an NVIDIA GPU with Pillow's whole numbers, normalising, and writing into a batch: one launch per image.
+"""Resizing on an NVIDIA GPU with Pillow's whole numbers, normalizing, and writing into a batch: one launch per image.
 
 A program makes some rows and columns of the resized image. It goes through the rows of the image that these depend on,
 resizes each along the row to bytes, as Pillow does between its two passes, and adds them to the sums of its own rows.
 Whole numbers are exact, so the bytes are those of `resample`; a side that does not change has weights of 1 alone, and
-passes unchanged. What a byte becomes is looked up in a table that torch made, so that it is normalised and rounded as a
+passes unchanged. What a byte becomes is looked up in a table that torch made, so that it is normalized and rounded as a
 batch of bytes is, on every GPU.
 """
 
@@ -101,7 +101,7 @@ def resize_into(
     table: torch.Tensor,
     corner: tuple[int, int] = (0, 0),
 ) -> None:
-    """Resize an image, normalise it, and write it, or a part of it, into one image of a batch; all on one device.
+    """Resize an image, normalize it, and write it, or a part of it, into one image of a batch; all on one device.
 
     into: [3, h, w], channels last, as each image of a batch in torch.channels_last is. pixels: [H, W, 3] uint8,
     contiguous. size: width and height of the resized image, of which `into` takes h rows and w columns from `corner`

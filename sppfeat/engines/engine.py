@@ -97,7 +97,7 @@ class StoringEngine(Engine, Protocol):
     """An engine that also makes the rows as they are stored."""
 
     def pool_stored(self, maps: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The rows [N, D] of N images in the store's type, of their maps of all layers, each layer normalised.
+        """The rows [N, D] of N images in the store's type, of their maps of all layers, each layer normalized.
 
         With the largest absolute value of each before it was rounded, float32 [N], not finite if a value is not.
         """

@@ -22,7 +22,7 @@ from sppfeat.engines.torch_engine import told_apart
 
 class _Served(nn.Module):
     """The module that OpenVINO converts: uint8 images [N, H, W, 3] to each layer's cells [N, h, w, C], with
-    normalisation."""
+    normalization."""
 
     scale: torch.Tensor
     shift: torch.Tensor

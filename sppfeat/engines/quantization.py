@@ -1,4 +1,4 @@
-"""Choosing the whole numbers of a network on images: NNCF's post-training quantisation, for the engine `openvino`.
+"""Choosing the whole numbers of a network on images: NNCF's post-training quantization, for the engine `openvino`.
 
 Source of the method: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018.
@@ -37,7 +37,7 @@ def quantize(
     """A network of whole numbers, of 8 bits, chosen on images.
 
     read: an image of `images` as [1, H, W, 3] uint8; called more than once for each. samples: a few images
-    [H, W, 3] that are kept with the network, to recognise its values on other processors. Raises BackboneError,
+    [H, W, 3] that are kept with the network, to recognize its values on other processors. Raises BackboneError,
     MissingExtraError, and what `read` raises.
     """
     openvino = import_openvino()
@@ -45,7 +45,7 @@ def quantize(
     model = convert(network.backbone, odd_size(descriptions))
     from openvino.passes import ConstantFolding, Manager
 
-    # Weights that are computed from constants would not be recognised as weights.
+    # Weights that are computed from constants would not be recognized as weights.
     folding = Manager()
     folding.register_pass(ConstantFolding())
     folding.run_passes(model)

@@ -8,7 +8,7 @@ import torch
 
 
 def stored_rows(layers: Sequence[torch.Tensor], normalize: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pooled rows [N, D of the layer] of each layer, each normalised, side by side in the store's type [N, D].
+    """The pooled rows [N, D of the layer] of each layer, each normalized, side by side in the store's type [N, D].
 
     With the largest absolute value of each row, float32 [N], not finite if a value is not. normalize, dtype: a
     recipe's. The arithmetic is that of `sppfeat.extraction.values`, sums in another order.

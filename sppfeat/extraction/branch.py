@@ -75,7 +75,7 @@ class Branch:
     """A recipe of one backbone, which it completes (layer, mean, ...). The network is loaded on first use.
 
     network: the recipe's, if it is at hand. gate, times: of all branches. whole: whether a pass gives the whole
-    descriptor of an image, in the stored type. dim: values of a pass, normalised layer by layer.
+    descriptor of an image, in the stored type. dim: values of a pass, normalized layer by layer.
     Raises BackboneError, DeviceError, UsageError, MissingExtraError.
     """
 

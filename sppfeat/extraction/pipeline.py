@@ -246,7 +246,7 @@ class Describer:
         """Describe every item, or the image at every path, roughly in order; one that cannot be described comes with
         its reason.
 
-        Windows are pooled from one forward pass per scale. scales: `all` pools each window at every scale, normalises
+        Windows are pooled from one forward pass per scale. scales: `all` pools each window at every scale, normalizes
         and fuses as for a whole image, so that a window of the whole image has the image's descriptor; `nearest` pools
         each at the one scale that brings its area closest to 224 x 224. A window that reaches outside its image comes
         with a reason. Readable images with windows come in order, and the rows of few of them are held at a time: on a

@@ -1,4 +1,4 @@
-"""The arithmetic of rows: normalising the descriptor of each part, fusing scales, and rounding to the stored type.
+"""The arithmetic of rows: normalizing the descriptor of each part, fusing scales, and rounding to the stored type.
 
 `_half` rounds as NumPy does, 15 times as fast; where it was not compiled, or the processor lacks F16C, NumPy does it.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def normalize(descriptors: np.ndarray, kind: str) -> np.ndarray:
-    """Normalise rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
+    """Normalize rows [N, D]: `l2`, `signed-sqrt-l2` (signed square root, then l2) or `none`. Zeros stay zeros."""
     if kind == "none":
         return descriptors
     if kind == "signed-sqrt-l2":

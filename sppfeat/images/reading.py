@@ -1,4 +1,4 @@
-"""Reading one image safely: any size, any common colour mode, upright, as 8-bit RGB."""
+"""Reading one image safely: any size, any common color mode, upright, as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def decode(image: Image.Image, turn: int, *, orientation: str) -> Image.Image:
     """Decode an opened image to 8-bit RGB, upright (`exif`) or as stored (`ignore`).
 
     Gray and palette images become RGB; transparent pixels are laid over white; CMYK is converted without a profile;
-    16-bit gray keeps its upper 8 bits; colour profiles (ICC) are not applied. Raises ImageError.
+    16-bit gray keeps its upper 8 bits; color profiles (ICC) are not applied. Raises ImageError.
     """
     turned_by_pillow = image.format == "TIFF"
     turns = turn in _UPRIGHT and (orientation == "exif") != turned_by_pillow

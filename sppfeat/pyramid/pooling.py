@@ -31,7 +31,7 @@ def pool_pyramid(
 ) -> torch.Tensor:
     """Pool whole maps [N, C, H, W] into [N, bins * C], in the map's dtype; differentiable.
 
-    pooling: `max`, `avg`, or `gem`, the generalised mean of values clamped from below at 1e-6, with exponent `gem_p`.
+    pooling: `max`, `avg`, or `gem`, the generalized mean of values clamped from below at 1e-6, with exponent `gem_p`.
     Fastest on channels-last maps. Raises UsageError for other shapes, levels or poolings.
     """
     _check(levels, pooling, gem_p)

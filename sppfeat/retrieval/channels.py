@@ -2,7 +2,7 @@
 
 A whitening of cells, which whole images are compared with: see `alignment`. Without it, objects of one kind are further
 apart than their descriptors are. And, if bins are to take less space, the principal components that they are kept in:
-not centred, so that a factor of each image still changes nothing. They are turned back into channels before maxima are
+not centered, so that a factor of each image still changes nothing. They are turned back into channels before maxima are
 taken, since maxima of components mean nothing.
 """
 

@@ -14,7 +14,7 @@ from sppfeat.errors import GalleryError
 from sppfeat.files import os_reason
 from sppfeat.retrieval.faiss_library import faiss_reason, load_faiss, typed
 
-# Where an index keeps nested ones: transforms, refinement, lists' centres, graphs.
+# Where an index keeps nested ones: transforms, refinement, lists' centers, graphs.
 _PARTS: Final = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
 # On top of the file's contents: a small index holds empty lists and tables that are not written.
 _SLACK_BYTES: Final = 1 << 26

@@ -426,6 +426,6 @@ def _decoded_bits(index: Any, rows: np.ndarray) -> np.ndarray:
     weights = (1 << np.arange(extra)).astype(np.float32)
     whole = high * (1 << extra) + low.reshape(-1, d, extra).astype(np.float32) @ weights
     factor = np.ascontiguousarray(codes[:, -4:]).view("<f4")
-    centres = faiss.downcast_index(index.quantizer).reconstruct_batch(lists)
-    decoded: np.ndarray = centres + factor * (whole - ((1 << extra) - 0.5))
+    centers = faiss.downcast_index(index.quantizer).reconstruct_batch(lists)
+    decoded: np.ndarray = centers + factor * (whole - ((1 << extra) - 0.5))
     return decoded.astype(np.float32)

@@ -112,7 +112,7 @@ def _lists(rows: int, dim: int, bits: int) -> tuple[str, int]:
 
 
 def _coded(rows: int, dim: int, bits: int, lists: int) -> int:
-    """Bytes of codes, ids, centres, and what a list or a value takes once."""
+    """Bytes of codes, ids, centers, and what a list or a value takes once."""
     whole = (dim + 7) // 8
     code = {8: dim, 1: whole + 8}.get(bits, whole + 12 + (dim * (bits - 1) + 7) // 8 + 8)
     return rows * (code + ID_BYTES) + lists * (4 * dim + 8) + 8 * dim

@@ -2,7 +2,7 @@
 
 Rows are joined two groups at a time, the most similar first; how similar two groups are is their least similar pair.
 Equal similarities count by the order of the rows, so that the groups do not depend on how they were computed: by chains
-of nearest neighbours, which takes the square of the rows in time (Murtagh, The Computer Journal 26, 1983).
+of nearest neighbors, which takes the square of the rows in time (Murtagh, The Computer Journal 26, 1983).
 """
 
 from __future__ import annotations

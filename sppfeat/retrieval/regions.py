@@ -116,11 +116,11 @@ def _trained(source: BinSource) -> Any:
     regions = regions.reshape(-1, regions.shape[-1])
     dim = regions.shape[1]
     kept = min(_PROJECTED, dim) // 2 * 2
-    centred = regions - regions.mean(0)
-    components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :kept]
+    centered = regions - regions.mean(0)
+    components = np.linalg.eigh(centered.T @ centered)[1][:, ::-1][:, :kept]
     # Turned at random, so that every code has the same to say.
     turn = np.linalg.qr(np.random.default_rng(_SEED).normal(size=(kept, kept)))[0]
-    # Not centred, unlike FAISS's own: the mean adds the same to all inner products with a query.
+    # Not centered, unlike FAISS's own: the mean adds the same to all inner products with a query.
     transform = faiss.LinearTransform(dim, kept, False)
     faiss.copy_array_to_vector(np.ascontiguousarray((components @ turn).T, np.float32).ravel(), transform.A)
     transform.is_trained = True

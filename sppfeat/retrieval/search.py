@@ -456,8 +456,8 @@ def _matching(gallery: Gallery, options: SearchOptions) -> Matching:
 def _shown_by(describer: Describer, gallery: Gallery) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     """What part of an image of a size its bins show, for queries that are parts of images.
 
-    A network's cells are centred up to a stride off where equal shares of the image would be. A part is mapped onto
-    cells by their centres, so what is found is mapped back by them, too; where a whole image is the query, both are
+    A network's cells are centered up to a stride off where equal shares of the image would be. A part is mapped onto
+    cells by their centers, so what is found is mapped back by them, too; where a whole image is the query, both are
     off alike.
     """
     scale = max(scale for scale in gallery.recipe.scales if isinstance(scale, int))

@@ -6,7 +6,7 @@ Learned from unit rows x with mean m and covariance C = V diag(l) V', the larges
 
 over the K components kept. Power 0 is PCA (s = 1), power 1 whitening (Jegou, Chum 2012, "Negative evidences and
 co-occurences in image retrieval"). Shrinkage avoids amplifying directions that few rows can tell from noise.
-A descriptor is projected, then normalised to length 1 again.
+A descriptor is projected, then normalized to length 1 again.
 
 Three routes to the same components, chosen by the shape of the N rows of D values:
 
@@ -28,11 +28,11 @@ from sppfeat.images import absolute
 from sppfeat.store import BLOCK_BYTES, UnitRows, normalize_rows
 
 DEFAULT_DIMS: Final = 512
-# Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomised route is faster.
+# Eigenvectors of a matrix of this side take 10 s on 2 cores; beyond it the randomized route is faster.
 EXACT_SIDE: Final = 4096
-# More rows hardly change 512 components, but cost time: the randomised route reads them 6 times.
+# More rows hardly change 512 components, but cost time: the randomized route reads them 6 times.
 LEARNING_ROWS: Final = 50_000
-# Extra components, and rounds, of the randomised route.
+# Extra components, and rounds, of the randomized route.
 OVERSAMPLING: Final = 32
 ROUNDS: Final = 5
 # Relative to the largest eigenvalue; anything below is rounding of float32 products.
@@ -167,17 +167,17 @@ def _moments(rows: UnitRows, which: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _by_gram(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and vectors [D, K] from the inner products of the centred rows, in blocks of dimensions."""
+    """Eigenvalues and vectors [D, K] from the inner products of the centered rows, in blocks of dimensions."""
     count, dim = len(which), rows.dim
     size = max(1, BLOCK_BYTES // (4 * count))
     lengths = np.concatenate([_raw_lengths(rows, which[at : at + 1024]) for at in range(0, count, 1024)])
-    centre = mean.astype(np.float32)
+    center = mean.astype(np.float32)
     store_rows = rows.rows[which]
 
     def columns(start: int) -> np.ndarray:
         part: np.ndarray = rows.store.descriptors[store_rows, start : start + size].astype(np.float32)
         part /= lengths[:, None]
-        part -= centre[start : start + size]
+        part -= center[start : start + size]
         return part
 
     gram = np.zeros((count, count))
@@ -202,10 +202,10 @@ def _raw_lengths(rows: UnitRows, which: np.ndarray) -> np.ndarray:
 
 
 def _by_covariance(rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    centre = mean.astype(np.float32)
+    center = mean.astype(np.float32)
     covariance = np.zeros((rows.dim, rows.dim))
     for _, block in rows.blocks(which):
-        block -= centre
+        block -= center
         covariance += block.T @ block
     return _leading(covariance / len(which), wanted)
 
@@ -214,18 +214,18 @@ def _randomized(
     rows: UnitRows, which: np.ndarray, mean: np.ndarray, wanted: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Subspace iteration: each round multiplies a basis by the covariance, reading the rows once."""
-    centre = mean.astype(np.float32)
+    center = mean.astype(np.float32)
     width = wanted + OVERSAMPLING
     basis = np.random.default_rng(seed).standard_normal((rows.dim, width), np.float32)
     for _ in range(ROUNDS):
         image = np.zeros((rows.dim, width))
         for _, block in rows.blocks(which):
-            block -= centre
+            block -= center
             image += block.T @ (block @ basis)
         basis = np.linalg.qr(image)[0].astype(np.float32)
     small = np.zeros((width, width))
     for _, block in rows.blocks(which):
-        block -= centre
+        block -= center
         inside = block @ basis
         small += inside.T @ inside
     values, inner = _leading(small / len(which), wanted)

@@ -22,7 +22,7 @@ from sppfeat.store import Box
 TILE: Final = 48
 COLUMNS: Final = 32
 _QUALITY: Final = 80
-_GREY: Final = (208, 208, 208)
+_GRAY: Final = (208, 208, 208)
 _CROSS: Final = (150, 150, 150)
 # Tiles of an image are made from this many times their pixels, or from the next larger size that its decoder offers.
 _DRAFT: Final = 2
@@ -62,7 +62,7 @@ def build_sheets(
     """Write sheets of columns x columns tiles of tile x tile pixels, row by row: tile t shows row order[t].
 
     A tile is the central square of the upright image, or of the row's window; an image that is missing or cannot be
-    read is a grey tile with a cross, as the places after the last tile are grey without. items_of_row: the image of
+    read is a gray tile with a cross, as the places after the last tile are gray without. items_of_row: the image of
     a row, and its window in pixels of the upright image; called from several threads; may raise ImageError.
     folder: of this gallery, order and sizes alone: a sheet that is there is not made again. One sheet at a time is in
     memory, beside the images that are being decoded. progress: called with the fraction of the sheets done, 0 to 1.
@@ -86,7 +86,7 @@ def build_sheets(
     cross = _crossed(tile)
     with ThreadPoolExecutor(available_cores(), thread_name_prefix="sheets") as pool:
         for number in missing:
-            sheet = Image.new("RGB", (columns * tile, columns * tile), _GREY)
+            sheet = Image.new("RGB", (columns * tile, columns * tile), _GRAY)
             faults = 0
             for at, image in enumerate(pool.map(shown, order[number * each : (number + 1) * each].tolist())):
                 faults += image is None
@@ -150,7 +150,7 @@ def _square(window: Box | None, shrunk: float, size: tuple[int, int]) -> tuple[f
 
 def _crossed(side: int) -> Image.Image:
     """What stands for an image that cannot be read."""
-    tile = Image.new("RGB", (side, side), _GREY)
+    tile = Image.new("RGB", (side, side), _GRAY)
     draw = ImageDraw.Draw(tile)
     low, high = side // 4, side - 1 - side // 4
     draw.line((low, low, high, high), fill=_CROSS, width=max(1, side // 16))

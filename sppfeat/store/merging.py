@@ -1,7 +1,7 @@
 """Joining stores of disjoint images into one folder, without copying shards on the same file system.
 
 New shards appear in the folder first and are named in its manifest last, all at once: readers see the store as it was
-or as it will be. After a kill the same command goes on: shards that are there already are recognised by their content.
+or as it will be. After a kill the same command goes on: shards that are there already are recognized by their content.
 """
 
 from __future__ import annotations

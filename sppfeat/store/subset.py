@@ -27,11 +27,11 @@ class DescriptorView:
     """Rows of a store, in the order given, reduced to some parts and levels; indexed like an array, by a slice or rows.
 
     rows: [N], None: all. levels: some of the recipe's, in any order; None: all. only: backbones and layers whose parts
-    are taken, see `Recipe.parts`; None: all. A part that loses levels is normalised again, and the reduced descriptor
+    are taken, see `Recipe.parts`; None: all. A part that loses levels is normalized again, and the reduced descriptor
     equals, up to the store's rounding, that of a recipe with these levels and parts alone: `recipe`, with the weights
     `weights_sha256`.
     Raises UsageError for levels and parts that the store does not have, and for several scales that were fused by mean
-    or max after each was normalised over all levels.
+    or max after each was normalized over all levels.
     """
 
     def __init__(

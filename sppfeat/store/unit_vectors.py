@@ -35,7 +35,7 @@ class Projection(Protocol):
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The described rows of a store, in its order: normalised, and if there is a projection, projected and normalised.
+    """The described rows of a store, in its order: normalized, and if there is a projection, projected and normalized.
 
     Only names and row numbers are kept in memory, also of a folder; values are read from the file on demand.
     rows: [N] their rows in the store. names: [N]. dim: length of a vector, after projection. kept: [N, dim] float32,

@@ -1,10 +1,10 @@
 """Multinomial logistic regression over all classes at once, as linear probes are evaluated (Radford et al. 2021).
 
-Weights W [K, D] and biases b [K] minimise
+Weights W [K, D] and biases b [K] minimize
 
     |W|^2 / 2  +  C sum_i ( log sum_k exp(w_k x_i + b_k)  -  w_y(i) x_i - b_y(i) ):
 
-what scikit-learn's LogisticRegression minimises; biases are free. L-BFGS minimises it, in one of two spaces: that of
+what scikit-learn's LogisticRegression minimizes; biases are free. L-BFGS minimizes it, in one of two spaces: that of
 the rows themselves, or, with fewer rows than values, that of coordinates in which all inner products are the same.
 
 Where b is at its minimum for W, the objective exceeds its minimum by at most |g|^2 / 2, g being the gradient of W,
@@ -251,7 +251,7 @@ class Choice:
     gap: float = 0.0
 
 
-def choose_regularisation(problem: LogisticProblem, labels: np.ndarray, classes: int, options: SvmOptions) -> Choice:
+def choose_regularization(problem: LogisticProblem, labels: np.ndarray, classes: int, options: SvmOptions) -> Choice:
     """The C with the best mean accuracy per class in cross-validation; the smallest of equally good ones.
 
     labels: [N] of the problem's rows, numbers below `classes`. Raises UsageError where no class has two rows.

@@ -1,4 +1,4 @@
-"""Newton's method for the linear SVMs of many classes at once; `sppfeat.svm.solver` says what is minimised.
+"""Newton's method for the linear SVMs of many classes at once; `sppfeat.svm.solver` says what is minimized.
 
 Newton's method on active sets (Keerthi and DeCoste, "A Modified Finite Newton Method for Fast Solution of Large Scale
 Linear SVMs", JMLR 2005; Chapelle, "Training a Support Vector Machine in the Primal", 2007), with an exact line search,
@@ -21,7 +21,7 @@ _MAX_NEWTON: Final = 200
 # An iterative solution of a linear system stops at this fraction of the gap: the active rows will change anyway.
 _FORCING: Final = 1e-2
 _MIN_FORCING: Final = 1e-9
-# Costs up to this, times the mean square of the rows, are minimised directly; larger ones in stages, to this tolerance.
+# Costs up to this, times the mean square of the rows, are minimized directly; larger ones in stages, to this tolerance.
 _MILD: Final = 100.0
 _ON_THE_WAY: Final = 1e-2
 # After this many steps in a row that gain nothing within the precision of the numbers, more steps will not help.
@@ -125,7 +125,7 @@ class Minimum:
 def minimize_along(
     space: Space, classes: Classes, start: torch.Tensor | None, tolerance: float, stiffness: float
 ) -> Minimum:
-    """Minimise the objectives of K classes through a series of rising costs, each the start of the next.
+    """Minimize the objectives of K classes through a series of rising costs, each the start of the next.
 
     stiffness: costs times the mean square of the rows. Where it is large, many rows lie near the margin, and Newton's
     method takes hundreds of steps from afar, but few from the minimum of a tenth of the cost.
@@ -143,7 +143,7 @@ def minimize_along(
 
 
 def minimize(space: Space, classes: Classes, start: torch.Tensor | None, tolerance: float) -> Minimum:
-    """Minimise the objectives of K classes, starting from vectors [K, P]. A class leaves the batch when it is done."""
+    """Minimize the objectives of K classes, starting from vectors [K, P]. A class leaves the batch when it is done."""
     count = len(classes)
     vectors = space.zeros(count)
     if start is not None:

@@ -11,7 +11,7 @@ from sppfeat.errors import UsageError
 from sppfeat.recipe import RunOptions
 
 # vissl: the costs of VISSL's VOC 2007 benchmark (facebookresearch/vissl, eval_resnet_8gpu_transfer_voc07_svm.yaml).
-# decades: one of these per decade: on L2-normalised descriptors the result changes little within a decade, and it takes
+# decades: one of these per decade: on L2-normalized descriptors the result changes little within a decade, and it takes
 # half the time.
 COST_GRIDS: Final = {
     "decades": (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),

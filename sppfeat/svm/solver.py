@@ -1,11 +1,11 @@
-"""Linear SVMs for all classes at once: one against the rest, with L2-regularised squared hinge loss.
+"""Linear SVMs for all classes at once: one against the rest, with L2-regularized squared hinge loss.
 
-For every class, with targets y_i = +1 or -1 (0: the row is excluded), weights w and bias b minimise
+For every class, with targets y_i = +1 or -1 (0: the row is excluded), weights w and bias b minimize
 
     (|w|^2 + b^2) / 2  +  sum_i c_i max(0, 1 - y_i (w x_i + b))^2,      c_i = c, times positive_weight where y_i = +1:
 
 the problem that liblinear, and so scikit-learn's LinearSVC, solves; b is the weight of a constant 1 appended to the
-rows. `sppfeat.svm.newton` minimises it, in one of two spaces:
+rows. `sppfeat.svm.newton` minimizes it, in one of two spaces:
 
     gram    few rows, many dimensions: w = sum_i a_i x_i, and all work is done on the Gram matrix of the rows, computed
             once and shared by every class, cost and fold
@@ -186,7 +186,7 @@ class SvmProblem:
             raise UsageError(f"targets must have one row per descriptor ({len(chosen)}), found {len(targets)}")
         begin = self._begin(start, chosen, count)
         solved = (targets == 1).any(0)
-        # A class without a positive row has nothing to minimise, and is done at once.
+        # A class without a positive row has nothing to minimize, and is done at once.
         negative = torch.from_numpy(np.where(solved, each, 0.0)).to(self._device)
         positive = negative * positive_weight
         vectors: list[torch.Tensor] = []

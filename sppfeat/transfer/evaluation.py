@@ -19,7 +19,7 @@ from sppfeat.recipe import Recipe
 from sppfeat.store import DescriptorView, Store, require_complete
 from sppfeat.svm import Convergence, LinearSvm, corrected_t_test, interval, mcnemar, paired_bootstrap
 from sppfeat.svm.cost_selection import FOLDS, choose_cost, choose_cost_per_class
-from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
+from sppfeat.svm.logistic import LogisticProblem, choose_regularization
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.judging import MISTAKES, Mistake, Verdict, judge
 from sppfeat.transfer.knn import knn_scores
@@ -326,7 +326,7 @@ def _fit_logistic(
 ) -> _Fitted:
     labels = np.searchsorted(task.classes, task.labels[train])
     problem = LogisticProblem(view, train, device=options.device, names=task.names)
-    choice = choose_regularisation(problem, labels, len(task.classes), options)
+    choice = choose_regularization(problem, labels, len(task.classes), options)
     solution = problem.solve(labels, len(task.classes), c=choice.cost, start=choice.start)
     weights, biases = problem.weights(solution)
     svm = LinearSvm(

@@ -14,7 +14,7 @@ from sppfeat.transfer.labels import TEST_PARTS, Labels, VocLabels
 from sppfeat.transfer.options import TransferOptions
 
 
-def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
+def labeled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
     """The names of a store that have a label and have not failed; warns about classes whose images all failed.
 
     Raises UsageError for labels that match no row, and if every row with a label failed.
@@ -33,8 +33,8 @@ def labelled_names(store: Store, labels: Labels, failed: set[str]) -> list[str]:
         )
     names = [name for name in store.names if name in labels.classes and name not in failed]
     if not names:
-        labelled = sum(name in labels.classes for name in store.names)
-        raise UsageError(f"{store.place}: expected described images with a label, found none: all {labelled} failed")
+        labeled = sum(name in labels.classes for name in store.names)
+        raise UsageError(f"{store.place}: expected described images with a label, found none: all {labeled} failed")
     known = set(labels.classes.values())
     if lost := known - {labels.classes[name] for name in names}:
         shown = ", ".join(map(repr, sorted(lost)[:5])) + ", ..." * (len(lost) > 5)
@@ -124,7 +124,7 @@ def voc_task(store: Store, failed: set[str], labels: VocLabels, options: Transfe
 
 
 def folder_task(store: Store, failed: set[str], known: Labels, options: TransferOptions) -> Task:
-    names = labelled_names(store, known, failed)
+    names = labeled_names(store, known, failed)
     left_out = Counter(
         "failed" if name in failed else "without a label"
         for name in store.names

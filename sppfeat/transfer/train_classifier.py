@@ -13,7 +13,7 @@ from sppfeat.svm.cost_selection import choose_cost
 from sppfeat.svm.solver import SvmProblem, class_targets
 from sppfeat.transfer.classifier import Classifier
 from sppfeat.transfer.labels import Labels, labels_from_folders
-from sppfeat.transfer.splits import labelled_names
+from sppfeat.transfer.splits import labeled_names
 
 
 def train_classifier(store: Store, options: SvmOptions | None = None, *, labels: Labels | None = None) -> Classifier:
@@ -25,7 +25,7 @@ def train_classifier(store: Store, options: SvmOptions | None = None, *, labels:
     options = options or SvmOptions()
     require_complete(store)
     labels = labels or labels_from_folders(store.names)
-    names = labelled_names(store, labels, set(store.errors()))
+    names = labeled_names(store, labels, set(store.errors()))
     known = np.array([labels.classes[name] for name in names])
     classes = np.unique(known)
     if len(classes) < 2:

@@ -27,7 +27,7 @@ from sppfeat.progress import Observer
 from sppfeat.recipe import Recipe, RunOptions
 from sppfeat.store import lock_store
 from sppfeat.svm import SvmOptions
-from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
+from sppfeat.svm.logistic import LogisticProblem, choose_regularization
 from sppfeat.training.heads import start_head
 from sppfeat.training.learning import learn
 from sppfeat.training.weights import check_weights_file, save_tensors
@@ -231,7 +231,7 @@ def _start_head(
     problem, labels = LogisticProblem(rows, which), train.labels[some[which]]
     enough = np.bincount(labels, minlength=classes).max() > 1
     costs = _COSTS if enough else (_COSTS[1],)
-    choice = choose_regularisation(problem, labels, classes, SvmOptions(costs=costs, seed=options.seed))
+    choice = choose_regularization(problem, labels, classes, SvmOptions(costs=costs, seed=options.seed))
     weights, biases = problem.weights(problem.solve(labels, classes, c=choice.cost, start=choice.start))
     start_head(head, weights, biases, labels)
 

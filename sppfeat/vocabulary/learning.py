@@ -106,9 +106,9 @@ def learn_vocabulary(
             f"{shown}: expected at least {options.words} different SIFT descriptors for as many words, found "
             f"{different} in {sample.images} of {len(items)} images: use more images, or fewer words"
         )
-    centres, objective = _k_means(faiss, sample.descriptors, options)
+    centers, objective = _k_means(faiss, sample.descriptors, options)
     vocabulary = Vocabulary(
-        centres=centres,
+        centers=centers,
         seed=options.seed,
         images=sample.images,
         descriptors=len(sample.descriptors),
@@ -120,7 +120,7 @@ def learn_vocabulary(
 
 
 def _k_means(faiss: ModuleType, descriptors: np.ndarray, options: VocabularyOptions) -> tuple[np.ndarray, float]:
-    """Centres [words, 128] float32 of descriptors [P, 128] uint8, and their mean squared distance to the nearest."""
+    """Centers [words, 128] float32 of descriptors [P, 128] uint8, and their mean squared distance to the nearest."""
     k_means = faiss.Kmeans(
         descriptors.shape[1],
         options.words,
@@ -132,8 +132,8 @@ def _k_means(faiss: ModuleType, descriptors: np.ndarray, options: VocabularyOpti
     )
     k_means.train(descriptors.astype(np.float32))
     # A cluster that stayed empty is half of another, moved by a thousandth: it may leave the range by as much.
-    centres: np.ndarray = np.clip(np.asarray(k_means.centroids, np.float32), 0, 255)
-    return centres, float(k_means.obj[-1]) / len(descriptors)
+    centers: np.ndarray = np.clip(np.asarray(k_means.centroids, np.float32), 0, 255)
+    return centers, float(k_means.obj[-1]) / len(descriptors)
 
 
 def _count_different(descriptors: np.ndarray) -> int:

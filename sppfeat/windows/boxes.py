@@ -57,22 +57,22 @@ def moved_boxes(windows: np.ndarray, targets: np.ndarray, size: tuple[int, int])
 
 
 def fit_ridge(rows: np.ndarray, targets: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [T, D] and biases [T] that minimise |rows w + b - targets|^2 + ridge |w|^2, b free.
+    """Weights [T, D] and biases [T] that minimize |rows w + b - targets|^2 + ridge |w|^2, b free.
 
     rows: [N, D], targets: [N, T]. Solved in double precision in the smaller of N and D.
     """
     mean, target_mean = rows.mean(0, dtype=np.float64), targets.mean(0, dtype=np.float64)
-    centred = rows.astype(np.float64)
-    centred -= mean
+    centered = rows.astype(np.float64)
+    centered -= mean
     wanted = targets - target_mean
     if len(rows) <= rows.shape[1]:
-        gram = centred @ centred.T
+        gram = centered @ centered.T
         gram.flat[:: len(gram) + 1] += ridge
-        weights = centred.T @ np.linalg.solve(gram, wanted)
+        weights = centered.T @ np.linalg.solve(gram, wanted)
     else:
-        gram = centred.T @ centred
+        gram = centered.T @ centered
         gram.flat[:: len(gram) + 1] += ridge
-        weights = np.linalg.solve(gram, centred.T @ wanted)
+        weights = np.linalg.solve(gram, centered.T @ wanted)
     return weights.T.astype(np.float32), (target_mean - mean @ weights).astype(np.float32)
 
 

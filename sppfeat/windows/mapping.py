@@ -35,8 +35,8 @@ def map_windows(
     resized. columns, rows: the map's geometry along x and y, see `Description.geometry`.
 
     With stride S and offset o of the map, an edge at input pixel x lies at cell floor((x - o) / S) + 1 on the left and
-    top, ceil((x - o) / S) - 1 on the right and bottom: the cells whose centres are strictly inside (He et al. 2014,
-    section 4 and appendix A, where o is 0). If no centre is inside, the roi is the cell nearest the window's middle.
+    top, ceil((x - o) / S) - 1 on the right and bottom: the cells whose centers are strictly inside (He et al. 2014,
+    section 4 and appendix A, where o is 0). If no center is inside, the roi is the cell nearest the window's middle.
     Edges on the image's border map to the map's border: otherwise a network with o = 0 would lose its first cells, and
     a window of the whole image would not have the image's descriptor.
     """
@@ -52,7 +52,7 @@ def _map_axis(
     first: np.ndarray, last: np.ndarray, length: int, input_length: int, axis: Geometry
 ) -> tuple[np.ndarray, np.ndarray]:
     ratio = input_length / length
-    # Resizing keeps the image's outer edges, which lie half a pixel outside the first and last centres.
+    # Resizing keeps the image's outer edges, which lie half a pixel outside the first and last centers.
     begin, end = ((edge + 0.5) * ratio - 0.5 - axis.offset for edge in (first, last))
     low = np.floor(begin / axis.stride) + 1
     high = np.ceil(end / axis.stride) - 1
@@ -67,7 +67,7 @@ def _map_axis(
 def part_of_image(part: np.ndarray, input_size: tuple[int, int], columns: Geometry, rows: Geometry) -> np.ndarray:
     """[4] what part of an image a part [4] of its feature map is pooled from: the way back from `map_windows`.
 
-    Both are x1, y1, x2, y2, edges from 0 to 1. Two cells meet in the middle between the pixels that they are centred
+    Both are x1, y1, x2, y2, edges from 0 to 1. Two cells meet in the middle between the pixels that they are centered
     on; the map's border is the image's.
     """
     along_x, along_y = (_edges(length, axis) for length, axis in zip(input_size, (columns, rows), strict=True))

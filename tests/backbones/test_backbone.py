@@ -77,7 +77,7 @@ def test_the_whole_network_with_packaged_weights_sees_the_cat(lite0: Backbone) -
         scores = network.forward_head(network.bn2(network.conv_head(maps)))
         found = lite0.feature_maps(torch.from_numpy(pixels.copy())[None])[0]
     assert int(scores.argmax()) in range(281, 286)
-    # The loaded backbone is the same network up to there: normalised inside, batch norms folded.
+    # The loaded backbone is the same network up to there: normalized inside, batch norms folded.
     assert (found - maps).abs().max() < 1e-4 * maps.abs().max()
 
 
@@ -95,10 +95,10 @@ def test_what_a_recipe_gives_is_kept() -> None:
     # A complete recipe, as a store holds it, is not completed any further.
     assert loaded.descriptions[0].recipe == given
     assert load_backbone(given).descriptions == loaded.descriptions
-    grey = torch.full((1, 40, 48, 3), 128, dtype=torch.uint8)
-    normalised = torch.tensor([128 / 255, 128 / 255 / 2, 128 / 255 - 1]).view(1, 3, 1, 1).expand(1, 3, 40, 48)
+    gray = torch.full((1, 40, 48, 3), 128, dtype=torch.uint8)
+    normalized = torch.tensor([128 / 255, 128 / 255 / 2, 128 / 255 - 1]).view(1, 3, 1, 1).expand(1, 3, 40, 48)
     with torch.inference_mode():
-        torch.testing.assert_close(loaded.feature_maps(grey)[0], loaded.trunk(normalised)[0])
+        torch.testing.assert_close(loaded.feature_maps(gray)[0], loaded.trunk(normalized)[0])
 
 
 def test_packaged_backbones_are_described() -> None:

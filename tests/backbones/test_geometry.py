@@ -162,7 +162,7 @@ def test_size_is_that_of_the_real_map(name: str) -> None:
 
 
 def test_a_known_network() -> None:
-    """ResNet-18 by hand: strides 2 five times, paddings floor(k/2), so cell i is centred on pixel 32 i."""
+    """ResNet-18 by hand: strides 2 five times, paddings floor(k/2), so cell i is centered on pixel 32 i."""
     assert backbone("torchvision:resnet18").descriptions[0].geometry(224, 225) == (
         Geometry(size=7, stride=32, offset=0.0, receptive_field=435),
         Geometry(size=8, stride=32, offset=0.0, receptive_field=435),

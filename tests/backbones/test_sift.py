@@ -15,7 +15,7 @@ cv2 = pytest.importorskip("cv2")
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colour noise of full contrast."""
+    """Smooth color noise of full contrast."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     smooth = cv2.GaussianBlur(noise, (0, 0), 1.5).astype(float)
     pixels: np.ndarray = np.clip((smooth - 128) * 4 + 128, 0, 255).astype(np.uint8)

@@ -195,7 +195,7 @@ class TwoReaders(nn.Module):
 
 
 class Standardized(nn.Module):
-    """timm's StdConv2d normalises its weights whenever it runs, so what is folded into them would be lost."""
+    """timm's StdConv2d normalizes its weights whenever it runs, so what is folded into them would be lost."""
 
     def __init__(self) -> None:
         super().__init__()

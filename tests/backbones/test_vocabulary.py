@@ -17,17 +17,17 @@ from sppfeat.files import VOCABULARY, format_of
 
 
 @pytest.mark.parametrize("block", [1 << 18, 14])
-def test_words_are_the_nearest_centres(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_the_nearest_centers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "_BLOCK_VALUES", block)
     known = random_vocabulary(7)
     descriptors = np.random.default_rng(1).integers(0, 120, (50, 128)).astype(np.float32)
     expected = [
-        min(range(7), key=lambda word: float(((one - known.centres[word].astype(float)) ** 2).sum()))
+        min(range(7), key=lambda word: float(((one - known.centers[word].astype(float)) ** 2).sum()))
         for one in descriptors
     ]
     found = known.words_of(descriptors)
     assert found.dtype == np.int32 and found.tolist() == expected
-    assert known.words_of(known.centres).tolist() == list(range(7))
+    assert known.words_of(known.centers).tolist() == list(range(7))
     assert known.words_of(descriptors[:0]).shape == (0,)
 
 
@@ -36,7 +36,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     save_vocabulary(known, tmp_path / "v.h5")
     assert format_of(tmp_path / "v.h5") == VOCABULARY
     found = open_vocabulary(tmp_path / "v.h5")
-    np.testing.assert_array_equal(found.centres, known.centres)
+    np.testing.assert_array_equal(found.centers, known.centers)
     for name in ("seed", "images", "descriptors", "objective", "versions", "words", "sha256"):
         assert getattr(found, name) == getattr(known, name)
     with pytest.raises(ModelError, match="already exists"):
@@ -47,23 +47,23 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (tmp_path / "photo.h5").read_bytes() == b"not ours"
 
 
-def test_the_sha256_is_that_of_the_centres() -> None:
+def test_the_sha256_is_that_of_the_centers() -> None:
     known = random_vocabulary(5)
     assert replace(known, seed=9, images=7, versions={}).sha256 == known.sha256
-    centres = known.centres.copy()
-    centres[2, 3] += 1
-    assert replace(known, centres=centres).sha256 != known.sha256
-    assert replace(known, centres=known.centres[:4]).sha256 != known.sha256
+    centers = known.centers.copy()
+    centers[2, 3] += 1
+    assert replace(known, centers=centers).sha256 != known.sha256
+    assert replace(known, centers=known.centers[:4]).sha256 != known.sha256
 
 
 def damaged(path: Path, **changes: Any) -> Path:
-    """A vocabulary with other attributes, or other centres."""
+    """A vocabulary with other attributes, or other centers."""
     save_random(path)
     with h5py.File(path, "r+") as file:
         for name, value in changes.items():
-            if name == "centres":
-                del file["centres"]
-                file["centres"] = value
+            if name == "centers":
+                del file["centers"]
+                file["centers"] = value
             elif value is None:
                 del file.attrs[name]
             else:
@@ -72,21 +72,21 @@ def damaged(path: Path, **changes: Any) -> Path:
 
 
 def with_one(value: float) -> np.ndarray:
-    centres = random_vocabulary(4).centres.copy()
-    centres[1, 1] = value
-    return centres
+    centers = random_vocabulary(4).centers.copy()
+    centers[1, 1] = value
+    return centers
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"centres": np.zeros((4, 127), np.float32)}, r"1 to 65536 words x 128 values, found float32 \[4, 127\]"),
-        ({"centres": np.zeros((0, 128), np.float32)}, r"found float32 \[0, 128\]"),
-        ({"centres": np.zeros(128, np.float32)}, r"found float32 \[128\]"),
-        ({"centres": np.zeros((4, 128), np.float64)}, r"found float64 \[4, 128\]"),
-        ({"centres": with_one(np.nan)}, "values from 0 to 256, found others"),
-        ({"centres": with_one(np.inf)}, "values from 0 to 256, found others"),
-        ({"centres": with_one(-1)}, "values from 0 to 256, found others"),
+        ({"centers": np.zeros((4, 127), np.float32)}, r"1 to 65536 words x 128 values, found float32 \[4, 127\]"),
+        ({"centers": np.zeros((0, 128), np.float32)}, r"found float32 \[0, 128\]"),
+        ({"centers": np.zeros(128, np.float32)}, r"found float32 \[128\]"),
+        ({"centers": np.zeros((4, 128), np.float64)}, r"found float64 \[4, 128\]"),
+        ({"centers": with_one(np.nan)}, "values from 0 to 256, found others"),
+        ({"centers": with_one(np.inf)}, "values from 0 to 256, found others"),
+        ({"centers": with_one(-1)}, "values from 0 to 256, found others"),
         ({"objective": np.nan}, "expected a finite objective, found nan"),
         ({"objective": "much"}, "damaged: expected a vocabulary"),
         ({"seed": None}, "damaged: expected a vocabulary"),

@@ -1,4 +1,4 @@
-"""Detectors: trained, stopped, saved, run and evaluated on small images of coloured blocks."""
+"""Detectors: trained, stopped, saved, run and evaluated on small images of colored blocks."""
 
 from __future__ import annotations
 

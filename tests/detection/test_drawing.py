@@ -131,7 +131,7 @@ def test_a_label_keeps_its_score_and_what_a_font_lacks() -> None:
 
 @pytest.mark.parametrize("side", [60, 160, 640, 3000])
 def test_a_negative_score_has_a_sign_that_can_be_seen(side: int) -> None:
-    """A white bar in the label's colour, of two rows or more, and about half as wide as the type is high."""
+    """A white bar in the label's color, of two rows or more, and about half as wide as the type is high."""
     box = np.array([[1, side / 2, side - 2, side - 2]])
     score = np.array([-0.25], np.float32)
     found = Detections(0, np.zeros(1, int), score, score, box, (side, side), 1, 0, None)

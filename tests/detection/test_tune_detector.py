@@ -135,7 +135,7 @@ def test_scales_change_from_epoch_to_epoch(voc: Path, windows: dict[str, np.ndar
 
 
 def test_heads_start_at_the_best_ones_of_the_untuned_network(voc: Path, windows: dict[str, np.ndarray]) -> None:
-    """Where the gradient of |W|^2 / 2 and the losses of the same windows is 0, and no bias is penalised."""
+    """Where the gradient of |W|^2 / 2 and the losses of the same windows is 0, and no bias is penalized."""
     learner = learner_of(voc, windows)
     assert learner.start_heads() is None
     annotated = read_voc(voc, "trainval")

@@ -56,8 +56,8 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def words_of(image: np.ndarray) -> np.ndarray:
     """[h, w] the nearest words of patches, one by one."""
-    centres = random_vocabulary(WORDS).centres.astype(np.float64)
-    distances = ((dense_sift(image)[:, None].astype(np.float64) - centres[None]) ** 2).sum(2)
+    centers = random_vocabulary(WORDS).centers.astype(np.float64)
+    distances = ((dense_sift(image)[:, None].astype(np.float64) - centers[None]) ** 2).sum(2)
     return distances.argmin(1).reshape(grid_size(*image.shape[:2]))
 
 

@@ -71,7 +71,7 @@ def same_within_one_unit(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def test_values_are_those_of_one_image_at_a_time(make_images: MakeImages, tmp_path: Path) -> None:
-    """The pipeline with its threads and batches against: read, resize, network, pool, normalise, fuse."""
+    """The pipeline with its threads and batches against: read, resize, network, pool, normalize, fuse."""
     folder = make_images(17)
     recipe = replace(TINY, scales=(64, 96), levels=(3, 2, 1), dtype="float32", size_multiple=16)
     extract_folder(folder, tmp_path / "f.h5", recipe)

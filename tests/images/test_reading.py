@@ -1,4 +1,4 @@
-"""Finding images, and reading one: every orientation and colour mode against pixels laid out by hand."""
+"""Finding images, and reading one: every orientation and color mode against pixels laid out by hand."""
 
 from __future__ import annotations
 
@@ -323,20 +323,20 @@ STORED = {
     7: ["fdb", "eca"],  # right, bottom
     8: ["eca", "fdb"],  # left, bottom
 }
-COLOURS = {
+COLORS = {
     "a": (250, 10, 10), "b": (10, 250, 10), "c": (10, 10, 250),
     "d": (240, 240, 20), "e": (130, 130, 130), "f": (245, 245, 245),
 }  # fmt: skip
 
 
 def image_from(rows: list[str], block: int = 16) -> np.ndarray:
-    """Each letter a block of its colour: blocks of 16 stay apart in JPEG's 8 x 8 transforms and halved colour."""
-    cells = np.array([[COLOURS[letter] for letter in row] for row in rows], np.uint8)
+    """Each letter a block of its color: blocks of 16 stay apart in JPEG's 8 x 8 transforms and halved color."""
+    cells = np.array([[COLORS[letter] for letter in row] for row in rows], np.uint8)
     return cells.repeat(block, 0).repeat(block, 1)
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray, tolerance: int) -> None:
-    """Equal; or, where a format loses colour at the blocks' edges, of equal shape and close in their middle."""
+    """Equal; or, where a format loses color at the blocks' edges, of equal shape and close in their middle."""
     assert found.shape == expected.shape
     step = slice(8, None, 16) if tolerance else slice(None)
     np.testing.assert_allclose(found[step, step].astype(int), expected[step, step], atol=tolerance)
@@ -460,7 +460,7 @@ def test_exif_behind_the_pixels_counts_and_damaged_pixels_are_not_blamed_on_exif
         read_image(str(tmp_path / "x.png"))
 
 
-# ---------------------------------------------------------------- colour
+# ---------------------------------------------------------------- color
 
 
 def png(width: int, height: int, bits: int, kind: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -525,7 +525,7 @@ def test_transparent_pixels_are_laid_over_white_exactly(tmp_path):
         np.testing.assert_array_equal(pixels(tmp_path / name), expected)
 
 
-def test_transparent_palette_entries_and_colours(tmp_path):
+def test_transparent_palette_entries_and_colors(tmp_path):
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 200, 100, 0, 7, 8, 9])
     image.putdata([0, 1, 2])
@@ -557,8 +557,8 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path):
     for order in "<>":
         data = struct.pack(f"{order}6H", *values)
         assert row_of(tmp_path / "x.tif", tiff(6, 1, data, bits=16, order=order)) == upper
-    colour = struct.pack(">3H", 0x12FF, 0x8000, 0xFFFF)
-    assert row_of(tmp_path / "x.png", png(1, 1, 16, 2, b"\0" + colour)) == [(0x12, 0x80, 0xFF)]
+    color = struct.pack(">3H", 0x12FF, 0x8000, 0xFFFF)
+    assert row_of(tmp_path / "x.png", png(1, 1, 16, 2, b"\0" + color)) == [(0x12, 0x80, 0xFF)]
     half = round(0x12 * 0x80 / 255 + 255 * 0x7F / 255)
     assert row_of(tmp_path / "x.png", png(1, 1, 16, 4, b"\0\x12\x34\x80\0")) == grays(half)
 
@@ -586,7 +586,7 @@ def test_pixels_without_a_range_are_refused(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), b"no profile"])
-def test_colour_profiles_are_left_alone(tmp_path, profile):
+def test_color_profiles_are_left_alone(tmp_path, profile):
     stored = image_from(STORED[1])
     Image.fromarray(stored).save(tmp_path / "x.png", icc_profile=profile)
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), stored)
@@ -599,7 +599,7 @@ def test_colour_profiles_are_left_alone(tmp_path, profile):
 @pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO:UserWarning")
 @pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif", "x.mpo.jpg"])
 def test_the_first_of_several_frames_counts(tmp_path, name):
-    frames = [Image.new("RGB", (32, 24), colour) for colour in ((200, 10, 20), (10, 200, 20), (10, 20, 200))]
+    frames = [Image.new("RGB", (32, 24), color) for color in ((200, 10, 20), (10, 200, 20), (10, 20, 200))]
     kind = {"x.mpo.jpg": "MPO", "x.webp": "WEBP"}.get(name)
     options = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:], **options)

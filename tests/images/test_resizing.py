@@ -28,7 +28,7 @@ scales = st.integers(16, 4096)
 
 
 def save(path: Path, width: int, height: int, **options) -> str:
-    """An image whose every pixel differs from its neighbours."""
+    """An image whose every pixel differs from its neighbors."""
     y, x = np.mgrid[:height, :width]
     Image.fromarray(np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8)).save(path, **options)
     return str(path)

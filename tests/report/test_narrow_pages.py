@@ -82,7 +82,7 @@ def hits(path: Path, store: Store) -> None:
 def test_nothing_sticks_out(
     write: Callable[[Path, Store], None], store: Store, browser: Browser, tmp_path: Path
 ) -> None:
-    """Of 400 pixels, and of a wide window; wide tables scroll inside their own frame. With dark colours, too."""
+    """Of 400 pixels, and of a wide window; wide tables scroll inside their own frame. With dark colors, too."""
     page = tmp_path / "p.html"
     write(page, store)
     for width, scheme in ((400, "light"), (1280, "dark")):

@@ -42,8 +42,8 @@ def test_whitening(side: int, channels: int, images: int) -> None:
     scaled = vectors / np.sqrt(np.maximum(values, 0) + max(np.trace(covariance) / channels, 1e-6))
     assert found.matrix.shape == (channels, min(channels, WHITENED))
     # The sign of a vector is free, and so are vectors of equal values: inner products of cells are not.
-    centred = cells - cells.mean(0)
-    wanted, got = centred @ scaled, centred @ found.matrix
+    centered = cells - cells.mean(0)
+    wanted, got = centered @ scaled, centered @ found.matrix
     assert got @ got[:50].T == pytest.approx(wanted @ wanted[:50].T, abs=0.01 * float(np.abs(wanted).max()) ** 2)
 
 

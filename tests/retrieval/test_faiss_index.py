@@ -25,8 +25,8 @@ from sppfeat.store.unit_vectors import unit_rows
 
 def clustered(count: int, clusters: int = 40, dim: int = 32, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(5).normal(size=(clusters, dim))
-    return centres[np.arange(count) % clusters] + 0.7 * generator.normal(size=(count, dim))
+    centers = np.random.default_rng(5).normal(size=(clusters, dim))
+    return centers[np.arange(count) % clusters] + 0.7 * generator.normal(size=(count, dim))
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_few_bits_find_most_neighbors(make_store: MakeStore) -> None:
     """Codes of 3 bits per value find 0.9 of the neighbors of the benchmark's rows, whose values weigh unequally."""
     generator = np.random.default_rng(0)
     weights = np.arange(1, 129) ** -0.5
-    centres, noise = generator.normal(size=(40, 128)) * weights, generator.normal(size=(4000, 128)) * weights
-    rows = unit_rows(make_store(centres[np.arange(4000) % 40] + 0.7 * noise))
+    centers, noise = generator.normal(size=(40, 128)) * weights, generator.normal(size=(4000, 128)) * weights
+    rows = unit_rows(make_store(centers[np.arange(4000) % 40] + 0.7 * noise))
     built = build_index(rows, IndexOptions(memory=400_000, measure=200))
     assert built.choice.factory == "HR128,IVF64,RaBitQ3" and built.recall is not None and built.recall > 0.85
 
@@ -214,7 +214,7 @@ def test_effort_is_the_least_that_finds_enough(make_store: MakeStore) -> None:
 )
 def test_factories_that_cannot_be(make_store: MakeStore, factory: str, message: str) -> None:
     rows = unit_rows(make_store(clustered(1500)))
-    if factory == "IVF4,PQ8x10":  # 1024 centres per code
+    if factory == "IVF4,PQ8x10":  # 1024 centers per code
         rows = rows.only(np.arange(300))
     with pytest.raises(UsageError, match=message):
         build_index(rows, IndexOptions(factory=factory))

@@ -66,7 +66,7 @@ def test_add_and_remove(make_store: MakeStore, tmp_path: Path, factory: str) -> 
     assert (done.removed, done.rows) == (70, 220)
     assert bool(done.notes) == (factory in ("HNSW8", "IVF4,SQ8,RFlat"))
     assert_every_row_finds_itself(path, first, second, without=gone)
-    # Removed rows can be added again; the others are recognised as unchanged.
+    # Removed rows can be added again; the others are recognized as unchanged.
     again = add_to_gallery(second, path)
     assert (again.added, again.skipped) == (30, 60)
     assert_every_row_finds_itself(path, first, second, without=gone - set(second.names))
@@ -167,7 +167,7 @@ def test_effort_is_tuned_again_when_rows_join(make_store: MakeStore, tmp_path: P
     assert re.match(
         r"3000 added rows joined the index; nprobe is \d+ now.*, which finds \d+\.\d % of the 10", done.notes[0]
     )
-    assert after.about.files.index.bytes < 4500 * (4 * 16 + 8) + 32 * (4 * 16 + 8) + 1000  # rows, ids, centres
+    assert after.about.files.index.bytes < 4500 * (4 * 16 + 8) + 32 * (4 * 16 + 8) + 1000  # rows, ids, centers
     asked = more[:200]
     rows, _ = search_descriptors(after, asked, SearchOptions(k=10))
     core(after.index).nprobe = 32

@@ -167,7 +167,7 @@ class TestLayout:
             (Recipe(levels=(2, 1)), "parts need a level of 3 or more, found levels 2,1"),
         ],
     )
-    def test_recipes_that_cannot_be_localised(
+    def test_recipes_that_cannot_be_localized(
         self, recipe: Recipe, fault: str, make_store: MakeStore, tmp_path: Path
     ) -> None:
         with pytest.raises(UsageError, match=fault):

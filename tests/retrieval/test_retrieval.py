@@ -24,8 +24,8 @@ from sppfeat.windows.reading import read_windows
 def clustered(count: int, things: int, *, seed: int = 0, dim: int = 12, noise: float = 1.0) -> np.ndarray:
     """Rows of `things` things, in turn."""
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(things, dim))
-    return centres[np.arange(count) % things] + noise * generator.normal(size=(count, dim))
+    centers = np.random.default_rng(99).normal(size=(things, dim))
+    return centers[np.arange(count) % things] + noise * generator.normal(size=(count, dim))
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_tiles_are_in_order(tmp_path: Path) -> None:
     assert progress == sorted(progress) and progress[-1] == 1
     for tile, row in enumerate(order.tolist()):
         assert is_of(tile_at(tmp_path / "out" / "sheets", tile), COLORS[row]), (tile, row)
-    assert is_of(tile_at(tmp_path / "out" / "sheets", 7), sheets._GREY)
+    assert is_of(tile_at(tmp_path / "out" / "sheets", 7), sheets._GRAY)
     assert sorted(os.listdir(tmp_path / "out" / "sheets")) == ["sheet-0.jpg", "sheet-1.jpg"]
     assert [sheet_count(n) for n in (0, 1, 1024, 1025)] == [0, 1, 1, 2]
     assert build_sheets(of, order[:0], tmp_path / "none").sheets == 0

@@ -255,7 +255,7 @@ def test_kill_at_random_moments(tmp_path: Path, exists: bool, copied: bool) -> N
 
 
 def test_a_kill_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards that were placed are recognised, and not placed again."""
+    """Shards that were placed are recognized, and not placed again."""
     parts, output = parts_in(tmp_path), tmp_path / "feats"
 
     def killed(*arguments: object) -> None:

@@ -36,20 +36,20 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
+def colors(tmp_path: Path) -> Path:
     """Images that are roughly red, green or blue, one folder each."""
     generator = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):
-        (tmp_path / "colours" / name).mkdir(parents=True)
+        (tmp_path / "colors" / name).mkdir(parents=True)
         for number in range(6):
             pixels = generator.integers(0, 90, (70, 80, 3), dtype=np.uint8)
             pixels[..., channel] += 150
-            Image.fromarray(pixels).save(tmp_path / "colours" / name / f"{number}.png")
-    return tmp_path / "colours"
+            Image.fromarray(pixels).save(tmp_path / "colors" / name / f"{number}.png")
+    return tmp_path / "colors"
 
 
-def test_trained_as_the_solver_trains(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_trained_as_the_solver_trains(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     store = open_store(tmp_path / "f.h5")
     classifier = train_classifier(store, SvmOptions(costs=(1.0,)))
     known = [name.split("/")[0] for name in store.names]
@@ -58,8 +58,8 @@ def test_trained_as_the_solver_trains(colours: Path, tmp_path: Path, tiny: Recip
     assert np.allclose(classifier.svm.weights, expected.weights, atol=1e-4)
 
 
-def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_file_keeps_everything(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     classifier = train_classifier(open_store(tmp_path / "f.h5"))
     assert [cost for cost, _ in classifier.curve] == sorted(SvmOptions().costs)
     save_classifier(classifier, tmp_path / "m.h5")
@@ -79,42 +79,42 @@ def test_file_keeps_everything(colours: Path, tmp_path: Path, tiny: Recipe) -> N
     assert not list(tmp_path.glob(".*"))
 
 
-def test_images_and_their_store_get_the_same_scores(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+def test_images_and_their_store_get_the_same_scores(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
     """With levels cut out of the store, and with a store of another recipe, whose images are described again."""
-    extract_folder(colours, tmp_path / "f.h5", replace(tiny, levels=(3, 2, 1)))
-    extract_folder(colours, tmp_path / "other.h5", replace(tiny, pooling="avg"))
+    extract_folder(colors, tmp_path / "f.h5", replace(tiny, levels=(3, 2, 1)))
+    extract_folder(colors, tmp_path / "other.h5", replace(tiny, pooling="avg"))
     notes: list[str] = []
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,), levels=(2, 1)))
     assert classifier.recipe.levels == (2, 1)
     found = {
         source: {one.name: one.scores for one in predict(classifier, [tmp_path / source], note=notes.append)}
-        for source in ("colours", "f.h5", "other.h5")
+        for source in ("colors", "f.h5", "other.h5")
     }
     assert len(notes) == 1 and "other.h5: was made with another recipe (pooling: model max, store avg)" in notes[0]
-    assert found["colours"].keys() == found["f.h5"].keys() == found["other.h5"].keys() and len(found["colours"]) == 18
-    for name, scores in found["colours"].items():
+    assert found["colors"].keys() == found["f.h5"].keys() == found["other.h5"].keys() and len(found["colors"]) == 18
+    for name, scores in found["colors"].items():
         assert scores is not None
         assert scores == pytest.approx(found["f.h5"][name], abs=2e-3)
         assert scores == pytest.approx(found["other.h5"][name], abs=1e-5)
         assert classifier.classes[int(scores.argmax())] == name.split("/")[0]
 
 
-def test_archives_are_predicted_as_folders_are(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+def test_archives_are_predicted_as_folders_are(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
     """From the archive, and from a store of another recipe, whose images are found in it again."""
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
-        tar.add(colours, ".")
+        tar.add(colors, ".")
     extract_folder(tmp_path / "c.tar", tmp_path / "c.h5", replace(tiny, pooling="avg"))
-    expected = {one.name: one.scores for one in predict(classifier, [colours])}
+    expected = {one.name: one.scores for one in predict(classifier, [colors])}
     for source in ("c.tar", "c.h5"):
         found = {one.name.removeprefix("c.tar/"): one.scores for one in predict(classifier, [tmp_path / source])}
         assert found.keys() == expected.keys()
         assert all(found[name] == pytest.approx(expected[name], abs=1e-5) for name in expected)
 
 
-def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_command_line(colors: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     made = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "m.h5", "--c-grid", "vissl", "--json")
     document = json.loads(made.stdout)
     assert made.returncode == 0 and document["classes"] == ["blue", "green", "red"] and len(document["curve"]) == 11
@@ -132,15 +132,15 @@ def test_command_line(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: 
     assert refused.returncode == 2 and "--verify is for stores and galleries, found an SVM" in refused.stderr
 
 
-def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_files_that_are_no_model(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     save_classifier(train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,))), tmp_path / "m.h5")
     whole = (tmp_path / "m.h5").read_bytes()
     (tmp_path / "text.h5").write_text("no model")
     (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
     for name, message in (
         ("gone.h5", "expected an SVM, found no such file"),
-        ("colours", "expected an SVM, found a folder"),
+        ("colors", "expected an SVM, found a folder"),
         ("text.h5", "cannot be opened"),
         ("cut.h5", "cut short"),
         ("f.h5", "expected an SVM, found a store; `sppfeat train svm` makes one"),
@@ -181,19 +181,19 @@ def test_files_that_are_no_model(colours: Path, tmp_path: Path, tiny: Recipe) ->
             open_classifier(damaged(change))  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_trained_with(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    extract_folder(colours / "red", tmp_path / "one.h5", tiny, root=str(colours))
+def test_what_cannot_be_trained_with(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colors / "red", tmp_path / "one.h5", tiny, root=str(colors))
     with pytest.raises(UsageError, match="at least two classes, found 1: red"):
         train_classifier(open_store(tmp_path / "one.h5"))
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     with StoreWriter(open_store(tmp_path / "f.h5")) as writer:
         writer.reset([0])
     with pytest.raises(StoreError, match="1 of 18 images are still to be described"):
         train_classifier(open_store(tmp_path / "f.h5"))
 
 
-def test_training_with_one_c_ends_well(colours: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_training_with_one_c_ends_well(colors: Path, tmp_path: Path, tiny: Recipe, run_sppfeat: Run) -> None:
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     made = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "m.h5", "--c", "1")
     assert (made.returncode, made.stderr) == (0, "") and "C = 1; solver: gram" in made.stdout
     again = run_sppfeat("train", "svm", tmp_path / "f.h5", "-o", tmp_path / "n.h5", "--c", "1", "--json")
@@ -204,11 +204,11 @@ def test_training_with_one_c_ends_well(colours: Path, tmp_path: Path, tiny: Reci
 
 @pytest.mark.parametrize("output", ["missing/m.h5", "/proc/m.h5", "photo.jpg"])
 def test_an_output_that_cannot_be_is_found_before_training(
-    output: str, colours: Path, tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+    output: str, colors: Path, tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sppfeat_cli.app import build
 
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     (tmp_path / "photo.jpg").write_bytes(b"a photograph")
     monkeypatch.setattr("sppfeat.transfer.train_classifier.train_classifier", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(ModelError, match=re.escape(str(tmp_path / output))):
@@ -241,22 +241,22 @@ def test_svms_that_do_not_converge_are_told(
         assert expected in capsys.readouterr().out
 
 
-def test_windows_of_another_recipe_are_described_anew(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
+def test_windows_of_another_recipe_are_described_anew(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
     """In the order of the rows; each as a store of the classifier's own recipe has it."""
     from sppfeat.transfer.prediction import Prediction
 
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
     boxes = {
         f"{name}/{n}.png": np.array([[0, 0, 30, 40], [5, 9, 60, 60.5]]) for name in ("red", "blue") for n in (4, 2)
     }
-    extract_folder(colours, tmp_path / "same.h5", tiny, windows=boxes)
-    extract_folder(colours, tmp_path / "other.h5", replace(tiny, pooling="avg"), windows=boxes)
+    extract_folder(colors, tmp_path / "same.h5", tiny, windows=boxes)
+    extract_folder(colors, tmp_path / "other.h5", replace(tiny, pooling="avg"), windows=boxes)
 
     def predicted(store: str) -> list[Prediction]:
         return list(predict(classifier, [tmp_path / store]))
 
-    (colours / "blue" / "2.png").write_bytes(b"gone")
+    (colors / "blue" / "2.png").write_bytes(b"gone")
     same, other = predicted("same.h5"), predicted("other.h5")
     assert [one.name for one in other] == [one.name for one in same] == open_store(tmp_path / "other.h5").names
     assert len(other) == 8
@@ -268,18 +268,18 @@ def test_windows_of_another_recipe_are_described_anew(colours: Path, tmp_path: P
 
 
 def test_names_that_leave_the_root_are_not_followed(
-    colours: Path, make_store: Callable[..., Store], tmp_path: Path, tiny: Recipe
+    colors: Path, make_store: Callable[..., Store], tmp_path: Path, tiny: Recipe
 ) -> None:
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
     names = [
-        "../colours/red/1.png",
-        str(colours / "red/1.png"),
+        "../colors/red/1.png",
+        str(colors / "red/1.png"),
         "red/1.png#9,9,nan,3",
         "red/1.png",
         "red/1.png#0,0,9,9",
     ]
-    store = make_store(np.eye(5), "evil.h5", names=names, recipe=replace(tiny, pooling="avg"), root=str(colours))
+    store = make_store(np.eye(5), "evil.h5", names=names, recipe=replace(tiny, pooling="avg"), root=str(colors))
     found = list(predict(classifier, [store.path]))
     assert [one.name for one in found] == names
     assert [one.error for one in found] == [
@@ -292,22 +292,22 @@ def test_names_that_leave_the_root_are_not_followed(
     assert [one.scores is None for one in found] == [True, True, True, False, False]
 
 
-def test_windows_and_a_recipe_that_crops(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    extract_folder(colours, tmp_path / "f.h5", replace(tiny, crop="center"))
+def test_windows_and_a_recipe_that_crops(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    extract_folder(colors, tmp_path / "f.h5", replace(tiny, crop="center"))
     classifier = train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,)))
-    extract_folder(colours, tmp_path / "w.h5", tiny, windows={"red/1.png": np.array([[0, 0, 30, 40]])})
+    extract_folder(colors, tmp_path / "w.h5", tiny, windows={"red/1.png": np.array([[0, 0, 30, 40]])})
     with pytest.raises(UsageError, match=r"w\.h5: expected images, found windows: the classifier.s recipe crops"):
         list(predict(classifier, [tmp_path / "w.h5"]))
 
 
-def test_other_weights_are_refused(colours: Path, tmp_path: Path, tiny: Recipe) -> None:
-    """A model recognises the network it was trained for, even if another has the same name."""
-    extract_folder(colours, tmp_path / "f.h5", tiny)
+def test_other_weights_are_refused(colors: Path, tmp_path: Path, tiny: Recipe) -> None:
+    """A model recognizes the network it was trained for, even if another has the same name."""
+    extract_folder(colors, tmp_path / "f.h5", tiny)
     classifier = replace(
         train_classifier(open_store(tmp_path / "f.h5"), SvmOptions(costs=(1.0,))), weights_sha256="1" * 64
     )
     with pytest.raises(ModelError, match="expected the weights that the classifier was trained with"):
-        list(predict(classifier, [colours]))
+        list(predict(classifier, [colors]))
     notes: list[str] = []
     with pytest.raises(ModelError):
         list(predict(classifier, [tmp_path / "f.h5"], note=notes.append))

@@ -15,7 +15,7 @@ from reference import knn_votes
 from sppfeat import SppFeatWarning, UsageError
 from sppfeat.svm import logistic
 from sppfeat.svm.cost_selection import folds
-from sppfeat.svm.logistic import LogisticProblem, choose_regularisation
+from sppfeat.svm.logistic import LogisticProblem, choose_regularization
 from sppfeat.svm.options import SvmOptions
 from sppfeat.transfer import TransferOptions, knn
 from sppfeat.transfer.evaluation import evaluate_transfer
@@ -155,7 +155,7 @@ def test_c_is_chosen_inside(make_store: MakeStore) -> None:
     rows = (generator.normal(size=(4, 50))[labels] + 2 * generator.normal(size=(60, 50))).astype(np.float32)
     problem = LogisticProblem(rows, np.arange(60))
     options = SvmOptions(costs=(0.001, 0.1, 10.0))
-    found = choose_regularisation(problem, labels, 4, options)
+    found = choose_regularization(problem, labels, 4, options)
     fold = folds(labels, options)
     values = []
     for cost in options.costs:

@@ -41,7 +41,7 @@ DIM = 40
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., Store]:
-    """A store of `count` rows per class, drawn around a centre of each class."""
+    """A store of `count` rows per class, drawn around a center of each class."""
 
     def make(
         file: str = "f.h5",
@@ -57,8 +57,8 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
         names = [f"{folder}class{c}/{n:03}.jpg" for c in range(classes) for n in range(count)]
         if folder == "":
             names = sorted(names)
-        centres = generator.normal(size=(classes, DIM))
-        rows = np.repeat(centres, count, 0) + noise * generator.normal(size=(len(names), DIM))
+        centers = generator.normal(size=(classes, DIM))
+        rows = np.repeat(centers, count, 0) + noise * generator.normal(size=(len(names), DIM))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         path = tmp_path / file
         create_store(path, names, recipe=Recipe(), weights_sha256="0" * 64, dim=DIM, source_root=root)
@@ -422,7 +422,7 @@ def test_voc_images_and_rows_that_do_not_meet(voc: tuple[Path, Store, np.ndarray
 def test_levels_cut_out_equal_descriptors_of_these_levels(
     make_images: Callable[..., Path], tmp_path: Path, tiny: Recipe
 ) -> None:
-    """With every normalisation, and with several scales side by side."""
+    """With every normalization, and with several scales side by side."""
     from sppfeat.store.subset import DescriptorView
 
     folder = make_images(5)

@@ -61,12 +61,12 @@ def test_the_objective_is_the_mean_squared_distance_and_words_are_means(folder: 
     options = VocabularyOptions(words=4, descriptors=30)
     learned = learn_vocabulary(folder, tmp_path / "v.h5", options).vocabulary
     rows = sample(items, most=30).astype(np.float64)
-    distances = ((rows[:, None] - learned.centres.astype(np.float64)[None]) ** 2).sum(2)
-    # FAISS reports the distances of its last assignment, before it moves the centres for the last time.
+    distances = ((rows[:, None] - learned.centers.astype(np.float64)[None]) ** 2).sum(2)
+    # FAISS reports the distances of its last assignment, before it moves the centers for the last time.
     assert distances.min(1).mean() == pytest.approx(learned.objective, rel=0.02)
-    for word, centre in enumerate(learned.centres):
+    for word, center in enumerate(learned.centers):
         own = rows[distances.argmin(1) == word]
-        assert len(own) and np.linalg.norm(own.mean(0) - centre) < 0.1 * np.linalg.norm(centre)
+        assert len(own) and np.linalg.norm(own.mean(0) - center) < 0.1 * np.linalg.norm(center)
 
 
 def sample(items: list[Item], *, most: int, seed: int = 0, workers: int = 2, recipe: Recipe = READING) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_as_many_descriptors_as_words_are_enough(
     image = next(iter(sorted(folder.rglob("*.png"))))
     options = VocabularyOptions(words=10, images=1, descriptors=10)
     found = learn_vocabulary(image, tmp_path / "v.h5", options).vocabulary
-    assert found.objective == pytest.approx(0, abs=1) and np.isfinite(found.centres).all()
+    assert found.objective == pytest.approx(0, abs=1) and np.isfinite(found.centers).all()
     # FAISS would print that there are few.
     assert capfd.readouterr() == ("", "")
 

@@ -59,7 +59,7 @@ def test_a_part_of_the_map_is_mapped_back(data: st.DataObject) -> None:
     assert (top, bottom) == (0, 1) and left < right
     window = np.array([[left * length, 0, right * length - 1, length - 1]]) + [[0.01, 0, -0.01, 0]]
     window = np.where(part[None] == [[0, 0, 1, 1]], [[0, 0, length - 1, length - 1]], window)
-    if offset + stride * (size - 1) < input_length:  # all cells are centred on pixels of the image
+    if offset + stride * (size - 1) < input_length:  # all cells are centered on pixels of the image
         rois = map_windows(window, (length, length), (input_length, input_length), axis, axis)
         assert rois.tolist() == [[first, 0, last, size - 1]]
 
@@ -132,8 +132,8 @@ def test_a_window_around_an_impulse_pools_that_impulse(backbone: str, layer: str
         assert pool_rois(heights, roi, (1,)).item() == heights.max() > 0
         peak = (heights[0] / heights.max()) ** 8  # far from the borders, which cut the humps
         for at, axis, along in ((x, columns, peak.sum(0)), (y, rows, peak.sum(1))):
-            centre = float((along * torch.arange(axis.size)).sum() / along.sum())
-            shifts.append(centre - (at - axis.offset) / axis.stride)
+            center = float((along * torch.arange(axis.size)).sum() / along.sum())
+            shifts.append(center - (at - axis.offset) / axis.stride)
     assert abs(np.mean(shifts)) < 0.1  # half a stride of another offset would be 0.5
 
 
