@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -37,18 +38,19 @@ def is_archive(place: str) -> bool:
     return url_path(place).lower().endswith(tuple(ARCHIVE_EXTENSIONS))
 
 
-def archive_items(root: str, name: str, place: str, columns: Columns) -> Iterator[Item]:
+def archive_items(root: str, name: str, place: str, columns: Columns, unread: Counter[str]) -> Iterator[Item]:
     """The images of an archive in its order. name: of the archive, relative to `root`; members are named below it.
+    unread: see `count_unread`.
 
     What cannot be listed is one item with a problem. Raises UsageError for columns that a parquet file does not have.
     """
     names = MemberNames()
-    for member in _members(place, columns):
+    for member in _members(place, columns, unread):
         own = names.name(member.name) if member.name != REST else REST
         yield Item(root, f"{name}/{own}", problem=member.problem, content=member.content)
 
 
-def _members(place: str, columns: Columns) -> Iterator[Member]:
+def _members(place: str, columns: Columns, unread: Counter[str]) -> Iterator[Member]:
     try:
         archive = Blob.at(place)
     except ImageError as error:
@@ -57,9 +59,9 @@ def _members(place: str, columns: Columns) -> Iterator[Member]:
     if _is_parquet(place):
         yield from parquet_members(archive, columns)
     elif url_path(place).lower().endswith(tuple(ZIP_EXTENSIONS)):
-        yield from zip_members(archive)
+        yield from zip_members(archive, unread)
     else:
-        yield from tar_members(archive)
+        yield from tar_members(archive, unread)
 
 
 def _is_parquet(place: str) -> bool:
@@ -87,7 +89,7 @@ def member_at(root: str, archive: str, place: str, name: str) -> Item | None:
 @functools.lru_cache(maxsize=2)
 def _index(archive: Blob) -> dict[str, Content]:
     """The contents of an archive by the names of its members; built where single members are looked up."""
-    items = archive_items("", "", archive.place, DEFAULT_COLUMNS)
+    items = archive_items("", "", archive.place, DEFAULT_COLUMNS, Counter())
     return {item.name[1:]: item.content for item in items if item.content is not None}
 
 

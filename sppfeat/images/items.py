@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -20,6 +21,10 @@ AVIF: Final = "avif" in features.modules and features.check("avif")
 EXTENSIONS: Final = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"} | ({".avif"} if AVIF else set())
 )
+
+# Of images that nothing here decodes, such as telephones' and cameras' own. Told, so that nobody thinks they were read.
+_UNREAD: Final = ".heic .heif .avif .jxl .jp2 .psd .dng .raw .cr2 .cr3 .nef .nrw .arw .orf .rw2 .raf .pef .srw"
+_UNREAD_EXTENSIONS: Final = frozenset(_UNREAD.split()) - EXTENSIONS
 
 
 class Fingerprint(NamedTuple):
@@ -132,6 +137,13 @@ def open_file(path: str) -> tuple[io.RawIOBase, Fingerprint]:
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the extension of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def count_unread(name: str, unread: Counter[str]) -> None:
+    """Count a file that is an image of a kind that is not read, by its extension; hidden files are none."""
+    end = os.path.splitext(name)[1].lower()
+    if end in _UNREAD_EXTENSIONS and not os.path.basename(name).startswith("."):
+        unread[end] += 1
 
 
 def path_to_name(relative: str) -> str:

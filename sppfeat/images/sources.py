@@ -22,6 +22,7 @@ from sppfeat.images.extent import Extent
 from sppfeat.images.items import (
     EXTENSIONS,
     Item,
+    count_unread,
     is_image_name,
     name_to_path,
     path_to_name,
@@ -40,7 +41,7 @@ from sppfeat.images.urls import (
     url_path,
     walk_url,
 )
-from sppfeat.images.walking import Found, count_unread, walk
+from sppfeat.images.walking import Found, walk
 
 LIST_EXTENSIONS: Final = frozenset({".txt", ".lst"})
 MAX_RANGE: Final = 1_000_000
@@ -99,7 +100,7 @@ class Sources:
             if found.problem is not None:
                 yield Item(self.root, name, problem=found.problem)
             elif is_archive(found.place):
-                yield from archive_items(self.root, name, found.place, self._columns)
+                yield from archive_items(self.root, name, found.place, self._columns, source.unread)
             elif is_url(found.place):
                 content = UrlFile(found.place, *(found.fingerprint or ()))
                 yield Item(self.root, name, content=content)

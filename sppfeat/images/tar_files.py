@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final
 
@@ -16,7 +17,7 @@ import msgspec
 from sppfeat.errors import ImageError, SppFeatError, one_line, require_extra
 from sppfeat.images.blobs import Blob
 from sppfeat.images.forward import ForwardReader
-from sppfeat.images.items import Fingerprint, is_image_name
+from sppfeat.images.items import Fingerprint, count_unread, is_image_name
 from sppfeat.images.members import REST, Member
 from sppfeat.images.memory import hold
 from sppfeat.images.read_ahead import MAX_AHEAD, read_ahead
@@ -134,15 +135,15 @@ def compression_of(place: str) -> str:
     return next(kind for end, kind in TAR_EXTENSIONS.items() if lower.endswith(end))
 
 
-def tar_members(archive: Blob) -> Iterator[Member]:
+def tar_members(archive: Blob, unread: Counter[str]) -> Iterator[Member]:
     """The images of a tar in its order, read header by header; from a break on, one member `(rest)` with the reason.
 
-    Other files, folders and devices are left out; links named like images have a reason.
+    Other files, folders and devices are left out; links named like images have a reason. unread: see `count_unread`.
     """
     compression = compression_of(archive.place)
     try:
         with _decompressed(archive, compression) as file:
-            yield from _scan(_Walker(file, archive, compression), archive, compression)
+            yield from _scan(_Walker(file, archive, compression), archive, compression, unread)
     except (ImageError, _Break) as error:
         yield Member(REST, problem=str(error))
     except SppFeatError:
@@ -183,7 +184,7 @@ class _Walker:
                 raise _Break(f"archive is cut off within {what()}")
 
 
-def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
+def _scan(walker: _Walker, archive: Blob, compression: str, unread: Counter[str]) -> Iterator[Member]:
     extended: dict[str, str] = {}
     held = 0
     while True:
@@ -244,6 +245,8 @@ def _scan(walker: _Walker, archive: Blob, compression: str) -> Iterator[Member]:
             else:
                 kind = tarfile.GNUTYPE_SPARSE if sparse else tarfile.DIRTYPE if name.endswith("/") else info.type
                 yield Member(name.rstrip("/"), problem=_PROBLEMS.get(kind, "is not a regular file"))
+        elif info.type in _REGULAR:
+            count_unread(name, unread)
         _skip_padding(walker, size)
         extended, held = {}, 0
 

@@ -7,13 +7,9 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from sppfeat.images.items import EXTENSIONS, Fingerprint, is_image_name, reason_not_readable
-
-# Of images that nothing here decodes, such as telephones' and cameras' own. Told, so that nobody thinks they were read.
-_UNREAD: Final = ".heic .heif .avif .jxl .jp2 .psd .dng .raw .cr2 .cr3 .nef .nrw .arw .orf .rw2 .raf .pef .srw"
-_UNREAD_EXTENSIONS: Final = frozenset(_UNREAD.split()) - EXTENSIONS
+from sppfeat.images.items import Fingerprint, count_unread, is_image_name, reason_not_readable
 
 
 class Found(NamedTuple):
@@ -65,13 +61,6 @@ def walk(top: str, unread: Counter[str]) -> Iterator[Found]:
         if reason is not None:
             yield Found(path, reason)
         stack.append((path, iter(inside), above | {identity}))
-
-
-def count_unread(name: str, unread: Counter[str]) -> None:
-    """Count a file that is an image of a kind that is not read, by its extension; hidden files are none."""
-    end = os.path.splitext(name)[1].lower()
-    if end in _UNREAD_EXTENSIONS and not os.path.basename(name).startswith("."):
-        unread[end] += 1
 
 
 def _entries(folder: str, unread: Counter[str]) -> list[tuple[str, bool]]:

@@ -8,6 +8,7 @@ import re
 import stat
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -15,7 +16,7 @@ import msgspec
 
 from sppfeat.errors import ImageError, SppFeatError, one_line
 from sppfeat.images.blobs import Blob
-from sppfeat.images.items import Fingerprint, is_image_name
+from sppfeat.images.items import Fingerprint, count_unread, is_image_name
 from sppfeat.images.members import REST, Member
 from sppfeat.images.memory import check_held, hold
 from sppfeat.images.read_ahead import MAX_AHEAD, read_ahead
@@ -128,18 +129,18 @@ class _Directory(NamedTuple):
     shift: int
 
 
-def zip_members(archive: Blob) -> Iterator[Member]:
+def zip_members(archive: Blob, unread: Counter[str]) -> Iterator[Member]:
     """The images of a zip in the order of its directory; from a break on, one member `(rest)` with the reason.
 
-    Other files and folders are left out; links named like images have a reason.
+    Other files and folders are left out; links named like images have a reason. unread: see `count_unread`.
     """
     try:
         with archive.open() as file:
             directory = _find_directory(file, archive.size)
             if directory is not None:
-                yield from _listed(file, archive, directory)
+                yield from _listed(file, archive, directory, unread)
             else:
-                yield from _walked(file, archive)
+                yield from _walked(file, archive, unread)
     except (ImageError, _Break) as error:
         yield Member(REST, problem=str(error))
     except SppFeatError:
@@ -176,7 +177,7 @@ def _find_directory(file: BinaryIO, size: int) -> _Directory | None:
     return _Directory(start + shift, length, shift) if shift >= 0 and start + shift >= 0 else None
 
 
-def _listed(file: BinaryIO, archive: Blob, directory: _Directory) -> Iterator[Member]:
+def _listed(file: BinaryIO, archive: Blob, directory: _Directory, unread: Counter[str]) -> Iterator[Member]:
     at, end = directory.start, directory.start + directory.size
     file.seek(at)
     while at < end:
@@ -194,6 +195,7 @@ def _listed(file: BinaryIO, archive: Blob, directory: _Directory) -> Iterator[Me
         size, packed, header = _wide(extra, [size, packed, header])
         name = _decoded(raw, flags)
         if not is_image_name(name.rstrip("/")):
+            count_unread(name, unread)
             continue
         mode = attributes >> 16
         if name.endswith("/") or (system == 3 and stat.S_ISDIR(mode)):
@@ -224,7 +226,7 @@ def _decoded(raw: bytes, flags: int) -> str:
     return raw.decode("utf-8", "surrogateescape") if flags & _UTF8 else raw.decode("cp437")
 
 
-def _walked(file: BinaryIO, archive: Blob) -> Iterator[Member]:
+def _walked(file: BinaryIO, archive: Blob, unread: Counter[str]) -> Iterator[Member]:
     """Members by their local headers, up to where they end."""
     at = 0
     while True:
@@ -245,6 +247,8 @@ def _walked(file: BinaryIO, archive: Blob) -> Iterator[Member]:
             raise _Break(f"archive of {archive.size:,} bytes is cut off within {name!r}")
         if is_image_name(name) and not name.endswith("/"):
             yield Member(name, ZipMember(archive, at, packed, size, method, flags, crc))
+        else:
+            count_unread(name, unread)
         at = data + packed
         if flags & _SIZES_FOLLOW:
             file.seek(at)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tarfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,26 @@ def test_images_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
     found = find_images([tmp_path / "below", tmp_path / "a.jpg"])
     assert found.extent is not None and found.extent.unread == ((".heic", 1), (".nef", 1))
     assert found.below(str(tmp_path.parent)).items[0].name == f"{tmp_path.name}/a.jpg"
+
+
+@pytest.mark.parametrize("end", [".tar", ".tar.gz", ".zip", " cut.zip"])
+def test_images_of_kinds_that_are_not_read_are_counted_in_archives(tmp_path: Path, end: str) -> None:
+    folder, path = tmp_path / "folder", tmp_path / f"archive{end}"
+    (folder / "folder.heic").mkdir(parents=True)
+    for name in ("a.jpg", "b.HEIC", "c.heic", "d.nef", "e.txt", "._b.HEIC"):
+        (folder / name).write_bytes(b"0123456789")
+    if end.startswith(".tar"):
+        with tarfile.open(path, f"w:{end[5:]}") as tar:
+            tar.add(folder, ".")
+    else:
+        with zipfile.ZipFile(path, "w") as file:
+            for one in sorted(folder.rglob("*")):
+                file.write(one, one.name)
+        if "cut" in end:  # without its directory
+            whole = path.read_bytes()
+            path.write_bytes(whole[: whole.index(b"PK\1\2")])
+    sources = open_sources([path])
+    for _ in range(2):
+        (name,) = (item.name for item in sources if item.problem is None)
+        assert name == f"{path.name}/a.jpg"
+        assert sources.extent.unread == ((".heic", 2), (".nef", 1))
