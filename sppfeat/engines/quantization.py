@@ -29,18 +29,26 @@ from sppfeat.machine import integer_instructions
 # instead of 0.9974 on the images of kth-buildings, for 6 % of the speed.
 _LEFT: Final = 2
 _LEFT_OF_7_BITS: Final = 8
+# How the range of an activation comes from its values, the first that gives descriptors near enough to float32: that of
+# the least error on their histogram, or the mean of each image's smallest and largest. On Caltech-101 lite0 loses
+# nothing by the first and 0.6 points by the second; MobileNet-v2 has a mean cosine of 0.981 by the first and 0.991.
+RANGES: Final = ("HISTOGRAM", "MEAN_MINMAX")
 _CONVOLUTIONS: Final = ("Convolution", "GroupConvolution")
 _ATTENTION: Final = ("Softmax", "ScaledDotProductAttention")
 
 
 def quantize(
-    network: Network, images: Sequence[Any], read: Callable[[Any], np.ndarray], samples: Sequence[np.ndarray]
+    network: Network,
+    images: Sequence[Any],
+    read: Callable[[Any], np.ndarray],
+    samples: Sequence[np.ndarray],
+    ranges: str = RANGES[0],
 ) -> CalibratedNetwork:
     """A network of whole numbers, of 8 bits, chosen on images.
 
     read: an image of `images` as [1, H, W, 3] uint8; called more than once for each. samples: a few images
-    [H, W, 3] that are kept with the network, to recognize its values on other processors. Raises BackboneError,
-    MissingExtraError, and what `read` raises.
+    [H, W, 3] that are kept with the network, to recognize its values on other processors. ranges: one of
+    RANGES. Raises BackboneError, MissingExtraError, and what `read` raises.
     """
     openvino = import_openvino()
     descriptions = network.descriptions
@@ -67,7 +75,7 @@ def quantize(
                 ignored_scope=nncf.IgnoredScope(names=convolutions[: _LEFT if whole else _LEFT_OF_7_BITS]),
                 # By running the network layer by layer: on Caltech-101, the fast way loses 0.6 points, this one none.
                 fast_bias_correction=False,
-                advanced_parameters=_parameters(nncf, whole),
+                advanced_parameters=_parameters(nncf, ranges, whole),
             )
         except (RuntimeError, nncf.errors.InternalError, nncf.errors.ValidationError) as error:
             raise failure(descriptions, error) from None
@@ -83,7 +91,7 @@ def quantize(
         return CalibratedNetwork(path.read_bytes(), path.with_suffix(".bin").read_bytes(), kept)
 
 
-def _parameters(nncf: Any, whole: bool) -> Any:
+def _parameters(nncf: Any, ranges: str, whole: bool) -> Any:
     """NNCF's parameters. whole: whether weights have all 8 bits.
 
     Values get one range for all channels. A range for each channel before depthwise convolutions, NNCF's default, cuts
@@ -92,10 +100,12 @@ def _parameters(nncf: Any, whole: bool) -> Any:
     instead of 0.993, at the same speed.
     """
     from nncf.quantization.advanced_parameters import QuantizationParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     return nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.FIRST_LAYER if whole else nncf.OverflowFix.ENABLE,
         activations_quantization_params=QuantizationParameters(per_channel=False),
+        activations_range_estimator_params=getattr(RangeEstimatorParametersSet, ranges),
     )
 
 

@@ -80,9 +80,10 @@ def calibrate(
     """A recipe of precision int8 with the calibration that these images give; other recipes as they are.
 
     300 images are drawn, by a fixed seed, from the first 2,048, and 60 others to check the result; of fewer than 360, a
-    sixth. The networks stay in the user's cache, and the result of the same images and recipe is kept. Raises
-    UsageError if there are too few images, or the result is not close to float32, or no faster; BackboneError,
-    MissingExtraError; KeyboardInterrupt if it is stopped.
+    sixth. Where the first way to choose ranges is not close enough, the second is tried. The networks stay in the
+    user's cache, and the result of the same images and recipe is kept. Raises UsageError if there are too few images,
+    or the result is not close to float32, or no faster; BackboneError, MissingExtraError; KeyboardInterrupt if it is
+    stopped.
     """
     if recipe.precision != "int8" or recipe.calibration is not None:
         return recipe
@@ -137,8 +138,6 @@ class _Calibrating:
     stop: Callable[[], bool]
 
     def run(self) -> Calibration:
-        from sppfeat.engines.quantization import quantize
-
         rows = {found.position: found.rows for found in self.plain.describe(self.drawn, stop=self.stop)}
         self._check_stopped()
         readable = [(item, rows[at]) for at, item in enumerate(self.drawn) if rows.get(at) is not None]
@@ -148,6 +147,28 @@ class _Calibrating:
             )
         count = min(HELD_OUT, len(readable) // 6)
         held, chosen = readable[:count], [item for item, _ in readable[count:]]
+        from sppfeat.engines.quantization import RANGES
+
+        best: tuple[str, Describer, float] | None = None
+        for ranges in RANGES:
+            joined = self._quantized(chosen, [item for item, _ in held[:_SAMPLES]], ranges)
+            whole = Describer(replace(self.recipe, calibration=joined), self.options)
+            described = sorted(whole.describe([item for item, _ in held]), key=lambda found: found.position)
+            cosines = [_cosine(one, other.rows) for (_, one), other in zip(held, described, strict=True)]
+            cosine = float(np.mean(cosines))
+            if best is None or not best[2] >= cosine:
+                best = joined, whole, cosine
+            if cosine >= LEAST_COSINE:
+                break
+        assert best is not None
+        joined, whole, cosine = best
+        speed = _speed(self.plain.load(), whole.load(), self.recipe, [item for item, _ in held])
+        return Calibration(joined, len(chosen), len(held), cosine, speed)
+
+    def _quantized(self, chosen: Sequence[Item], samples: Sequence[Item], ranges: str) -> str:
+        """The fingerprints of the networks of all backbones, joined by `+`."""
+        from sppfeat.engines.quantization import quantize
+
         fingerprints = []
         for branch in self.recipe.branches():
             network = Network(replace(branch, precision="float32"))
@@ -157,18 +178,9 @@ class _Calibrating:
                 self._check_stopped()
                 return _input(view[0], network, view[1])[None]
 
-            samples = [_input(item, network, branch.scales[0]) for item, _ in held[:_SAMPLES]]
-            fingerprints.append(keep_calibrated(quantize(network, views, read, samples)))
-        joined = "+".join(fingerprints)
-        whole = Describer(replace(self.recipe, calibration=joined), self.options)
-        cosines = [
-            _cosine(one, other.rows)
-            for (_, one), other in zip(
-                held, sorted(whole.describe([item for item, _ in held]), key=lambda found: found.position), strict=True
-            )
-        ]
-        speed = _speed(self.plain.load(), whole.load(), self.recipe, [item for item, _ in held])
-        return Calibration(joined, len(chosen), len(held), float(np.mean(cosines)), speed)
+            inputs = [_input(item, network, branch.scales[0]) for item in samples]
+            fingerprints.append(keep_calibrated(quantize(network, views, read, inputs, ranges)))
+        return "+".join(fingerprints)
 
     def _check_stopped(self) -> None:
         if self.stop():

@@ -138,6 +138,29 @@ def test_a_result_that_is_not_close_is_refused(folder: Path, monkeypatch: pytest
         calibrate(INT8, find_images([folder]).items)
 
 
+@pytest.mark.parametrize(
+    ("cosines", "tried", "kept"), [([0.995], 1, 0), ([0.98, 0.992], 2, 1), ([0.98, 0.97], 2, 0), ([np.nan, 0.98], 2, 1)]
+)
+def test_the_first_ranges_that_are_close_are_taken_else_the_closest(
+    cosines: list[float], tried: int, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def quantized(self: Any, chosen: Any, samples: Any, ranges: str) -> str:
+        asked.append(ranges)
+        return f"{len(asked)}" * 16
+
+    monkeypatch.setattr(calibration._Calibrating, "_quantized", quantized)
+    monkeypatch.setattr(calibration, "_cosine", lambda *_: cosines[len(asked) - 1])
+    monkeypatch.setattr(calibration, "_speed", lambda *_: 1.5)
+    items = find_images([folder]).items
+    plain = Describer(FLOAT, RunOptions(device="cpu"))
+    monkeypatch.setattr(calibration, "Describer", lambda _, options: Describer(FLOAT, options))
+    made = calibration._Calibrating(INT8, plain, items, RunOptions(device="cpu"), lambda: False).run()
+    assert asked == list(quantization.RANGES[:tried])
+    assert made.fingerprints == f"{kept + 1}" * 16 and made.cosine == pytest.approx(cosines[kept])
+
+
 @pytest.mark.parametrize("has", [[], ["avx512_vnni"]])
 def test_weights_keep_7_bits_where_sums_of_products_must_fit_into_16(
     has: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
