@@ -15,7 +15,7 @@ from sppfeat.errors import UsageError, nearest_names, one_of
 _exceptions = sys.modules[typer.BadParameter.__module__]
 _Unusable: type[Exception] = _exceptions.UsageError
 _NoSuchOption: type[Exception] = _exceptions.NoSuchOption
-_HelpWanted: type[Exception] = _exceptions.NoArgsIsHelpError
+_HelpWanted: Any = getattr(_exceptions, "NoArgsIsHelpError", ())  # click before 8.2 prints help without raising
 
 
 class Commands(typer.Typer):
