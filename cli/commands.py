@@ -3,8 +3,8 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -27,6 +27,14 @@ class Commands(typer.Typer):
 
 class Command(TyperCommand):
     """A command whose help names its arguments as they are declared, in every version of typer."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _NoSuchOption as error:
+            raise UsageError(_no_option(error, ctx)) from None
+        except _Unusable as error:
+            raise UsageError(_unusable(error, ctx)) from None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.options_metavar or "", *_arguments(self)]
@@ -67,10 +75,14 @@ class Group(TyperGroup):
         given = list(args)
         try:
             return super().parse_args(ctx, args)
+        except _HelpWanted:
+            raise
         except _NoSuchOption as error:
             if ctx.parent is not None:  # a group within has no options but --help: they are of a command left out
                 raise UsageError(self._which(ctx, given)) from None
-            raise UsageError(_no_option(error)) from None
+            raise UsageError(_no_option(error, ctx)) from None
+        except _Unusable as error:
+            raise UsageError(_unusable(error, ctx)) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands and not ctx.resilient_parsing:
@@ -80,16 +92,6 @@ class Group(TyperGroup):
             raise UsageError(self._which(ctx, args))
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except _HelpWanted:
-            raise
-        except _NoSuchOption as error:
-            raise UsageError(_no_option(error)) from None
-        except _Unusable as error:
-            raise UsageError(_unusable(error)) from None
-
     def _which(self, ctx: Any, args: list[str]) -> str:
         """What to say where a command was left out."""
         place = _path(ctx)
@@ -97,57 +99,72 @@ class Group(TyperGroup):
             return f"unknown command {args[0]!r}: `{place} --help` lists all commands"
         names = self.list_commands(ctx)
         first = self.commands[names[0]]
-        lacking = [one for one in _required(first) if one.split()[0] not in args]
         # A first word that is no path may be anything: a classifier, a protocol. The command shown must run.
-        kept = args if _path_like(args[0]) else args[1:] or _arguments(first)
+        kept = args if _path_like(args[0]) else args[1:]
+        if not _positional(first, kept):
+            kept = [*_arguments(first), *kept]
+        lacking = [_shown(one) for one in _required(first) if not any(map(_gives(one), args))]
         command = shlex.join([*place.split(), names[0], *kept])
         return f"{ctx.info_name} what? {one_of(names)}, such as: {' '.join([command, *lacking])}"
+
+
+def _gives(option: Any) -> Callable[[str], bool]:
+    """Whether a word names an option, as in `-o`, `-oFILE`, `--output` and `--output=FILE`."""
+    short = tuple(name for name in option.opts if not name.startswith("--"))
+    return lambda word: word.partition("=")[0] in option.opts or (bool(short) and word.startswith(short))
+
+
+def _positional(command: Any, words: Sequence[str]) -> list[str]:
+    """The words that are neither options of a command nor their values."""
+    takes_value = {name for one in _options(command) if not one.is_flag for name in one.opts}
+    before = ["", *words]
+    return [word for word, last in zip(words, before, strict=False) if word[:1] != "-" and last not in takes_value]
 
 
 def _path_like(word: str) -> bool:
     return word.startswith("-") or bool({".", os.sep} & set(word)) or os.path.exists(word)
 
 
-def _no_option(error: Any) -> str:
+def _no_option(error: Any, ctx: Any) -> str:
     """The message for an option that a command does not have."""
-    known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+    known = [name for one in ctx.command.get_params(ctx) for name in (*one.opts, *one.secondary_opts)]
     nearest = nearest_names(error.option_name, [name for name in known if name.startswith("--")])
-    place = _path(error.ctx)
-    usage = f"{_usage(error.ctx)}; " if _arguments(error.ctx.command) else ""
+    place = _path(ctx)
+    usage = f"{_usage(ctx)}; " if _arguments(ctx.command) else ""
     hint = f"did you mean {one_of(nearest)}?" if nearest else f"{usage}`{place} --help` lists all options"
     return f"unknown option {error.option_name!r} of {place}: {hint}"
 
 
-def _unusable(error: Any) -> str:
+def _unusable(error: Any, ctx: Any) -> str:
     """The message for an argument or option that is missing, has no value or one of another kind."""
-    message = error.format_message().rstrip(".").replace("argument(s)", "arguments")
     parameter = getattr(error, "param", None)
-    if parameter is not None:
-        kinds = [text for kind, text in _KINDS.items() if kind in message]
-        if isinstance(error, _exceptions.MissingParameter):
-            message = f"missing {_shown(parameter)}"
-        elif kinds:
-            return f"expected {kinds[0]} for {_shown(parameter)}{_found(parameter)}"
-    usage = f": {_usage(error.ctx)}" if error.ctx is not None else ""
-    return f"{message[:1].lower()}{message[1:]}{usage}"
+    if parameter is not None and isinstance(error, _exceptions.MissingParameter):
+        return f"missing {_shown(parameter)}: {_usage(ctx)}"
+    if parameter is not None and (wrong := _wrong_number(error)) is not None:
+        return f"expected {wrong[0]} for {_shown(parameter)}, found {wrong[1]!r}"
+    message = error.format_message().rstrip(".")
+    if " " in message.partition("argument(s) (")[2]:
+        message = message.replace("argument(s)", "arguments")
+    message = message.replace("argument(s)", "argument")
+    return f"{message[:1].lower()}{message[1:]}: {_usage(ctx)}"
 
 
-# What the messages of typer and click, new and old, say of values that are not numbers.
-_KINDS: Final = {"integer": "a whole number", "number": "a number", "float": "a number"}
-
-
-def _found(parameter: Any) -> str:
-    """`, found 'ten'`, from the command line; empty where it does not show the value by itself, as in -kten."""
-    for at, word in enumerate(sys.argv):
-        name, equals, value = word.partition("=")
-        if name in parameter.opts and (equals or at + 1 < len(sys.argv)):
-            return f", found {value if equals else sys.argv[at + 1]!r}"
-    return ""
+def _wrong_number(error: Any) -> tuple[str, str] | None:
+    """Which number was expected, and what was found, as pydantic tells newer versions of typer, or click older ones."""
+    if hasattr(error.__cause__, "errors"):
+        told = error.__cause__.errors()[0]
+        found, kind = str(told["input"]), told["type"].partition("_")[0]
+    else:
+        quoted, _, kind = error.message.rpartition(" is not a valid ")
+        found, kind = quoted[1:-1], kind.rstrip(".")
+    names = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
+    return (names[kind], found) if kind in names else None
 
 
 def _usage(ctx: Any) -> str:
     """What a command cannot do without, on one line."""
-    return " ".join([_path(ctx), *_arguments(ctx.command), *_required(ctx.command), "[OPTIONS]"])
+    required = [_shown(one) for one in _required(ctx.command)]
+    return " ".join([_path(ctx), *_arguments(ctx.command), *required, "[OPTIONS]"])
 
 
 def _arguments(command: Any) -> list[str]:
@@ -155,13 +172,20 @@ def _arguments(command: Any) -> list[str]:
     return [one.metavar for one in command.params if one.param_type_name == "argument"]
 
 
-def _required(command: Any) -> list[str]:
-    """The options that a command cannot do without, such as `-o FILE`."""
-    return [_shown(one) for one in command.params if one.param_type_name == "option" and one.required]
+def _options(command: Any) -> list[Any]:
+    return [one for one in command.params if one.param_type_name == "option"]
+
+
+def _required(command: Any) -> list[Any]:
+    """The options that a command cannot do without."""
+    return [one for one in _options(command) if one.required]
 
 
 def _shown(parameter: Any) -> str:
-    return parameter.metavar if parameter.param_type_name == "argument" else f"{parameter.opts[0]} {parameter.metavar}"
+    """`QUERY...` or `-o FILE`."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar)
+    return " ".join(filter(None, (parameter.opts[0], parameter.metavar)))
 
 
 def _path(ctx: Any) -> str:

@@ -182,9 +182,8 @@ def retrieval(
         typer.echo(_text(done))
     for note in done.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
-    for each in (opened, asked):
-        if each is not None:
-            tell_lost(each)
+    for each in {one.place: one for one in (opened, asked) if one is not None}.values():
+        tell_lost(each)
     if page is not None:
         with after_results(page):
             write_retrieval_page(page, done, command=command_line())

@@ -156,7 +156,7 @@ class _Calibrating:
             described = sorted(whole.describe([item for item, _ in held]), key=lambda found: found.position)
             cosines = [_cosine(one, other.rows) for (_, one), other in zip(held, described, strict=True)]
             cosine = float(np.mean(cosines))
-            if best is None or not best[2] >= cosine:
+            if best is None or cosine > best[2] or np.isnan(best[2]):
                 best = joined, whole, cosine
             if cosine >= LEAST_COSINE:
                 break

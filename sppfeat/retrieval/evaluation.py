@@ -202,13 +202,12 @@ def evaluate_retrieval(
 def _without_rows(gallery: Store, queries: Store | None) -> list[str]:
     """How many rows of each store have no descriptor: they are neither asked for nor found."""
     stores = [gallery] if queries is None or _same_file(gallery, queries) else [gallery, queries]
-    notes = []
-    for store in stores:
-        counts = store.counts()
-        reasons = [f"{counts[state]} {state}" for state in ("failed", "pending") if counts[state]]
-        if reasons:
-            notes.append(f"{store.place}: of {sum(counts.values())} rows, {' and '.join(reasons)} and are left out")
-    return notes
+    counts = [(store.place, store.counts()) for store in stores]
+    return [
+        f"{place}: of {sum(count.values())} rows, {count['failed']} failed and are left out"
+        for place, count in counts
+        if count["failed"]
+    ]
 
 
 def _check_parts(gallery: Store, queries: Store | None) -> None:

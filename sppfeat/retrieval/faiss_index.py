@@ -23,7 +23,7 @@ from sppfeat.store import UnitRows, normalize_rows
 TRAIN_PER_LIST: Final = 50
 MIN_TRAIN: Final = 20_000
 # A quarter of FAISS's default: its training reads every row in every round.
-PQ_TRAIN_PER_CENTRE: Final = 64
+PQ_TRAIN_PER_CENTER: Final = 64
 RECALL_K: Final = 10
 TUNING_QUERIES: Final = 200
 # What tuning begins with, and the highest efSearch that it tries: search memory per query grows with it.
@@ -157,7 +157,7 @@ def _training_needs(index: Any) -> tuple[int, int]:
     if hasattr(inner, "pq"):
         counts.append(inner.pq.ksub)
         inner.pq.cp.min_points_per_centroid = 1
-        inner.pq.cp.max_points_per_centroid = PQ_TRAIN_PER_CENTRE
+        inner.pq.cp.max_points_per_centroid = PQ_TRAIN_PER_CENTER
     return max(counts), max(39 * count if count > 1 else 1 for count in counts)
 
 

@@ -197,7 +197,7 @@ def check_recipe(
 @dataclass(frozen=True)
 class GalleryCheck:
     """What `verify_gallery` found. problems: one line per fault. compared: rows that were held against those of their
-    stores. passed_over: what was not compared, and why, one line each.
+    stores. passed_over: why others were not, one line each.
     """
 
     problems: list[str]
@@ -211,7 +211,7 @@ def verify_gallery(gallery: Gallery) -> GalleryCheck:
     Rows that the index holds exactly must equal those of a store with the same name and checksum. Coded rows, and those
     of a store that cannot be opened, or is of another recipe or of other descriptors by now, cannot be compared.
     """
-    problems, passed_over, compared = [], [], 0
+    problems, passed_over = [], []
     added = gallery.about.files.added
     for kept in (gallery.about.files.bins, None if added is None else added.bins):
         if kept is not None:
@@ -222,29 +222,34 @@ def verify_gallery(gallery: Gallery) -> GalleryCheck:
     if len(set(gallery.rows.names)) != len(gallery):
         problems.append(f"{len(gallery) - len(set(gallery.rows.names))} duplicate names")
     if not gallery.exact:
-        passed_over.append(f"{len(gallery)} rows: the index holds codes, not rows")
-        return GalleryCheck(problems, compared, passed_over)
+        return GalleryCheck(problems, 0, ["the index holds codes, not rows"])
     place = {name: row for row, name in enumerate(gallery.rows.names)}
-    for source in gallery.about.sources:
+    seen, compared = np.zeros(len(gallery), bool), np.zeros(len(gallery), bool)
+    for path in dict.fromkeys(source.store for source in gallery.about.sources):  # one that grew is there once more
         try:
-            rows = unit_rows(open_store(source.store), gallery.projection)
+            rows = unit_rows(open_store(path), gallery.projection)
         except SppFeatError as error:
-            passed_over.append(f"{source.rows} rows: {error}")
+            passed_over.append(str(error))
             continue
         if rows.store.recipe_hash != gallery.recipe_hash:
-            passed_over.append(f"{source.rows} rows: {rows.store.place} has another recipe by now")
+            passed_over.append(f"{rows.store.place} has another recipe by now")
             continue
         checksums = rows.store.checksum[rows.rows]
-        known = [at for at, name in enumerate(rows.names) if name in place]
-        same = [at for at in known if gallery.rows.checksum[place[rows.names[at]]] == checksums[at]]
-        if len(same) < len(known):
-            passed_over.append(f"{len(known) - len(same)} rows: {rows.store.place} has other descriptors by now")
+        known = [(at, place[name]) for at, name in enumerate(rows.names) if name in place]
+        same = [(at, row) for at, row in known if gallery.rows.checksum[row] == checksums[at]]
         for start in range(0, len(same), 1024):
-            part = np.array(same[start : start + 1024])
-            held = reconstruct(gallery.index, np.array([place[rows.names[at]] for at in part]))
-            for at in part[np.abs(held - rows.take(part)).max(1) > 1e-4]:
-                problems.append(
-                    f"row {place[rows.names[at]]} ({rows.names[at]!r}): differs from that of {rows.store.place}"
-                )
-        compared += len(same)
-    return GalleryCheck(problems, compared, passed_over)
+            ours, theirs = (np.array(side) for side in zip(*same[start : start + 1024], strict=True))
+            apart = np.abs(reconstruct(gallery.index, theirs) - rows.take(ours)).max(1)
+            problems += [
+                f"row {row} ({gallery.rows.names[row]!r}): differs from that of {rows.store.place}"
+                for row in theirs[apart > 1e-4].tolist()
+            ]
+        seen[[row for _, row in known]] = True
+        compared[[row for _, row in same]] = True
+    for count, reason in (
+        (int((seen & ~compared).sum()), "described again in the store since"),
+        (int((~seen).sum()), "in no store that could be compared"),
+    ):
+        if count:
+            passed_over.append(f"{count} row{'s' * (count > 1)} {reason}")
+    return GalleryCheck(problems, int(compared.sum()), passed_over)

@@ -30,7 +30,8 @@ def add_duplicates(app: FastAPI, server: State) -> None:
 
     def ask(threshold: float | None) -> DuplicatesAnswer:
         opened = server.collection.current()
-        key = opened.about.row_state, threshold
+        # Images are compared anew once a folder that was missing is there, or the reverse.
+        key = opened.about.row_state, threshold, tuple(server.collection.missing(opened))
         job = server.duplicates.ask(key, lambda tell: server.collection.duplicates(opened, threshold, tell))
         if job.failed is not None:
             return DuplicatesAnswer(state="failed", detail=job.failed)

@@ -37,7 +37,7 @@ class Ranked:
 def ranked(classifier: Classifier, predictions: Iterable[Prediction], top: int) -> list[Ranked]:
     """The `top` best classes of each image, ordered by path. Raises UsageError."""
     if top < 1:
-        raise UsageError(f"expected a number of classes of at least 1, found {top}")
+        raise UsageError(f"top must be at least 1, found {top}")
     found = []
     for one in predictions:
         best = [] if one.scores is None else (-one.scores).argsort(kind="stable")[:top].tolist()

@@ -174,6 +174,20 @@ def test_a_large_folder_is_not_walked_for_a_message(
             "evaluate knn",
             "evaluate what? transfer, retrieval, detection or all, such as: sppfeat evaluate transfer STORE...",
         ),
+        (
+            "evaluate knn --protocol split",
+            "evaluate what? transfer, retrieval, detection or all, such as: "
+            "sppfeat evaluate transfer STORE... --protocol split",
+        ),
+        ("train knn -o m.h5", "train what? svm, detector or vocabulary, such as: sppfeat train svm STORE -o m.h5"),
+        *(
+            (
+                f"train f.h5 {given}",
+                f"train what? svm, detector or vocabulary, such as: sppfeat train svm f.h5 {given}",
+            )
+            for given in ("--output m.h5", "--output=m.h5", "-om.h5")
+        ),
+        ("extract . -o f.h5 --no-resum", "unknown option '--no-resum' of sppfeat extract: did you mean --no-resume?"),
     ],
 )
 def test_commands_and_options_that_do_not_exist(words: str, line: str, call: Call) -> None:
@@ -188,11 +202,17 @@ def test_commands_and_options_that_do_not_exist(words: str, line: str, call: Cal
         ("extract photos", "missing -o FILE|DIR: sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]"),
         ("train svm f.h5", "missing -o FILE: sppfeat train svm STORE -o FILE [OPTIONS]"),
         ("search g q -k ten", "expected a whole number for -k N, found 'ten'"),
-        ("search g q -k=1.5", "expected a whole number for -k N, found '1.5'"),
-        ("extract . -o f.h5 -jx", "expected a whole number for -j N"),
+        ("search g q -k=1.5", "expected a whole number for -k N, found '=1.5'"),
+        ("search g q -k 3 -k ten", "expected a whole number for -k N, found 'ten'"),
+        ("extract . -o f.h5 -jx", "expected a whole number for -j N, found 'x'"),
+        ("extract . -o f.h5 -b 8 --batch-size -", "expected a whole number for -b N, found '-'"),
+        ("detect d.h5 . --nms integer", "expected a number for --nms IOU, found 'integer'"),
         ("detect d.h5 . --nms half", "expected a number for --nms IOU, found 'half'"),
-        ("extract . -o", "option '-o' requires an argument"),
-        ("merge all part --json=3", "option '--json' does not take a value"),
+        ("extract . -o", "option '-o' requires an argument: sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]"),
+        ("merge all part --json=3", "option '--json' does not take a value: sppfeat merge OUTPUT PART... [OPTIONS]"),
+        ("--version=3", "option '--version' does not take a value: sppfeat [OPTIONS]"),
+        ("evaluate --help=3", "option '--help' does not take a value: sppfeat evaluate [OPTIONS]"),
+        ("inspect a b", "got unexpected extra argument (b): sppfeat inspect FILE [OPTIONS]"),
         ("models a b c", "got unexpected extra arguments (b c): sppfeat models [BACKBONE] [OPTIONS]"),
     ],
 )

@@ -139,7 +139,14 @@ def test_a_result_that_is_not_close_is_refused(folder: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("cosines", "tried", "kept"), [([0.995], 1, 0), ([0.98, 0.992], 2, 1), ([0.98, 0.97], 2, 0), ([np.nan, 0.98], 2, 1)]
+    ("cosines", "tried", "kept"),
+    [
+        ([0.995], 1, 0),
+        ([0.98, 0.992], 2, 1),
+        ([0.98, 0.97], 2, 0),
+        ([np.nan, 0.98], 2, 1),
+        ([0.98, np.nan], 2, 0),
+    ],
 )
 def test_the_first_ranges_that_are_close_are_taken_else_the_closest(
     cosines: list[float], tried: int, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,15 +175,15 @@ def test_weights_keep_7_bits_where_sums_of_products_must_fit_into_16(
     nncf = pytest.importorskip("nncf")
     asked: list[Any] = []
 
-    def quantize(*_: Any, advanced_parameters: Any, **__: Any) -> None:
-        asked.append(advanced_parameters.overflow_fix)
+    def quantize(*_: Any, advanced_parameters: Any, ignored_scope: Any, **__: Any) -> None:
+        asked.append((advanced_parameters.overflow_fix, len(ignored_scope.names)))
         raise RuntimeError("stopped here")
 
     monkeypatch.setattr(nncf, "quantize", quantize)
     monkeypatch.setattr(quantization, "integer_instructions", lambda: has)
     with pytest.raises(BackboneError, match="stopped here"):
         calibrate(replace(INT8, pooling="avg"), find_images([folder]).items)
-    assert asked == [nncf.OverflowFix.FIRST_LAYER if has else nncf.OverflowFix.ENABLE]
+    assert asked == [(nncf.OverflowFix.FIRST_LAYER, 2) if has else (nncf.OverflowFix.ENABLE, 24 // 6)]
 
 
 def test_a_result_that_is_no_faster_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -463,9 +463,8 @@ def test_what_was_not_compared_is_said(
     check = verify_gallery(open_gallery(path))
     assert (check.problems, check.compared, check.passed_over) == ([], 60, [])
     done = run_sppfeat("inspect", path, "--verify")
-    assert done.stderr == "" and done.stdout.endswith(
-        "match their checksums, and all rows match those of their stores\n"
-    )
+    assert done.stderr == ""
+    assert done.stdout.endswith("verified: all files match their checksums, and all rows those of their stores\n")
 
     # One store is gone, three images of another were described again, the third has another recipe.
     first.path.unlink()
@@ -476,19 +475,33 @@ def test_what_was_not_compared_is_said(
     check = verify_gallery(open_gallery(path))
     assert check.problems == [] and check.compared == 17
     assert check.passed_over == [
-        f"30 rows: {first.path}: expected a store, found no such file",
-        f"3 rows: {second.path} has other descriptors by now",
-        f"10 rows: {third.path} has another recipe by now",
+        f"{first.path}: expected a store, found no such file",
+        f"{third.path} has another recipe by now",
+        "3 rows described again in the store since",
+        "40 rows in no store that could be compared",
     ]
     done = run_sppfeat("inspect", path, "--verify")
-    assert done.returncode == 0 and "and 17 of 60 rows match those of their stores\n" in done.stdout
+    assert done.returncode == 0
+    assert done.stdout.endswith("verified: all files match their checksums, and 17 of 60 rows those of their stores\n")
     assert done.stderr.splitlines() == [f"note: {path}: not compared: {line}" for line in check.passed_over]
     document = json.loads(run_sppfeat("inspect", path, "--verify", "--json").stdout)
-    assert document["verified"] is True and document["compared"] == 17 and len(document["passed_over"]) == 3
+    assert document["verified"] is True and document["compared"] == 17 and len(document["passed_over"]) == 4
 
     create_gallery(second, tmp_path / "coded", IndexOptions(factory="SQ8"))
     check = verify_gallery(open_gallery(tmp_path / "coded"))
-    assert (check.compared, check.passed_over) == (0, ["20 rows: the index holds codes, not rows"])
+    assert (check.compared, check.passed_over) == (0, ["the index holds codes, not rows"])
+    done = run_sppfeat("inspect", tmp_path / "coded", "--verify")
+    assert done.stdout.endswith("verified: all files match their checksums\n")
+
+    # A store that grew is a source twice, and rows that left it are told.
+    grown = make_store(descriptors(10), "grown.h5")
+    create_gallery(grown, tmp_path / "grown", IndexOptions(factory="Flat"))
+    add_to_gallery(make_store(descriptors(20), "grown.h5"), tmp_path / "grown")
+    check = verify_gallery(open_gallery(tmp_path / "grown"))
+    assert (check.compared, check.passed_over) == (20, [])
+    make_store(descriptors(19), "grown.h5")
+    check = verify_gallery(open_gallery(tmp_path / "grown"))
+    assert (check.compared, check.passed_over) == (19, ["1 row in no store that could be compared"])
 
 
 def test_where_a_gallery_can_be_built(make_store: MakeStore, tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ export function setUp(navigate, look) {
     else tell($("duplicates-fault"), "Least similarity: expected a number above 0.5, at most 1.");
   };
   soon = later(chosen, 400); // each step of a slider would start a comparison of all images
-  $("by").addEventListener("change", () => go("duplicates", { threshold: $("by").value === "images" ? null : DEFAULT }, true));
+  $("by").addEventListener("change", () => {
+    soon.cancel();
+    go("duplicates", { threshold: $("by").value === "images" ? null : DEFAULT }, true);
+  });
   $("threshold").addEventListener("change", chosen);
   $("threshold-range").addEventListener("input", () => {
     $("threshold").value = $("threshold-range").value;
