@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from sppfeat import Recipe, Store, open_store
-from sppfeat.images import Fingerprint, urls
+from sppfeat.images import Fingerprint, fingerprint_of, name_to_path, urls
 from sppfeat.store.writing import StoreWriter, create_store
 
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -139,7 +139,8 @@ def make_store(tmp_path: Path) -> MakeStore:
         create_store(path, names, recipe=recipe, weights_sha256=weights, dim=rows.shape[1], source_root=root)
         with StoreWriter(open_store(path)) as writer:
             for row, values in enumerate(rows):
-                writer.write(row, values.astype(recipe.dtype), (10, 10), Fingerprint(1, 1))
+                there = fingerprint_of(name_to_path(root, names[row]))
+                writer.write(row, values.astype(recipe.dtype), (10, 10), max(there, Fingerprint(1, 1)))
         return open_store(path)
 
     return make

@@ -21,7 +21,7 @@ from sppfeat.files import appearing, check_new_file
 from sppfeat.images import is_url, path_to_name
 from sppfeat.recipe import Recipe
 from sppfeat.retrieval.crops import Crops, by_whole
-from sppfeat.retrieval.keeping import KEEP, Keeping, check_keeping, plan_keeping
+from sppfeat.retrieval.keeping import KEEP, Files, Keeping, check_keeping, different_files, plan_keeping
 from sppfeat.retrieval.linkage import link_rows
 from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.near_rows import equal_rows, near_components
@@ -49,7 +49,8 @@ class Duplicates:
     The first of a group is the one to keep; see `Keeping`. images: the number compared. pairs: those that reach the
     threshold, in one group or not. root: the folder that names are relative to. recipe, weights_sha256: of the
     descriptors compared. unreadable: images that could not be read to tell which is the sharpest, and why. notes: for
-    the user. not_compared: images that could not be read to be compared, and why.
+    the user. not_compared: images that could not be read to be compared, or changed since they were described, and
+    why.
     """
 
     store: str
@@ -99,12 +100,15 @@ def find_duplicates(
     check_keeping(store, keep)
     if root is not None:
         store = replace(store, source_root=os.fspath(root))
-    rows = unit_rows(store)
+    files = different_files(unit_rows(store))
+    rows = files.rows
     same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None
     if threshold is None:
         threshold = COMPARED_FROM if len(rows) <= FEW_IMAGES else COMPARED_FROM_OF_MANY
     found, pairs, notes = _groups(rows, threshold, same, lambda part: progress(0.9 * part))
-    not_compared = {} if same is None else same.unreadable
+    not_compared = {} if same is None else dict(same.unreadable)
+    not_compared |= dict.fromkeys(files.changed, "changed since it was described")
+    notes += _of_files(files)
     if not_compared and not is_url(store.source_root) and not os.path.isdir(store.source_root):
         notes.append(
             f"the folder of its images, {store.source_root}, is not there; if it was moved, "
@@ -140,6 +144,21 @@ def find_duplicates(
         notes,
         not_compared,
     )
+
+
+def _of_files(files: Files) -> list[str]:
+    """What was left out, since it must not be kept or removed for another."""
+    found, told = [], []
+    if files.lost:
+        told.append(f"{files.lost} {'image' if files.lost == 1 else 'images'} whose file is gone")
+    if files.changed:
+        since = "changed since it was described" if len(files.changed) == 1 else "changed since they were described"
+        told.append(f"{len(files.changed)} {since} ({files.changed[0]}{', ...' * (len(files.changed) > 1)})")
+    if told:
+        found.append(f"left out of the groups: {', '.join(told)}")
+    if files.links:
+        found.append(f"paths left out, since they lead to files that other paths name: {files.links}")
+    return found
 
 
 def _groups(

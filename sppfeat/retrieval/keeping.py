@@ -1,9 +1,12 @@
-"""Which image of a group of duplicates to keep."""
+"""Which images of a group of duplicates may be removed for another, and which one to keep."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -11,15 +14,17 @@ from PIL import Image
 
 from sppfeat.errors import ImageError, UsageError, unknown_name
 from sppfeat.files import unsafe_name
-from sppfeat.images import is_url, read_image
+from sppfeat.images import Fingerprint, is_url, read_image
 from sppfeat.machine import available_cores
-from sppfeat.store import Box, Store, UnitRows, item_of
+from sppfeat.store import Box, Store, UnitRows, file_state, image_of, item_of
 
 KEEP: Final = ("largest", "sharpest", "oldest")
 # Images are compared at one size: a blurred enlargement must not win because edges are wider in it.
 SHARPNESS_SIDE: Final = 512
 # Stored times up to here, four seconds of 1970, are none: members of zip files have their CRC-32 instead.
 _NO_TIME: Final = 1 << 32
+_WAITING: Final = 8  # threads, which wait for the file system, not for a core
+_PART: Final = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,65 @@ class Keeping:
             times = rows.store.file_mtime_ns[places].astype(np.int64)
             keys += [times, times <= _NO_TIME]
         return which[np.lexsort(keys)]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What `different_files` leaves of rows. lost: how many have no file any more. changed: names of images whose file
+    is another by now. links: how many were further paths of a file.
+    """
+
+    rows: UnitRows
+    lost: int = 0
+    changed: list[str] = field(default_factory=list)
+    links: int = 0
+
+
+def different_files(rows: UnitRows) -> Files:
+    """The rows without what must not be kept, or removed, for another: those whose file is gone, or changed since it
+    was described, and further paths of one file, of which the first that is no link stays.
+
+    Where the folder of the images is not on this machine, nothing is known of the files, and all rows stay.
+    """
+    root = rows.store.source_root
+    if is_url(root) or not os.path.isdir(root):
+        return Files(rows)
+    sizes, times = (column[rows.rows].tolist() for column in (rows.store.file_size, rows.store.file_mtime_ns))
+    described = list(zip(rows.names, map(Fingerprint, sizes, times), strict=True))
+    with ThreadPoolExecutor(_WAITING) as pool:
+        parts = [described[start : start + _PART] for start in range(0, len(described), _PART)]
+        states = chain.from_iterable(pool.map(lambda part: [file_state(root, *one) for one in part], parts))
+        files = chain.from_iterable(pool.map(lambda part: [_file_of(root, name) for name, _ in part], parts))
+    lost, changed, links = 0, [], 0
+    first: dict[object, int] = {}
+    for at, (state, file) in enumerate(zip(states, files, strict=True)):
+        if state == "lost":
+            lost += 1
+        elif state == "changed":
+            changed.append(rows.names[at])
+        elif file not in first:
+            first[file] = at
+        else:
+            links += 1
+            if _is_link(root, rows.names[first[file]]) and not _is_link(root, rows.names[at]):
+                first[file] = at
+    return Files(rows.only(np.sort(np.array(list(first.values()), np.int64))), lost, changed, links)
+
+
+def _file_of(root: str, name: str) -> object:
+    """What tells a row's file, and window in it, from others."""
+    if unsafe_name(name) is None:
+        with contextlib.suppress(OSError, ValueError):  # gone, or a path that is invalid on this system
+            path, window = image_of(root, name)
+            info = os.stat(path)
+            return info.st_dev, info.st_ino, window
+    return name
+
+
+def _is_link(root: str, name: str) -> bool:
+    """Whether there is a symbolic link on the way from the folder to a row's file."""
+    path, _ = image_of(root, name)
+    return os.path.realpath(path) != os.path.realpath(root) + path.removeprefix(root.rstrip("/"))
 
 
 def check_keeping(store: Store, keep: str) -> None:

@@ -7,7 +7,7 @@ from sppfeat.store.checking import verify_store
 from sppfeat.store.digests import name_digests
 from sppfeat.store.export import FORMATS, Exported, export_store
 from sppfeat.store.locking import lock_shard, lock_store
-from sppfeat.store.lost_files import LostFiles, count_lost
+from sppfeat.store.lost_files import LostFiles, count_lost, file_state
 from sppfeat.store.manifest import SHARD_ROWS, Manifest
 from sppfeat.store.merging import Merged, merge_stores
 from sppfeat.store.mirrors import BucketFolder, Mirror, RemoteShard
@@ -72,6 +72,7 @@ __all__ = [
     "create_store",
     "export_store",
     "extend_store",
+    "file_state",
     "image_of",
     "is_folder_store",
     "is_store",

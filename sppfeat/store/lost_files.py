@@ -74,7 +74,7 @@ def count_lost(store: Store) -> LostFiles | None:
             files = list(zip(names, map(Fingerprint, sizes, times), strict=True))
             checked += len(names)
             parts = [files[at::_THREADS] for at in range(_THREADS)]
-            for states in pool.map(lambda part: [_state(root, *file) for file in part], parts):
+            for states in pool.map(lambda part: [file_state(root, *file) for file in part], parts):
                 lost += states.count("lost")
                 changed += states.count("changed")
             if time.monotonic() > ends:
@@ -93,8 +93,8 @@ def _spread(rows: int) -> Iterator[int]:
             yield place * runs // taken * _RUN
 
 
-def _state(root: str, name: str, described: Fingerprint) -> str | None:
-    """`lost`, `changed`, or None: as it was described, not described yet, or not to be told."""
+def file_state(root: str, name: str, described: Fingerprint) -> str | None:
+    """Of a row's file: `lost`, `changed`, or None: as it was described, not described yet, or not to be told."""
     image, window = split_row_name(name)
     if unsafe_name(name) is not None:
         return None

@@ -107,6 +107,8 @@ def test_cosine_and_pixels_together(make_store: MakeStore, tmp_path: Path, photo
 def test_images_that_cannot_be_read(make_store: MakeStore, tmp_path: Path) -> None:
     """Their descriptors decide alone, and it is told."""
     rows = np.array([[1, 0, 0], [1, 0.2, 0], [0, 0, 1], [0, 0.6, 1]])
+    for number in range(4):
+        (tmp_path / f"{number:04}.jpg").write_bytes(b"no image")
     found = find_duplicates(make_store(rows, root=str(tmp_path)))
     assert [[one.name for one in group] for group in found.groups] == [["0000.jpg", "0001.jpg"]]
     assert len(found.notes) == 1 and found.notes[0].startswith("4 images could not be read, and must have a cosine sim")
