@@ -29,6 +29,8 @@ class Command(TyperCommand):
     """A command whose help names its arguments as they are declared, in every version of typer."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "" in args:  # such as "$FOLDER" where FOLDER is not set
+            raise UsageError(f"expected no empty argument, found one: {_usage(ctx)}")
         try:
             return super().parse_args(ctx, args)
         except _NoSuchOption as error:

@@ -237,7 +237,7 @@ def _table(done: "list[Transfer]") -> str:
     worst = sorted(known.items(), key=lambda item: item[1])[:5]
     if any(value < 100 for _, value in worst):
         told = ", ".join(f"{printable(name)} {value:.0f} %" for name, value in worst if value < 100)
-        lines.append(f"hardest: {told}")
+        lines.append(f"hardest{f' for {printable(first.store)}' if len(done) > 1 else ''}: {told}")
     if first.untested:
         named = ", ".join(map(printable, first.untested[:5])) + ", ..." * (len(first.untested) > 5)
         lines.append(f"no test images, excluded from the mean: {named} ({counted(len(first.untested), 'class')})")

@@ -277,6 +277,7 @@ def _document(done: "Extraction") -> dict[str, Any]:
         "gone": done.gone,
         "removed": done.removed,
         "pending": done.pending,
+        "left_out": done.unread,
         "dim": done.dim,
         "seconds": round(done.seconds, 3),
         "images_per_second": round(done.images_per_second, 2),

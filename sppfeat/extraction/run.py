@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +63,9 @@ class Extraction:
     images: listed in the sources. repeated: duplicates in the sources. described: in this run. reused: described
     before, unchanged. failed: listed images whose row failed, now or before. changed: described images whose file had
     changed. gone: rows of the store whose file no longer exists, and which are kept. removed: such rows that were
-    removed. pending: rows left for the next run, after an interruption. stopped: before all sources were listed. dim:
-    length of a descriptor. device, engine: where and how the network ran. seconds: of this run. stages: of its work,
+    removed. pending: rows left for the next run, after an interruption. stopped: before all sources were listed.
+    unread: images in the sources of kinds that are not read, by extension, which get no row. dim: length of a
+    descriptor. device, engine: where and how the network ran. seconds: of this run. stages: of its work,
     summed over threads.
     If windows are described, all of these count windows, and without_windows counts the images without any; else it is
     None.
@@ -87,6 +88,7 @@ class Extraction:
     without_windows: int | None = None
     stopped: bool = False
     removed: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
 
     @property
     def bottleneck(self) -> str | None:
@@ -288,6 +290,7 @@ def _into_file(run: _Run, describer: Describer, images: ImageList, without_windo
         stages=tally.stages,
         without_windows=without_windows,
         removed=removed,
+        unread={} if images.extent is None else dict(images.extent.unread),
     )
 
 
@@ -353,6 +356,7 @@ def _into_folder(run: _Run, describer: Describer, shards: ShardOptions, address:
         without_windows=None if with_windows is None else with_windows.without,
         stopped=stopped,
         removed=removed,
+        unread=dict(sources.extent.unread),
     )
 
 

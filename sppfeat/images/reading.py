@@ -28,6 +28,15 @@ _MAGIC: Final = {
     b"BM": "BMP",
 }
 _AVIF_BRANDS: Final = (b"ftypavif", b"ftypavis")  # after the length of the first box
+# Kinds that nothing here decodes, by the bytes at a place in the file.
+_UNREAD: Final = (
+    *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")),
+    *((4, b"ftyp" + brand, "AVIF") for brand in (b"avif", b"avis")),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"8BPS", "a Photoshop document"),
+)
 _ORIENTATION_TAG: Final = 0x0112  # EXIF 2.3, 4.6.4 A
 _BITS_TAG: Final = 258  # TIFF 6.0, section 3
 _PHOTOMETRIC_TAG: Final = 262
@@ -100,9 +109,11 @@ def open_image(source: Item | str) -> tuple[Image.Image, Fingerprint]:
             raise ImageError(
                 f"cannot be decoded: damaged {kinds[0]} header, or unsupported kind of {kinds[0]}"
             ) from None
-        raise ImageError(
-            f"not an image: expected {', '.join(_FORMATS)}, found a file that starts with {_readable(start)}"
-        ) from None
+        expected = f"not an image: expected {', '.join(_FORMATS)}"
+        for place, magic, kind in _UNREAD:
+            if start.startswith(magic, place):
+                raise ImageError(f"{expected}, found {kind}; convert it to JPEG or PNG") from None
+        raise ImageError(f"{expected}, found a file that starts with {_readable(start)}") from None
     except Exception as error:  # a damaged header can raise almost anything inside a decoder
         file.close()
         raise ImageError(f"cannot be decoded: {one_line(error)}") from None

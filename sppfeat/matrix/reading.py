@@ -122,6 +122,8 @@ def _of_layout(name: str, folder: Path) -> DataSet:
 
 def _tables(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     where = os.fspath(path)
+    if os.path.isdir(where):
+        raise UsageError(f"{where}: expected a TOML file, found a folder")
     try:
         found = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:

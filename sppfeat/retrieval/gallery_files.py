@@ -36,7 +36,7 @@ import msgspec
 import numpy as np
 
 from sppfeat._version import __version__
-from sppfeat.errors import GalleryError, one_line
+from sppfeat.errors import GalleryError, near_path, one_line
 from sppfeat.files import (
     GALLERY,
     appearing,
@@ -163,7 +163,7 @@ def require_gallery(path: Path) -> None:
     if format_of(path) == GALLERY and path.is_dir():
         return
     if not path.exists():
-        found = "no such folder; first: sppfeat index feats.h5 -o gallery/"
+        found = "no such folder" + (near_path(path) or "; first: sppfeat index feats.h5 -o gallery/")
     elif not path.is_dir():
         found = found_instead(path, GALLERY) or "a file (a gallery is a folder)"
     elif (path / DESCRIPTION).exists():

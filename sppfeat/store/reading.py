@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Final
 import h5py
 import numpy as np
 
-from sppfeat.errors import StoreError, UsageError, one_line
+from sppfeat.errors import StoreError, UsageError, near_path, one_line
 from sppfeat.files import DAMAGE, STORE, check_hdf5, format_of, hdf5_reason, os_reason, read_document
 from sppfeat.images import found_instead, is_url
 from sppfeat.recipe import Recipe
@@ -202,7 +202,7 @@ def open_file(path: Path, *, names: bool = True) -> Store:
                 if os.path.samestat(os.stat(path), os.fstat(content.fileno())):
                     return _read(path, file, content, names)
     except FileNotFoundError:
-        raise StoreError(f"{path}: expected a store, found no such file") from None
+        raise StoreError(f"{path}: expected a store, found no such file{near_path(path)}") from None
     except OSError as error:
         if path.name == VIEW and (path.parent / MANIFEST).exists():
             raise StoreError(f"{path}: is for other programs; give the folder {path.parent} instead") from None

@@ -212,12 +212,28 @@ def test_commands_and_options_that_do_not_exist(words: str, line: str, call: Cal
         ("merge all part --json=3", "option '--json' does not take a value: sppfeat merge OUTPUT PART... [OPTIONS]"),
         ("--version=3", "option '--version' does not take a value: sppfeat [OPTIONS]"),
         ("evaluate --help=3", "option '--help' does not take a value: sppfeat evaluate [OPTIONS]"),
+        ("evaluate all . recipes.toml -o results", ".: expected a TOML file, found a folder"),
         ("inspect a b", "got unexpected extra argument (b): sppfeat inspect FILE [OPTIONS]"),
         ("models a b c", "got unexpected extra arguments (b c): sppfeat models [BACKBONE] [OPTIONS]"),
     ],
 )
 def test_arguments_that_are_missing_or_of_another_kind(words: str, line: str, call: Call) -> None:
     assert told(call, words) == line
+
+
+def test_an_empty_argument_is_refused(call: Call) -> None:
+    """As "$FOLDER" is, where it is not set."""
+    usage = "sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]"
+    for words in (("extract", "", "-o", "f.h5"), ("extract", ".", "-o", "")):
+        assert call(*words) == (2, "", f"sppfeat: expected no empty argument, found one: {usage}\n")
+
+
+def test_the_nearest_store_or_gallery_is_named(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "feats.h5").touch()
+    line = "galery: expected a gallery, found no such folder; did you mean gallery/?"
+    assert told(call, "search galery x.jpg") == line
+    assert told(call, "inspect feats.h6") == "feats.h6: expected a store, found no such file; did you mean feats.h5?"
 
 
 def test_help_names_arguments_as_they_are_declared(call: Call) -> None:

@@ -697,3 +697,4 @@ def test_what_is_not_read_is_told(
     done = extract_folder(folder, tmp_path / "f", TINY, windows=windows, shards=shards, observer=observer)
     assert done.images == (2 if windows is None else 1)
     assert notes == ["3 files left out, of kinds that are not read: 1 .cr2, 2 .heic; convert them to JPEG or PNG"]
+    assert done.unread == {".cr2": 1, ".heic": 2}

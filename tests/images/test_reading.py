@@ -633,7 +633,24 @@ def test_the_content_decides_not_the_extension(tmp_path):
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "SGI", "DDS"])
 def test_other_decoders_are_never_reached(tmp_path, kind):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", kind)
-    with pytest.raises(ImageError, match="^not an image: expected JPEG, PNG, .* found a file that starts with "):
+    found = "JPEG 2000; convert it to JPEG or PNG$" if kind == "JPEG2000" else "a file that starts with "
+    with pytest.raises(ImageError, match=f"^not an image: expected JPEG, PNG, .* found {found}"):
+        read_image(str(tmp_path / "x.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a\xfa\x1f\x41\x00", "JPEG XL"),
+        (b"8BPS\0\1\0\0", "a Photoshop document"),
+    ],
+)
+def test_kinds_that_are_not_read_are_named(tmp_path, start, kind):
+    (tmp_path / "x.jpg").write_bytes(start + bytes(100))
+    with pytest.raises(ImageError, match=f"^not an image: expected JPEG, .* found {kind}; convert it to JPEG or PNG$"):
         read_image(str(tmp_path / "x.jpg"))
 
 
