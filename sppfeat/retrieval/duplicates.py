@@ -100,7 +100,7 @@ def find_duplicates(
     check_keeping(store, keep)
     if root is not None:
         store = replace(store, source_root=os.fspath(root))
-    files = different_files(unit_rows(store))
+    files = different_files(unit_rows(store), copied=root is not None)
     rows = files.rows
     same = SameImages(rows, DEFAULT_THRESHOLD) if threshold is None else None
     if threshold is None:

@@ -66,27 +66,34 @@ class Files:
     links: int = 0
 
 
-def different_files(rows: UnitRows) -> Files:
+def different_files(rows: UnitRows, *, copied: bool = False) -> Files:
     """The rows without what must not be kept, or removed, for another: those whose file is gone, or changed since it
     was described, and further paths of one file, of which the first that is no link stays.
 
-    Where the folder of the images is not on this machine, nothing is known of the files, and all rows stay.
+    Where the folder of the images is not on this machine, nothing is known of the files, and all rows stay. copied:
+    whether the folder may be a copy of the one that was described: then sizes alone tell changed files.
     """
     root = rows.store.source_root
     if is_url(root) or not os.path.isdir(root):
         return Files(rows)
     sizes, times = (column[rows.rows].tolist() for column in (rows.store.file_size, rows.store.file_mtime_ns))
     described = list(zip(rows.names, map(Fingerprint, sizes, times), strict=True))
+
+    def state(name: str, before: Fingerprint) -> str | None:
+        found = file_state(root, name, before)
+        same_size = found == "changed" and copied and os.path.getsize(image_of(root, name)[0]) == before.file_size
+        return None if same_size else found
+
     with ThreadPoolExecutor(_WAITING) as pool:
         parts = [described[start : start + _PART] for start in range(0, len(described), _PART)]
-        states = chain.from_iterable(pool.map(lambda part: [file_state(root, *one) for one in part], parts))
+        states = chain.from_iterable(pool.map(lambda part: [state(*one) for one in part], parts))
         files = chain.from_iterable(pool.map(lambda part: [_file_of(root, name) for name, _ in part], parts))
     lost, changed, links = 0, [], 0
     first: dict[object, int] = {}
-    for at, (state, file) in enumerate(zip(states, files, strict=True)):
-        if state == "lost":
+    for at, (found, file) in enumerate(zip(states, files, strict=True)):
+        if found == "lost":
             lost += 1
-        elif state == "changed":
+        elif found == "changed":
             changed.append(rows.names[at])
         elif file not in first:
             first[file] = at
