@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sppfeat.errors import GalleryError, SppFeatError, UsageError, one_line
+from sppfeat.images import is_lost, is_url
 from sppfeat.recipe import Recipe
 from sppfeat.retrieval.about import About, AddedEntries, FileEntries
 from sppfeat.retrieval.arrays import read_arrays
@@ -26,7 +27,7 @@ from sppfeat.retrieval.map import read_map
 from sppfeat.retrieval.regions import Regions, read_regions
 from sppfeat.retrieval.segments import JoinedIndex
 from sppfeat.retrieval.whitening import Projection
-from sppfeat.store import open_store, unit_rows
+from sppfeat.store import open_store, split_row_name, unit_rows
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,20 @@ def check_recipe(
     if differences := gallery.recipe.differences(recipe, ("gallery", kind), weights=weights, dims=dims):
         found = f"was made with another recipe than {name} ({'; '.join(differences)})"
         raise GalleryError(f"{gallery.path}: {found}{f'; {remedy}' if remedy else ''}")
+
+
+def lost_notes(found: set[tuple[str, str]]) -> list[str]:
+    """Notes of rows, by their root and name, whose folder or file is gone."""
+    notes = [
+        f"the folder of images found, {root}, is not there"
+        for root in sorted({root for root, _ in found})
+        if not is_url(root) and not os.path.isdir(root)
+    ]
+    gone = [name for root, name in found if os.path.isdir(root) and is_lost(root, split_row_name(name)[0])]
+    if gone:
+        then = "`sppfeat index --remove` takes a list of names"
+        notes.append(f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; {then}")
+    return notes
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from sppfeat.errors import GalleryError, UsageError
-from sppfeat.images import Item, is_lost, is_url
+from sppfeat.images import Item, is_url
 from sppfeat.recipe import RunOptions
 from sppfeat.retrieval.bins import bin_layout
 from sppfeat.retrieval.explanation import Explanation, explain
 from sppfeat.retrieval.faiss_index import reconstruct
 from sppfeat.retrieval.faiss_library import faiss_reason
 from sppfeat.retrieval.flat import search_index
-from sppfeat.retrieval.gallery import Gallery, check_recipe
+from sppfeat.retrieval.gallery import Gallery, check_recipe, lost_notes
 from sppfeat.retrieval.parts import (
     BOX_FACTORS,
     PART_FACTORS,
@@ -38,7 +38,6 @@ from sppfeat.store import (
     block_rows,
     image_of,
     normalize_rows,
-    split_row_name,
     to_units,
     unit_rows,
 )
@@ -341,15 +340,8 @@ def search_items(
         at: Answer(queries[at], paths[at], error=reason) for at, reason in problems.items()
     }
     ordered = [replace(answers[at], box=box, item=items[at]) for at in range(len(paths))]
-    return replace(result, answers=ordered, notes=result.notes + _lost(result.answers), describing=describing)
-
-
-def _lost(answers: Sequence[Answer]) -> list[str]:
-    """A note of images found whose files are gone."""
-    found = {(one.root, one.name) for answer in answers for one in answer.neighbors if one.path is not None}
-    gone = [name for root, name in found if is_lost(root, split_row_name(name)[0])]
-    then = "`sppfeat index --remove` takes a list of names"
-    return [f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; {then}"] if gone else []
+    found = {(one.root, one.name) for answer in result.answers for one in answer.neighbors}
+    return replace(result, answers=ordered, notes=result.notes + lost_notes(found), describing=describing)
 
 
 def search_store(gallery: Gallery, store: Store, options: SearchOptions | None = None) -> SearchResult:

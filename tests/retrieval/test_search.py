@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,10 @@ def test_images_that_have_lost_their_file_are_told(
     assert found.notes == [
         "images found that have lost their file: 1, such as '0002.png'; `sppfeat index --remove` takes a list of names"
     ]
+    shutil.move(folder / "0000.png", tmp_path / "query.png")
+    shutil.rmtree(folder)
+    found = search_images(gallery, [tmp_path / "query.png"], SearchOptions(k=4))
+    assert found.notes == [f"the folder of images found, {folder}, is not there"]
 
 
 def test_k_is_at_most_the_gallery(gallery_of: Callable[..., Gallery], tmp_path: Path) -> None:

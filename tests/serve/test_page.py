@@ -568,6 +568,7 @@ def test_a_gallery_that_is_replaced_or_moved(library: Path, opened: Open, tmp_pa
     with running(tmp_path / "g") as at:
         page = opened("#/search?query=r-0", at=at)
         assert len(found(page)) == 16
+        expect(page.locator("#box-help")).to_contain_text("keeps no bins (sppfeat index --keep-bins)")
         shutil.rmtree(tmp_path / "photos" / "space")
         shutil.rmtree(tmp_path / "photos" / "textures")
         shutil.copy(tmp_path / "photos/objects/coins.png", tmp_path / "photos/objects/coins_again.png")

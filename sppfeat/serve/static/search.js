@@ -213,7 +213,8 @@ function showQuery({ id, name, width, height, box }, src = null) {
   $("add-box").hidden = box !== null;
   $("add-box").disabled = !width;
   $("remove-box").hidden = box === null;
-  $("box-help").textContent = box === null ? "Drag on the image to search with a part of it."
+  const whole = gallery.grid ? "" : " The gallery keeps no bins (sppfeat index --keep-bins), so it is compared with whole images, and not outlined.";
+  $("box-help").textContent = box === null ? `Drag on the image to search with a part of it.${whole}`
     : matchMedia("(hover: none)").matches ? "Drag the box or its corners." : "Arrows move the box, with Shift they resize it, with Ctrl by one pixel. Escape removes it.";
   if (id) objectsOf(id);
 }
