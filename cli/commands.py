@@ -38,6 +38,13 @@ class Command(TyperCommand):
         except _Unusable as error:
             raise UsageError(_unusable(error, ctx)) from None
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.args = (_by_option(self, str(error)),)
+            raise
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.options_metavar or "", *_arguments(self)]
 
@@ -121,6 +128,15 @@ def _positional(command: Any, words: Sequence[str]) -> list[str]:
     takes_value = {name for one in _options(command) if not one.is_flag for name in one.opts}
     before = ["", *words]
     return [word for word, last in zip(words, before, strict=False) if word[:1] != "-" and last not in takes_value]
+
+
+def _by_option(command: Any, message: str) -> str:
+    """The library's message about a field, `num_workers must be ...`, by its option: `--num-workers must be ...`."""
+    first, space, rest = message.partition(" ")
+    field = first.rstrip(":")
+    wanted = {f"{dashes}{field.replace('_', '-')}" for dashes in ("-", "--")}
+    names = [name for one in _options(command) for name in one.opts if name in wanted]
+    return f"{names[0]}{first[len(field) :]}{space}{rest}" if names else message
 
 
 def _path_like(word: str) -> bool:

@@ -221,6 +221,22 @@ def test_arguments_that_are_missing_or_of_another_kind(words: str, line: str, ca
     assert told(call, words) == line
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("extract . -o f.h5 -j 0", "--num-workers must be"),
+        ("extract . -o f.h5 --levels 0", "--levels must be"),
+        (
+            "evaluate transfer f.h5 --classifier knn --device cuda",
+            "--classifier knn: expected device auto or cpu",
+        ),
+        ("extract . -o f.h5 --max-aspect 0.5", "--max-aspect must be"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_option(words: str, line: str, call: Call, tmp_path: Path) -> None:
+    assert told(call, words).startswith(line)
+
+
 def test_an_empty_argument_is_refused(call: Call) -> None:
     """As "$FOLDER" is, where it is not set."""
     usage = "sppfeat extract SOURCE... -o FILE|DIR [OPTIONS]"
@@ -281,7 +297,7 @@ def test_a_missing_path_is_answered_with_the_nearest_name(call: Call, tmp_path: 
 
 def test_a_threshold_in_percent_is_answered_with_the_fraction(make_store: MakeStore, call: Call) -> None:
     make_store(np.eye(4), "f.h5")
-    line = "sppfeat: threshold must be above 0 and at most 1, a cosine similarity, found 95; did you mean 0.95?\n"
+    line = "sppfeat: --threshold must be above 0 and at most 1, a cosine similarity, found 95; did you mean 0.95?\n"
     assert call("duplicates", "f.h5", "--threshold", "95") == (2, "", line)
     assert call("duplicates", "f.h5", "--threshold", "1.5")[2].endswith("similarity, found 1.5\n")
 

@@ -346,16 +346,16 @@ def test_bins_of_few_values(dim: int, gallery: Path, scenes: Path, tmp_path: Pat
 
 def test_values_of_bins_that_cannot_be(gallery: Path, tmp_path: Path, run_sppfeat: Run) -> None:
     for flags, fault in (
-        (["--keep-bins", "--bin-dim", "0"], "bin_dim must be at least 1 value, found 0"),
-        (["--bin-dim", "4"], "bin_dim: expected keep_bins too"),
+        (["--keep-bins", "--bin-dim", "0"], "bin-dim must be at least 1 value, found 0"),
+        (["--bin-dim", "4"], "bin-dim: expected keep_bins too"),
     ):
         done = run_sppfeat("index", tmp_path / "s.h5", "-o", tmp_path / "x", *flags)
         assert done.returncode == 2 and fault in done.stderr and not (tmp_path / "x").exists()
     done = run_sppfeat("index", tmp_path / "s.h5", "--add-to", gallery, "--bin-dim", "4")
     assert done.returncode == 2 and "--bin-dim: applies only when a gallery is built" in done.stderr
     for flags, fault in (
-        (["--bin-dim", "4"], "bin_dim: expected parts or rerank bins"),
-        (["--rerank", "bins", "--bin-dim", "0"], "bin_dim must be at least 1 value"),
+        (["--bin-dim", "4"], "bin-dim: expected parts or rerank bins"),
+        (["--rerank", "bins", "--bin-dim", "0"], "bin-dim must be at least 1 value"),
     ):
         done = run_sppfeat("evaluate", "retrieval", tmp_path / "s.h5", "--relevant", r"regex:(\d)", *flags)
         assert done.returncode == 2 and fault in done.stderr

@@ -96,7 +96,7 @@ def test_the_command(images: Path, model: Path, tmp_path: Path, run_sppfeat: Run
     again = run_sppfeat("predict", model, "images", "--csv", table, cwd=tmp_path)
     assert again.returncode == 1 and "already exists; choose another output, or use --overwrite" in again.stderr
     none = run_sppfeat("predict", model, "images", "--top", "0", cwd=tmp_path)
-    assert none.stderr == "sppfeat: top must be at least 1, found 0\n" and none.returncode == 2
+    assert none.stderr == "sppfeat: --top must be at least 1, found 0\n" and none.returncode == 2
     quiet = run_sppfeat("predict", model, "red", "--root", tmp_path, "--quiet", cwd=images)
     assert (quiet.returncode, quiet.stderr) == (0, "") and quiet.stdout.startswith("images/red/0.png: red ")
     store = run_sppfeat("predict", model, tmp_path / "f.h5")
