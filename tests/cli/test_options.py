@@ -197,4 +197,4 @@ def test_nms_is_the_overlap_of_suppression(
     name: str, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, _, errors = call(*name.split(), "det.h5", tmp_path, "--nms", "2")
-    assert (code, errors) == (2, "sppfeat: nms must be a number from 0 to 1, found 2.0\n")
+    assert (code, errors) == (2, "sppfeat: --nms must be a number from 0 to 1, found 2.0\n")

@@ -561,7 +561,7 @@ def test_command_line(voc: Path, tmp_path: Path, run_sppfeat: Callable[..., subp
     assert [each["score"] for one in surer for each in one["detections"]] == [s for s in scores if s >= 0.6]
     wrong = run_sppfeat("detect", *data, "--threshold", "-0.6")
     assert wrong.returncode == 2 and wrong.stderr == (
-        "sppfeat: threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
+        "sppfeat: --threshold must be a probability from 0 to 1, because the detector's scores are calibrated: the "
         "probability that a detection is correct; found -0.6\n"
     )
     percent = call("detect", *data, "--threshold", "60")
