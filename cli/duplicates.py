@@ -7,7 +7,7 @@ import typer
 
 from sppfeat.recipe import RunOptions
 from sppfeat_cli import options
-from sppfeat_cli.output import after_results, command_line, counted, print_json, printable, tell_lost
+from sppfeat_cli.output import after_results, command_line, counted, print_json, printable
 from sppfeat_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def duplicates(
         found = find_duplicates(opened, threshold, keep=keep, progress=progress.part)
         if parts:
             progress.close()
-            removable = {one.name for group in found.groups for one in group[1:]}
+            without = {one.name for group in found.groups for one in group[1:]}.union(found.left_out)
             crops = find_crops(
-                opened, part_threshold, without=removable, run_options=run, weights=weights, progress=progress.part
+                opened, part_threshold, without=without, run_options=run, weights=weights, progress=progress.part
             )
     if as_json:
         print_json(_document(found, crops))
@@ -109,7 +109,6 @@ def duplicates(
     for name, reason in crops.failed.items() if crops is not None else ():
         print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)
     if not quiet:
-        tell_lost(opened)
         for note in [*found.notes, *(crops.notes if crops is not None else ())]:
             print(f"note: {printable(note)}", file=sys.stderr)
     # Files come after the groups, which their failure does not affect.

@@ -28,7 +28,7 @@ from sppfeat.retrieval.near_rows import equal_rows, near_components
 from sppfeat.retrieval.same_images import SameImages
 from sppfeat.store import Store, UnitRows, block_rows, unit_rows
 
-# Of images that cannot be read, and where pixels are not compared, as on the page of `serve`.
+# Of images that cannot be read to be compared.
 DEFAULT_THRESHOLD: Final = 0.95
 # From here on images are compared: as low as the number of pairs allows, since small copies of low quality are not
 # nearer. Of 2,020 images of Caltech-101, 1 pair in 1,000 reaches 0.7, 1 in 9,000 reaches 0.8
@@ -50,7 +50,7 @@ class Duplicates:
     threshold, in one group or not. root: the folder that names are relative to. recipe, weights_sha256: of the
     descriptors compared. unreadable: images that could not be read to tell which is the sharpest, and why. notes: for
     the user. not_compared: images that could not be read to be compared, or changed since they were described, and
-    why.
+    why. left_out: images that are in no group whatever they show: those that changed, and further paths of a file.
     """
 
     store: str
@@ -66,6 +66,7 @@ class Duplicates:
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def spare(self) -> int:
@@ -143,6 +144,7 @@ def find_duplicates(
         keeping.unreadable,
         notes,
         not_compared,
+        [*files.changed, *files.links],
     )
 
 
@@ -155,9 +157,10 @@ def _of_files(files: Files) -> list[str]:
         since = "changed since it was described" if len(files.changed) == 1 else "changed since they were described"
         told.append(f"{len(files.changed)} {since} ({files.changed[0]}{', ...' * (len(files.changed) > 1)})")
     if told:
-        found.append(f"left out of the groups: {', '.join(told)}")
+        then = "`sppfeat extract --prune` brings the store up to date"
+        found.append(f"left out of the groups: {', '.join(told)}; {then}")
     if files.links:
-        found.append(f"paths left out, since they lead to files that other paths name: {files.links}")
+        found.append(f"paths left out, since they lead to files that other paths name: {len(files.links)}")
     return found
 
 

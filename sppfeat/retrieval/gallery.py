@@ -197,12 +197,9 @@ def check_recipe(
 
 def lost_notes(found: set[tuple[str, str]]) -> list[str]:
     """Notes of rows, by their root and name, whose folder or file is gone."""
-    notes = [
-        f"the folder of images found, {root}, is not there"
-        for root in sorted({root for root, _ in found})
-        if not is_url(root) and not os.path.isdir(root)
-    ]
-    gone = [name for root, name in found if os.path.isdir(root) and is_lost(root, split_row_name(name)[0])]
+    away = sorted(root for root in {root for root, _ in found} if not is_url(root) and not os.path.isdir(root))
+    notes = [f"the folder of images found, {root}, is not there" for root in away]
+    gone = [name for root, name in found if root not in away and is_lost(root, split_row_name(name)[0])]
     if gone:
         then = "`sppfeat index --remove` takes a list of names"
         notes.append(f"images found that have lost their file: {len(gone)}, such as {min(gone)!r}; {then}")

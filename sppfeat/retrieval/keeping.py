@@ -14,7 +14,7 @@ from PIL import Image
 
 from sppfeat.errors import ImageError, UsageError, unknown_name
 from sppfeat.files import unsafe_name
-from sppfeat.images import Fingerprint, is_url, read_image
+from sppfeat.images import Fingerprint, fingerprint_of, is_url, read_image
 from sppfeat.machine import available_cores
 from sppfeat.store import Box, Store, UnitRows, file_state, image_of, item_of
 
@@ -57,13 +57,13 @@ class Keeping:
 @dataclass(frozen=True)
 class Files:
     """What `different_files` leaves of rows. lost: how many have no file any more. changed: names of images whose file
-    is another by now. links: how many were further paths of a file.
+    is another by now. links: names that are further paths of a file.
     """
 
     rows: UnitRows
     lost: int = 0
     changed: list[str] = field(default_factory=list)
-    links: int = 0
+    links: list[str] = field(default_factory=list)
 
 
 def different_files(rows: UnitRows, *, copied: bool = False) -> Files:
@@ -81,14 +81,17 @@ def different_files(rows: UnitRows, *, copied: bool = False) -> Files:
 
     def state(name: str, before: Fingerprint) -> str | None:
         found = file_state(root, name, before)
-        same_size = found == "changed" and copied and os.path.getsize(image_of(root, name)[0]) == before.file_size
-        return None if same_size else found
+        if found == "changed" and copied and fingerprint_of(image_of(root, name)[0]).file_size == before.file_size:
+            return None
+        return found
 
     with ThreadPoolExecutor(_WAITING) as pool:
         parts = [described[start : start + _PART] for start in range(0, len(described), _PART)]
         states = chain.from_iterable(pool.map(lambda part: [state(*one) for one in part], parts))
         files = chain.from_iterable(pool.map(lambda part: [_file_of(root, name) for name, _ in part], parts))
-    lost, changed, links = 0, [], 0
+    lost = 0
+    changed: list[str] = []
+    links: list[str] = []
     first: dict[object, int] = {}
     for at, (found, file) in enumerate(zip(states, files, strict=True)):
         if found == "lost":
@@ -98,9 +101,10 @@ def different_files(rows: UnitRows, *, copied: bool = False) -> Files:
         elif file not in first:
             first[file] = at
         else:
-            links += 1
+            link = at
             if _is_link(root, rows.names[first[file]]) and not _is_link(root, rows.names[at]):
-                first[file] = at
+                link, first[file] = first[file], at
+            links.append(rows.names[link])
     return Files(rows.only(np.sort(np.array(list(first.values()), np.int64))), lost, changed, links)
 
 

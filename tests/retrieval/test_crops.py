@@ -118,6 +118,16 @@ def test_the_command_and_its_files(store: Store, tmp_path: Path, run_sppfeat: Ca
     assert "3 parts of other images" in text and text.count("data:image/jpeg;base64,") == 6
 
 
+def test_no_link_is_a_part_of_its_file(store: Store, tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
+    shutil.copytree(store.source_root, tmp_path / "images" / "real")
+    (tmp_path / "images" / "album").symlink_to(tmp_path / "images" / "real")
+    extract_folder(tmp_path / "images", tmp_path / "f.h5", Recipe(), OPTIONS)
+    done = run_sppfeat("duplicates", tmp_path / "f.h5", "--parts", "--json", "--device", "cpu")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and document["groups"] == []
+    assert sorted(one["part"] for one in document["parts"]["found"]) == ["real/a.jpg", "real/b.jpg", "real/c.jpg"]
+
+
 def test_no_parts_on_the_page(store: Store, tmp_path: Path) -> None:
     crops = find_crops(store, 9.0, run_options=OPTIONS)
     found = find_duplicates(store, 1.0)
