@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from sppfeat.retrieval import Crops, Duplicates
 
 _DUPLICATES = options.Defaults("sppfeat.retrieval:find_duplicates")
-_CROPS = options.Defaults("sppfeat.retrieval:find_crops")
 
 
 def register(app: typer.Typer) -> None:
@@ -51,8 +50,13 @@ def duplicates(
         ),
     ] = False,
     part_threshold: Annotated[
-        float, typer.Option(metavar="X", help="Minimum score of parts; about 0.9 for unrelated images.")
-    ] = _CROPS.threshold,
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Minimum score of parts, whose images are then not compared; about 0.9 for unrelated images.",
+            show_default="parts, by their pixels",
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +78,8 @@ def duplicates(
     read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
     of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
     keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to
-    each. Images that cannot be compared, or described again, are reported, and the exit code is then 3.
+    each, and shown by their pixels, too. Images that cannot be compared, or described again, are reported, and the exit
+    code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)
     from sppfeat.report import check_page
@@ -147,6 +152,7 @@ def _document(found: "Duplicates", crops: "Crops | None") -> dict[str, Any]:
 def _parts_document(crops: "Crops") -> dict[str, Any]:
     return {
         "threshold": crops.threshold,
+        "compared": crops.compared,
         "images": crops.images,
         "found": [
             {
@@ -184,5 +190,6 @@ def _text(found: "Duplicates", crops: "Crops | None") -> str:
             box = ",".join(f"{edge:.0f}" for edge in crop.box)
             whole = printable(crop.whole.path or crop.whole.name)
             lines.append(f"{crop.score:7.4f}  {printable(crop.part.path or crop.part.name)}: part of {whole} at {box}")
-        lines.append(f"{counted(len(crops.found), 'part')} at {crops.threshold:g} in {counted(crops.images, 'image')}")
+        at = "" if crops.compared else f" at {crops.threshold:g}"
+        lines.append(f"{counted(len(crops.found), 'part')}{at} in {counted(crops.images, 'image')}")
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 Every image is described once more, smaller, as a part of another image would appear in it, and its cells are compared
 with all rectangles of the bins that the store has of the images nearest to it: see `alignment`. Unrelated images have
 rectangles that are alike, too, more so in some collections and at some scales than in others: so it also counts how far
-an image stands out from the others that were compared.
+an image stands out from the others that were compared. Descriptors alone do not tell parts from images of the same
+thing, so their pixels decide: see `registration`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -27,14 +28,17 @@ from sppfeat.retrieval.faiss_index import build_index
 from sppfeat.retrieval.faiss_library import load_faiss
 from sppfeat.retrieval.members import Member, member_of
 from sppfeat.retrieval.parts import in_pixels
+from sppfeat.retrieval.registration import PART_SIDE, WHOLE_SIDE, place_part
+from sppfeat.retrieval.same_images import gray_image
 from sppfeat.store import Box, Store, UnitRows, item_of, unit_rows
 
 if TYPE_CHECKING:
     from sppfeat.extraction import Describer
 
-# Of 300 crops of 30 to 80 % of the area of 600 images of VOC 2007, half of them enlarged to the original's width, saved
-# as JPEG 70, this finds 294 and 5 other pairs at a short side of 224; 264 and 1 at 448. See README.
-CROPS_THRESHOLD: Final = 1.1
+# From here on images are compared: of 300 crops of 30 to 80 % of the area of 600 images of VOC 2007, half of them
+# enlarged to the original's width, saved as JPEG 70, 296 reach it at a short side of 224, 292 at 448
+# (benchmarks/results/duplicates.md).
+COMPARED_FROM: Final = 0.95
 # Images nearest to each that it may be a part of. The original is among them for 299 of those 300 crops at 224, and for
 # 297 at 448.
 CANDIDATES: Final = 20
@@ -68,12 +72,14 @@ class Crop:
 class Crops:
     """Crops by whole, in the order of the store; those of a whole by falling score. images: the number compared.
 
-    failed: images that could not be described again, and why. notes: for the user.
+    compared: whether pixels decided; then the threshold is that of candidates. failed: images that could not be
+    described again, or read to be compared, and why. notes: for the user.
     """
 
     threshold: float
     images: int
     found: list[Crop]
+    compared: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -88,13 +94,13 @@ def by_whole(crops: list[Crop]) -> list[tuple[Member, list[Crop]]]:
     return groups
 
 
-def check_crops(store: Store, threshold: float) -> BinLayout:
+def check_crops(store: Store, threshold: float | None = None) -> BinLayout:
     """The bins of a store's descriptors. Call it before the work.
 
     Raises UsageError for a threshold that is not above 0, and for recipes whose bins do not say where things are;
     MissingExtraError without FAISS.
     """
-    if not threshold > 0:
+    if threshold is not None and not threshold > 0:
         raise UsageError(f"part threshold must be above 0, found {threshold}")
     layout = bin_layout(store.recipe, store.dim)
     part_recipe(store.recipe, _FACTORS)
@@ -104,7 +110,7 @@ def check_crops(store: Store, threshold: float) -> BinLayout:
 
 def find_crops(
     store: Store,
-    threshold: float = CROPS_THRESHOLD,
+    threshold: float | None = None,
     *,
     without: Collection[str] = (),
     run_options: RunOptions | None = None,
@@ -115,7 +121,9 @@ def find_crops(
 
     An image is compared with the CANDIDATES nearest to it, found by an index. score: the mean cosine similarity of its
     cells and those of the best rectangle, which is LEAST or more, plus LEAD times what this is above the median of the
-    candidates; about 0.9 for unrelated images. If two images are each a part of the other, the higher score decides.
+    candidates; about 0.9 for unrelated images. threshold: what the score of a part reaches. None: where it reaches
+    COMPARED_FROM, or in a store of few images LEAST, both images are read, and their pixels decide; the box is then
+    exact. If two images are each a part of the other, the higher score decides.
     without: names to leave out, such as those of duplicates. weights: where the store's weights are now, if they moved.
     progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError for a threshold that is not above 0, and for recipes whose bins do not say where things are;
@@ -128,20 +136,29 @@ def find_crops(
         rows = rows.only(np.array([at for at, name in enumerate(rows.names) if name not in left_out], np.int64))
     describer = _describer(store, run_options, weights)
     if len(rows) < 2:
-        return Crops(threshold, len(rows), [])
+        return Crops(COMPARED_FROM if threshold is None else threshold, len(rows), [], threshold is None)
     built = build_index(rows)
     count = min(CANDIDATES, len(rows) - 1)
     notes = list(built.notes)
     if built.recall is not None and built.recall < 1:
         notes.append(f"the nearest images were found by {built.choice.factory}, {100 * built.recall:.1f} % of them")
-    if count < CANDIDATES:
+    compared = threshold is None
+    if threshold is None:
+        # Among few, nothing stands out.
+        threshold = COMPARED_FROM if count == CANDIDATES else LEAST
+    elif count < CANDIDATES:
         notes.append(
             f"only {len(rows)} images to compare: how far one stands out from {CANDIDATES} others is not known"
         )
     failed: dict[str, str] = {}
-    best: dict[int, tuple[float, int, np.ndarray]] = {}
+    best: dict[int, _Match] = {}
     scores: dict[tuple[int, int], float] = {}
     done = 0
+
+    def look(at: int, descriptor: np.ndarray, candidates: np.ndarray) -> tuple[list[_Match], dict[str, str]]:
+        found = _compare(layout, rows, descriptor, candidates, threshold)
+        return _by_pixels(rows, at, found) if compared else (found, {})
+
     with ThreadPoolExecutor(available_cores()) as pool:
         for block, descriptors, errors in _described_again(describer, rows):
             failed |= errors
@@ -151,21 +168,22 @@ def find_crops(
                 others = [
                     of_one[(of_one != at) & (of_one >= 0)][:count] for at, of_one in zip(block, near, strict=True)
                 ]
-                aligned = pool.map(lambda pair: _compare(layout, rows, *pair), zip(descriptors, others, strict=True))
-                for at, candidates, (found, boxes) in zip(block.tolist(), others, aligned, strict=True):
-                    reached = np.flatnonzero(found >= threshold)
-                    scores |= {(at, int(candidates[place])): float(found[place]) for place in reached}
-                    if len(reached):
-                        place = int(reached[np.lexsort((candidates[reached], -found[reached]))[0]])
-                        best[at] = float(found[place]), int(candidates[place]), boxes[place]
+                for at, (found, unread) in zip(
+                    block.tolist(), pool.map(look, block.tolist(), descriptors, others), strict=True
+                ):
+                    failed |= unread
+                    scores |= {(at, match.whole): match.score for match in found}
+                    if found:
+                        best[at] = found[0]
             progress(done / len(rows))
     crops = [
-        _crop(rows, at, whole, score, box)
-        for at, (score, whole, box) in sorted(best.items(), key=lambda one: (one[1][1], -one[1][0], one[0]))
+        _crop(rows, at, match)
+        for at, match in sorted(best.items(), key=lambda one: (one[1].whole, -one[1].score, one[0]))
         # Not if the whole is as likely to be a part of it, or if that is not known.
-        if (score, whole) > (scores.get((whole, at), 0.0), at) and rows.names[whole] not in failed
+        if (match.score, match.whole) > (scores.get((match.whole, at), 0.0), at)
+        and rows.names[match.whole] not in failed
     ]
-    return Crops(threshold, len(rows), crops, failed, notes)
+    return Crops(threshold, len(rows), crops, compared, failed, notes)
 
 
 def _describer(store: Store, options: RunOptions | None, weights: str | None) -> Describer:
@@ -208,21 +226,49 @@ def _described_again(
     yield np.array(block, np.int64), descriptors, errors
 
 
+class _Match(NamedTuple):
+    """A candidate that an image may be a part of, by position, and where: [4] from 0 to 1."""
+
+    whole: int
+    score: float
+    box: np.ndarray
+
+
 def _compare(
-    layout: BinLayout, rows: UnitRows, descriptor: np.ndarray, candidates: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [N] and boxes [N, 4], from 0 to 1, of a part in each candidate."""
+    layout: BinLayout, rows: UnitRows, descriptor: np.ndarray, candidates: np.ndarray, threshold: float
+) -> list[_Match]:
+    """The candidates whose score reaches the threshold, the best first."""
     if not len(candidates):
-        return np.zeros(0), np.zeros((0, 4))
+        return []
     bins = to_bytes(bins_of(layout, rows, candidates))
     query, shapes = cells_of(layout.take(descriptor[None]))[0], rectangles(layout.side)
     found = align(query, bins, shapes).scores.astype(np.float64)
     boxes = locate(query, bins, shapes)
-    return np.where(found < LEAST, 0, found + LEAD * (found - np.median(found))), boxes
+    scores = np.where(found < LEAST, 0, found + LEAD * (found - np.median(found)))
+    reached = np.flatnonzero(scores >= threshold)
+    reached = reached[np.lexsort((candidates[reached], -scores[reached]))]
+    return [_Match(int(candidates[at]), float(scores[at]), boxes[at]) for at in reached]
 
 
-def _crop(rows: UnitRows, part: int, whole: int, score: float, place: np.ndarray) -> Crop:
-    one, other = rows.take(np.array([part, whole]))
-    members = member_of(rows, part, float(one @ other)), member_of(rows, whole, 1.0)
+def _by_pixels(rows: UnitRows, part: int, matches: list[_Match]) -> tuple[list[_Match], dict[str, str]]:
+    """The matches of which an image is a part, with where exactly; and why images could not be read."""
+    if not matches:
+        return [], {}
+    shown = gray_image(rows, part, PART_SIDE)
+    if isinstance(shown, str):
+        return [], {rows.names[part]: shown}
+    found, unread = [], {}
+    for match in matches:
+        whole = gray_image(rows, match.whole, WHOLE_SIDE)
+        if isinstance(whole, str):
+            unread[rows.names[match.whole]] = whole
+        elif (placed := place_part(shown, whole)) is not None:
+            found.append(match._replace(box=placed.box))
+    return found, unread
+
+
+def _crop(rows: UnitRows, part: int, match: _Match) -> Crop:
+    one, other = rows.take(np.array([part, match.whole]))
+    members = member_of(rows, part, float(one @ other)), member_of(rows, match.whole, 1.0)
     width, height = members[1].size
-    return Crop(*members, score, in_pixels(place, members[1].box or (0, 0, width - 1, height - 1)))
+    return Crop(*members, match.score, in_pixels(match.box, members[1].box or (0, 0, width - 1, height - 1)))

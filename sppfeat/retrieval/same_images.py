@@ -8,7 +8,6 @@ decides: a copy differs a little everywhere, another image differs much somewher
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -24,7 +23,7 @@ from sppfeat.store import UnitRows, item_of
 # Side of the gray versions, and of the blocks that are compared, in pixels.
 SIDE: Final = 48
 BLOCK: Final = 4
-_BORDER: Final = 2  # left out: a resized image is least like itself there
+BORDER: Final = 2  # left out: a resized image is least like itself there
 # The mean difference of the worst block, in standard deviations of the image: at most 0.20 in resized and recompressed
 # copies, in 99 % of them below 0.13; 0.31 and more between shots of a building from one place, 0.64 and more between
 # drawings of a stop sign.
@@ -85,24 +84,34 @@ class SameImages:
 
     def _gray(self, at: int) -> np.ndarray | str:
         """[SIDE, SIDE] uint8, or why there is none."""
-        name = self._rows.names[at]
-        if (reason := unsafe_name(name)) is not None:
-            return f"its name {reason}"
-        try:
-            item, window = item_of(self._rows.store.source_root, name)
-            shown, _ = small_image(item, 4 * SIDE, window)
-        except (ImageError, OSError, ValueError) as error:  # ValueError: a path that is invalid on this system
-            return str(error)
-        return np.asarray(shown.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        shown = gray_image(self._rows, at, 4 * SIDE)
+        return shown if isinstance(shown, str) else np.asarray(shown.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
     def _compared(self, one: np.ndarray, other: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        pairs = [(self._small[a], self._small[b]) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
         same = scores >= self._strict
-        there = np.array([at for at, (a, b) in enumerate(pairs) if a is not None and b is not None], np.int64)
-        if len(there):
-            a, b = (_blurred([pairs[at][side] for at in there.tolist()]) for side in (0, 1))
-            same[there] = copies(a, b)
+        there, left, right = [], [], []
+        for at, (a, b) in enumerate(zip(one.tolist(), other.tolist(), strict=True)):
+            first, second = self._small[a], self._small[b]
+            if first is not None and second is not None:
+                there.append(at)
+                left.append(first)
+                right.append(second)
+        if there:
+            same[there] = copies(blurred(np.stack(left)), blurred(np.stack(right)))
         return same
+
+
+def gray_image(rows: UnitRows, at: int, side: int) -> Image.Image | str:
+    """The image at a position among rows, without color, its longer side at most `side`; or why it cannot be read."""
+    name = rows.names[at]
+    if (reason := unsafe_name(name)) is not None:
+        return f"its name {reason}"
+    try:
+        item, window = item_of(rows.store.source_root, name)
+        shown, _ = small_image(item, side, window)
+    except (ImageError, OSError, ValueError) as error:  # ValueError: a path that is invalid on this system
+        return str(error)
+    return shown.convert("L")
 
 
 def copies(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -119,17 +128,17 @@ def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
     Neither is moved to fit the other: two shots of one scene differ in where it is, and are no copies.
     """
-    inside = slice(_BORDER, SIDE - _BORDER)
+    inside = slice(BORDER, SIDE - BORDER)
     apart = np.abs(other - one)[:, inside, inside]
-    blocks = apart.reshape(len(one), (SIDE - 2 * _BORDER) // BLOCK, BLOCK, -1, BLOCK).mean((2, 4))
+    blocks = apart.reshape(len(one), (SIDE - 2 * BORDER) // BLOCK, BLOCK, -1, BLOCK).mean((2, 4))
     deviation = np.maximum(other.std((1, 2)), _LEAST_DEVIATION)
     worst: np.ndarray = blocks.max((1, 2)) / deviation
     return worst
 
 
-def _blurred(images: Sequence[np.ndarray | None]) -> np.ndarray:
+def blurred(images: np.ndarray) -> np.ndarray:
     """[P, SIDE, SIDE] float32, so that edges differ little by how an image was resized."""
-    return np.asarray(_BLUR @ np.stack([one for one in images if one is not None]).astype(np.float32) @ _BLUR.T)
+    return np.asarray(_BLUR @ images.astype(np.float32, copy=False) @ _BLUR.T)
 
 
 def _blur() -> np.ndarray:

@@ -18,9 +18,10 @@ from PIL import Image
 from sppfeat import Recipe, Store, StoreError, UsageError, extract_folder, open_store
 from sppfeat.extraction import Describer
 from sppfeat.recipe import RunOptions
-from sppfeat.retrieval import find_crops, find_duplicates, write_duplicates_csv, write_duplicates_page
+from sppfeat.retrieval import crops, find_crops, find_duplicates, write_duplicates_csv, write_duplicates_page
 from sppfeat.retrieval.alignment import align, cells_of, rectangles
 from sppfeat.retrieval.bins import bin_layout
+from sppfeat.store import UnitRows
 
 OPTIONS = RunOptions(device="cpu", num_workers=1)
 # Parts of the width and height: left, top, right, bottom.
@@ -31,7 +32,7 @@ CROPS = {"a": (0.1, 0.15, 0.85, 0.9), "b": (0.0, 0.2, 0.8, 1.0), "c": (0.25, 0.0
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The photographs, and crops of some of them; a, b, c: of the first, second, third."""
     folder = tmp_path_factory.mktemp("crops") / "images"
-    shutil.copytree(PHOTOS, folder, ignore=shutil.ignore_patterns("places", "rooms"))  # scenes that look alike
+    shutil.copytree(PHOTOS, folder)
     for path, (name, part) in zip(sorted(folder.rglob("*.jpg")), CROPS.items(), strict=False):
         with Image.open(path) as image:
             width, height = image.size
@@ -52,15 +53,54 @@ def test_crops_are_found_where_they_are(store: Store) -> None:
         x1, y1, x2, y2 = (edge / side for edge, side in zip(crop.box, (width, height) * 2, strict=True))
         left, top, right, bottom = CROPS[crop.part.name[0]]
         inside = max(0, min(x2, right) - max(x1, left)) * max(0, min(y2, bottom) - max(y1, top))
-        assert inside / ((x2 - x1) * (y2 - y1)) > 0.7 and inside / ((right - left) * (bottom - top)) > 0.4
+        both = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top)
+        assert inside / (both - inside) > 0.96
         assert crop.whole.score == 1 and 0 < crop.part.score < 1
     assert found.images == len(store) and not found.failed
-    assert found.notes == [f"only {len(store)} images to compare: how far one stands out from 20 others is not known"]
+    assert found.compared and found.notes == []
+
+
+def test_descriptors_alone_know_less(store: Store) -> None:
+    found = find_crops(store, 1.1, run_options=OPTIONS)
+    names = {crop.part.name: crop.whole.name for crop in found.found}
+    assert not found.compared and names.keys() > {"a.jpg", "b.jpg", "c.jpg"}
+    # A scene that looks like another one.
+    assert names["places/meadow.jpg"] == "places/fields.jpg"
+
+
+def test_few_images(store: Store, tmp_path: Path) -> None:
+    """Where none can stand out from others, any that is near enough is compared."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    found = find_crops(store, run_options=OPTIONS).found
+    for crop in found[:1]:
+        for one in (crop.part, crop.whole):
+            shutil.copy(Path(store.source_root, one.name), folder)
+    extract_folder(folder, tmp_path / "f.h5", Recipe(), OPTIONS)
+    few = open_store(tmp_path / "f.h5")
+    (again,) = find_crops(few, run_options=OPTIONS).found
+    assert again.part.name == found[0].part.name and again.box == found[0].box
+    alone = find_crops(few, 1.1, run_options=OPTIONS)
+    assert alone.found == []
+    assert alone.notes == ["only 2 images to compare: how far one stands out from 20 others is not known"]
+
+
+def test_an_image_that_cannot_be_read_to_be_compared_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was described again a moment ago."""
+    real = crops.gray_image
+
+    def gray_image(rows: UnitRows, at: int, side: int) -> Image.Image | str:
+        return "no such file" if rows.names[at] == "b.jpg" else real(rows, at, side)
+
+    monkeypatch.setattr(crops, "gray_image", gray_image)
+    found = find_crops(store, run_options=OPTIONS)
+    assert [crop.part.name for crop in found.found] == ["a.jpg", "c.jpg"] and found.failed == {"b.jpg": "no such file"}
 
 
 def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a threshold that many pairs reach, with the best whole of each and the better of two directions."""
-    monkeypatch.setattr("sppfeat.retrieval.crops.LEAST", 0.0)
+    monkeypatch.setattr(crops, "LEAST", 0.0)
+    monkeypatch.setattr(crops, "CANDIDATES", len(store))
     smaller = Describer(replace(store.recipe, scales=(159,)), OPTIONS)
     layout = bin_layout(store.recipe, store.dim)
     bins = layout.take(np.asarray(store.descriptors, np.float32))
@@ -115,7 +155,11 @@ def test_the_command_and_its_files(store: Store, tmp_path: Path, run_sppfeat: Ca
     assert [line["action"] for line in lines] == ["keep", "part"] * 3
     assert [line["name"] for line in lines[1::2]] == [one["part"] for one in document["found"]]
     text = (tmp_path / "d.html").read_text()
-    assert "3 parts of other images" in text and text.count("data:image/jpeg;base64,") == 6
+    assert (
+        "3 parts of other images" in text
+        and "whose pixels are a part" in text
+        and text.count("data:image/jpeg;base64,") == 6
+    )
 
 
 def test_no_link_is_a_part_of_its_file(store: Store, tmp_path: Path, run_sppfeat: Callable[..., Any]) -> None:
@@ -129,11 +173,12 @@ def test_no_link_is_a_part_of_its_file(store: Store, tmp_path: Path, run_sppfeat
 
 
 def test_no_parts_on_the_page(store: Store, tmp_path: Path) -> None:
-    crops = find_crops(store, 9.0, run_options=OPTIONS)
+    parts = find_crops(store, 9.0, run_options=OPTIONS)
     found = find_duplicates(store, 1.0)
-    write_duplicates_page(tmp_path / "d.html", found, crops)
-    assert "No parts of other images" in (tmp_path / "d.html").read_text()
-    write_duplicates_csv(tmp_path / "d.csv", found, crops)
+    write_duplicates_page(tmp_path / "d.html", found, parts)
+    text = (tmp_path / "d.html").read_text()
+    assert "No parts of other images" in text and "scores reach 9" in text
+    write_duplicates_csv(tmp_path / "d.csv", found, parts)
     assert (tmp_path / "d.csv").read_text().count("\n") == 1
 
 

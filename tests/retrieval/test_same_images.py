@@ -11,11 +11,11 @@ from conftest import MakeStore
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from sppfeat import find_duplicates
-from sppfeat.retrieval.same_images import LARGEST_DIFFERENCE, SIDE, _blurred, copies, difference
+from sppfeat.retrieval.same_images import LARGEST_DIFFERENCE, SIDE, blurred, copies, difference
 
 
 def small(image: Image.Image) -> np.ndarray:
-    return _blurred([np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))])
+    return blurred(np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))[None])
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
