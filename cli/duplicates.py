@@ -78,7 +78,7 @@ def duplicates(
     read for this, where their descriptors are near enough. With --threshold, descriptors alone decide: every two images
     of a group reach it. All pairs are compared, also of a million images. The first image of a group is the one to
     keep; scores are cosine similarities to it. Nothing is deleted. Parts are looked for in the 20 images nearest to
-    each, and shown by their pixels, too. Images that cannot be compared, or described again, are reported, and the exit
+    each, and confirmed by their pixels. Images that cannot be compared, or described again, are reported, and the exit
     code is then 3.
     """
     run = RunOptions(device=device, engine=engine, batch_size=batch_size, num_workers=num_workers)

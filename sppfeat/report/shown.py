@@ -29,9 +29,10 @@ def shown_row(
     side: int = THUMBNAIL_SIDE,
     mark: Box | None = None,
     heat: Heat | None = None,
+    orientation: str = "exif",
 ) -> Shown:
     """The image of a row, on a page that is written to `page`; see `thumbnail`."""
-    address = thumbnail(root, name, side=side, mark=mark, heat=heat)
+    address = thumbnail(root, name, side=side, mark=mark, heat=heat, orientation=orientation)
     found = row_item(root, name) if address is not None else None
     return Shown(name, address, image_link(page, found[0]) if found is not None else None)
 
@@ -45,7 +46,8 @@ def shown_item(
     box: Box | None = None,
     marks: Sequence[Mark] = (),
     heat: Heat | None = None,
+    orientation: str = "exif",
 ) -> Shown:
     """The image of an item; see `item_thumbnail`."""
-    address = item_thumbnail(item, side=side, box=box, marks=marks, heat=heat)
+    address = item_thumbnail(item, side=side, box=box, marks=marks, heat=heat, orientation=orientation)
     return Shown(name, address, image_link(page, item) if address is not None else None)

@@ -52,6 +52,7 @@ def thumbnail(
     side: int = THUMBNAIL_SIDE,
     mark: Box | None = None,
     heat: Heat | None = None,
+    orientation: str = "exif",
 ) -> str | None:
     """An image as a small JPEG in a `data:` address, for the `src` of an image; None if it is not available.
 
@@ -59,7 +60,8 @@ def thumbnail(
     and a connection is made only if the root itself is a URL. Links below the root are the user's own, and followed.
     side: of the square that it fits into. The part of the row's window inside the image is shown, or the whole image
     where there is none. mark: a box, in pixels of the upright original, inclusive, to outline in the whole image
-    instead. heat: laid over the part shown, or over the window of the row where the whole image is shown.
+    instead. heat: laid over the part shown, or over the window of the row where the whole image is shown. orientation:
+    of the recipe, which boxes are by.
     """
     found = row_item(root, name)
     if found is None:
@@ -68,7 +70,9 @@ def thumbnail(
     if mark and heat is not None and window is not None:
         heat = replace(heat, box=window)
     marks = (Mark(mark),) if mark else ()
-    return item_thumbnail(item, side=side, box=None if mark else window, marks=marks, heat=heat)
+    return item_thumbnail(
+        item, side=side, box=None if mark else window, marks=marks, heat=heat, orientation=orientation
+    )
 
 
 def row_item(root: str, name: str) -> tuple[Item, Box | None] | None:
@@ -88,13 +92,15 @@ def item_thumbnail(
     box: Box | None = None,
     marks: Sequence[Mark] = (),
     heat: Heat | None = None,
+    orientation: str = "exif",
 ) -> str | None:
     """`thumbnail` of an item that comes from a source, not from the name of a row.
 
-    box: the part shown, in pixels of the upright original, inclusive. marks: outlined in it.
+    box: the part shown, in pixels of the upright original, inclusive. marks: outlined in it. orientation: as in
+    `thumbnail`.
     """
     try:
-        shown, size = small_image(item, side, box)
+        shown, size = small_image(item, side, box, orientation=orientation)
     except (ImageError, OSError, ValueError):  # ValueError: a path that is invalid on this system
         return None
     part = _part(box, size) if box is not None else None
@@ -113,21 +119,23 @@ def item_thumbnail(
     return image_address(shown, "JPEG")
 
 
-def small_image(item: Item, side: int, box: Box | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The upright image, or the part of a box that is inside it, its longer side at most `side`; and width and height
-    of the original. Raises ImageError."""
+def small_image(
+    item: Item, side: int, box: Box | None = None, *, orientation: str = "exif"
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The image, or the part of a box that is inside it, its longer side at most `side`; and width and height of the
+    original. orientation: see `Recipe`; the box is in pixels of the image so turned. Raises ImageError."""
     image, _ = open_image(item)
     with image, contextlib.ExitStack() as stack:
         if image.format == "PNG":
             stack.enter_context(decoding(image))  # before `upright_size`, which decodes some of them
-        size, turn = upright_size(image, orientation="exif")
+        size, turn = upright_size(image, orientation=orientation)
         part = None if box is None else _part(box, size)
         if part is None:
             # Decoding at an eighth of the size is several times faster, and invisible here.
             image.draft("RGB", (2 * side, 2 * side))
         if image.format != "PNG":
             stack.enter_context(decoding(image))
-        shown = decode(image, turn, orientation="exif")
+        shown = decode(image, turn, orientation=orientation)
     if part is not None:
         shown = shown.crop(part)
     shown.thumbnail((side, side), Image.Resampling.BICUBIC)

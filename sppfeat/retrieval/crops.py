@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sppfeat.extraction import Describer
 
 # From here on images are compared: of 300 crops of 30 to 80 % of the area of 600 images of VOC 2007, half of them
-# enlarged to the original's width, saved as JPEG 70, 296 reach it at a short side of 224, 292 at 448
+# enlarged to the original's width, saved as JPEG 70, 298 are found so at a short side of 224, 296 at 448
 # (benchmarks/results/duplicates.md).
 COMPARED_FROM: Final = 0.95
 # Images nearest to each that it may be a part of. The original is among them for 299 of those 300 crops at 224, and for
@@ -48,7 +48,7 @@ LEAD: Final = 2.0
 # is 0.75 or more for 99 % of those crops.
 LEAST: Final = 0.7
 # Side at which images are described again, of that in the store: a crop of half the area has this side in the whole. By
-# the stored descriptors alone, 267 and 239 of those crops are found with 5 other pairs; this way, 296 and 291.
+# the stored descriptors alone, 297 and 292 of those crops are found; this way, 298 and 296.
 _FACTORS: Final = (0.71,)
 # Descriptors in memory at a time.
 _BLOCK: Final = 64
@@ -123,7 +123,7 @@ def find_crops(
     cells and those of the best rectangle, which is LEAST or more, plus LEAD times what this is above the median of the
     candidates; about 0.9 for unrelated images. threshold: what the score of a part reaches. None: where it reaches
     COMPARED_FROM, or in a store of few images LEAST, both images are read, and their pixels decide; the box is then
-    exact. If two images are each a part of the other, the higher score decides.
+    right to a pixel or two. Of two images that are each a part of the other, one is, by pixels or by score.
     without: names to leave out, such as those of duplicates. weights: where the store's weights are now, if they moved.
     progress: called with the fraction of the work done, 0 to 1.
     Raises UsageError for a threshold that is not above 0, and for recipes whose bins do not say where things are;
@@ -151,13 +151,12 @@ def find_crops(
             f"only {len(rows)} images to compare: how far one stands out from {CANDIDATES} others is not known"
         )
     failed: dict[str, str] = {}
-    best: dict[int, _Match] = {}
-    scores: dict[tuple[int, int], float] = {}
+    matches: list[_Match] = []
     done = 0
 
     def look(at: int, descriptor: np.ndarray, candidates: np.ndarray) -> tuple[list[_Match], dict[str, str]]:
-        found = _compare(layout, rows, descriptor, candidates, threshold)
-        return _by_pixels(rows, at, found) if compared else (found, {})
+        found = _compare(layout, rows, at, descriptor, candidates, threshold)
+        return _by_pixels(rows, found) if compared else (found, {})
 
     with ThreadPoolExecutor(available_cores()) as pool:
         for block, descriptors, errors in _described_again(describer, rows):
@@ -168,21 +167,13 @@ def find_crops(
                 others = [
                     of_one[(of_one != at) & (of_one >= 0)][:count] for at, of_one in zip(block, near, strict=True)
                 ]
-                for at, (found, unread) in zip(
-                    block.tolist(), pool.map(look, block.tolist(), descriptors, others), strict=True
-                ):
+                for found, unread in pool.map(look, block.tolist(), descriptors, others):
                     failed |= unread
-                    scores |= {(at, match.whole): match.score for match in found}
-                    if found:
-                        best[at] = found[0]
+                    matches += found
             progress(done / len(rows))
-    crops = [
-        _crop(rows, at, match)
-        for at, match in sorted(best.items(), key=lambda one: (one[1].whole, -one[1].score, one[0]))
-        # Not if the whole is as likely to be a part of it, or if that is not known.
-        if (match.score, match.whole) > (scores.get((match.whole, at), 0.0), at)
-        and rows.names[match.whole] not in failed
-    ]
+    # What an image that was not described again is a part of is not known.
+    matches = [each for each in matches if rows.names[each.whole] not in failed]
+    crops = [_crop(rows, each) for each in sorted(_chosen(matches), key=lambda one: (one.whole, -one.score, one.part))]
     return Crops(threshold, len(rows), crops, compared, failed, notes)
 
 
@@ -227,15 +218,40 @@ def _described_again(
 
 
 class _Match(NamedTuple):
-    """A candidate that an image may be a part of, by position, and where: [4] from 0 to 1."""
+    """An image that may be a part of another one, both by position, and where: box, [4] from 0 to 1 of the whole.
 
+    difference: of their pixels; 0 if these were not compared.
+    """
+
+    part: int
     whole: int
     score: float
     box: np.ndarray
+    difference: float = 0.0
+
+
+def _chosen(matches: list[_Match]) -> list[_Match]:
+    """The best whole of each part, such that no image is a part of one of its parts."""
+    by_pair = {(each.part, each.whole): each for each in matches}
+
+    def better(one: _Match) -> tuple[float, float, int]:
+        return one.difference, -one.score, -one.whole
+
+    chosen: dict[int, _Match] = {}
+    for each in sorted(matches, key=lambda one: (-one.score, one.part, one.whole)):
+        back = by_pair.get((each.whole, each.part))
+        if each.part in chosen or (back is not None and better(back) < better(each)):
+            continue
+        last = each.whole
+        while last in chosen:
+            last = chosen[last].whole
+        if last != each.part:
+            chosen[each.part] = each
+    return list(chosen.values())
 
 
 def _compare(
-    layout: BinLayout, rows: UnitRows, descriptor: np.ndarray, candidates: np.ndarray, threshold: float
+    layout: BinLayout, rows: UnitRows, part: int, descriptor: np.ndarray, candidates: np.ndarray, threshold: float
 ) -> list[_Match]:
     """The candidates whose score reaches the threshold, the best first."""
     if not len(candidates):
@@ -247,13 +263,14 @@ def _compare(
     scores = np.where(found < LEAST, 0, found + LEAD * (found - np.median(found)))
     reached = np.flatnonzero(scores >= threshold)
     reached = reached[np.lexsort((candidates[reached], -scores[reached]))]
-    return [_Match(int(candidates[at]), float(scores[at]), boxes[at]) for at in reached]
+    return [_Match(part, int(candidates[at]), float(scores[at]), boxes[at]) for at in reached]
 
 
-def _by_pixels(rows: UnitRows, part: int, matches: list[_Match]) -> tuple[list[_Match], dict[str, str]]:
-    """The matches of which an image is a part, with where exactly; and why images could not be read."""
+def _by_pixels(rows: UnitRows, matches: list[_Match]) -> tuple[list[_Match], dict[str, str]]:
+    """The matches of one image that it is a part of, with where exactly; and why images could not be read."""
     if not matches:
         return [], {}
+    part = matches[0].part
     shown = gray_image(rows, part, PART_SIDE)
     if isinstance(shown, str):
         return [], {rows.names[part]: shown}
@@ -263,12 +280,12 @@ def _by_pixels(rows: UnitRows, part: int, matches: list[_Match]) -> tuple[list[_
         if isinstance(whole, str):
             unread[rows.names[match.whole]] = whole
         elif (placed := place_part(shown, whole)) is not None:
-            found.append(match._replace(box=placed.box))
+            found.append(match._replace(box=placed.box, difference=placed.difference))
     return found, unread
 
 
-def _crop(rows: UnitRows, part: int, match: _Match) -> Crop:
-    one, other = rows.take(np.array([part, match.whole]))
-    members = member_of(rows, part, float(one @ other)), member_of(rows, match.whole, 1.0)
+def _crop(rows: UnitRows, match: _Match) -> Crop:
+    one, other = rows.take(np.array([match.part, match.whole]))
+    members = member_of(rows, match.part, float(one @ other)), member_of(rows, match.whole, 1.0)
     width, height = members[1].size
     return Crop(*members, match.score, in_pixels(match.box, members[1].box or (0, 0, width - 1, height - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,10 @@ def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = N
 
     Raises ReportError.
     """
+    show = functools.partial(shown_row, path, found.root, orientation=found.recipe.orientation)
     groups = [
         {
-            "members": [(one, shown_row(path, found.root, one.name)) for one in group[:PAGE_MEMBERS]],
+            "members": [(one, show(one.name)) for one in group[:PAGE_MEMBERS]],
             "count": len(group),
             "lowest": min(one.score for one in group),
         }
@@ -31,8 +33,8 @@ def write_duplicates_page(path: Path, found: Duplicates, crops: Crops | None = N
     parts = [
         {
             "crop": one,
-            "part": shown_row(path, found.root, one.part.name),
-            "whole": shown_row(path, found.root, one.whole.name, mark=one.box),
+            "part": show(one.part.name),
+            "whole": show(one.whole.name, mark=one.box),
         }
         for one in best
     ]

@@ -31,7 +31,10 @@ def write_hits_page(
 
     queries: how many there were, if not all answers are here: the page shows PAGE_QUERIES. command: what made it.
     """
-    small = functools.cache(shown_row)  # an image is often found by several queries
+    turned = gallery.recipe.orientation
+    small = functools.cache(
+        functools.partial(shown_row, orientation=turned)
+    )  # an image is often found by several queries
     hits, explained = PAGE_HITS, PAGE_EXPLAINED
     answers = result.answers[:PAGE_QUERIES]
     fine = sum(len(answer.neighbors) for answer in answers) <= _FINE_HITS
@@ -43,7 +46,7 @@ def write_hits_page(
             mark = one.box if result.located else None
             pair = None
             if one.explanation is not None and explained:
-                pair = _explained(path, answer, one)
+                pair = _explained(path, answer, one, turned)
                 explained -= 1
             pixels = 2 * (side if fine else _SIDES[0])
             alone = small(path, one.root, one.name, side=pixels, mark=mark) if pair is None else None
@@ -54,7 +57,7 @@ def write_hits_page(
                 "query": _name(answer),
                 "error": answer.error,
                 "note": "" if answer.box is None else f"outlined: {window_text(answer.box)}",
-                "image": _query(path, answer),
+                "image": _query(path, answer, turned),
                 "neighbors": neighbors,
                 "found": len(answer.neighbors),
                 "side": side,
@@ -94,19 +97,20 @@ def _name(answer: Answer) -> str:
     return answer.query if answer.root or answer.item is None else answer.path
 
 
-def _query(page: Path, answer: Answer, heat: Heat | None = None) -> Shown:
+def _query(page: Path, answer: Answer, orientation: str, heat: Heat | None = None) -> Shown:
     if answer.error is None and answer.root:
-        return shown_row(page, answer.root, answer.query, heat=heat)
+        return shown_row(page, answer.root, answer.query, heat=heat, orientation=orientation)
     if answer.error is not None or answer.item is None:
         return Shown(answer.query, None, None)
     if answer.box is None:
-        return shown_item(page, answer.item, answer.path, side=2 * _SIDES[0], heat=heat)
+        return shown_item(page, answer.item, answer.path, side=2 * _SIDES[0], heat=heat, orientation=orientation)
     if heat is not None:
         heat = Heat(heat.grid, heat.points, answer.box)
-    return shown_item(page, answer.item, answer.path, side=420, marks=[Mark(answer.box)], heat=heat)
+    marks = [Mark(answer.box)]
+    return shown_item(page, answer.item, answer.path, side=420, marks=marks, heat=heat, orientation=orientation)
 
 
-def _explained(page: Path, answer: Answer, one: Neighbor) -> dict[str, Any]:
+def _explained(page: Path, answer: Answer, one: Neighbor, orientation: str) -> dict[str, Any]:
     """The query and a neighbor with what each of their bins adds to the score."""
     why = one.explanation
     assert why is not None
@@ -115,7 +119,7 @@ def _explained(page: Path, answer: Answer, one: Neighbor) -> dict[str, Any]:
     asked, there = ([getattr(link, side) for link in why.links] for side in ("query", "image"))
     image = Heat(np.maximum(why.image, 0) / largest, there)
     return {
-        "query": _query(page, answer, Heat(np.maximum(why.query, 0) / largest, asked)),
-        "image": shown_row(page, one.root, one.name, mark=one.box, heat=image),
+        "query": _query(page, answer, orientation, Heat(np.maximum(why.query, 0) / largest, asked)),
+        "image": shown_row(page, one.root, one.name, mark=one.box, heat=image, orientation=orientation),
         "links": [f"{number}: {link.score:.3f}" for number, link in enumerate(why.links, 1)],
     }

@@ -1,7 +1,7 @@
 """Whether an image is a part of another one, and where, by their pixels.
 
 The part is laid over the whole at many sizes and all places, where both correlate best, and then moved and stretched
-until it fits to less than a pixel (Gauss-Newton steps, after Lucas, Kanade 1981). As of copies, the worst block
+until it fits to less than a pixel (Gauss-Newton steps, after Lucas, Kanade 1981). As with copies, the worst block
 decides: of a part, all blocks differ a little; of a second photograph of the same thing, some differ much
 (benchmarks/results/duplicates.md).
 """
@@ -18,14 +18,15 @@ from sppfeat.retrieval.same_images import BORDER, SIDE, blurred, difference
 # The longer side of the gray versions that are laid over each other, in pixels.
 PART_SIDE: Final = 192
 WHOLE_SIDE: Final = 256
-# See `difference`: at most 0.08 in parts saved as JPEG 70, also at half the size, and below 0.09 in 99 % of those saved
-# as JPEG 20; 0.125 once, and else 0.21 or more, between shots of a building from one place.
-LARGEST_DIFFERENCE: Final = 0.12
-# Gray values: what is nearly of one color is a part of everything.
-_LEAST_DEVIATION: Final = 8.0
-# The longer side of the whole where all places are tried; the sizes of the part, of the largest that fits, and their
-# steps.
+# See `difference`: at most 0.1 in parts saved as JPEG 70, also at half the size, 0.2 in those saved as JPEG 20; 0.31
+# and more between shots of a building, or parts of them, moved and stretched to fit.
+LARGEST_DIFFERENCE: Final = 0.25
+# Gray values. What is nearly of one color, a gradient, or stripes fits in many places: no part is told from that.
+_LEAST_DEVIATION: Final = 4.0
+# Sides of the whole where all places are tried: the longer one, or more if the shorter one would be less than this.
 _COARSE: Final = 64
+_COARSE_LEAST: Final = 12
+# The sizes of the part there, of the largest that fits, and their steps.
 _SMALLEST: Final = 0.35
 _STEP: Final = 1.05
 # Correlation there: of parts 0.83 or more. Places that are tried further, best first, and steps.
@@ -38,19 +39,19 @@ _SMALLEST_STEP: Final = 1e-4
 
 
 class Placed(NamedTuple):
-    """Where a part lies: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. difference: see `same_images.difference`."""
+    """Where a part is: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. difference: see `same_images.difference`."""
 
     difference: float
     box: np.ndarray
 
 
 def place_part(part: Image.Image, whole: Image.Image) -> Placed | None:
-    """Where a gray image is a part of another one; None if it is none, or is nearly of one color.
+    """Where a gray image is a part of another one; None if it is none, or shows too little to tell.
 
-    It may have been resized, both sides by nearly the same factor, but not turned, mirrored or made brighter.
+    It may have been resized, both sides by nearly the same factor, but not turned, mirrored, brightened or darkened.
     """
     shown = _view(part, (0, 0, 1, 1))
-    if shown.std() < _LEAST_DEVIATION:
+    if (shown - shown.mean(0) - shown.mean(1, keepdims=True)).std() < _LEAST_DEVIATION:
         return None
     for correlation, box in _likely(part, whole)[:_TRIED]:
         if correlation < _LEAST_CORRELATION:
@@ -63,18 +64,18 @@ def place_part(part: Image.Image, whole: Image.Image) -> Placed | None:
 
 def _likely(part: Image.Image, whole: Image.Image) -> list[tuple[float, tuple[float, ...]]]:
     """The best place of the part for each of its sizes: the correlation, and the box; by falling correlation."""
-    scale = _COARSE / max(whole.size)
-    width, height = (max(8, round(side * scale)) for side in whole.size)
+    scale = min(max(_COARSE / max(whole.size), _COARSE_LEAST / min(whole.size)), 1)
+    width, height = (max(1, round(side * scale)) for side in whole.size)
     pixels = _resized(whole, width, height)
-    shape = (2 * _COARSE, 2 * _COARSE)  # no place wraps around
+    shape = (2 * height, 2 * width)  # no place wraps around
     spectrum = np.fft.rfft2(pixels, shape)
     sums, squares = (np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0))) for values in (pixels, pixels * pixels))
     largest = factor = min(width / part.width, height / part.height)
     small = part.copy()
-    small.thumbnail((_COARSE, _COARSE), Image.Resampling.BICUBIC)
+    small.thumbnail((max(1, round(part.width * factor)), max(1, round(part.height * factor))))
     found = []
     while factor >= _SMALLEST * largest:
-        w, h = (min(most, max(4, round(side * factor))) for side, most in zip(part.size, (width, height), strict=True))
+        w, h = (min(most, max(1, round(side * factor))) for side, most in zip(part.size, (width, height), strict=True))
         template = _resized(small, w, h)
         template -= template.mean()
         products = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(template, shape)), shape)
@@ -94,7 +95,7 @@ def _fitted(shown: np.ndarray, whole: Image.Image, box: np.ndarray) -> Placed:
     best = Placed(np.inf, box)
     for _ in range(_STEPS):
         there = _view(whole, box)
-        worst = float(min(difference(shown[None], there[None])[0], difference(there[None], shown[None])[0]))
+        worst = float(difference(shown[None], there[None])[0])
         if worst < best.difference:
             best = Placed(worst, box)
         sides = np.tile(box[2:] - box[:2], 2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +89,92 @@ def test_few_images(store: Store, tmp_path: Path) -> None:
     assert alone.notes == ["only 2 images to compare: how far one stands out from 20 others is not known"]
 
 
-def test_an_image_that_cannot_be_read_to_be_compared_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("side", ["part", "whole"])
+def test_an_image_that_cannot_be_read_to_be_compared_is_told(
+    store: Store, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was described again a moment ago."""
-    real = crops.gray_image
+    crop = next(one for one in find_crops(store, run_options=OPTIONS).found if one.part.name == "b.jpg")
+    lost, real = getattr(crop, side).name, crops.gray_image
 
     def gray_image(rows: UnitRows, at: int, side: int) -> Image.Image | str:
-        return "no such file" if rows.names[at] == "b.jpg" else real(rows, at, side)
+        return "no such file" if rows.names[at] == lost else real(rows, at, side)
 
     monkeypatch.setattr(crops, "gray_image", gray_image)
     found = find_crops(store, run_options=OPTIONS)
-    assert [crop.part.name for crop in found.found] == ["a.jpg", "c.jpg"] and found.failed == {"b.jpg": "no such file"}
+    assert sorted(one.part.name for one in found.found) == ["a.jpg", "c.jpg"] and found.failed == {lost: "no such file"}
+
+
+def test_copies_of_a_part_are_parts_of_the_whole(tmp_path: Path) -> None:
+    """Each is a part of the other, too: one of them is listed as such, or as a part of the whole, and none is lost."""
+    folder = tmp_path / "images"
+    shutil.copytree(PHOTOS, folder)
+    for path in sorted((folder / "animals").glob("*.jpg")):
+        with Image.open(path) as image:
+            width, height = image.size
+            part = image.convert("RGB").crop((width // 10, height // 8, width * 9 // 10, height * 9 // 10))
+        for quality in (60, 75, 92):
+            part.save(folder / f"{path.stem}-{quality}.jpg", quality=quality)
+    extract_folder(folder, tmp_path / "f.h5", Recipe(), OPTIONS)
+    found = {crop.part.name: crop.whole.name for crop in find_crops(open_store(tmp_path / "f.h5")).found}
+    for path in (folder / "animals").glob("*.jpg"):
+        parts = {f"{path.stem}-{quality}.jpg" for quality in (60, 75, 92)}
+        assert found.keys() >= parts and f"animals/{path.name}" not in found
+        for name in parts:
+            while name in found:
+                name = found[name]
+            assert name == f"animals/{path.name}"
+
+
+def test_of_nearly_equal_images_the_larger_is_the_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(PHOTOS, folder)
+    expected = {}
+    for path in sorted((folder / "places").glob("*.jpg")):
+        with Image.open(path) as image:
+            width, height = image.size
+            image.convert("RGB").crop((0, 0, width - width // 60, height - height // 60)).save(folder / path.name)
+        expected[path.name] = f"places/{path.name}"
+    extract_folder(folder, tmp_path / "f.h5", Recipe(), OPTIONS)
+    found = {crop.part.name: crop.whole.name for crop in find_crops(open_store(tmp_path / "f.h5")).found}
+    assert expected and found == expected
+
+
+def test_no_image_is_a_part_of_its_parts() -> None:
+    """Pairs in a circle, each with its reverse, and a whole that is second best."""
+    box = np.array([0, 0, 1, 1])
+    pairs = {(0, 1): 1.3, (1, 2): 1.2, (2, 0): 1.1, (1, 0): 1.0, (2, 1): 1.0, (0, 2): 1.0, (2, 3): 0.95}
+    matches = [crops._Match(part, whole, score, box) for (part, whole), score in pairs.items()]
+    assert {one.part: one.whole for one in crops._chosen(matches)} == {0: 1, 1: 2, 2: 3}
+    # The difference of their pixels, where known, decides of two directions; the score, of several wholes.
+    both = [crops._Match(0, 1, 1.5, box, 0.1), crops._Match(1, 0, 1.2, box, 0.05), crops._Match(0, 2, 1.1, box, 0.2)]
+    assert {one.part: one.whole for one in crops._chosen(both)} == {1: 0, 0: 2}
+
+
+@pytest.mark.parametrize("orientation", ["exif", "ignore"])
+def test_boxes_are_in_the_orientation_of_the_recipe(tmp_path: Path, orientation: str) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(PHOTOS, folder)
+    with Image.open(folder / "places" / "fields.jpg") as image:
+        pixels = image.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels.save(folder / "places" / "fields.jpg", quality=95, exif=exif)  # stored as before, shown turned
+    upright = pixels.rotate(-90, expand=True) if orientation == "exif" else pixels
+    upright.crop((30, 40, 200, 190)).save(folder / "part.png")
+    extract_folder(folder, tmp_path / "f.h5", Recipe(orientation=orientation), OPTIONS)
+    store = open_store(tmp_path / "f.h5")
+    (crop,) = find_crops(store, run_options=OPTIONS).found
+    assert (crop.part.name, crop.whole.name) == ("part.png", "places/fields.jpg")
+    assert crop.box == pytest.approx((30, 40, 199, 189), abs=2)
+    write_duplicates_page(tmp_path / "d.html", find_duplicates(store), find_crops(store, run_options=OPTIONS))
+    whole, _ = re.findall(r"data:image/jpeg;base64,([^\"']+)", (tmp_path / "d.html").read_text())
+    with Image.open(io.BytesIO(base64.b64decode(whole))) as shown:
+        assert (shown.height > shown.width) == (orientation == "exif")
 
 
 def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a threshold that many pairs reach, with the best whole of each and the better of two directions."""
+    """At a threshold that many pairs reach: the best whole of each, the better of two directions, and no circles."""
     monkeypatch.setattr(crops, "LEAST", 0.0)
     monkeypatch.setattr(crops, "CANDIDATES", len(store))
     smaller = Describer(replace(store.recipe, scales=(159,)), OPTIONS)
@@ -112,12 +188,17 @@ def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.Mo
         others = np.arange(len(store)) != done.position
         of_one = align(cells_of(layout.take(row[None]))[0], bins[others], rectangles(layout.side)).scores.astype(float)
         scores[done.position, others] = of_one + 2 * (of_one - np.median(of_one))
-    best = scores.argmax(1)
-    expected = {
-        (part, int(whole)): scores[part, whole]
-        for part, whole in enumerate(best)
-        if scores[part, whole] >= 0.7 and scores[part, whole] > scores[whole, part]
-    }
+    count = len(store)
+    pairs = [(scores[pair], pair) for pair in product(range(count), repeat=2) if scores[pair] >= 0.7]
+    expected: dict[tuple[int, int], float] = {}
+    whole_of: dict[int, int] = {}
+    for score, (part, whole) in sorted(pairs, reverse=True):
+        above = [whole]
+        while above[-1] in whole_of:
+            above.append(whole_of[above[-1]])
+        if part not in whole_of and part not in above and score > scores[whole, part]:
+            whole_of[part] = whole
+            expected[part, whole] = score
     assert len(expected) > 4
     row_of = {name: row for row, name in enumerate(store.names)}
     found = find_crops(store, 0.7, run_options=OPTIONS)

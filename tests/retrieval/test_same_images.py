@@ -75,6 +75,21 @@ def test_what_differs_in_one_place() -> None:
     assert difference(small(sign("1")), small(sign("88")))[0] > 1.5 * LARGEST_DIFFERENCE
 
 
+def test_windows_with_other_text() -> None:
+    """What a dark bar beside it has in contrast says nothing about text."""
+
+    def window(text: str) -> Image.Image:
+        image = Image.new("RGB", (640, 360), "white")
+        pen = ImageDraw.Draw(image)
+        pen.rectangle((0, 0, 130, 360), fill="#1c2530")
+        for y in range(30, 340, 60):
+            pen.text((150, y), text, fill="#777", font_size=20)
+        return image
+
+    assert same(window("A note that begins"), recompressed(window("A note that begins"), 50))
+    assert not same(window("A note that begins"), window("And another one, which is longer"))
+
+
 def test_images_of_one_color() -> None:
     white, cream, black = (Image.new("RGB", (60, 40), color) for color in ("white", "#fdfdf8", "black"))
     assert same(white, white) and same(white, cream) and not same(white, black)
