@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 
 from sppfeat import RunOptions, Store, extract_folder, find_duplicates, open_store
 from sppfeat.recipes import named_recipe
-from sppfeat.retrieval.duplicates import DEFAULT_THRESHOLD
+from sppfeat.retrieval.duplicates import COMPARED_FROM, DEFAULT_THRESHOLD
+from sppfeat.retrieval.same_images import blurred, difference, small_gray
 from sppfeat.store import unit_rows
 
 ORIGINALS = "originals"
@@ -41,6 +42,7 @@ def cut(image: Image.Image, part: float) -> Image.Image:
 KINDS: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
     "half the size": (lambda image: smaller(image, 2), 90),
     "a quarter of the size": (lambda image: smaller(image, 4), 90),
+    "half the size, JPEG quality 20": (lambda image: smaller(image, 2), 20),
     "JPEG quality 50": (lambda image: image, 50),
     "JPEG quality 20": (lambda image: image, 20),
     "95 % of each side": (lambda image: cut(image, 0.95), 90),
@@ -52,7 +54,7 @@ KINDS: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
 
 def make_copies(source: Path, target: Path, count: int) -> None:
     """Link all images of a folder, and write copies of every kind of some of them."""
-    files = sorted(source.rglob("*.jpg"))
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() == ".jpg")
     chosen = set(random.Random(0).sample(files, min(count, len(files))))
     for kind in (ORIGINALS, *KINDS):
         (target / kind).mkdir()
@@ -82,14 +84,24 @@ def show(store: Store) -> None:
     nearest = np.sort(others.max(1))
     print(f"{len(place)} images; nearest other image: median {np.median(nearest):.3f}, 95 % below ", end="")
     print(f"{nearest[int(0.95 * len(nearest))]:.3f}, 99 % {nearest[int(0.99 * len(nearest))]:.3f}; {seconds:.1f} s\n")
-    print(f"| copies | lowest cosine | 1 % below | median | at {DEFAULT_THRESHOLD:g}, % | found, % |\n|{'---|' * 6}")
+    gray = blurred(np.stack([np.asarray(small_gray(rows, at)) for at in range(len(rows))]))
+    print(f"| copies | lowest cosine | 1 % below | median | at {DEFAULT_THRESHOLD:g}, % ", end="")
+    print(f"| difference: median | 99 % below | largest | found, % |\n|{'---|' * 9}")
     for kind in KINDS:
         mine = [at for at, one in enumerate(kinds) if one == kind]
         cosines = np.array([float(units[at] @ units[place[names[at]]]) for at in mine])
         together = [group_of.get(f"{kind}/{names[at]}", -1) == group_of.get(f"{ORIGINALS}/{names[at]}") for at in mine]
         shown = [cosines.min(), np.quantile(cosines, 0.01), np.median(cosines)]
         shares = [100 * np.mean(cosines >= DEFAULT_THRESHOLD), 100 * np.mean(together)]
-        print(f"| {kind} | {' | '.join(f'{value:.3f}' for value in shown)} | {shares[0]:.0f} | {shares[1]:.0f} |")
+        apart = difference(gray[mine], gray[[place[names[at]] for at in mine]])
+        print(f"| {kind} | {' | '.join(f'{value:.3f}' for value in shown)} | {shares[0]:.0f} | ", end="")
+        print(" | ".join(f"{np.quantile(apart, share):.3f}" for share in (0.5, 0.99, 1)), f"| {shares[1]:.1f} |")
+    print()
+    pairs = np.argwhere(np.triu(others, 1) >= COMPARED_FROM)
+    one, other = (np.array(list(place.values()))[pairs[:, side]] for side in (0, 1))
+    apart = np.sort(difference(gray[one], gray[other]))
+    print(f"{len(pairs)} pairs of originals are compared; the smallest differences: ", end="")
+    print(", ".join(f"{value:.2f}" for value in apart[:12]))
     print()
     for group in found.groups:
         images = sorted({one.name.split("/", 1)[1] for one in group})

@@ -24,8 +24,7 @@ from sppfeat.store import UnitRows, item_of
 SIDE: Final = 48
 BLOCK: Final = 4
 BORDER: Final = 2  # left out: a resized image is least like itself there
-# See `difference`: at most 0.31 in 99.9 % of resized and recompressed copies, below 0.24 in 99 % of each kind; 0.55 and
-# more between shots of a building from one place, 1.1 and more between drawings of a stop sign.
+# See `difference`, and benchmarks/results/duplicates.md for how far copies and others are apart.
 LARGEST_DIFFERENCE: Final = 0.4
 # Gray values; where there is less contrast, noise is not a difference.
 _LEAST_DEVIATION: Final = 16.0
@@ -72,7 +71,7 @@ class SameImages:
     def _read(self, which: np.ndarray) -> None:
         wanted = [at for at in which.tolist() if at not in self._small]
         with ThreadPoolExecutor(available_cores()) as pool:
-            for at, found in zip(wanted, pool.map(self._gray, wanted), strict=True):
+            for at, found in zip(wanted, pool.map(lambda at: small_gray(self._rows, at), wanted), strict=True):
                 if isinstance(found, str):
                     self.unreadable[self._rows.names[at]] = found
                 self._small[at] = None if isinstance(found, str) else found
@@ -80,11 +79,6 @@ class SameImages:
             self._small.move_to_end(at)
         while len(self._small) > max(_KEPT, len(which)):
             self._small.popitem(last=False)
-
-    def _gray(self, at: int) -> np.ndarray | str:
-        """[SIDE, SIDE] uint8, or why there is none."""
-        shown = gray_image(self._rows, at, 4 * SIDE)
-        return shown if isinstance(shown, str) else np.asarray(shown.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
     def _compared(self, one: np.ndarray, other: np.ndarray, scores: np.ndarray) -> np.ndarray:
         same = scores >= self._strict
@@ -111,6 +105,12 @@ def gray_image(rows: UnitRows, at: int, side: int) -> Image.Image | str:
     except (ImageError, OSError, ValueError) as error:  # ValueError: a path that is invalid on this system
         return str(error)
     return shown.convert("L")
+
+
+def small_gray(rows: UnitRows, at: int) -> np.ndarray | str:
+    """[SIDE, SIDE] uint8, or why the image cannot be read."""
+    shown = gray_image(rows, at, 4 * SIDE)
+    return shown if isinstance(shown, str) else np.asarray(shown.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def copies(one: np.ndarray, other: np.ndarray) -> np.ndarray:
