@@ -86,7 +86,7 @@ def show(store: Store) -> None:
     print(f"{nearest[int(0.95 * len(nearest))]:.3f}, 99 % {nearest[int(0.99 * len(nearest))]:.3f}; {seconds:.1f} s\n")
     gray = blurred(np.stack([np.asarray(small_gray(rows, at)) for at in range(len(rows))]))
     print(f"| copies | lowest cosine | 1 % below | median | at {DEFAULT_THRESHOLD:g}, % ", end="")
-    print(f"| difference: median | 99 % below | largest | found, % |\n|{'---|' * 9}")
+    print(f"| near: median | 99 % below | largest | overall: largest | found, % |\n|{'---|' * 10}")
     for kind in KINDS:
         mine = [at for at, one in enumerate(kinds) if one == kind]
         cosines = np.array([float(units[at] @ units[place[names[at]]]) for at in mine])
@@ -95,13 +95,14 @@ def show(store: Store) -> None:
         shares = [100 * np.mean(cosines >= DEFAULT_THRESHOLD), 100 * np.mean(together)]
         apart = difference(gray[mine], gray[[place[names[at]] for at in mine]])
         print(f"| {kind} | {' | '.join(f'{value:.3f}' for value in shown)} | {shares[0]:.0f} | ", end="")
-        print(" | ".join(f"{np.quantile(apart, share):.3f}" for share in (0.5, 0.99, 1)), f"| {shares[1]:.1f} |")
+        print(" | ".join(f"{np.quantile(apart.near, share):.3f}" for share in (0.5, 0.99, 1)), end="")
+        print(f" | {apart.overall.max():.3f} | {shares[1]:.1f} |")
     print()
     pairs = np.argwhere(np.triu(others, 1) >= COMPARED_FROM)
     one, other = (np.array(list(place.values()))[pairs[:, side]] for side in (0, 1))
-    apart = np.sort(difference(gray[one], gray[other]))
-    print(f"{len(pairs)} pairs of originals are compared; the smallest differences: ", end="")
-    print(", ".join(f"{value:.2f}" for value in apart[:12]))
+    print(f"{len(pairs)} pairs of originals are near enough to be compared; the smallest differences:")
+    for which, apart in difference(gray[one], gray[other])._asdict().items():
+        print(f"{which} {', '.join(f'{value:.2f}' for value in np.sort(apart)[:12])}")
     print()
     for group in found.groups:
         images = sorted({one.name.split("/", 1)[1] for one in group})

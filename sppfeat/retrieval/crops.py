@@ -231,22 +231,33 @@ class _Match(NamedTuple):
 
 
 def _chosen(matches: list[_Match]) -> list[_Match]:
-    """The best whole of each part, such that no image is a part of one of its parts."""
+    """The best whole of each part, such that no image is a part of one of its parts.
+
+    Of two images that are each a part of the other, the one is whose pixels differ less, or else whose score is higher;
+    unless it is a part of a third image, and the other one would be lost.
+    """
     by_pair = {(each.part, each.whole): each for each in matches}
+    by_score = sorted(matches, key=lambda one: (-one.score, one.part, one.whole))
+    chosen: dict[int, _Match] = {}
+    above: dict[int, int] = {}  # an image further up, for a short way to the last whole
+
+    def last_whole(at: int) -> int:
+        while (up := above.get(at)) is not None:
+            above[at] = above.get(up, up)
+            at = up
+        return at
 
     def better(one: _Match) -> tuple[float, float, int]:
         return one.difference, -one.score, -one.whole
 
-    chosen: dict[int, _Match] = {}
-    for each in sorted(matches, key=lambda one: (-one.score, one.part, one.whole)):
-        back = by_pair.get((each.whole, each.part))
-        if each.part in chosen or (back is not None and better(back) < better(each)):
-            continue
-        last = each.whole
-        while last in chosen:
-            last = chosen[last].whole
-        if last != each.part:
-            chosen[each.part] = each
+    for preferred in (True, False):
+        for each in by_score:
+            back = by_pair.get((each.whole, each.part))
+            if each.part in chosen or (preferred and back is not None and better(back) < better(each)):
+                continue
+            if last_whole(each.whole) != each.part:
+                chosen[each.part] = each
+                above[each.part] = each.whole
     return list(chosen.values())
 
 

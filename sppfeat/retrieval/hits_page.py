@@ -32,9 +32,8 @@ def write_hits_page(
     queries: how many there were, if not all answers are here: the page shows PAGE_QUERIES. command: what made it.
     """
     turned = gallery.recipe.orientation
-    small = functools.cache(
-        functools.partial(shown_row, orientation=turned)
-    )  # an image is often found by several queries
+    # An image is often found by several queries.
+    small = functools.cache(functools.partial(shown_row, orientation=turned))
     hits, explained = PAGE_HITS, PAGE_EXPLAINED
     answers = result.answers[:PAGE_QUERIES]
     fine = sum(len(answer.neighbors) for answer in answers) <= _FINE_HITS

@@ -18,10 +18,12 @@ from sppfeat.retrieval.same_images import BORDER, SIDE, blurred, difference
 # The longer side of the gray versions that are laid over each other, in pixels.
 PART_SIDE: Final = 192
 WHOLE_SIDE: Final = 256
-# See `difference`: at most 0.1 in parts saved as JPEG 70, also at half the size, 0.2 in those saved as JPEG 20; 0.31
-# and more between shots of a building, or parts of them, moved and stretched to fit.
-LARGEST_DIFFERENCE: Final = 0.25
-# Gray values. What is nearly of one color, a gradient, or stripes fits in many places: no part is told from that.
+# See `Difference`. Near: at most 0.1 in parts saved as JPEG 70, also at half the size, 0.2 in those saved as JPEG 20;
+# 0.31 and more between shots of a building, or parts of them, moved and stretched to fit. Overall: 0.08, 0.13; 0.12.
+LARGEST_NEAR: Final = 0.25
+LARGEST_OVERALL: Final = 0.15
+# Gray values, of what is not a sum of rows and columns. One color, or a gradient or stripes along the sides, fits in
+# many places, and is a part of nothing; photographs have 8 or more.
 _LEAST_DEVIATION: Final = 4.0
 # Sides of the whole where all places are tried: the longer one, or more if the shorter one would be less than this.
 _COARSE: Final = 64
@@ -39,9 +41,11 @@ _SMALLEST_STEP: Final = 1e-4
 
 
 class Placed(NamedTuple):
-    """Where a part is: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. difference: see `same_images.difference`."""
+    """Where a part is: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. difference, overall: see
+    `same_images.Difference`, near and overall."""
 
     difference: float
+    overall: float
     box: np.ndarray
 
 
@@ -57,7 +61,7 @@ def place_part(part: Image.Image, whole: Image.Image) -> Placed | None:
         if correlation < _LEAST_CORRELATION:
             break
         found = _fitted(shown, whole, np.array(box))
-        if found.difference <= LARGEST_DIFFERENCE:
+        if found.difference <= LARGEST_NEAR and found.overall <= LARGEST_OVERALL:
             return found
     return None
 
@@ -92,12 +96,12 @@ def _likely(part: Image.Image, whole: Image.Image) -> list[tuple[float, tuple[fl
 def _fitted(shown: np.ndarray, whole: Image.Image, box: np.ndarray) -> Placed:
     """The box moved and stretched until what the whole shows there is nearest to the part."""
     inside = slice(BORDER, SIDE - BORDER)
-    best = Placed(np.inf, box)
+    best = Placed(np.inf, np.inf, box)
     for _ in range(_STEPS):
         there = _view(whole, box)
-        worst = float(difference(shown[None], there[None])[0])
-        if worst < best.difference:
-            best = Placed(worst, box)
+        near, overall = (float(each[0]) for each in difference(shown[None], there[None]))
+        if near < best.difference:
+            best = Placed(near, overall, box)
         sides = np.tile(box[2:] - box[:2], 2)
         # Inwards, where there are pixels.
         moves = np.diag(sides / SIDE * (1, 1, -1, -1))

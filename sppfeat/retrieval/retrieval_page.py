@@ -23,11 +23,12 @@ def write_retrieval_page(path: Path, done: Retrieval, *, command: str = "") -> N
     values = sorted(done.average_precisions.items(), key=lambda one: one[1])
     below = [one for one in values if one[1] < 100 - 1e-9]
     counts, _ = np.histogram([value for _, value in values], _EDGES)
+    turned = done.recipe.orientation
     hard = [
         {
             "query": one,
-            "image": shown_row(path, done.queries_root, one.name),
-            "hits": [(shown_row(path, done.gallery_root, name), right) for name, right in one.hits],
+            "image": shown_row(path, done.queries_root, one.name, orientation=turned),
+            "hits": [(shown_row(path, done.gallery_root, name, orientation=turned), right) for name, right in one.hits],
         }
         for one in done.hardest
     ]

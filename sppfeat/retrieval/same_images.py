@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,9 +24,10 @@ from sppfeat.store import UnitRows, item_of
 SIDE: Final = 48
 BLOCK: Final = 4
 BORDER: Final = 2  # left out: a resized image is least like itself there
-# See `difference`, and benchmarks/results/duplicates.md for how far copies and others are apart.
-LARGEST_DIFFERENCE: Final = 0.4
-# Gray values; where there is less contrast, noise is not a difference.
+# See `Difference`, and benchmarks/results/duplicates.md for how far copies and others are apart.
+LARGEST_NEAR: Final = 0.4
+LARGEST_OVERALL: Final = 0.22
+# Gray values; where there is less contrast, the noise of JPEG is not a difference.
 _LEAST_DEVIATION: Final = 16.0
 # Copies whose sides are rounded to whole pixels differ by less in the ratio of these.
 _LARGEST_ASPECT: Final = 1.05
@@ -118,19 +119,31 @@ def copies(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     same = _correlation(_coarse(one), _coarse(other)) >= _LEAST_CORRELATION
     a, b = one[same], other[same]
     if len(a):
-        same[same] = difference(a, b) <= LARGEST_DIFFERENCE
+        found = difference(a, b)
+        same[same] = (found.near <= LARGEST_NEAR) & (found.overall <= LARGEST_OVERALL)
     return same
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[P] the mean difference of the worst block, in standard deviations of the blocks around it, of the image where
-    they are larger: gray text beside a dark bar counts as text, and not as little beside the bar.
+class Difference(NamedTuple):
+    """The mean difference of the worst block of P pairs, [P] each, in standard deviations, the larger ones of both.
+
+    near: of the blocks around it: gray text beside a dark bar is not little beside the bar. overall: of the image: a
+    few words, or stars, are not little where there is nothing else.
+    """
+
+    near: np.ndarray
+    overall: np.ndarray
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> Difference:
+    """Of gray images [P, SIDE, SIDE] float32, slightly blurred.
 
     Neither is moved to fit the other: two shots of one scene differ in where it is, and are no copies.
     """
-    deviations = np.maximum(np.maximum(_deviations(one), _deviations(other)), _LEAST_DEVIATION)
-    worst: np.ndarray = (_block_means(np.abs(other - one)) / deviations).max((1, 2))
-    return worst
+    apart = _block_means(np.abs(other - one))
+    near = np.maximum(np.maximum(_deviations(one), _deviations(other)), _LEAST_DEVIATION)
+    overall = np.maximum(np.maximum(one.std((1, 2)), other.std((1, 2))), _LEAST_DEVIATION)
+    return Difference((apart / near).max((1, 2)), apart.max((1, 2)) / overall)
 
 
 def _block_means(images: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def _about(page: Path, done: Transfer, name: str, first: Transfer) -> dict[str, 
         "folder": common_folder(one.name for one in mistakes),
         "mistakes": [
             {
-                "image": shown_row(page, done.source_root, one.name),
+                "image": shown_row(page, done.source_root, one.name, orientation=done.recipe.orientation),
                 "label": one.label,
                 "predicted": one.predicted,
                 "margin": one.margin,

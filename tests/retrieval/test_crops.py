@@ -149,6 +149,11 @@ def test_no_image_is_a_part_of_its_parts() -> None:
     # The difference of their pixels, where known, decides of two directions; the score, of several wholes.
     both = [crops._Match(0, 1, 1.5, box, 0.1), crops._Match(1, 0, 1.2, box, 0.05), crops._Match(0, 2, 1.1, box, 0.2)]
     assert {one.part: one.whole for one in crops._chosen(both)} == {1: 0, 0: 2}
+    # None is lost to a reverse that is not chosen.
+    lost = [crops._Match(0, 1, 1.2, box, 0.1), crops._Match(1, 0, 1.1, box, 0.05), crops._Match(1, 2, 1.3, box, 0.1)]
+    assert {one.part: one.whole for one in crops._chosen(lost)} == {1: 2, 0: 1}
+    long = [crops._Match(part, part + 1, 2 - part / 5000, box) for part in range(5000)]
+    assert len(crops._chosen(long)) == 5000
 
 
 @pytest.mark.parametrize("orientation", ["exif", "ignore"])
@@ -192,13 +197,15 @@ def test_scores_equal_comparing_every_image(store: Store, monkeypatch: pytest.Mo
     pairs = [(scores[pair], pair) for pair in product(range(count), repeat=2) if scores[pair] >= 0.7]
     expected: dict[tuple[int, int], float] = {}
     whole_of: dict[int, int] = {}
-    for score, (part, whole) in sorted(pairs, reverse=True):
-        above = [whole]
-        while above[-1] in whole_of:
-            above.append(whole_of[above[-1]])
-        if part not in whole_of and part not in above and score > scores[whole, part]:
-            whole_of[part] = whole
-            expected[part, whole] = score
+    for preferred in (True, False):
+        for score, (part, whole) in sorted(pairs, reverse=True):
+            above = [whole]
+            while above[-1] in whole_of:
+                above.append(whole_of[above[-1]])
+            worse = preferred and score < scores[whole, part]
+            if part not in whole_of and part not in above and not worse:
+                whole_of[part] = whole
+                expected[part, whole] = score
     assert len(expected) > 4
     row_of = {name: row for row, name in enumerate(store.names)}
     found = find_crops(store, 0.7, run_options=OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +134,26 @@ def screen(seed: int) -> Image.Image:
     return image
 
 
-def test_windows_with_other_text_are_no_parts() -> None:
-    screens = [screen(seed) for seed in range(5)]
+def page(seed: int, lines: int) -> Image.Image:
+    """A page with a few lines of words, shown as bars."""
+    draw = np.random.default_rng(seed)
+    image = Image.new("RGB", (1240, 1754), "white")
+    pen = ImageDraw.Draw(image)
+    for line in range(lines):
+        x = 120
+        while (width := int(draw.integers(30, 160))) + x < 1120:
+            pen.rectangle((x, 150 + 50 * line, x + width, 172 + 50 * line), fill="black")
+            x += width + 20
+    return image
+
+
+@pytest.mark.parametrize("make", [screen, lambda seed: page(seed, 4), lambda seed: page(seed, 12)])
+def test_images_with_other_text_are_no_parts(make: Callable[[int], Image.Image]) -> None:
+    images = [make(seed) for seed in range(5)]
     edges = (0.05, 0.03, 0.94, 0.97)
-    for one in screens:
-        found = [placed(each, other) is not None for other in screens for each in (one, cut(one, edges))]
-        assert found == [other is one for other in screens for _ in range(2)]
+    for one in images:
+        found = [placed(each, other) is not None for other in images for each in (one, cut(one, edges))]
+        assert found == [other is one for other in images for _ in range(2)]
 
 
 @pytest.mark.parametrize("ratio", [1, 6, 12, 20])
@@ -163,14 +178,9 @@ def test_panoramas(photos: Path, ratio: int, turned: bool) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_noise_of_any_size_is_no_part(part: tuple[int, int], whole: tuple[int, int], seed: int) -> None:
-    """Unless either is a few pixels, which a few others resemble."""
     draw = np.random.default_rng(seed)
     one, other = (Image.fromarray(draw.integers(0, 256, size, np.uint8)) for size in (part, whole))
-    found = place_part(one, other)
-    assert found is None or min(*part, *whole) < 6
-    if found is not None:
-        x1, y1, x2, y2 = found.box
-        assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+    assert place_part(one, other) is None
 
 
 def test_correlations_equal_those_of_every_place(photo: Image.Image) -> None:

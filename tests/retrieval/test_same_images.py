@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import MakeStore
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from sppfeat import find_duplicates
-from sppfeat.retrieval.same_images import LARGEST_DIFFERENCE, SIDE, blurred, copies, difference
+from sppfeat.retrieval.same_images import LARGEST_NEAR, SIDE, blurred, copies, difference
 
 
 def small(image: Image.Image) -> np.ndarray:
@@ -72,22 +73,50 @@ def test_other_images(photo: Image.Image, photos: Path) -> None:
 def test_what_differs_in_one_place() -> None:
     assert same(sign("1"), recompressed(sign("1"), 30))
     assert not same(sign("1"), sign("88")) and not same(sign("1"), sign("1", "gray"))
-    assert difference(small(sign("1")), small(sign("88")))[0] > 1.5 * LARGEST_DIFFERENCE
+    assert difference(small(sign("1")), small(sign("88"))).near[0] > 1.5 * LARGEST_NEAR
 
 
-def test_windows_with_other_text() -> None:
-    """What a dark bar beside it has in contrast says nothing about text."""
+def window(seed: int) -> Image.Image:
+    """What a dark bar has in contrast says nothing about gray text beside it."""
+    image = Image.new("RGB", (640, 360), "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 0, 130, 360), fill="#1c2530")
+    for y in range(30, 340, 60):
+        pen.text((150, y), ("a note that begins", "and another one, which is longer")[seed], fill="#777", font_size=20)
+    return image
 
-    def window(text: str) -> Image.Image:
-        image = Image.new("RGB", (640, 360), "white")
-        pen = ImageDraw.Draw(image)
-        pen.rectangle((0, 0, 130, 360), fill="#1c2530")
-        for y in range(30, 340, 60):
-            pen.text((150, y), text, fill="#777", font_size=20)
-        return image
 
-    assert same(window("A note that begins"), recompressed(window("A note that begins"), 50))
-    assert not same(window("A note that begins"), window("And another one, which is longer"))
+def text_page(seed: int) -> Image.Image:
+    """A few lines on a page."""
+    draw = np.random.default_rng(seed)
+    image = Image.new("RGB", (1240, 1754), "white")
+    pen = ImageDraw.Draw(image)
+    for y in range(150, 1100, 50):
+        pen.text((120, y), "".join(draw.choice(list("abcdefgh  "), draw.integers(40, 90))), fill="black", font_size=24)
+    return image
+
+
+def night(seed: int) -> Image.Image:
+    """Stars in a dark sky."""
+    draw = np.random.default_rng(seed)
+    image = Image.new("RGB", (600, 400), "#080810")
+    pen = ImageDraw.Draw(image)
+    for x, y in draw.integers(0, (600, 400), (60, 2)).tolist():
+        pen.ellipse((x, y, x + 4, y + 4), fill="white")
+    return image
+
+
+def dim(seed: int) -> Image.Image:
+    """Large spots of nearly one gray."""
+    draw = np.random.default_rng(seed)
+    spots = Image.fromarray(draw.normal(120, 6, (12, 18)).clip(0, 255).astype(np.uint8))
+    return spots.resize((600, 400), Image.Resampling.BICUBIC).convert("RGB")
+
+
+@pytest.mark.parametrize("make", [window, text_page, night, dim])
+def test_what_differs_in_little(make: Callable[[int], Image.Image]) -> None:
+    assert same(make(0), recompressed(make(0), 50)) and same(make(0), make(0).resize((300, 200)))
+    assert not same(make(0), make(1))
 
 
 def test_images_of_one_color() -> None:
