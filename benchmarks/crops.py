@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from retrieval_quality import overlap
 
 from sppfeat import Recipe, RunOptions, extract_folder, find_crops, open_store
 
@@ -28,15 +29,6 @@ class Cut(NamedTuple):
 
     whole: str
     box: tuple[float, float, float, float]
-
-
-def iou(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """The overlap of two boxes with inclusive ends."""
-    width = min(one[2], other[2]) - max(one[0], other[0]) + 1
-    height = min(one[3], other[3]) - max(one[1], other[1]) + 1
-    common = max(0.0, width) * max(0.0, height)
-    areas = [(x2 - x1 + 1) * (y2 - y1 + 1) for x1, y1, x2, y2 in (one, other)]
-    return common / (sum(areas) - common)
 
 
 def random_box(image: Image.Image, least: float, most: float, draw: random.Random) -> tuple[int, int, int, int]:
@@ -94,7 +86,7 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 pairs = {(one.part.name, one.whole.name): one.box for one in found}
                 cut = {(part, of.whole): of.box for part, of in cuts.items()}
-                right = [iou(pairs[pair], cut[pair]) for pair in cut.keys() & pairs.keys()]
+                right = [overlap(pairs[pair], cut[pair]) for pair in cut.keys() & pairs.keys()]
                 turned = {(whole, part) for part, whole in cut} & pairs.keys()
                 others = pairs.keys() - turned - cut.keys()
                 how = "pixels" if threshold is None else f"descriptors, {threshold:g}"

@@ -291,7 +291,7 @@ def _by_pixels(rows: UnitRows, matches: list[_Match]) -> tuple[list[_Match], dic
         if isinstance(whole, str):
             unread[rows.names[match.whole]] = whole
         elif (placed := place_part(shown, whole)) is not None:
-            found.append(match._replace(box=placed.box, difference=placed.difference))
+            found.append(match._replace(box=placed.box, difference=placed.near))
     return found, unread
 
 

@@ -41,10 +41,9 @@ _SMALLEST_STEP: Final = 1e-4
 
 
 class Placed(NamedTuple):
-    """Where a part is: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. difference, overall: see
-    `same_images.Difference`, near and overall."""
+    """Where a part is: box, [4] x1, y1, x2, y2 from 0 to 1 of the whole. near, overall: see `Difference`."""
 
-    difference: float
+    near: float
     overall: float
     box: np.ndarray
 
@@ -61,7 +60,7 @@ def place_part(part: Image.Image, whole: Image.Image) -> Placed | None:
         if correlation < _LEAST_CORRELATION:
             break
         found = _fitted(shown, whole, np.array(box))
-        if found.difference <= LARGEST_NEAR and found.overall <= LARGEST_OVERALL:
+        if found.near <= LARGEST_NEAR and found.overall <= LARGEST_OVERALL:
             return found
     return None
 
@@ -100,7 +99,7 @@ def _fitted(shown: np.ndarray, whole: Image.Image, box: np.ndarray) -> Placed:
     for _ in range(_STEPS):
         there = _view(whole, box)
         near, overall = (float(each[0]) for each in difference(shown[None], there[None]))
-        if near < best.difference:
+        if near < best.near:
             best = Placed(near, overall, box)
         sides = np.tile(box[2:] - box[:2], 2)
         # Inwards, where there are pixels.

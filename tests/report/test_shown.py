@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import urllib.parse
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_server import ImageServer
 from packing import write_tar
@@ -67,16 +70,45 @@ def test_links_lead_to_the_file(tmp_path: Path, page: str, image: str, relative:
     assert urllib.parse.unquote_to_bytes(path.path) == os.fsencode(tmp_path / image)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "size", "red"), [("exif", (80, 120), (15, 105)), ("ignore", (120, 80), (15, 15))]
+)
+def test_boxes_are_by_the_orientation(
+    tmp_path: Path, orientation: str, size: tuple[int, int], red: tuple[int, int]
+) -> None:
+    """A corner is red as stored; the image is shown turned by its EXIF, or not, and a box is outlined in that frame."""
+    stored = Image.new("RGB", (120, 80), "white")
+    stored.paste("red", (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # upright after a turn to the left
+    stored.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    page, box = tmp_path / "p.html", (40, 50, 60, 70)
+
+    def shown(mark: tuple[float, float, float, float] | None) -> np.ndarray:
+        found = shown_row(page, str(tmp_path), "a.jpg", mark=mark, orientation=orientation)
+        assert found.address is not None
+        with Image.open(io.BytesIO(base64.b64decode(found.address.partition(",")[2]))) as image:
+            assert image.size == size
+            return np.asarray(image.convert("RGB"), np.int16)
+
+    plain = shown(None)
+    x, y = red
+    assert plain[y, x, 0] > 200 and plain[y, x, 1] < 60
+    rows, columns = np.nonzero(np.abs(shown(box) - plain).max(2) > 100)
+    assert abs(columns.min() - 40) < 5 and abs(columns.max() - 60) < 5
+    assert abs(rows.min() - 50) < 5 and abs(rows.max() - 70) < 5
+
+
 def test_nothing_but_images_is_linked(tmp_path: Path) -> None:
     """No file outside the root, none that is no image, and no member of an archive, which a browser cannot open."""
-    root, page = tmp_path / "root", tmp_path / "p.html"
+    root, page = tmp_path / "images", tmp_path / "p.html"
     root.mkdir()
     for path in (tmp_path / "secret.jpg", root / "a.jpg"):
         Image.new("RGB", (20, 20)).save(path)
     (root / "text.jpg").write_text("no image")
     write_tar(root / "x.tar", [("a.jpg", (root / "a.jpg").read_bytes())])
-    assert shown_row(page, str(root), "a.jpg").link == "./root/a.jpg"
-    assert shown_row(page, str(root), "a.jpg#2,2,9,9").link == "./root/a.jpg"
+    assert shown_row(page, str(root), "a.jpg").link == "./images/a.jpg"
+    assert shown_row(page, str(root), "a.jpg#2,2,9,9").link == "./images/a.jpg"
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "text.jpg", "gone.jpg"):
         shown = shown_row(page, str(root), name)
         assert (shown.name, shown.address, shown.link) == (name, None, None)
